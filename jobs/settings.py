@@ -1,0 +1,200 @@
+"""Settings of every job: pydantic v2 models, frozen, unknown keys refused with the nearest valid key."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SourceSettings(Settings):
+    """One place rows come from: a table (Parquet, JSONL, CSV), or a folder of media files."""
+
+    path: str
+    """File or folder, local path or fsspec URI. Relative media paths are taken from this file's folder."""
+    format: Literal["auto", "parquet", "jsonl", "csv", "folder"] = "auto"
+    columns: dict[str, str] = {}
+    """Our column name -> the table's own, e.g. {media: image}. A missing sample_id becomes the media path."""
+    media_root: str = ""
+    """Folder that relative media paths start from, when it is not the table's own."""
+    kind: Literal["auto", "image", "video"] = "auto"
+    split: str = "train"
+    """Split of rows that name none."""
+
+
+class LimitSettings(Settings):
+    """What one media file may cost before it is quarantined as `too_large` or `timeout`."""
+
+    max_bytes: int = Field(default=2 * 1024**3, gt=0)
+    max_pixels: int = Field(default=100_000_000, gt=0)
+    """Width x height of an image or frame."""
+    video_timeout_s: float = Field(default=30.0, gt=0)
+    """Deadline of one clip's decoding; the decoding child is killed after it."""
+    video_memory_bytes: int = Field(default=4 * 1024**3, gt=0)
+
+
+class RaySettings(Settings):
+    """The cluster a job runs on."""
+
+    address: str | None = None
+    """Address of a running cluster; null takes RAY_ADDRESS from the environment, else starts a cluster here."""
+    num_cpus: int | None = None
+    """Logical CPUs of a cluster started here; null: the machine's, at least 4, lest training starve decoding."""
+
+
+class AugmentationSettings(Settings):
+    """Random changes of training images, keyed by (seed, epoch, sample id)."""
+
+    random_resized_crop: bool = False
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the image's area kept by the crop."""
+    horizontal_flip: bool = False
+    """Off by default: a flip makes "left" and "right" in captions false."""
+
+
+class DataSettings(Settings):
+    """Rows to read and how they become pixels."""
+
+    manifest: str
+    """A manifest as `qformer prepare` writes it, or any table with its columns."""
+    split: str = "train"
+    num_frames: int = Field(default=8, ge=1)
+    """Frames sampled uniformly from a video; an image is one frame."""
+    limits: LimitSettings = LimitSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+
+
+class QFormerSettings(Settings):
+    """The trainable bridge; widths of encoder and language model adapt by themselves."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    num_queries: int = 32
+    cross_attention_frequency: int = 2
+    embed_dim: int = 256
+    dropout: float = 0.1
+
+
+class ModelSettings(Settings):
+    """Frozen backbones and the bridge between them."""
+
+    vision: str
+    """timm model: hub name, or local folder with config.json and model.safetensors."""
+    vision_pretrained: bool = True
+    """false: random weights (for dry runs; a random encoder sees little)."""
+    vision_layer: int = -2
+    """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
+    language: str | None = None
+    """Hugging Face causal LM for stage 2: hub name or local folder."""
+    tokenizer: str = "bert-base-uncased"
+    """Text tokenizer of stage 1: hub name, local folder, or "corpus" to learn WordPiece from the captions."""
+    max_text_tokens: int = Field(default=32, ge=4)
+    prompt: str = ""
+    """Text put before every caption in stage 2, not counted in the loss."""
+    qformer: QFormerSettings = QFormerSettings()
+
+
+class OptimSettings(Settings):
+    """AdamW with warm-up and cosine (BLIP-2, section 3.4)."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    min_learning_rate: float = Field(default=1e-5, ge=0)
+    warmup_steps: int = Field(default=2000, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = Field(default=1.0, gt=0)
+
+
+class TrainSettings(Settings):
+    """`qformer train`: one stage of training into one run folder."""
+
+    output: str
+    """Run folder (local path or fsspec URI): settings, checkpoints, metrics, quarantine, TensorBoard."""
+    stage: Literal[1, 2]
+    init_from: str | None = None
+    """Run folder or checkpoint whose Q-Former starts this stage (stage 2 from stage 1)."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `output`."""
+    model: ModelSettings
+    data: DataSettings
+    optim: OptimSettings = OptimSettings()
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    """Global batch: samples of one optimizer step over all workers."""
+    workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_every: int = Field(default=500, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    seed: int = 0
+    max_failures: int = 0
+    """How often Ray Train may restart the workers after a crash."""
+    max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
+    """Training stops when more than this share of an epoch's rows is quarantined."""
+    decode_workers: int = Field(default=1, ge=1)
+    ray: RaySettings = RaySettings()
+
+
+class PrepareSettings(Settings):
+    """`qformer prepare`: check every row of the sources and write a manifest and a quarantine table."""
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    output: str
+    """Folder for manifest.parquet, quarantine.parquet and summary.json."""
+    num_frames: int = Field(default=8, ge=1)
+    limits: LimitSettings = LimitSettings()
+    max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
+    """Above this share the summary warns; prepare itself still exits 0."""
+    decode_workers: int = Field(default=2, ge=1)
+    ray: RaySettings = RaySettings()
+
+
+class EvaluateSettings(Settings):
+    """`qformer evaluate`: retrieval with a stage-1 checkpoint, captions with a stage-2 one."""
+
+    checkpoint: str
+    """Run folder (its newest checkpoint) or one checkpoint folder."""
+    data: DataSettings
+    output: str
+    batch_size: int = Field(default=64, gt=0)
+    rerank_top_k: int = Field(default=32, ge=0)
+    """Candidates per query that the ITM head scores again; 0 ranks by ITC alone."""
+    max_new_tokens: int = Field(default=32, gt=0)
+    workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
+    ray: RaySettings = RaySettings()
+
+
+class CaptionSettings(Settings):
+    """`qformer caption`: caption files from the command line with a stage-2 checkpoint."""
+
+    checkpoint: str
+    media: list[str] = Field(min_length=1)
+    num_frames: int | None = Field(default=None, ge=1)
+    """null: as in training."""
+    max_new_tokens: int = Field(default=32, gt=0)
+    limits: LimitSettings = LimitSettings()
+
+
+class ServeSettings(Settings):
+    """`qformer serve`: answer POST /v1/caption over HTTP."""
+
+    checkpoint: str
+    host: str = "127.0.0.1"
+    """Loopback unless you mean to open the endpoint to the network."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    max_body_bytes: int = Field(default=64 * 1024**2, gt=0)
+    request_timeout_s: float = Field(default=60.0, gt=0)
+    max_new_tokens: int = Field(default=32, gt=0)
+    max_batch_size: int = Field(default=8, ge=1)
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=2, ge=1)
+    use_gpu: bool = False
+    limits: LimitSettings = LimitSettings(video_timeout_s=10.0)
+    ray: RaySettings = RaySettings()

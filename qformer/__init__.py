@@ -1,0 +1,1 @@
+"""The Q-Former model library: plain torch, no Ray. Import from its modules, e.g. `qformer.stage1`."""

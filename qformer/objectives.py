@@ -1,0 +1,96 @@
+"""ITC, ITM and ITG: the three objectives of stage 1, one function a concept.
+
+Dimensions: B local batch, N global batch, Q queries (of all frames), E joint embedding width, T text tokens.
+Every function takes validity masks: a masked sample is no row, no column and no negative of any other.
+Reference: BLIP-2 (arXiv:2301.12597), section 3.2; LAVIS `blip2_qformer.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qformer.distributed import mean_over_ranks
+
+LABEL_SMOOTHING = 0.1
+
+
+def similarity(queries_BQE: Tensor, text_NE: Tensor) -> Tensor:
+    """Image-text similarity, the maximum over the image's queries: [B, N]."""
+    return torch.einsum("bqe,ne->bqn", queries_BQE, text_NE).amax(dim=1)
+
+
+def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_valid_N: Tensor) -> Tensor:
+    """Cross-entropy of one direction with label smoothing over the valid columns.
+
+    Args:
+        scores_BN: Similarities divided by the temperature.
+        is_positive_BN: Matching pairs; with image ids, all texts of an image share the target mass.
+        is_valid_B: Rows that count.
+        is_valid_N: Columns that exist.
+    """
+    valid_B = is_valid_B.to(scores_BN.dtype)
+    log_probability_BN = scores_BN.masked_fill(~is_valid_N[None], float("-inf")).log_softmax(dim=1)
+    target_BN = (is_positive_BN & is_valid_N[None]).to(scores_BN.dtype)
+    target_BN = target_BN / target_BN.sum(dim=1, keepdim=True).clamp(min=1.0)
+    uniform_N = is_valid_N.to(scores_BN.dtype) / is_valid_N.sum().clamp(min=1)
+    target_BN = (1.0 - LABEL_SMOOTHING) * target_BN + LABEL_SMOOTHING * uniform_N[None]
+    # 0 * -inf is NaN: masked columns have no target mass, so drop them from the sum.
+    loss_B = -(target_BN * log_probability_BN.masked_fill(~is_valid_N[None], 0.0)).sum(dim=1)
+    return mean_over_ranks((loss_B.nan_to_num(0.0) * valid_B).sum(), valid_B.sum())
+
+
+class Negatives(NamedTuple):
+    """Hard negatives as indexes into the global batch."""
+
+    image_B: Tensor
+    """For each local text, an image that does not match it."""
+    text_B: Tensor
+    """For each local image, a text that does not match it."""
+    has_negative_B: Tensor
+    """False where the global batch holds no candidate."""
+
+
+def sample_negatives(
+    scores_i2t_BN: Tensor,
+    scores_t2i_BN: Tensor,
+    is_positive_BN: Tensor,
+    is_valid_N: Tensor,
+    generator: torch.Generator | None = None,
+) -> Negatives:
+    """Draw one hard negative image per text and one text per image, likelier the more similar (section 3.2, ITM)."""
+    is_candidate_BN = is_valid_N[None] & ~is_positive_BN
+    has_negative_B = is_candidate_BN.any(dim=1)
+
+    def draw(scores_BN: Tensor) -> Tensor:
+        weights_BN = scores_BN.detach().float().masked_fill(~is_candidate_BN, float("-inf")).softmax(dim=1)
+        # Rows without a candidate are NaN here; any index serves, they are masked by has_negative_B.
+        weights_BN = torch.where(has_negative_B[:, None], weights_BN, torch.ones_like(weights_BN))
+        # A candidate's weight may underflow to zero, which would make the whole row undrawable.
+        weights_BN = weights_BN + is_candidate_BN * torch.finfo(weights_BN.dtype).tiny
+        return torch.multinomial(weights_BN, 1, generator=generator).flatten()
+
+    return Negatives(draw(scores_t2i_BN), draw(scores_i2t_BN), has_negative_B)
+
+
+def itm_loss(logits_R2: Tensor, is_match_R: Tensor, is_valid_R: Tensor) -> Tensor:
+    """Two-way cross-entropy over matching and non-matching pairs; class 1 is "match"."""
+    loss_R = F.cross_entropy(logits_R2.float(), is_match_R.long(), reduction="none")
+    valid_R = is_valid_R.to(loss_R.dtype)
+    return mean_over_ranks((loss_R * valid_R).sum(), valid_R.sum())
+
+
+def itg_loss(logits_BTV: Tensor, labels_BT: Tensor, *, per_rank: bool = False) -> Tensor:
+    """Next-token cross-entropy with label smoothing; labels of -100 do not count.
+
+    Args:
+        logits_BTV: Logits at every text position.
+        labels_BT: Ids at the same positions; position t is predicted from t - 1.
+        per_rank: Average over this rank's tokens, as LAVIS does, instead of over all ranks'.
+    """
+    labels = labels_BT[:, 1:].flatten()
+    logits = logits_BTV[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=LABEL_SMOOTHING, reduction="sum")
+    count = (labels != -100).sum()
+    return total / count.clamp(min=1) if per_rank else mean_over_ranks(total, count)

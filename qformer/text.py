@@ -1,0 +1,103 @@
+"""Text of stage 1: any Hugging Face tokenizer with [CLS], [SEP] and padding, or a vocabulary learned from captions.
+
+Dimensions: B batch, T text tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformer.errors import UserError
+
+CORPUS_VOCABULARY = 30_000
+
+
+class TextTokenizer:
+    """Captions to `[CLS] … [SEP]` ids; [DEC] is one id past the tokenizer's own.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with cls, sep and pad tokens, pad being id 0 as in BERT.
+        max_tokens: Longer captions lose their last words, never [SEP].
+
+    Raises:
+        UserError: If one of the three tokens is missing.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
+        if missing:
+            raise UserError(f"model.tokenizer: {tokenizer.name_or_path!r} has no {missing[0]}; use a BERT tokenizer")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids including [DEC]."""
+        return len(self.tokenizer) + 1
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, padded to the batch's longest: input_ids_BT (int64), is_text_BT (bool)."""
+        encoded = self.tokenizer(
+            list(captions),
+            padding="longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"], encoded["attention_mask"].bool()
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's ordinary files."""
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def load_text_tokenizer(name: str, max_tokens: int) -> TextTokenizer:
+    """Load by hub name or local folder.
+
+    Raises:
+        UserError: If it cannot be loaded or lacks the tokens stage 1 needs.
+    """
+    from qformer.backbones import import_torchvision
+
+    import_torchvision()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(
+            f"model.tokenizer: cannot load {name!r}; give a local folder, or 'corpus' to learn one from the captions "
+            f"({str(error).strip().splitlines()[0][:200]})"
+        ) from error
+    return TextTokenizer(tokenizer, max_tokens)
+
+
+def learn_text_tokenizer(captions: Iterable[str], folder: Path) -> None:
+    """Learn a lower-case WordPiece vocabulary from captions and save it as a BERT tokenizer.
+
+    Raises:
+        UserError: If there is no text to learn from.
+    """
+    from qformer.backbones import import_torchvision
+
+    import_torchvision()
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    learner = BertWordPieceTokenizer(lowercase=True)
+    learner.train_from_iterator(captions, vocab_size=CORPUS_VOCABULARY, min_frequency=1, show_progress=False)
+    if learner.get_vocab_size() <= 5:
+        raise UserError("model.tokenizer: 'corpus' found no words in the captions; check data.manifest")
+    folder.mkdir(parents=True, exist_ok=True)
+    learner.save(str(folder / "tokenizer.json"))
+    BertTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(str(folder))
+
+
+def pad_text(input_ids_BT: Tensor, is_text_BT: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Pad a batch on the right to `length`, so that ranks can exchange rows of equal shape."""
+    extra = length - input_ids_BT.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(input_ids_BT, (0, extra)), pad(is_text_BT, (0, extra))
