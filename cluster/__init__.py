@@ -1,0 +1,1 @@
+"""How a Ray cluster comes to be. Imports nothing of the project."""

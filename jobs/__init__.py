@@ -1,0 +1,1 @@
+"""What a person submits: one thin module per job, its settings and the `qformer` command."""

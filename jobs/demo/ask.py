@@ -1,0 +1,52 @@
+"""Serve the demo's checkpoint and ask it by HTTP about files whose offline captions are known."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+
+from jobs.serve import served
+from jobs.settings import ServeSettings
+
+NUM_QUESTIONS = {"image": 6, "video": 4}
+CONTENT_TYPES = {"image": "image/jpeg", "video": "video/mp4"}
+ANSWERS_FILE = "answers.json"
+TIMEOUT_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+def ask_endpoint(output: Path, port: int) -> None:
+    """Post some test files to a served checkpoint and write what came back beside the offline captions.
+
+    Needs an initialised Ray.
+
+    Args:
+        output: Folder of the demo.
+        port: To serve on, on loopback.
+    """
+    predictions = pq.read_table(output / "captions" / "predictions.parquet").to_pylist()
+    manifest = pq.read_table(output / "data" / "manifest.parquet", columns=["sample_id", "media"]).to_pylist()
+    media = {row["sample_id"]: row["media"] for row in manifest}
+    chosen: list[dict[str, Any]] = []
+    for kind, count in NUM_QUESTIONS.items():
+        chosen += [row for row in predictions if row["kind"] == kind][:count]
+    answers = []
+    with served(ServeSettings(checkpoint=str(output / "stage2"), port=port)) as url:
+        for row in chosen:
+            answer = httpx.post(
+                f"{url}/v1/caption",
+                content=Path(media[row["sample_id"]]).read_bytes(),
+                headers={"Content-Type": CONTENT_TYPES[row["kind"]]},
+                timeout=TIMEOUT_S,
+            )
+            answer.raise_for_status()
+            caption = answer.json()["caption"]
+            answers.append({"sample_id": row["sample_id"], "offline": row["prediction"], "served": caption})
+            logger.info("asked about %s: %s", row["sample_id"], caption)
+    folder = output / "served"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ANSWERS_FILE).write_text(json.dumps(answers, indent=1) + "\n")

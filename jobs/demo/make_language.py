@@ -1,0 +1,222 @@
+"""Train the demo's tiny causal language model to put facts from soft prompts into words.
+
+A model trained on captions alone ignores soft prompts; this one sees, before every caption, embeddings that
+hold the caption's facts in slots, as untidy as a half-trained bridge would deliver them (see `facts`).
+
+It must also name colour-shape pairs that it never met. Trained on the world's 32 pairs alone it learns that the
+other 8 do not exist (a quarter of held-out images right). So half of the colours and shapes are swapped for
+made-up ones, which leave the vocabulary after training: with some 500 pairs to name, copying is simpler than
+remembering which pairs exist. For the same reason a fact that is missing is not guessed: its word is not scored.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn import functional as F
+
+from jobs.demo.facts import CLEAN, FULL, embed_prompts, fact_tokens
+from jobs.demo.grammar import vocabulary
+from jobs.demo.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
+from jobs.demo.scenes import COLOURS, SHAPES, SIZES
+from qformer.backbones import import_torchvision
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+WIDTH = 128
+INITIAL_STD = 0.06
+EMBEDDING_STD = 0.5
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+NUM_STEPS = 2000
+NUM_CLEAN_STEPS = 300
+PEAK_LEARNING_RATE = 3e-3
+LOG_EVERY_STEPS = 100
+# Three equal shares add up to about the length of one embedding.
+FACT_SHARE = 0.6
+HIDDEN_WORD_RATE = 0.1
+# Without it, "never seen together" is pushed towards impossible, and outweighs a fact that says otherwise.
+LABEL_SMOOTHING = 0.1
+logger = logging.getLogger(__name__)
+
+
+def build_tokenizer(made_up: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
+    """Make a word-level tokenizer that begins every text with `<bos>` and never adds `<eos>`.
+
+    Args:
+        made_up: Words that exist during training only; they come last, so that they can be cut off.
+    """
+    words = [*SPECIAL_TOKENS, *vocabulary(), *fact_tokens(), *made_up]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bos = ("<bos>", SPECIAL_TOKENS.index("<bos>"))
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    return _import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def build_model(vocabulary_size: int) -> "LlamaForCausalLM":
+    """Make the untrained model."""
+    transformers = _import_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        # Slots are found by what they hold: let most of a head's width ignore the distance.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        initializer_range=INITIAL_STD,
+        # A fact's embedding holds its word's; were it also the output row, the fact would compete with the word.
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        _begin_as_lookup(model)
+    return model
+
+
+def caption_loss(
+    model: "LlamaForCausalLM",
+    prompts_BLD: Tensor,
+    ids_BT: Tensor,
+    targets_BT: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the mean cross-entropy of captions and their ends, given soft prompts before `<bos>`.
+
+    Args:
+        model: The language model.
+        prompts_BLD: Soft prompts.
+        ids_BT: `<bos>` caption `<eos>`, then padding.
+        targets_BT: What is scored at each place but the last; `ids_BT` without padding if not given.
+        label_smoothing: Share of each target spread over all words.
+    """
+    words_BTD = model.get_input_embeddings()(ids_BT[:, :-1])
+    hidden_BLD = model.model(inputs_embeds=torch.cat([prompts_BLD, words_BTD], dim=1)).last_hidden_state
+    # Padding is on the right and attention is causal: no mask needed, only the targets are ignored.
+    logits_BTV = model.lm_head(hidden_BLD[:, prompts_BLD.shape[1] :])
+    if targets_BT is None:
+        targets_BT = ids_BT[:, 1:].masked_fill(ids_BT[:, 1:] == model.config.pad_token_id, IGNORED)
+    return F.cross_entropy(
+        logits_BTV.flatten(0, 1),
+        targets_BT.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+    )
+
+
+def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
+    """Train the model from scratch; about ten minutes on one core."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer([*MADE_UP_COLOURS, *MADE_UP_SHAPES, *made_up_facts()])
+    model = build_model(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    mixing_VN, parts_ND = _fact_mixing(tokenizer)
+    optimizer.add_param_group({"params": [parts_ND]})
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
+    attribute_ids = torch.tensor([tokenizer.get_vocab()[word] for word in (*COLOURS, *SHAPES, *SIZES)])
+    model.train()
+    for step in range(num_steps):
+        clutter = CLEAN if step < NUM_CLEAN_STEPS else FULL
+        batch = sample_batch(tokenizer, rng, clutter)
+        embedding_VD = mixing_VN @ torch.cat([model.get_input_embeddings().weight, parts_ND])
+        prompts_BLD = embed_prompts(batch.weights, embedding_VD, clutter.noise_std_max)
+        if step >= NUM_CLEAN_STEPS:
+            # A bridge's output has its own scale: be readable from half to three times the embeddings'.
+            log_scale_B11 = torch.empty(len(prompts_BLD), 1, 1).uniform_(math.log(0.5), math.log(3))
+            prompts_BLD = prompts_BLD * log_scale_B11.exp()
+        # Words that are read as unknown cannot hint at their neighbours; the prompt must.
+        is_hidden_BT = torch.isin(batch.ids, attribute_ids) & (torch.rand(batch.ids.shape) < HIDDEN_WORD_RATE)
+        is_hidden_BT[:, 1:] |= (batch.targets == IGNORED) & (batch.ids[:, 1:] != tokenizer.pad_token_id)
+        read_BT = batch.ids.masked_fill(is_hidden_BT, tokenizer.unk_token_id)
+        loss = caption_loss(model, prompts_BLD, read_BT, batch.targets, LABEL_SMOOTHING)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % LOG_EVERY_STEPS == 0:
+            logger.info("language step %d of %d: loss %.3f", step, num_steps, loss.item())
+    with torch.no_grad():
+        words_VD = model.get_input_embeddings().weight
+        words_VD.copy_(mixing_VN @ torch.cat([words_VD, parts_ND]))
+    tokenizer = build_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    return model.eval(), tokenizer
+
+
+def save_language(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write both in the ordinary transformers layout."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _begin_as_lookup(model: "LlamaForCausalLM") -> None:
+    """Let attention begin by finding what resembles the present word, and by passing on what it finds.
+
+    Naming facts is looking them up, and this start saves the model most of the time to discover that.
+    """
+    # About the size of a linear layer's output after a layer norm, which is what a bridge delivers.
+    model.get_input_embeddings().weight.copy_(model.lm_head.weight * (EMBEDDING_STD / INITIAL_STD))
+    half = WIDTH // 2
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight[:half] = attention.k_proj.weight[:half]
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+
+
+def _fact_mixing(tokenizer: "PreTrainedTokenizerFast") -> tuple[Tensor, Tensor]:
+    """Say how each token's embedding is mixed from words and parts.
+
+    `<a:red>` is the sum of "red", of being the first thing's and of being a colour: the structure that lets
+    the model match a word it has said with the thing it belongs to. Words and other facts are themselves.
+
+    Returns:
+        mixing_VN over the V words followed by the parts, and the trainable parts_ND.
+    """
+    id_of_token = tokenizer.get_vocab()
+    shares: list[tuple[int, str]] = []
+    for token, index in id_of_token.items():
+        if not token.startswith(("<a:", "<b:")):
+            continue
+        who, value = token[1], token[3:-1]
+        kinds = (("size", SIZES), ("colour", (*COLOURS, *MADE_UP_COLOURS)), ("shape", (*SHAPES, *MADE_UP_SHAPES)))
+        kind = next((name for name, values in kinds if value in values), f"place {value}")
+        shares += [(index, f"role {who}"), (index, f"kind {kind}")]
+        if value in id_of_token:
+            shares.append((index, value))
+    parts = sorted({name for _, name in shares if name not in id_of_token})
+    column = id_of_token | {name: len(id_of_token) + order for order, name in enumerate(parts)}
+    mixing_VN = torch.eye(len(id_of_token), len(column))
+    for index, _ in shares:
+        mixing_VN[index] = 0
+    for index, name in shares:
+        mixing_VN[index, column[name]] = FACT_SHARE
+    return mixing_VN, (EMBEDDING_STD * torch.randn(len(parts), WIDTH)).requires_grad_()
+
+
+def _import_transformers() -> ModuleType:
+    import_torchvision()
+    import transformers
+
+    return transformers
+
+
+def _rate(step: int, num_steps: int) -> float:
+    if step < 100:
+        return (step + 1) / 100
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 100) / (num_steps - 100)))

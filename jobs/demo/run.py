@@ -1,0 +1,119 @@
+"""`qformer demo`: the whole road on a small world whose captions can be checked."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from jobs.cluster_session import ray_session
+from jobs.demo import results
+from jobs.demo.ask import ask_endpoint
+from jobs.demo.pairs import write_retrieval_pairs
+from jobs.demo.settings import DemoSettings
+from jobs.demo.steps import Steps
+from jobs.demo.world import write_world
+from jobs.settings import (
+    DataSettings,
+    EvaluateSettings,
+    ModelSettings,
+    OptimSettings,
+    PrepareSettings,
+    QFormerSettings,
+    SourceSettings,
+    TrainSettings,
+)
+
+MODELS = Path(__file__).parent / "models"
+NUM_FRAMES = 4
+NUM_RETRIEVAL_PAIRS = 200
+TRAINING_STEPS = ("stage1", "stage2", "retrieval", "captions", "served")
+
+logger = logging.getLogger(__name__)
+
+
+def main(settings: DemoSettings) -> int:
+    """Run what is not done yet, print the table, write report.html.
+
+    Returns:
+        Exit code: 0 when every bar is met, 1 otherwise.
+
+    Raises:
+        UserError: If the output folder holds something else, or the port is taken.
+    """
+    demo = settings.demo
+    steps = Steps(Path(demo.output).absolute())
+    if demo.retrain:
+        steps.forget(*TRAINING_STEPS)
+    world = steps.folder("world")
+    steps.run("world", demo.world.model_dump(), lambda: write_world(world, **demo.world.model_dump()))
+    # One Ray for all jobs: each of them would otherwise wait for its own to start.
+    with ray_session(settings.ray, include_dashboard=True):
+        _run_jobs(steps, settings)
+    table = results.measure(steps.output, min_whole_caption=demo.min_whole_caption)
+    results.show(table, steps.seconds)
+    results.write(steps.output, table)
+    ok = all(row.ok is not False for row in table)
+    print(f"\nreport: {steps.output / 'report.html'}")
+    print(f"next: qformer serve --set checkpoint={steps.folder('stage2')}   (then drop your own image at it with curl)")
+    return 0 if ok else 1
+
+
+def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
+    """Prepare, train, evaluate and serve, each by its own job's `main`."""
+    from jobs import evaluate, prepare, train
+
+    demo, world = settings.demo, steps.folder("world")
+    data = steps.folder("data")
+    prepare_settings = PrepareSettings(
+        sources=[SourceSettings(path=str(world / "manifest.jsonl"))],
+        output=str(data),
+        num_frames=NUM_FRAMES,
+        ray=settings.ray,
+    )
+    steps.run("data", {}, lambda: prepare.main(prepare_settings), after=("world",))
+    manifest = data / "manifest.parquet"
+
+    stage1 = _train_settings(steps, settings, stage=1)
+    steps.run("stage1", stage1.model_dump(mode="json"), lambda: train.main(stage1), after=("data",))
+    stage2 = _train_settings(steps, settings, stage=2)
+    steps.run("stage2", stage2.model_dump(mode="json"), lambda: train.main(stage2), after=("stage1",))
+
+    pairs = steps.folder("pairs") / "pairs.parquet"
+    steps.run("pairs", {}, lambda: write_retrieval_pairs(manifest, world, pairs, NUM_RETRIEVAL_PAIRS), after=("data",))
+    for name, checkpoint, table in (("retrieval", "stage1", pairs), ("captions", "stage2", manifest)):
+        evaluate_settings = EvaluateSettings(
+            checkpoint=str(steps.folder(checkpoint)),
+            data=DataSettings(manifest=str(table), split="test"),
+            output=str(steps.folder(name)),
+            ray=settings.ray,
+        )
+        values = evaluate_settings.model_dump(mode="json")
+        steps.run(name, values, partial(evaluate.main, evaluate_settings), after=("pairs", checkpoint))
+    steps.run("served", {"port": demo.port}, lambda: ask_endpoint(steps.output, demo.port), after=("captions",))
+
+
+def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2]) -> TrainSettings:
+    demo = settings.demo
+    chosen = demo.stage1 if stage == 1 else demo.stage2
+    return TrainSettings(
+        output=str(steps.folder(f"stage{stage}")),
+        stage=stage,
+        init_from=str(steps.folder("stage1")) if stage == 2 else None,
+        model=ModelSettings(
+            vision=str(MODELS / "vision"),
+            language=str(MODELS / "language"),
+            tokenizer="corpus",
+            qformer=QFormerSettings(**demo.qformer.model_dump()),
+        ),
+        data=DataSettings(manifest=str(steps.folder("data") / "manifest.parquet"), num_frames=NUM_FRAMES),
+        optim=OptimSettings(
+            learning_rate=chosen.learning_rate,
+            min_learning_rate=chosen.learning_rate / 20,
+            warmup_steps=min(30, chosen.steps // 10),
+        ),
+        steps=chosen.steps,
+        batch_size=demo.batch_size,
+        workers=demo.workers,
+        checkpoint_every=100,
+        ray=settings.ray,
+    )

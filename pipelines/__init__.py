@@ -1,0 +1,1 @@
+"""Ray pipelines around the model library: data, training, evaluation, serving."""

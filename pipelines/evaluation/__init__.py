@@ -1,0 +1,1 @@
+"""Retrieval and caption protocols over Ray Data."""

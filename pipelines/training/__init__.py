@@ -1,0 +1,1 @@
+"""Ray Train: the loop, optimizer, checkpoints and monitors."""

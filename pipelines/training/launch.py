@@ -1,0 +1,46 @@
+"""Ray Train around a worker function: the only place that knows its trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.training.telemetry import ProgressBoard, live_progress
+
+
+def launch(
+    worker: Callable[[dict[str, Any]], dict[str, Any]],
+    arguments: dict[str, Any],
+    *,
+    workers: int,
+    use_gpu: bool,
+    max_failures: int,
+    name: str,
+    scratch: str,
+    total_steps: int,
+) -> dict[str, Any]:
+    """Run `worker(arguments | {"board": actor})` on every rank and return the first rank's result.
+
+    Args:
+        worker: The training function; importable by the workers.
+        arguments: Its settings and actor handles.
+        workers: Ranks.
+        use_gpu: One GPU a rank.
+        max_failures: Restarts of the whole group after a crash.
+        name: Shown in Ray's dashboard and the progress line.
+        scratch: Folder for Ray Train's own records; our checkpoints lie in the run folder.
+        total_steps: For the progress line.
+    """
+    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={**arguments, "board": board},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=max_failures)),
+    )
+    with live_progress(board, total_steps, name):
+        result = trainer.fit()
+    return result.return_value

@@ -1,0 +1,178 @@
+"""A run's model on one rank: built around frozen backbones, saved, restored, and checked to have left them alone."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pipelines.data import storage
+from pipelines.training.accounting import Accounting
+from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from pipelines.training.stages import GenerationStage, RepresentationStage
+from qformer.backbones import VisionEncoder, load_language, load_vision, weights_fingerprint
+from qformer.bridge import BridgeInfo, start_stage2
+from qformer.config import QFormerConfig
+from qformer.errors import UserError
+from qformer.stage1 import Stage1
+from qformer.stage2 import Stage2
+from qformer.text import TextTokenizer, load_text_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChoice:
+    """Backbones and bridge of a run, as the settings name them."""
+
+    stage: int
+    vision: str
+    vision_pretrained: bool
+    vision_layer: int
+    language: str | None
+    tokenizer: str
+    """Hub name or folder; stage 1 only."""
+    max_text_tokens: int
+    prompt: str
+    num_frames: int
+    qformer: Mapping[str, Any]
+    """`QFormerConfig` fields that do not follow from the backbones."""
+
+
+class TrainingRun:
+    """Frozen backbones and the trainables of one stage, on one device.
+
+    Args:
+        choice: What to build.
+        device: Where.
+        precision: "bf16" keeps frozen weights in bf16; trainables are always fp32.
+        seed: Of the trainables' initial weights.
+        init_from: Stage-1 run or checkpoint whose Q-Former starts stage 2; None starts from fresh weights.
+
+    Raises:
+        UserError: If a backbone cannot be loaded, or settings and checkpoint do not fit.
+    """
+
+    def __init__(
+        self, choice: ModelChoice, device: torch.device, *, precision: str, seed: int, init_from: str | None
+    ) -> None:
+        frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.encoder: VisionEncoder = load_vision(
+            choice.vision, pretrained=choice.vision_pretrained, layer=choice.vision_layer, dtype=frozen_dtype
+        ).to(device)
+        self.tokenizer: TextTokenizer | None = None
+        self.frozen: dict[str, nn.Module] = {"vision": self.encoder}
+        torch.manual_seed(seed)
+        if choice.stage == 1:
+            self.tokenizer = load_text_tokenizer(choice.tokenizer, choice.max_text_tokens)
+            self.config = self._config(choice, self.tokenizer.vocab_size)
+            stage1 = Stage1(self.config).to(device)
+            self.stage: RepresentationStage | GenerationStage = RepresentationStage(
+                self.encoder, stage1, self.tokenizer, seed
+            )
+        else:
+            if choice.language is None:
+                raise UserError("model.language is not set; stage 2 needs a causal LM (hub name or folder)")
+            language, language_tokenizer = load_language(choice.language, dtype=frozen_dtype)
+            self.frozen["language"] = language.to(device)
+            self.config = self._config(choice, 0)
+            width = cast(Any, language).get_input_embeddings().embedding_dim
+            stage2 = Stage2(self.config, language_width=width).to(device)
+            if init_from is not None:
+                report = start_stage2(stage2, storage.local_folder(storage.newest_checkpoint(init_from)))
+                logger.info("init_from %s: %s", init_from, report)
+            self.stage = GenerationStage(
+                self.encoder,
+                stage2,
+                language,
+                language_tokenizer,
+                prompt=choice.prompt,
+                max_tokens=choice.max_text_tokens,
+            )
+        self.choice = choice
+        self.fingerprints = {name: weights_fingerprint(module) for name, module in self.frozen.items()}
+
+    @property
+    def trainable_names(self) -> list[str]:
+        """Exactly the parameters that the optimizer moves."""
+        return sorted(name for name, p in self.stage.trainables.named_parameters() if p.requires_grad)
+
+    def info(self, step: int) -> BridgeInfo:
+        """Description of the model after `step` steps."""
+        choice = self.choice
+        return BridgeInfo(
+            stage=choice.stage,
+            step=step,
+            vision=choice.vision,
+            vision_pretrained=choice.vision_pretrained,
+            vision_layer=choice.vision_layer,
+            language=choice.language if choice.stage == 2 else None,
+            qformer=self.config,
+            preprocessing=self.encoder.preprocessing,
+            num_frames=choice.num_frames,
+            max_text_tokens=choice.max_text_tokens,
+            prompt=choice.prompt,
+        )
+
+    def save(
+        self,
+        output: str,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        accounting: Accounting,
+        *,
+        order: str,
+        settings: str,
+    ) -> str:
+        """Write a checkpoint and return its folder."""
+        return save_checkpoint(
+            output,
+            info=self.info(step),
+            trainables=self.stage.trainables,
+            tokenizer=self.tokenizer,
+            state=TrainingState(step, optimizer.state_dict(), accounting.state(), order),
+            settings_yaml=settings,
+        )
+
+    def restore(self, checkpoint: str, optimizer: torch.optim.Optimizer, *, order: str) -> TrainingState:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: If it is of another model, stage, or order of the data.
+        """
+        folder: Path = storage.local_folder(checkpoint)
+        state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=order)
+        optimizer.load_state_dict(state.optimizer)
+        return state
+
+    def assert_frozen(self) -> None:
+        """Hold invariant 2: frozen is frozen.
+
+        Raises:
+            RuntimeError: If a byte of a backbone changed since the run began.
+        """
+        for name, module in self.frozen.items():
+            if weights_fingerprint(module) != self.fingerprints[name]:
+                raise RuntimeError(f"the frozen {name} model changed during training")
+
+    def _config(self, choice: ModelChoice, vocab_size: int) -> QFormerConfig:
+        try:
+            return QFormerConfig(
+                encoder_width=self.encoder.width,
+                vocab_size=vocab_size,
+                max_positions=max(512, choice.max_text_tokens),
+                **choice.qformer,
+            )
+        except ValueError as error:
+            raise UserError(f"model.qformer: {error}") from error
+
+
+def choice_from(model: Mapping[str, Any], *, stage: int, num_frames: int, tokenizer: str) -> ModelChoice:
+    """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
+    names = {field.name for field in dataclasses.fields(ModelChoice)}
+    values = {name: value for name, value in model.items() if name in names}
+    return ModelChoice(**{**values, "stage": stage, "num_frames": num_frames, "tokenizer": tokenizer})

@@ -1,0 +1,151 @@
+"""What a run tells while it goes on: metrics.jsonl, TensorBoard events, and a live line in the driver."""
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import ray
+
+from pipelines.data import storage
+
+METRICS_FILE = "metrics.jsonl"
+POLL_PAUSE_S = 0.5
+REMOTE_PAUSE_S = 60.0
+"""Object stores cannot append: there the file is written whole, but not at every log line."""
+QUIET_PAUSE_S = 15.0
+"""Between progress lines where there is no terminal."""
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes a run's metrics; used by the first rank alone.
+
+    Args:
+        output: Run folder.
+        board: `ProgressBoard` actor to tell, or None.
+        start_step: Steps done before; later records of a run that died are dropped.
+    """
+
+    def __init__(self, output: str, board: Any, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.uri, self.board = storage.join(output, METRICS_FILE), board
+        self.records = [record for record in read_metrics(output) if record["step"] <= start_step]
+        self.writer = SummaryWriter(storage.join(output, "tensorboard"), purge_step=start_step + 1)
+        self._rewrite()
+
+    def write(self, values: dict[str, float]) -> None:
+        """Record one step's figures."""
+        self.records.append(values)
+        if storage.is_local(self.uri):
+            with open(storage.local_path(self.uri), "a") as file:
+                file.write(json.dumps(values) + "\n")
+        elif time.monotonic() - self.written_at > REMOTE_PAUSE_S:
+            self._rewrite()
+        for name, value in values.items():
+            if name not in ("step", "epoch"):
+                self.writer.add_scalar(name, value, int(values["step"]))
+        if self.board is not None:
+            self.board.put.remote(values)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._rewrite()
+        self.writer.close()
+
+    def _rewrite(self) -> None:
+        self.written_at = time.monotonic()
+        storage.write_bytes(self.uri, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+
+
+def read_metrics(output: str) -> list[dict[str, float]]:
+    """Records of a run so far; empty when there are none."""
+    uri = storage.join(output, METRICS_FILE)
+    if not storage.exists(uri):
+        return []
+    with fsspec.open(uri, "rt") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+class ProgressBoard:
+    """Latest figures of a run: the first rank puts them, the driver reads them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def put(self, values: dict[str, float]) -> None:
+        """Replace the figures."""
+        self.values = values
+
+    def latest(self) -> dict[str, float]:
+        """Figures of the last logged step."""
+        return self.values
+
+
+@contextmanager
+def live_progress(board: Any, total_steps: int, title: str) -> Iterator[None]:
+    """Show the board's figures while the block runs: a bar in a terminal, quiet lines elsewhere."""
+    done = threading.Event()
+    show = _show_bar if sys.stderr.isatty() else _show_lines
+    thread = threading.Thread(target=show, args=(board, total_steps, title, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5.0)
+
+
+def describe(values: dict[str, float]) -> str:
+    """One line of figures: losses, rate, speed, data wait."""
+    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+    return (
+        f"{losses}  lr {values['learning_rate']:.1e}  {values['samples_per_s']:.0f} samples/s  "
+        f"data wait {values['data_wait_share']:.0%}"
+    )
+
+
+def _poll(board: Any) -> dict[str, float]:
+    try:
+        return ray.get(board.latest.remote(), timeout=10.0)
+    except ray.exceptions.RayError:
+        return {}  # a busy or ending cluster: the next poll tells
+
+
+def _show_lines(board: Any, total_steps: int, title: str, done: threading.Event) -> None:
+    shown_step, shown_at = 0, time.monotonic()
+    while not done.wait(POLL_PAUSE_S):
+        if time.monotonic() - shown_at < QUIET_PAUSE_S:
+            continue
+        values = _poll(board)
+        if values and values["step"] > shown_step:
+            shown_step, shown_at = int(values["step"]), time.monotonic()
+            logger.info("%s  step %d/%d  %s", title, shown_step, total_steps, describe(values))
+
+
+def _show_bar(board: Any, total_steps: int, title: str, done: threading.Event) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[line]}"),
+    )
+    with Progress(*columns, transient=False) as progress:
+        task = progress.add_task(title, total=total_steps, line="starting workers")
+        while True:
+            is_done = done.wait(POLL_PAUSE_S)
+            values = _poll(board)
+            if values:
+                progress.update(task, completed=int(values["step"]), line=describe(values))
+            if is_done:
+                return
