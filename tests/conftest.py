@@ -1,0 +1,80 @@
+"""Fixtures for all tests: real data when it is there, one Ray, untouched random states."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.cluster_session import set_ray_environment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _shared_folder(variable: str, default: str) -> Path:
+    folder = Path(os.environ.get(variable) or REPOSITORY / default).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: set {variable} to run the tests on it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_data_dir() -> Path:
+    """Real photographs and clips with MANIFEST.json; named by QFORMER_TEST_DATA."""
+    return _shared_folder("QFORMER_TEST_DATA", "../shared/data")
+
+
+@pytest.fixture(scope="session")
+def goldens_dir() -> Path:
+    """Tensors recorded from reference implementations; named by QFORMER_GOLDENS."""
+    return _shared_folder("QFORMER_GOLDENS", "../shared/goldens")
+
+
+def pytest_collection_modifyitems(items):
+    """Leave GPU tests out unless they are demanded: a machine may have a GPU that is in use."""
+    if os.environ.get("QFORMER_TEST_GPU") == "1":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="set QFORMER_TEST_GPU=1 to run GPU tests"))
+
+
+@pytest.fixture(autouse=True)
+def _restored_random_state():
+    """No test changes what another draws."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch = sys.modules.get("torch")  # tests that never load it need not wait for it
+    torch_state = torch.get_rng_state() if torch else None
+    yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    if torch_state is not None:
+        torch.set_rng_state(torch_state)
+
+
+def pytest_configure():
+    """Before any test module imports ray, which reads some of this when it loads."""
+    set_ray_environment()
+
+
+@pytest.fixture(scope="session")
+def ray_local(tmp_path_factory):
+    """One quiet local Ray for the whole run; its token lies in a folder of this run, not in HOME."""
+    import ray
+
+    token = tmp_path_factory.mktemp("ray") / "auth_token"
+    token.write_text("0" * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=256 * 2**20,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
+        yield ray
+        ray.shutdown()

@@ -1,0 +1,130 @@
+"""Settings: what is read, and the one line that each mistake gives."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import settings as job_settings
+from jobs.demo.settings import DemoSettings
+from jobs.settings import CaptionSettings, PrepareSettings, ServeSettings, TrainSettings
+from jobs.settings_loading import load, resolved_yaml
+from qformer.errors import UserError
+
+CONFIGS = Path(job_settings.__file__).parent / "configs"
+CLASSES = {
+    "prepare": PrepareSettings,
+    "train": TrainSettings,
+    "evaluate": job_settings.EvaluateSettings,
+    "caption": CaptionSettings,
+    "serve": ServeSettings,
+    "demo": DemoSettings,
+}
+STAGE1 = CONFIGS / "train_stage1.yaml"
+
+
+def message(model, config=None, *overrides):
+    with pytest.raises(UserError) as caught:
+        load(model, config, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_in_the_repository_loads(path):
+    load(CLASSES[path.stem.partition("_")[0]], path)
+
+
+def test_overrides_win_over_the_file_and_later_over_earlier():
+    loaded = load(TrainSettings, STAGE1, ["steps=5", "steps=7", "optim.learning_rate=2e-3", "model.vision=a=b"])
+    assert (loaded.steps, loaded.optim.learning_rate, loaded.model.vision) == (7, 2e-3, "a=b")
+    assert loaded.optim.warmup_steps == 2000  # a sibling of an overridden key keeps the file's value
+
+
+def test_lists_are_addressed_by_position():
+    loaded = load(PrepareSettings, None, ["output=o", "sources.0.path=a", "sources.1.path=b", "sources.0.split=x"])
+    assert [(source.path, source.split) for source in loaded.sources] == [("a", "x"), ("b", "train")]
+    assert "no position" in message(PrepareSettings, None, "output=o", "sources=[]", "sources.3.path=a")
+
+
+def test_resolved_yaml_is_read_back_the_same(tmp_path):
+    loaded = load(TrainSettings, STAGE1, ["model.prompt='a photo: ü'"])
+    (tmp_path / "again.yaml").write_text(resolved_yaml(loaded), encoding="utf-8")
+    assert load(TrainSettings, tmp_path / "again.yaml") == loaded
+    assert yaml.safe_load(resolved_yaml(loaded))["optim"]["clip_norm"] == 1.0  # a default, filled in
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        # misspelt beside its siblings
+        (
+            "optim.lerning_rate=1",
+            "--set optim.lerning_rate=1: unknown key 'optim.lerning_rate'; did you mean optim.learning_rate?",
+        ),
+        # the right name in the wrong place
+        ("learning_rate=1", "did you mean optim.learning_rate?"),
+        ("model.batch_size=1", "did you mean batch_size?"),
+        # like nothing there is: the valid keys of that place
+        ("ray.zzz=1", "valid keys under ray: address, num_cpus"),
+        # wrong type, out of range, not one of the choices
+        ("steps=abc", "--set steps=abc: steps = 'abc': input should be a valid integer"),
+        ("steps=0", "steps = 0: input should be greater than 0"),
+        ("precision=fp8", "precision = 'fp8': input should be 'fp32' or 'bf16'"),
+        ("output=", "output = null: input should be a valid string"),
+        # no assignment
+        ("steps", "--set steps: write --set key=value"),
+        ("=3", "write --set key=value"),
+        ("model..vision=x", "write --set key=value"),
+        ("output=[", "not valid YAML"),
+        ("steps.more=1", "what stands before 'more' is the value 250000, not a mapping"),
+    ],
+)
+def test_mistakes_in_overrides(override, expected):
+    text = message(TrainSettings, STAGE1, override)
+    assert expected in text
+    assert "\n" not in text
+
+
+def test_unknown_key_inside_a_list_of_settings():
+    text = message(PrepareSettings, None, "output=o", "sources.0.path=a", "sources.0.medai_root=b")
+    assert text.endswith("unknown key 'sources.0.medai_root'; did you mean sources.0.media_root?")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("steps: 5\nstpes: 6\n", "unknown key 'stpes'; did you mean steps?"),
+        ("- a\n- b\n", "holds a list"),
+        ("steps: [1\n", "is not valid YAML"),
+        ("steps: 1\nsteps: 2\n", "the key 'steps' stands twice (line 2, column 1)"),
+        ("steps: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),  # builds no objects
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_mistakes_in_the_file_name_it(tmp_path, content, expected):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    text = message(TrainSettings, path)
+    assert expected in text
+    assert all(str(path) in line for line in text.splitlines())
+
+
+def test_missing_keys_one_line_each(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("output: o\nstage: 1\nmodel: {vision: x}\ndata: {}\nsteps: 1\n")
+    first, second = message(TrainSettings, path).splitlines()
+    assert "'data.manifest' is missing" in first and "--set data.manifest=VALUE" in first
+    assert "'batch_size' is missing" in second
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    assert "nowhere.yaml does not exist" in message(TrainSettings, tmp_path / "nowhere.yaml")
+    assert "cannot be read" in message(TrainSettings, tmp_path)
+    (tmp_path / "image.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "cannot be read" in message(TrainSettings, tmp_path / "image.jpg")
+
+
+def test_settings_are_frozen():
+    loaded = load(DemoSettings, None)
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.demo = None

@@ -1,0 +1,123 @@
+"""The few tests that need Ray itself."""
+
+import json
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pipelines.data import schema
+from pipelines.data.batch import SampleBatch
+from pipelines.data.dataset import build_segment, evaluation_dataset, probe, to_batch
+from pipelines.data.order import PADDING, epoch_order, rank_rows
+from pipelines.data.samples import Limits
+from tests.pipelines.data.builders import DECODE, image_manifest, manifest
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def _consume(streams, pauses_s) -> list[list[SampleBatch]]:
+    """Iterate all ranks at a time, each at its own speed, as workers that got their stream by pickle."""
+    got: list[list[SampleBatch]] = [[] for _ in streams]
+
+    def run(rank):
+        for batch in pickle.loads(pickle.dumps(streams[rank])):
+            got[rank].append(batch)
+            time.sleep(pauses_s[rank])
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(streams))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got
+
+
+def test_every_rank_gets_its_rows_in_order(tmp_path):
+    table = image_manifest(tmp_path, 45)
+    (tmp_path / "7.jpg").unlink()
+    (tmp_path / "9.jpg").write_bytes(b"no picture")
+    order = epoch_order(np.zeros(45, dtype=np.int64), seed=1, epoch=0, global_batch=4)
+    streams = build_segment(
+        table,
+        order,
+        first_step=100,
+        epochs=np.zeros(len(order), dtype=np.int64),
+        seed=1,
+        world_size=2,
+        decode=DECODE,
+        decode_workers=2,
+    )
+    got = _consume(streams, pauses_s=[0.0, 0.02])
+
+    names = table[schema.SAMPLE_ID].to_pylist()
+    for rank, batches in enumerate(got):
+        assert [(batch.step, batch.rank) for batch in batches] == [(100 + s, rank) for s in range(len(order))]
+        expected = [rank_rows(batch, 2)[rank] for batch in order]
+        assert [batch.sample_ids for batch in batches] == [
+            ["" if row == PADDING else names[row] for row in rows] for rows in expected
+        ]
+    everything = [batch for batches in got for batch in batches]
+    failures = {failure.sample_id: failure.error_class for batch in everything for failure in batch.failures}
+    assert failures == {"s7": "missing", "s9": "unsupported"}
+    valid = [n for b in everything for n, ok in zip(b.sample_ids, b.is_valid, strict=True) if ok]
+    assert sorted(valid) == sorted(set(names) - set(failures))
+    red = {n: b.pixels[i, 0, 0].mean() for b in everything for i, n in enumerate(b.sample_ids) if b.is_valid[i]}
+    assert all(abs(level - int(name[1:]) * 7 % 256) < 6 for name, level in red.items())
+
+
+def test_evaluation_sees_every_row_once(tmp_path):
+    table = image_manifest(tmp_path, 11)
+    dataset = evaluation_dataset(table, batch_size=4, decode=DECODE, decode_workers=1)
+    batches = [to_batch(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
+    assert [len(batch.sample_ids) for batch in batches] == [4, 4, 3]
+    assert [name for batch in batches for name in batch.sample_ids] == table[schema.SAMPLE_ID].to_pylist()
+    assert all(batch.is_valid.all() for batch in batches)
+
+
+def test_probe_accounts_for_every_row(tmp_path):
+    table = image_manifest(tmp_path, 70)
+    (tmp_path / "5.jpg").unlink()
+    doubled = manifest([*table.to_pylist(), {"sample_id": "s3", "media": "/other.jpg"}])
+    told = []
+    used, quarantined = probe(
+        doubled, num_frames=2, limits=Limits(), decode_workers=1, on_progress=lambda *counts: told.append(counts)
+    )
+    assert used[schema.SAMPLE_ID].to_pylist() == [f"s{i}" for i in range(70) if i != 5]
+    found = {row["sample_id"]: (row["error_class"], row["media"]) for row in quarantined.to_pylist()}
+    assert found == {"s5": ("missing", str(tmp_path / "5.jpg")), "s3": ("config", "/other.jpg")}
+    assert told[-1] == (71, 71, 2)
+
+
+def test_prepare_over_real_files(tmp_path, test_data_dir, capsys):
+    """Photographs with captions and a folder of difficult clips: what the manifest of the data says, happens."""
+    import pyarrow.parquet as pq
+
+    from jobs.prepare import main
+    from jobs.settings import PrepareSettings
+
+    settings = PrepareSettings.model_validate(
+        {
+            "sources": [
+                {"path": str(test_data_dir / "captioned/captions.jsonl"), "columns": {"media": "image"}},
+                {"path": str(test_data_dir / "videos")},
+            ],
+            "output": str(tmp_path / "out"),
+        }
+    )
+    summary = main(settings)
+    used = set(pq.read_table(tmp_path / "out/manifest.parquet")[schema.SAMPLE_ID].to_pylist())
+    quarantined = set(pq.read_table(tmp_path / "out/quarantine.parquet")[schema.SAMPLE_ID].to_pylist())
+    for record in json.loads((test_data_dir / "MANIFEST.json").read_text())["records"]:
+        if record["kind"] == "video":
+            name, expected = record["path"].removeprefix("videos/"), record["ground_truth"]["expected"]
+            if expected in ("must_fail", "no_video_stream"):
+                assert name in quarantined
+            elif expected == "decodes":
+                assert name in used
+    rows = f"rows in {len(used) + len(quarantined)} = rows used {len(used)} + rows quarantined {len(quarantined)}"
+    assert capsys.readouterr().out.splitlines()[-1] == rows
+    assert summary["used_by_kind"]["image"] == 1068
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary

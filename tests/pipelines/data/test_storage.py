@@ -1,0 +1,53 @@
+import pytest
+
+from pipelines.data import storage
+from qformer.errors import UserError
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_the_newest_finished_checkpoint(tmp_path, scheme):
+    root = str(tmp_path) if scheme == "local" else f"memory://{tmp_path.name}-{scheme}"
+    for step, is_complete in [(20, True), (100, True), (200, False)]:
+        folder = storage.join(root, "checkpoints", f"step-{step:08d}")
+        storage.write_text(storage.join(folder, "bridge.json"), "{}")
+        if is_complete:
+            storage.write_text(storage.join(folder, "complete.json"), "{}")
+    newest = storage.newest_checkpoint(root)
+    assert newest.endswith("checkpoints/step-00000100")
+    assert storage.newest_checkpoint(newest) == newest
+    copy = storage.local_folder(newest)
+    assert sorted(path.name for path in copy.iterdir()) == ["bridge.json", "complete.json"]
+
+
+def test_no_checkpoint_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        storage.newest_checkpoint(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        storage.newest_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_reads_are_limited(tmp_path, scheme):
+    uri = str(tmp_path / "a") if scheme == "local" else f"memory://{tmp_path.name}/a"
+    storage.write_bytes(uri, b"12345")
+    assert storage.read_bytes(uri, 5) == b"12345"
+    with pytest.raises(storage.FileTooLargeError):
+        storage.read_bytes(uri, 4)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    storage.write_text(str(path), "old")
+    with pytest.raises(TypeError):
+        storage.write_bytes(str(path), None)  # type: ignore[arg-type]
+    assert path.read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_used_folder_is_refused(tmp_path):
+    storage.require_unused(str(tmp_path / "new"), "output")
+    storage.require_unused(str(tmp_path), "output")
+    (tmp_path / "x").touch()
+    with pytest.raises(UserError, match=r"output=.*already used \(it holds x\)"):
+        storage.require_unused(str(tmp_path), "output")
+    with pytest.raises(UserError, match="is a file"):
+        storage.require_unused(str(tmp_path / "x"), "output")

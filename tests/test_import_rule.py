@@ -1,0 +1,141 @@
+"""Who may import whom, read off the syntax trees, and that the model library stays free of Ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("qformer", "pipelines", "jobs", "cluster")
+STANDARD = sys.stdlib_module_names
+
+# What the model library may use besides torch and the standard library, inside functions of these modules only.
+LOADERS = {
+    "qformer/backbones.py": {"timm", "torchvision", "transformers"},
+    "qformer/text.py": {"tokenizers", "transformers"},
+    "qformer/bridge.py": {"safetensors", "tokenizers", "transformers"},
+}
+# The folder -> the project's own packages it may import besides itself.
+OWN = {
+    "qformer": (),
+    "pipelines/data": ("qformer",),
+    "pipelines/evaluation": ("qformer", "pipelines.data"),
+    "pipelines/serving": ("qformer", "pipelines.data"),
+    "pipelines/training": ("qformer", "pipelines.data"),
+    "jobs": ("qformer", "pipelines"),
+    "cluster": (),
+}
+
+
+def sources():
+    return [path.relative_to(REPOSITORY) for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+
+
+def imports(tree, package):
+    """(module, is at top level) of every import; relative ones resolved against `package`.
+
+    `from a import b` gives "a.b": whether b is a module or a name makes no difference to the rule.
+    """
+    in_functions = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        is_top = id(node) not in in_functions
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, is_top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from ((f"{base}.{alias.name}", is_top) for alias in node.names)
+
+
+def is_within(module, package):
+    return module == package or module.startswith(f"{package}.")
+
+
+def violations(path, text):
+    """Forbidden imports of the file at `path` (relative to the repository), one sentence each."""
+    place = path.as_posix()
+    folder = next((name for name in OWN if place.startswith(f"{name}/")), None)
+    allowed_own = (folder.replace("/", "."), *OWN[folder]) if folder else ()
+    found = []
+    for module, is_top in imports(ast.parse(text), ".".join(path.parts[:-1])):
+        root = module.partition(".")[0]
+        if root in PACKAGES and not any(is_within(module, own) for own in allowed_own):
+            found.append(f"{place} imports {module}")
+        if folder == "qformer" and root not in {*STANDARD, "torch", "qformer"}:
+            in_loader = root in LOADERS.get(place, ()) and not is_top
+            if not in_loader:
+                found.append(f"{place} imports {module}: torch and the standard library only")
+        if folder == "pipelines/data" and root == "ray" and path.name != "dataset.py":
+            found.append(f"{place} imports ray: dataset.py alone wires it in")
+        if folder == "cluster" and root not in STANDARD:
+            found.append(f"{place} imports {module}: cluster uses nothing")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_imports_follow_the_rule(path):
+    assert violations(path, (REPOSITORY / path).read_text()) == []
+
+
+@pytest.mark.parametrize("path", [path for path in sources() if path.name == "__init__.py"], ids=str)
+def test_package_files_hold_only_docstring_and_reexports(path):
+    for node in ast.parse((REPOSITORY / path).read_text()).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        assert is_docstring or is_all or isinstance(node, ast.ImportFrom), ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("qformer/model.py", "import ray"),
+        ("qformer/model.py", "def load():\n    import timm"),  # not a loader
+        ("qformer/backbones.py", "import timm"),  # a loader, but at the top
+        ("qformer/model.py", "from pipelines.data import order"),
+        ("pipelines/data/order.py", "from ray import data"),
+        ("pipelines/data/order.py", "def late():\n    import ray.data"),
+        ("pipelines/data/order.py", "from ..training import loop"),
+        ("pipelines/serving/app.py", "from pipelines import evaluation"),
+        ("pipelines/training/loop.py", "import jobs.settings"),
+        ("cluster/local.py", "import ray"),
+    ],
+)
+def test_the_rule_notices(path, text):
+    assert violations(Path(path), text)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("qformer/backbones.py", "def load():\n    import timm"),
+        ("pipelines/data/dataset.py", "import ray"),
+        ("pipelines/training/loop.py", "import ray\nfrom pipelines.data.order import plan\nfrom . import optim"),
+        ("jobs/train.py", "from pipelines.training import loop\nfrom jobs.settings import TrainSettings"),
+    ],
+)
+def test_the_rule_allows(path, text):
+    assert violations(Path(path), text) == []
+
+
+def test_importing_qformer_loads_no_ray():
+    modules = [".".join(path.with_suffix("").parts) for path in sources() if path.parts[0] == "qformer"]
+    names = [name.removesuffix(".__init__") for name in modules]
+    code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
+    code += "print({'ray', 'pipelines', 'jobs', 'transformers', 'timm'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_decoding_needs_no_torch():
+    """Decode workers and their children stay small: torch costs seconds and hundreds of megabytes each."""
+    names = ["qformer.preprocessing", "pipelines.data.decode", "pipelines.data.transforms", "pipelines.data.sampling"]
+    code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,121 @@
+"""Random checkpoints small enough to load in a test: real models, real files, nothing learned."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from qformer.backbones import import_torchvision, load_vision
+from qformer.bridge import BridgeInfo, save_bridge
+from qformer.config import QFormerConfig
+from qformer.stage1 import Stage1
+from qformer.stage2 import Stage2
+from qformer.text import TextTokenizer
+
+VISION = "test_vit"  # timm's smallest ViT, 160 px, random weights
+NUM_FRAMES = 4
+TEXT = "a small large red green blue circle square triangle left right of above moving still"
+WORDS = TEXT.split()
+LANGUAGE_WIDTH = 32
+
+
+def write_stage1(folder: Path) -> Path:
+    """A retriever's checkpoint folder."""
+    import_torchvision()
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(1)
+    tokenizer = TextTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=_word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
+            pad_token="[PAD]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            unk_token="[UNK]",
+        ),
+        16,
+    )
+    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size)), tokenizer, None)
+
+
+def write_stage2(folder: Path) -> Path:
+    """A captioner's checkpoint folder, its language model beside it."""
+    torch.manual_seed(2)
+    language = folder.with_name(folder.name + "-language")
+    _write_language(language)
+    return _write(folder, 2, Stage2(_config(0), language_width=LANGUAGE_WIDTH), None, str(language))
+
+
+def _config(vocab_size: int) -> QFormerConfig:
+    return QFormerConfig(
+        encoder_width=load_vision(VISION, pretrained=False).width,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=64,
+        num_queries=4,
+        vocab_size=vocab_size,
+        max_positions=32,
+        embed_dim=16,
+    )
+
+
+def _write(folder, stage, trainables, tokenizer, language) -> Path:
+    for parameter in trainables.parameters():
+        # Fresh weights are so small that every picture would look alike to the model.
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    folder.mkdir(parents=True)
+    info = BridgeInfo(
+        stage=stage,
+        step=3,
+        vision=VISION,
+        vision_pretrained=False,
+        vision_layer=-2,
+        language=language,
+        qformer=_config(trainables.qformer.config.vocab_size),
+        preprocessing=load_vision(VISION, pretrained=False).preprocessing,
+        num_frames=NUM_FRAMES,
+        max_text_tokens=16,
+    )
+    save_bridge(folder, info, trainables, tokenizer)
+    (folder / "complete.json").write_text(json.dumps({"step": 3}))
+    return folder
+
+
+def _word_tokenizer(special: list[str], template: str):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    used = [(token, vocabulary[token]) for token in special if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    return tokenizer
+
+
+def _write_language(folder: Path) -> None:
+    import_torchvision()
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_word_tokenizer(special, "<bos> $A"),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+    config = LlamaConfig(
+        vocab_size=len(special) + len(WORDS),
+        hidden_size=LANGUAGE_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
