@@ -41,9 +41,9 @@ class RaySettings(Settings):
     """The cluster a job runs on."""
 
     address: str | None = None
-    """Address of a running cluster; null takes RAY_ADDRESS from the environment, else starts a cluster here."""
+    """Address of a running cluster; null takes the environment's RAY_ADDRESS, else starts a cluster here."""
     num_cpus: int | None = None
-    """Logical CPUs of a cluster started here; null: the machine's, at least 4, lest training starve decoding."""
+    """Logical CPUs of a cluster started here; null: all, at least 4, lest training starve decoding."""
 
 
 class AugmentationSettings(Settings):
@@ -167,6 +167,8 @@ class EvaluateSettings(Settings):
     """Candidates per query that the ITM head scores again; 0 ranks by ITC alone."""
     max_new_tokens: int = Field(default=32, gt=0)
     workers: int = Field(default=1, ge=1)
+    """Model actors."""
+    decode_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
     ray: RaySettings = RaySettings()
 
@@ -190,6 +192,8 @@ class ServeSettings(Settings):
     """Loopback unless you mean to open the endpoint to the network."""
     port: int = Field(default=8000, ge=1, le=65535)
     max_body_bytes: int = Field(default=64 * 1024**2, gt=0)
+    max_concurrent_requests: int = Field(default=32, ge=1)
+    """Requests in work at a time; more are answered 503. Bounds the memory that bodies may take."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     max_new_tokens: int = Field(default=32, gt=0)
     max_batch_size: int = Field(default=8, ge=1)

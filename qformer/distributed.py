@@ -65,3 +65,11 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
     if world_size() > 1:
         distributed.all_reduce(global_count)
     return total * world_size() / global_count.clamp(min=1.0)
+
+
+def mean_of_ranks(value: float) -> float:
+    """Mean of a per-rank figure, for logs. Runs on the CPU backend."""
+    figure = torch.tensor(value, dtype=torch.float64)
+    if world_size() > 1:
+        distributed.all_reduce(figure)
+    return float(figure) / world_size()

@@ -65,8 +65,9 @@ def sample_negatives(
 
     def draw(scores_BN: Tensor) -> Tensor:
         weights_BN = scores_BN.detach().float().masked_fill(~is_candidate_BN, float("-inf")).softmax(dim=1)
-        # Rows without a candidate are NaN here; any index serves, they are masked by has_negative_B.
-        weights_BN = torch.where(has_negative_B[:, None], weights_BN, torch.ones_like(weights_BN))
+        # Rows without a candidate are NaN here, and so are all rows of a run that diverged. Any index serves: the
+        # former are masked by has_negative_B, the latter stop at the loop's own check, which names the samples.
+        weights_BN = torch.where(weights_BN.isfinite(), weights_BN, torch.ones_like(weights_BN))
         # A candidate's weight may underflow to zero, which would make the whole row undrawable.
         weights_BN = weights_BN + is_candidate_BN * torch.finfo(weights_BN.dtype).tiny
         return torch.multinomial(weights_BN, 1, generator=generator).flatten()

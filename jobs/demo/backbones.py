@@ -21,13 +21,14 @@ from jobs.demo.language_batches import caption_ids
 from jobs.demo.make_language import caption_loss, save_language, train_language
 from jobs.demo.make_vision import block_features, save_vision, train_vision
 from jobs.demo.patches import CLASSES, render_examples
-from jobs.demo.scenes import Scene, sample_scene
+from jobs.demo.scenes import Kind, Scene, sample_scene
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 MODELS_FOLDER = Path(__file__).parent / "models"
 NUM_SLOTS = 8
+KINDS: tuple[Kind, ...] = ("image", "clip")
 NUM_CLIP_FRAMES = 4
 FEATURE_WIDTH = 96
 MAX_NEW_TOKENS = 20
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 def fact_accuracy(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
-    kind: str,
+    kind: Kind,
     *,
     noise_std: float,
     clutter: Clutter = CLEAN,
@@ -66,14 +67,14 @@ def fact_accuracy(
     Args:
         model: The language model.
         tokenizer: Its tokenizer.
-        kind: "image" or "clip".
+        kind: Of scene: "single", "pair", "image" or "clip".
         noise_std: Noise on every slot, relative to the embeddings' standard deviation.
         clutter: Further untidiness of the prompts.
         count: Number of scenes.
         seed: Decides scenes, slots and noise.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    scenes = [_scene(rng, kind, held_out=True) for _ in range(count)]
+    scenes = [sample_scene(rng, kind, held_out=True) for _ in range(count)]
     prompts = [_facts(scene, rng) for scene in scenes]
     weights_BLV = fill_slots(prompts, NUM_SLOTS, tokenizer.get_vocab(), clutter, rng)
     embedding_VD = model.get_input_embeddings().weight.detach()
@@ -129,7 +130,7 @@ def bridge_accuracy(
 
     optimizer = torch.optim.Adam(linear.parameters(), lr=BRIDGE_LEARNING_RATE)
     for step in range(num_steps):
-        scenes = [_scene(rng, "clip" if step % 2 else "image", held_out=False) for _ in range(32)]
+        scenes = [sample_scene(rng, "clip" if step % 2 else "image", held_out=False) for _ in range(32)]
         ids_BT = caption_ids(tokenizer, [captions(scene, rng, 1)[0] for scene in scenes])
         loss = caption_loss(model, prompts_of(scenes), ids_BT)
         optimizer.zero_grad()
@@ -137,8 +138,8 @@ def bridge_accuracy(
         optimizer.step()
     accuracies = {}
     for held_out in (False, True):
-        for kind in ("image", "clip"):
-            scenes = [_scene(rng, kind, held_out) for _ in range(count)]
+        for kind in KINDS:
+            scenes = [sample_scene(rng, kind, held_out) for _ in range(count)]
             told = greedy_captions(model, tokenizer, prompts_of(scenes).detach())
             right = sum(parse(text) == scene for text, scene in zip(told, scenes, strict=True))
             accuracies[f"{'held-out' if held_out else 'seen'} {kind}s"] = right / count
@@ -210,7 +211,7 @@ def _language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     rows = [("language: training", f"{time.perf_counter() - start_s:.0f} s")]
     # What is checked is what others will load, not the model in memory.
     model, tokenizer = load_language(str(folder))
-    for kind in ("image", "clip"):
+    for kind in KINDS:
         for title, noise_std, clutter in (
             ("clean facts", 0.0, CLEAN),
             ("noise 0.3", 0.3, CLEAN),
@@ -237,10 +238,6 @@ def _vision_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     frames = torch.zeros(32, 1, 3, 64, 64, dtype=torch.uint8)
     rows.append(("vision: second-to-last block, 32 frames, 1 thread", f"{_time_ms(lambda: encoder(frames)):.0f} ms"))
     return [*rows, ("vision: size", _size(folder))]
-
-
-def _scene(rng: random.Random, kind: str, held_out: bool) -> Scene:
-    return sample_scene(rng, "clip" if kind == "clip" else "image", held_out)
 
 
 def _facts(scene: Scene, rng: random.Random) -> list[list[str]]:

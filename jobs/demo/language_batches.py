@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENS_PER_BATCH = 2000
-MADE_UP_COLOURS = tuple(f"colour{index}" for index in range(16))
-MADE_UP_SHAPES = tuple(f"shape{index}" for index in range(16))
+MADE_UP_COLOURS = tuple(f"colour{index}" for index in range(8))
+MADE_UP_SHAPES = tuple(f"shape{index}" for index in range(8))
 MADE_UP_RATE = 0.4
 MISSING_RATE = 0.12
 PAIR_RATE = 0.8

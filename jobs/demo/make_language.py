@@ -25,25 +25,22 @@ from torch.nn import functional as F
 from jobs.demo.facts import CLEAN, FULL, embed_prompts, fact_tokens
 from jobs.demo.grammar import vocabulary
 from jobs.demo.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
-from jobs.demo.scenes import COLOURS, SHAPES, SIZES
+from jobs.demo.lookup import VALUES_OF_KIND, begin_as_lookup, mix_facts
 from qformer.backbones import import_torchvision
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 WIDTH = 128
-INITIAL_STD = 0.06
-EMBEDDING_STD = 0.5
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 NUM_STEPS = 2000
 NUM_CLEAN_STEPS = 300
 PEAK_LEARNING_RATE = 3e-3
 LOG_EVERY_STEPS = 100
-# Three equal shares add up to about the length of one embedding.
-FACT_SHARE = 0.6
 HIDDEN_WORD_RATE = 0.1
 # Without it, "never seen together" is pushed towards impossible, and outweighs a fact that says otherwise.
 LABEL_SMOOTHING = 0.1
+PHRASE_WEIGHT = 0.3
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +72,7 @@ def build_model(vocabulary_size: int) -> "LlamaForCausalLM":
         max_position_embeddings=512,
         # Slots are found by what they hold: let most of a head's width ignore the distance.
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        initializer_range=INITIAL_STD,
+        initializer_range=0.06,
         # A fact's embedding holds its word's; were it also the output row, the fact would compete with the word.
         tie_word_embeddings=False,
         pad_token_id=0,
@@ -83,8 +80,6 @@ def build_model(vocabulary_size: int) -> "LlamaForCausalLM":
         eos_token_id=2,
     )
     model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        _begin_as_lookup(model)
     return model
 
 
@@ -94,6 +89,7 @@ def caption_loss(
     ids_BT: Tensor,
     targets_BT: Tensor | None = None,
     label_smoothing: float = 0.0,
+    weight_V: Tensor | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of captions and their ends, given soft prompts before `<bos>`.
 
@@ -103,6 +99,7 @@ def caption_loss(
         ids_BT: `<bos>` caption `<eos>`, then padding.
         targets_BT: What is scored at each place but the last; `ids_BT` without padding if not given.
         label_smoothing: Share of each target spread over all words.
+        weight_V: Of each word in the mean; equal if not given.
     """
     words_BTD = model.get_input_embeddings()(ids_BT[:, :-1])
     hidden_BLD = model.model(inputs_embeds=torch.cat([prompts_BLD, words_BTD], dim=1)).last_hidden_state
@@ -115,6 +112,7 @@ def caption_loss(
         targets_BT.flatten(),
         ignore_index=IGNORED,
         label_smoothing=label_smoothing,
+        weight=weight_V,
     )
 
 
@@ -125,10 +123,15 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     tokenizer = build_tokenizer([*MADE_UP_COLOURS, *MADE_UP_SHAPES, *made_up_facts()])
     model = build_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
-    mixing_VN, parts_ND = _fact_mixing(tokenizer)
+    mixing_VN, parts_ND, row_of_part = mix_facts(tokenizer, WIDTH)
+    begin_as_lookup(model, tokenizer, parts_ND, row_of_part)
+    parts_ND.requires_grad_()
     optimizer.add_param_group({"params": [parts_ND]})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
-    attribute_ids = torch.tensor([tokenizer.get_vocab()[word] for word in (*COLOURS, *SHAPES, *SIZES)])
+    attribute_ids = torch.tensor([tokenizer.get_vocab()[word] for words in VALUES_OF_KIND.values() for word in words])
+    # Which paraphrase comes is chance; the words that facts decide shall not drown in it.
+    weight_V = torch.full((len(tokenizer),), PHRASE_WEIGHT)
+    weight_V[attribute_ids] = 1
     model.train()
     for step in range(num_steps):
         clutter = CLEAN if step < NUM_CLEAN_STEPS else FULL
@@ -143,7 +146,7 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
         is_hidden_BT = torch.isin(batch.ids, attribute_ids) & (torch.rand(batch.ids.shape) < HIDDEN_WORD_RATE)
         is_hidden_BT[:, 1:] |= (batch.targets == IGNORED) & (batch.ids[:, 1:] != tokenizer.pad_token_id)
         read_BT = batch.ids.masked_fill(is_hidden_BT, tokenizer.unk_token_id)
-        loss = caption_loss(model, prompts_BLD, read_BT, batch.targets, LABEL_SMOOTHING)
+        loss = caption_loss(model, prompts_BLD, read_BT, batch.targets, LABEL_SMOOTHING, weight_V)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -163,50 +166,6 @@ def save_language(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast
     """Write both in the ordinary transformers layout."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _begin_as_lookup(model: "LlamaForCausalLM") -> None:
-    """Let attention begin by finding what resembles the present word, and by passing on what it finds.
-
-    Naming facts is looking them up, and this start saves the model most of the time to discover that.
-    """
-    # About the size of a linear layer's output after a layer norm, which is what a bridge delivers.
-    model.get_input_embeddings().weight.copy_(model.lm_head.weight * (EMBEDDING_STD / INITIAL_STD))
-    half = WIDTH // 2
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        attention.q_proj.weight[:half] = attention.k_proj.weight[:half]
-        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
-
-
-def _fact_mixing(tokenizer: "PreTrainedTokenizerFast") -> tuple[Tensor, Tensor]:
-    """Say how each token's embedding is mixed from words and parts.
-
-    `<a:red>` is the sum of "red", of being the first thing's and of being a colour: the structure that lets
-    the model match a word it has said with the thing it belongs to. Words and other facts are themselves.
-
-    Returns:
-        mixing_VN over the V words followed by the parts, and the trainable parts_ND.
-    """
-    id_of_token = tokenizer.get_vocab()
-    shares: list[tuple[int, str]] = []
-    for token, index in id_of_token.items():
-        if not token.startswith(("<a:", "<b:")):
-            continue
-        who, value = token[1], token[3:-1]
-        kinds = (("size", SIZES), ("colour", (*COLOURS, *MADE_UP_COLOURS)), ("shape", (*SHAPES, *MADE_UP_SHAPES)))
-        kind = next((name for name, values in kinds if value in values), f"place {value}")
-        shares += [(index, f"role {who}"), (index, f"kind {kind}")]
-        if value in id_of_token:
-            shares.append((index, value))
-    parts = sorted({name for _, name in shares if name not in id_of_token})
-    column = id_of_token | {name: len(id_of_token) + order for order, name in enumerate(parts)}
-    mixing_VN = torch.eye(len(id_of_token), len(column))
-    for index, _ in shares:
-        mixing_VN[index] = 0
-    for index, name in shares:
-        mixing_VN[index, column[name]] = FACT_SHARE
-    return mixing_VN, (EMBEDDING_STD * torch.randn(len(parts), WIDTH)).requires_grad_()
 
 
 def _import_transformers() -> ModuleType:

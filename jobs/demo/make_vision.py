@@ -70,13 +70,17 @@ class DenseHeads(nn.Module):
         total = features_BPD.new_zeros(())
         for name, labels_BP in labels.items():
             num_values = len(CLASSES[name])
-            # Few patches show a thing; without the weight "none" would be learnt first and for long.
-            weight = torch.ones(num_values + 1)
-            weight[-1] = 0.2
-            logits_NC, labels_N = answers[name].flatten(0, 1), labels_BP.flatten()
-            total = total + F.cross_entropy(
-                logits_NC, labels_N, weight, ignore_index=IGNORED, label_smoothing=_LABEL_SMOOTHING
+            labels_N = labels_BP.flatten()
+            losses_N = F.cross_entropy(
+                answers[name].flatten(0, 1),
+                labels_N,
+                ignore_index=IGNORED,
+                label_smoothing=_LABEL_SMOOTHING,
+                reduction="none",
             )
+            # Few patches show a thing; without the weight "none" would be learnt first and for long.
+            weight_N = torch.where(labels_N == num_values, 0.2, 1.0) * (labels_N != IGNORED)
+            total = total + (losses_N * weight_N).sum() / weight_N.sum()
         is_thing_BP = (labels["size"] >= 0) & (labels["size"] < len(SIZES))
         if is_thing_BP.any():
             errors_BP2 = answers["offset"] - offsets_BP2 * 4

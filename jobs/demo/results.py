@@ -94,8 +94,8 @@ def _retrieval_rows(name: str, metrics: dict[str, Any], *, has_bar: bool) -> lis
     bar = MIN_RECALL if has_bar else None
     pairs = f"{metrics['images']} pairs"
     return [
-        _at_least(f"{name}: image to text R@1, {pairs}", metrics["image_to_text"]["R@1"], bar),
-        _at_least(f"{name}: text to image R@1, {pairs}", metrics["text_to_image"]["R@1"], bar),
+        _at_least(f"{name}: image to text R@1, {pairs}", metrics["image_to_text"]["r1"], bar),
+        _at_least(f"{name}: text to image R@1, {pairs}", metrics["text_to_image"]["r1"], bar),
     ]
 
 

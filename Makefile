@@ -1,0 +1,60 @@
+# Every target makes .venv first when it is not there, and uses it after: from requirements.lock where pip is
+# configured to offer the CPU build of torch, else from requirements-cuda.lock (LOCK=… decides it).
+PYTHON ?= python3
+LOCK ?=
+ARGS ?=
+BIN := .venv/bin
+PACKAGES := qformer pipelines jobs cluster
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-full test test-all lint format bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than 3.11; name another: make PYTHON=python3.12 …" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@lock="$(LOCK)"; torch="$$(grep -o '^torch==[^ ]*' requirements.lock)"; \
+	if [ -z "$$lock" ]; then \
+	    $(PIP) install --dry-run --ignore-installed --no-deps --report - "$$torch" 2>/dev/null | grep -q '+cpu' \
+	        && lock=requirements.lock || lock=requirements-cuda.lock; \
+	fi; \
+	echo "making .venv from $$lock, which takes some minutes the first time"; \
+	$(PIP) install --no-compile --require-hashes -r "$$lock"
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## the whole road on a small world: prepare, train, evaluate, serve (ARGS="--set demo.retrain=true")
+	@$(BIN)/qformer demo $(ARGS)
+
+demo-full: $(STAMP) ## the same with more data and steps
+	@$(BIN)/qformer demo --config jobs/configs/demo_full.yaml $(ARGS)
+
+test: $(STAMP) ## the tests, without the long drills
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP) ## all tests that this machine can run
+	@$(BIN)/python -m pytest -m "not network" $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the code in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## every benchmark (ARGS=--json for machine-readable last lines)
+	@$(BIN)/python -m jobs.bench $(ARGS)
+
+clean: ## remove runs and caches, keep .venv
+	@rm -rf runs demo-out build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	@rm -rf .venv

@@ -1,0 +1,78 @@
+"""Caption image and video files with a stage-2 checkpoint, in this process."""
+
+import logging
+import sys
+
+import torch
+
+from jobs.checkpoint import open_checkpoint
+from jobs.cli import run_job
+from jobs.settings import CaptionSettings
+from pipelines.data import storage
+from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
+from qformer.bridge import Captioner, load_captioner
+from qformer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def main(settings: CaptionSettings) -> int:
+    """Print `path<TAB>caption` for each file; a file that cannot be used is reported on stderr and skipped.
+
+    Returns:
+        The exit code: 0, or 1 when a file could not be used.
+
+    Raises:
+        UserError: If a file does not exist, or the checkpoint cannot be used.
+    """
+    for path in settings.media:
+        if not storage.exists(path):
+            raise UserError(f"media: no file at {path}; give the path of an image or a video")
+    checkpoint, _ = open_checkpoint(settings.checkpoint)
+    captioner = load_captioner(storage.local_folder(checkpoint))
+    decoder = SampleDecoder(
+        DecodeSettings(
+            preprocessing=captioner.preprocessing,
+            num_frames=settings.num_frames or captioner.num_frames,
+            limits=Limits(**settings.limits.model_dump()),
+        )
+    )
+    num_failed = 0
+    try:
+        for path in settings.media:
+            try:
+                print(f"{path}\t{caption_file(captioner, decoder, path, settings.max_new_tokens)}", flush=True)
+            except MediaError as error:
+                print(f"{path}: {error}", file=sys.stderr, flush=True)
+                num_failed += 1
+    finally:
+        decoder.close()
+    return 1 if num_failed else 0
+
+
+def caption_file(captioner: Captioner, decoder: SampleDecoder, path: str, max_new_tokens: int) -> str:
+    """Caption one file.
+
+    Raises:
+        MediaError: If the file cannot be used.
+    """
+    pixels = decoder.decode(kind=_kind(path), media=path)
+    return captioner.caption(torch.tensor(pixels)[None], max_new_tokens=max_new_tokens)[0]
+
+
+def _kind(path: str) -> str:
+    """Tell image from video by the content, as the server does; a GIF is a clip."""
+    try:
+        with storage.open_regular(path) as file:
+            kind = sniff_kind(file.read(SNIFFED_BYTES))
+    except OSError as error:
+        raise MediaError("config", f"{type(error).__name__}: {error}", stage="read") from error
+    kind = kind or kind_of_name(path)
+    if kind is None:
+        raise MediaError("unsupported", "neither content nor name is that of an image or a video")
+    return kind
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("caption"))

@@ -1,0 +1,126 @@
+"""One Ray cluster for the length of a job: joined when one is named, else started here and stopped after."""
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jobs.settings import RaySettings
+from qformer.errors import UserError
+
+MIN_LOCAL_CPUS = 4
+"""Logical CPUs of a cluster started here: with fewer, decoding starves behind the trainers waiting for it."""
+
+CONNECT_TIMEOUT_S = 10.0
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # When this process runs under `uv run`, Ray would start every worker so, and resolve packages anew.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Half the time from the end of a training loop to fit()'s return is this poll (default 2 s).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Every execution would print its plan and progress between a job's own lines.
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    # The newer Parquet reader starts 32 actors for each read, whatever its size.
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
+    # Keeps CUDA_VISIBLE_DEVICES as it is for tasks that ask for no GPU, which is Ray's coming default.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def set_ray_environment() -> None:
+    """Choose Ray's settings that it reads from the environment only.
+
+    Call before the first `import ray`: some are read when its modules load. What the user has set stays.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def ray_session(settings: RaySettings, *, include_dashboard: bool = False) -> Iterator[None]:
+    """Have Ray initialised inside the `with` block.
+
+    Joins `settings.address`, else the cluster named by RAY_ADDRESS (as under `ray job submit`), else starts a
+    cluster in this machine that listens on loopback only. An already initialised Ray is used and left alone.
+
+    Args:
+        settings: Address, or the size of the cluster to start.
+        include_dashboard: Start the dashboard with a local cluster. It costs about 2 s, but Ray Train asks it
+            for the state of placement groups and starts its workers some 10 s sooner with it.
+
+    Raises:
+        UserError: If the named cluster cannot be reached.
+    """
+    set_ray_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        _join(address)
+    else:
+        _start(settings, include_dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    _require_listener(address)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no Ray cluster answers at {address!r} ({reason}); check ray.address or RAY_ADDRESS, and "
+            "RAY_AUTH_TOKEN if the cluster asks for a token"
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Find out in seconds that nothing listens at host:port; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like name no port
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster listens at {address!r} ({error}); check ray.address or RAY_ADDRESS, or leave both "
+            "out to start a cluster here"
+        ) from error
+
+
+def _start(settings: RaySettings, include_dashboard: bool) -> None:
+    import ray
+
+    _provide_token()
+    ray.init(
+        address="local",  # never a cluster that merely happens to run on this machine
+        num_cpus=settings.num_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
+        include_dashboard=include_dashboard,
+        dashboard_host="127.0.0.1",
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _provide_token() -> None:
+    """Give a new local cluster a token of its own, held in this process's environment only.
+
+    Ray guards a new cluster with a token and would write one to ~/.ray/auth_token, where it changes how every
+    later `ray start` of this user behaves. A token or mode that the user has chosen is used as it is.
+    """
+    chosen = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if not chosen and not (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

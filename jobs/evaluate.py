@@ -1,0 +1,118 @@
+"""Score a checkpoint on a split: retrieval after stage 1, captions after stage 2."""
+
+import json
+import logging
+import sys
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.checkpoint import checkpoint_name, open_checkpoint
+from jobs.cli import run_job
+from jobs.cluster_session import ray_session
+from jobs.settings import EvaluateSettings
+from jobs.settings_loading import resolved_yaml
+from pipelines.data import quarantine, storage
+from pipelines.data.batch import Failure
+from pipelines.data.manifest import read_manifest, write_table
+from pipelines.data.samples import DecodeSettings, Limits
+from qformer.bridge import BridgeInfo
+
+logger = logging.getLogger(__name__)
+
+TOP_TEXTS = 5
+"""Texts listed for each image in retrieval.parquet."""
+
+
+def main(settings: EvaluateSettings) -> dict[str, Any]:
+    """Evaluate, and write into `output`: settings.yaml, the results, quarantine.parquet and summary.json.
+
+    Stage 1 writes retrieval.json (recall by kind) and retrieval.parquet (one row an image); stage 2 writes
+    predictions.parquet (sample_id, kind, prediction, references).
+
+    Returns:
+        The summary: stage, checkpoint, rows_in, rows_used, rows_quarantined, and "retrieval" after stage 1.
+
+    Raises:
+        UserError: If the output folder is used, or checkpoint or manifest cannot be read.
+    """
+    storage.require_unused(settings.output, "output")
+    checkpoint, info = open_checkpoint(settings.checkpoint)
+    manifest = read_manifest(settings.data.manifest, split=settings.data.split, needs_captions=info.stage == 1)
+    storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
+    with ray_session(settings.ray):
+        # Ray Data must not be imported before the session has set Ray's environment.
+        failures, more = (_retrieve if info.stage == 1 else _caption)(settings, checkpoint, info, manifest)
+    write_table(quarantine.to_table(failures), storage.join(settings.output, "quarantine.parquet"))
+    line = quarantine.accounting_line(manifest.num_rows, manifest.num_rows - len(failures), len(failures))
+    summary = {
+        "stage": info.stage,
+        "checkpoint": checkpoint_name(checkpoint),
+        "split": settings.data.split,
+        "rows_in": manifest.num_rows,
+        "rows_used": manifest.num_rows - len(failures),
+        "rows_quarantined": len(failures),
+        "accounting": line,
+        **more,
+    }
+    storage.write_text(storage.join(settings.output, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    print(line)
+    return summary
+
+
+def decode_settings(settings: EvaluateSettings, info: BridgeInfo) -> DecodeSettings:
+    """Decode as in training; a number of frames that the user wrote down goes before the checkpoint's."""
+    is_chosen = "num_frames" in settings.data.model_fields_set
+    return DecodeSettings(
+        preprocessing=info.preprocessing,
+        num_frames=settings.data.num_frames if is_chosen else info.num_frames,
+        limits=Limits(**settings.data.limits.model_dump()),
+    )
+
+
+def _caption(
+    settings: EvaluateSettings, checkpoint: str, info: BridgeInfo, manifest: pa.Table
+) -> tuple[list[Failure], dict[str, Any]]:
+    from pipelines.evaluation.caption import caption_manifest
+
+    result = caption_manifest(
+        manifest,
+        checkpoint=checkpoint,
+        decode=decode_settings(settings, info),
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        workers=settings.workers,
+        decode_workers=settings.decode_workers,
+        use_gpu=settings.use_gpu,
+    )
+    write_table(result.predictions, storage.join(settings.output, "predictions.parquet"))
+    return result.failures, {}
+
+
+def _retrieve(
+    settings: EvaluateSettings, checkpoint: str, info: BridgeInfo, manifest: pa.Table
+) -> tuple[list[Failure], dict[str, Any]]:
+    from pipelines.evaluation.retrieval_run import retrieve
+
+    result = retrieve(
+        manifest,
+        checkpoint=checkpoint,
+        decode=decode_settings(settings, info),
+        batch_size=settings.batch_size,
+        rerank_top_k=settings.rerank_top_k,
+        workers=settings.workers,
+        decode_workers=settings.decode_workers,
+        use_gpu=settings.use_gpu,
+    )
+    kinds = {kind: gallery.metrics() for kind, gallery in result.galleries.items()}
+    metrics = {"rerank_top_k": settings.rerank_top_k, "kinds": kinds}
+    storage.write_text(storage.join(settings.output, "retrieval.json"), json.dumps(metrics, indent=2) + "\n")
+    rows = [row for gallery in result.galleries.values() for row in gallery.examples(TOP_TEXTS)]
+    write_table(pa.Table.from_pylist(rows), storage.join(settings.output, "retrieval.parquet"))
+    for kind, found in kinds.items():
+        logger.info("%s: %s", kind, json.dumps(found))
+    return result.failures, {"retrieval": metrics}
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("evaluate"))

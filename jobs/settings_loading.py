@@ -1,0 +1,190 @@
+"""From a YAML file and `--set` overrides to checked settings, with errors a person can act on."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from jobs.settings import Settings
+from qformer.errors import UserError
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load(model: type[SettingsT], config: Path | None, overrides: Sequence[str] = ()) -> SettingsT:
+    """Read a YAML file, apply `key=value` overrides, check everything.
+
+    Args:
+        model: The job's settings class.
+        config: YAML file whose top level is a mapping; None starts from the defaults.
+        overrides: Dotted assignments such as "optim.learning_rate=1e-4"; values are YAML, later ones win.
+            A number in the key addresses an item of a list: "sources.0.path=photos".
+
+    Returns:
+        The frozen settings.
+
+    Raises:
+        UserError: If the file is unreadable or no mapping, an override is not key=value, a key is unknown, or a
+            value is missing or wrong. One line per mistake.
+    """
+    values: Any = {} if config is None else _read_mapping(config)
+    assignments: list[tuple[tuple[str, ...], str]] = []
+    for text in overrides:
+        keys, value = _parse_override(text)
+        values = _assigned(values, keys, value, text)
+        assignments.append((keys, text))
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(model, details, config, assignments) for details in error.errors()]
+    raise UserError("\n".join(lines))
+
+
+def resolved_yaml(settings: Settings) -> str:
+    """The settings with all defaults filled in, as YAML that `load` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML lets a repeated key win silently; in a settings file that is always a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                )
+            seen.add(str(key_node.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_mapping(config: Path) -> dict[str, Any]:
+    try:
+        text = config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"settings file {config} does not exist; check the path after --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"settings file {config} cannot be read ({error}); --config takes a YAML file") from None
+    try:
+        # _UniqueKeyLoader is a SafeLoader: it builds plain values only, never objects.
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise UserError(f"settings file {config} is not valid YAML: {_yaml_problem(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"settings file {config} holds a {type(values).__name__}; write `key: value` lines")
+    return values
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
+
+
+def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    key, equals, value = text.partition("=")
+    keys = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(keys):
+        raise UserError(f"--set {text}: write --set key=value, with dots for nested keys (model.vision=NAME)")
+    try:
+        return keys, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML; quote it: --set '{key}=\"…\"'") from None
+
+
+def _assigned(values: Any, keys: tuple[str, ...], value: Any, text: str) -> Any:
+    """A copy of `values` with the item at `keys` replaced; mappings on the way are made as needed."""
+    if not keys:
+        return value
+    head, rest = keys[0], keys[1:]
+    if isinstance(values, list):
+        if not head.isdigit() or int(head) > len(values):
+            raise UserError(f"--set {text}: {head!r} is no position in a list of {len(values)}; count from 0")
+        position = int(head)
+        old = values[position] if position < len(values) else None
+        return [*values[:position], _assigned(old, rest, value, text), *values[position + 1 :]]
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"--set {text}: what stands before {head!r} is the value {values!r}, not a mapping")
+    if values is None and head == "0":
+        return [_assigned(None, rest, value, text)]
+    old = (values or {}).get(head)
+    return {**(values or {}), head: _assigned(old, rest, value, text)}
+
+
+def _describe(
+    model: type[Settings],
+    details: ErrorDetails,
+    config: Path | None,
+    assignments: Sequence[tuple[tuple[str, ...], str]],
+) -> str:
+    keys = tuple(str(part) for part in details["loc"])
+    dotted = ".".join(keys)
+    origin = _origin(keys, config, assignments)
+    match details["type"]:
+        case "extra_forbidden":
+            return f"{origin}: unknown key {dotted!r}; {_suggestion(model, keys)}"
+        case "missing":
+            place = f"write `{keys[-1]}: …` in {config}" if config else "give a --config file"
+            return f"{origin}: {dotted!r} is missing; {place} or add --set {dotted}=VALUE"
+        case _:
+            problem = details["msg"].removeprefix("Value error, ")
+            problem = problem[:1].lower() + problem[1:]
+            return (
+                f"{origin}: {dotted} = {_shortened(details['input'])}: {problem}" if dotted else f"{origin}: {problem}"
+            )
+
+
+def _shortened(value: Any, length: int = 80) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _origin(keys: tuple[str, ...], config: Path | None, assignments: Sequence[tuple[tuple[str, ...], str]]) -> str:
+    """Where the value at `keys` was written: the last override that reaches it, else the file."""
+    for assigned, text in reversed(assignments):
+        if keys[: len(assigned)] == assigned:
+            return f"--set {text}"
+    return str(config) if config else "settings"
+
+
+def _suggestion(model: type[Settings], keys: tuple[str, ...]) -> str:
+    """The nearest valid key: first among its siblings, then anywhere by its last part."""
+    every = list(_dotted_keys(model))
+    parent, name = ".".join(keys[:-1]), keys[-1]
+    prefix = f"{parent}." if parent else ""
+    # Items of a list are addressed by number, the keys of their class are listed without it.
+    plain_prefix = "".join(f"{part}." for part in keys[:-1] if not part.isdigit())
+    siblings = [
+        key.removeprefix(plain_prefix)
+        for key in every
+        if key.startswith(plain_prefix) and "." not in key.removeprefix(plain_prefix)
+    ]
+    for found in difflib.get_close_matches(name, siblings, n=1):
+        return f"did you mean {prefix}{found}?"
+    leaves = {key.rpartition(".")[2]: key for key in reversed(every)}
+    for found in difflib.get_close_matches(name, leaves, n=1):
+        return f"did you mean {leaves[found]}?"
+    return f"valid keys{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for nested in _models_in(field.annotation):
+            yield from _dotted_keys(nested, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Settings classes named by an annotation: itself, or inside `X | None`, `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _models_in(part)

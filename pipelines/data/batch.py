@@ -1,0 +1,149 @@
+"""Decoded micro-batches, and how they travel through Arrow tables."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.data import schema
+
+STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
+_PIXELS, _SHAPE = "pixels", "shape"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One sample that could not be decoded; a future quarantine row."""
+
+    sample_id: str
+    media: str | None
+    stage: str
+    error_class: str
+    message: str
+    tries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """What one rank gets in one step. Shape legend: B samples, T frames, C channels, H height, W width."""
+
+    step: int
+    rank: int
+    sample_ids: list[str]
+    """"" for padding."""
+    captions: list[str]
+    """The caption chosen for this epoch; "" for padding."""
+    image_ids: NDArray[np.int64]
+    """[B] equal where two samples show the same media (and the same part of it)."""
+    is_valid: NDArray[np.bool_]
+    """[B] False for padding and for failed samples, whose pixels are zero."""
+    pixels: NDArray[np.uint8]
+    """[B, T, C, H, W]; T is 1 for images. A batch holds one kind."""
+    failures: list[Failure]
+
+
+class Pixels:
+    """Zeroed memory for a table's pixels; the rows may differ in their number of frames.
+
+    Args:
+        shapes: [T, C, H, W] of each row.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int, int, int]]) -> None:
+        self.shapes = [list(shape) for shape in shapes]
+        sizes = np.prod(np.asarray(shapes, dtype=np.int64).reshape(-1, 4), axis=1)
+        self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+        self.flat = np.zeros(int(self.offsets[-1]), dtype=np.uint8)
+
+    def __setitem__(self, row: int, clip_TCHW: NDArray[np.uint8]) -> None:
+        assert list(clip_TCHW.shape) == self.shapes[row], f"row {row}: {clip_TCHW.shape}, not {self.shapes[row]}"
+        self.flat[self.offsets[row] : self.offsets[row + 1]] = clip_TCHW.reshape(-1)
+
+
+def pack(rows: pa.Table, pixels: Pixels, failures: list[Failure | None]) -> pa.Table:
+    """Join rows with their pixels into one Arrow table, without copying the pixels.
+
+    Args:
+        rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media and caption.
+        pixels: Of these rows.
+        failures: One entry a row, None where it was decoded (or is padding).
+    """
+    buffers = [None, pa.py_buffer(pixels.offsets), pa.py_buffer(pixels.flat)]
+    return pa.table(
+        {
+            **{name: rows[name] for name in _CARRIED},
+            schema.STAGE: [failure and failure.stage for failure in failures],
+            schema.ERROR_CLASS: [failure and failure.error_class for failure in failures],
+            schema.MESSAGE: [failure and failure.message for failure in failures],
+            schema.TRIES: [failure and failure.tries for failure in failures],
+            _SHAPE: pixels.shapes,
+            _PIXELS: pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers),
+        },
+        schema=_PACKED_SCHEMA,
+    )
+
+
+def split_steps(table: pa.Table) -> Iterator[pa.Table]:
+    """Cut a packed table where the step changes."""
+    steps = table[STEP].to_numpy()
+    edges = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
+    for start, end in itertools.pairwise(edges):
+        yield table.slice(start, end - start)
+
+
+def unpack(table: pa.Table) -> SampleBatch:
+    """Rebuild one step's batch from `pack`'s table.
+
+    The pixels are a writable copy, free of the table's memory.
+    """
+    sample_ids = table[schema.SAMPLE_ID].to_pylist()
+    media, stages = table[schema.MEDIA].to_pylist(), table[schema.STAGE].to_pylist()
+    classes, messages = table[schema.ERROR_CLASS].to_pylist(), table[schema.MESSAGE].to_pylist()
+    tries = table[schema.TRIES].to_pylist()
+    failures = [
+        Failure(sample_ids[row], media[row], stages[row], classes[row], messages[row], tries[row])
+        for row in range(len(sample_ids))
+        if stages[row] is not None
+    ]
+    is_valid = [bool(name) and stage is None for name, stage in zip(sample_ids, stages, strict=True)]
+    return SampleBatch(
+        step=table[STEP][0].as_py(),
+        rank=table[RANK][0].as_py(),
+        sample_ids=sample_ids,
+        captions=table[schema.CAPTION].to_pylist(),
+        image_ids=np.array(table[IMAGE_ID].to_numpy(), dtype=np.int64),
+        is_valid=np.array(is_valid, dtype=np.bool_),
+        pixels=_pixels(table),
+        failures=failures,
+    )
+
+
+def _pixels(table: pa.Table) -> NDArray[np.uint8]:
+    chunks = []
+    for chunk in table[_PIXELS].chunks:
+        _, offsets, content = chunk.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        chunks.append(np.frombuffer(content, dtype=np.uint8)[bounds[0] : bounds[-1]])
+    return np.concatenate(chunks).reshape(len(table), *table[_SHAPE][0].as_py())
+
+
+_CARRIED = (STEP, RANK, schema.SAMPLE_ID, schema.MEDIA, schema.CAPTION, IMAGE_ID)
+_PACKED_SCHEMA = pa.schema(
+    [
+        (STEP, pa.int64()),
+        (RANK, pa.int32()),
+        (schema.SAMPLE_ID, pa.string()),
+        (schema.MEDIA, pa.string()),
+        (schema.CAPTION, pa.string()),
+        (IMAGE_ID, pa.int64()),
+        (schema.STAGE, pa.string()),
+        (schema.ERROR_CLASS, pa.string()),
+        (schema.MESSAGE, pa.string()),
+        (schema.TRIES, pa.int32()),
+        (_SHAPE, pa.list_(pa.int32())),
+        (_PIXELS, pa.large_binary()),
+    ]
+)

@@ -1,0 +1,217 @@
+"""Wires the pure parts into Ray Data: training segments, evaluation blocks, the probe. The only Ray import here."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.util.annotations import RayDeprecationWarning
+
+from pipelines.data import quarantine, schema
+from pipelines.data.batch import Failure, SampleBatch, split_steps, unpack
+from pipelines.data.decode_rows import CheckRows, DecodeRows
+from pipelines.data.plan import block_steps, evaluation_blocks, training_blocks
+from pipelines.data.samples import DecodeSettings, Limits
+from qformer.preprocessing import Preprocessing
+
+_PROBE_ROWS = 32
+_PREFETCHED_BATCHES = 2
+_MAX_RESTARTS = 3
+"""How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
+_MAX_TASK_RETRIES = 2
+_PROBE_PREPROCESSING = Preprocessing(
+    height=32,
+    width=32,
+    resize_short_side=32,
+    interpolation="nearest",
+    crop="squash",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RankStream:
+    """One rank's micro-batches of a segment, in step order. Picklable; iterate it once, all ranks at a time."""
+
+    blocks: Any
+    """A Ray Data iterator."""
+    rank: int
+    first_step: int
+    num_steps: int
+
+    def __iter__(self) -> Iterator[SampleBatch]:
+        """Yield the batches as they come to be.
+
+        Raises:
+            RuntimeError: If Ray Data dealt a block to the wrong rank or out of turn, or lost one.
+        """
+        step = self.first_step
+        tables = self.blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCHED_BATCHES)
+        for table in (part for block in tables for part in split_steps(block)):
+            batch = unpack(table)
+            if (batch.step, batch.rank) != (step, self.rank):
+                raise RuntimeError(f"rank {self.rank} expected step {step}, got step {batch.step} of rank {batch.rank}")
+            yield batch
+            step += 1
+        if step != self.first_step + self.num_steps:
+            raise RuntimeError(f"rank {self.rank} got {step - self.first_step} of {self.num_steps} steps")
+
+
+def build_segment(
+    manifest: pa.Table,
+    batches: NDArray[np.int64],
+    *,
+    first_step: int,
+    epochs: NDArray[np.int64],
+    seed: int,
+    world_size: int,
+    decode: DecodeSettings,
+    decode_workers: int,
+) -> list[RankStream]:
+    """Start decoding a run of consecutive steps in the background.
+
+    Nothing is decoded before the ranks begin to iterate. The caller must outlive the streams, for it owns the
+    blocks they read.
+
+    Args:
+        manifest: All rows.
+        batches: Rows of `order.epoch_order` [steps, global batch].
+        first_step: Number of the first of these steps in the run.
+        epochs: [steps] each step's epoch, 0-based; chooses captions and augmentations.
+        seed: Of the run.
+        world_size: Number of ranks.
+        decode: How files become pixels.
+        decode_workers: Actors that decode, one CPU each.
+
+    Returns:
+        One stream a rank.
+    """
+    geometry = decode.preprocessing
+    kinds = pc.unique(manifest[schema.KIND]).to_pylist()
+    sample_bytes = max(map(decode.num_frames_of, kinds), default=1) * 3 * geometry.height * geometry.width
+    blocks = training_blocks(
+        manifest,
+        batches,
+        first_step=first_step,
+        epochs=epochs,
+        seed=seed,
+        world_size=world_size,
+        augmentation=decode.augmentation,
+        steps_per_block=block_steps(sample_bytes * -(-batches.shape[1] // world_size)),
+    )
+    dataset = _mapped(blocks, DecodeRows, decode, decode_workers)
+    # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
+    splits = dataset.streaming_split(world_size, equal=False)
+    return [RankStream(split, rank, first_step, len(batches)) for rank, split in enumerate(splits)]
+
+
+def evaluation_dataset(
+    manifest: pa.Table, *, batch_size: int, decode: DecodeSettings, decode_workers: int
+) -> ray.data.Dataset:
+    """Decoded blocks with every row exactly once and one kind a block.
+
+    Follow it with `.map_batches(ModelActor, batch_size=None, batch_format="pyarrow")`, and `to_batch` inside.
+    """
+    return _mapped(evaluation_blocks(manifest, batch_size), DecodeRows, decode, decode_workers)
+
+
+def to_batch(block: pa.Table) -> SampleBatch:
+    """Turn a block of `evaluation_dataset` into arrays; `step` is then the block's number."""
+    return unpack(block)
+
+
+def probe(
+    table: pa.Table,
+    *,
+    num_frames: int,
+    limits: Limits,
+    decode_workers: int,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> tuple[pa.Table, pa.Table]:
+    """Decode every row once to learn which can be used.
+
+    Args:
+        table: Manifest rows.
+        num_frames: Frames sampled of each video.
+        limits: What one file may cost.
+        decode_workers: Actors that decode.
+        on_progress: Called with (rows done, rows in all, rows failed) after each block.
+
+    Returns:
+        The rows that can be used, in their order, and the quarantine table. Together they are all rows: of rows
+        with the same sample id all but the first are quarantined.
+    """
+    first = _is_first(table[schema.SAMPLE_ID].to_pylist())
+    unique = table.filter(pa.array(first))
+    failures = [
+        Failure(name, media, "manifest", "config", "sample_id was used by an earlier row")
+        for name, media, is_first in zip(
+            table[schema.SAMPLE_ID].to_pylist(), table[schema.MEDIA].to_pylist(), first, strict=True
+        )
+        if not is_first
+    ]
+    media_of = dict(zip(unique[schema.SAMPLE_ID].to_pylist(), unique[schema.MEDIA].to_pylist(), strict=True))
+    settings = DecodeSettings(preprocessing=_PROBE_PREPROCESSING, num_frames=num_frames, limits=limits)
+    blocks = [unique.slice(start, _PROBE_ROWS) for start in range(0, len(unique), _PROBE_ROWS)]
+    failed: set[str] = set()
+    done = len(failures)
+    for checked in _results(blocks, settings, decode_workers):
+        for row in checked.filter(pc.is_valid(checked[schema.STAGE])).to_pylist():
+            name = row[schema.SAMPLE_ID]
+            failed.add(name)
+            failures.append(Failure(media=media_of[name], **row))
+        done += len(checked)
+        if on_progress is not None:
+            on_progress(done, len(table), len(failures))
+    is_used = [name not in failed for name in unique[schema.SAMPLE_ID].to_pylist()]
+    used, quarantined = unique.filter(pa.array(is_used, pa.bool_())), quarantine.to_table(failures)
+    assert done == len(table) == len(used) + len(quarantined), "probe lost rows"
+    return used, quarantined
+
+
+def _results(blocks: list[pa.Table], settings: DecodeSettings, decode_workers: int) -> Iterator[pa.Table]:
+    if blocks:
+        dataset = _mapped(blocks, CheckRows, settings, min(decode_workers, len(blocks)))
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _mapped(
+    blocks: list[pa.Table], operator: type[Any], settings: DecodeSettings, decode_workers: int
+) -> ray.data.Dataset:
+    """Run an operator over blocks, one output block for each input block, in order."""
+    with warnings.catch_warnings():
+        # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            operator,
+            fn_constructor_args=(settings,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=decode_workers),
+            ray_remote_args_fn=_bounded_retries,
+        )
+    # The dataset's own copy: the caller's global context stays as it is.
+    dataset.context.execution_options.preserve_order = True
+    # A large micro-batch must not be cut in two: every block has its turn.
+    dataset.context.target_max_block_size = None
+    return dataset
+
+
+def _bounded_retries() -> dict[str, Any]:
+    return {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_TASK_RETRIES}
+
+
+def _is_first(names: list[str]) -> list[bool]:
+    seen: set[str] = set()
+    first = []
+    for name in names:
+        first.append(name not in seen)
+        seen.add(name)
+    return first

@@ -1,0 +1,52 @@
+"""Column names and types of the tables; no other module spells a column."""
+
+import pyarrow as pa
+
+SAMPLE_ID = "sample_id"
+MEDIA = "media"
+MEDIA_BYTES = "media_bytes"
+KIND = "kind"
+CAPTIONS = "captions"
+START_S = "start_s"
+END_S = "end_s"
+SPLIT = "split"
+LICENCE = "licence"
+
+CAPTION = "caption"
+"""Accepted in place of `captions` when a table has one caption a row."""
+
+IMAGE = "image"
+VIDEO = "video"
+KINDS = (IMAGE, VIDEO)
+
+STAGE = "stage"
+ERROR_CLASS = "error_class"
+MESSAGE = "message"
+TRIES = "tries"
+EPOCH = "epoch"
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field(SAMPLE_ID, pa.string(), nullable=False),
+        pa.field(MEDIA, pa.string()),
+        pa.field(MEDIA_BYTES, pa.large_binary()),
+        pa.field(KIND, pa.string(), nullable=False),
+        pa.field(CAPTIONS, pa.list_(pa.string()), nullable=False),
+        pa.field(START_S, pa.float64()),
+        pa.field(END_S, pa.float64()),
+        pa.field(SPLIT, pa.string(), nullable=False),
+        pa.field(LICENCE, pa.string()),
+    ]
+)
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field(SAMPLE_ID, pa.string(), nullable=False),
+        pa.field(MEDIA, pa.string()),
+        pa.field(STAGE, pa.string(), nullable=False),
+        pa.field(ERROR_CLASS, pa.string(), nullable=False),
+        pa.field(MESSAGE, pa.string(), nullable=False),
+        pa.field(TRIES, pa.int32(), nullable=False),
+        pa.field(EPOCH, pa.int32(), nullable=False),
+    ]
+)

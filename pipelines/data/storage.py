@@ -1,0 +1,224 @@
+"""Files on local disks and on anything fsspec speaks (s3://, gs://, memory:// ...)."""
+
+import os
+import posixpath
+import re
+import stat
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+
+from qformer.errors import UserError
+
+CHECKPOINTS_FOLDER = "checkpoints"
+COMPLETE_MARKER = "complete.json"
+"""Written last into a checkpoint folder: a folder without it is an unfinished copy."""
+_CHECKPOINT_NAME = re.compile(r"step-\d{8}")
+
+
+class FileTooLargeError(OSError):
+    """The file exceeds the caller's byte limit."""
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path of this machine (plain, or file://)."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> str:
+    """Return the absolute path of a local `uri`."""
+    return os.path.abspath(uri.removeprefix("file://"))
+
+
+def join(uri: str, *names: str) -> str:
+    """Append path parts to a folder path or URI."""
+    if is_local(uri):
+        return os.path.join(uri.removeprefix("file://"), *names)
+    return posixpath.join(uri, *names)
+
+
+def parent(uri: str) -> str:
+    """Return the folder that holds `uri`."""
+    return os.path.dirname(local_path(uri)) if is_local(uri) else posixpath.dirname(uri)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    if is_local(uri):
+        return os.path.exists(local_path(uri))
+    filesystem, path = _filesystem(uri)
+    return bool(filesystem.exists(path))
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a folder (or key prefix) is there."""
+    if is_local(uri):
+        return os.path.isdir(local_path(uri))
+    filesystem, path = _filesystem(uri)
+    return bool(filesystem.isdir(path))
+
+
+def list_files(uri: str) -> list[str]:
+    """Every file below a folder, as sorted paths relative to it with forward slashes."""
+    if is_local(uri):
+        root = local_path(uri)
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+        return sorted(os.path.relpath(path, root).replace(os.sep, "/") for path in paths)
+    filesystem, path = _filesystem(uri)
+    prefix = path.rstrip("/") + "/"
+    return sorted(found.removeprefix(prefix) for found in filesystem.find(path))
+
+
+def open_input(uri: str) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+    if is_local(uri):
+        return open(local_path(uri), "rb")
+    return cast(BinaryIO, fsspec.open(uri, "rb").open())
+
+
+def read_bytes(uri: str, max_bytes: int) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        FileTooLargeError: If it holds more than `max_bytes`; nothing is read then.
+        OSError: If it is missing, unreadable or (locally) not a regular file.
+    """
+    with open_regular(uri) as file:
+        size_bytes = os.fstat(file.fileno()).st_size if is_local(uri) else _size_bytes(uri)
+        if size_bytes > max_bytes:
+            raise FileTooLargeError(f"{size_bytes} bytes exceed the limit of {max_bytes}")
+        # The size may be unknown or grow while we read: the limit holds all the same.
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise FileTooLargeError(f"more than the limit of {max_bytes} bytes")
+    return content
+
+
+def open_regular(uri: str) -> BinaryIO:
+    """Like `open_input`, but refuses local pipes and devices, whose opening or reading may never end."""
+    if is_local(uri):
+        require_regular(local_path(uri))
+    return open_input(uri)
+
+
+def require_regular(path: str) -> os.stat_result:
+    """Check that a local path is a regular file.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        IsADirectoryError: If it is a folder.
+        OSError: If it is a pipe, socket or device.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(f"{path} is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is not a regular file")
+    return status
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a file; on local disks a reader sees either the old content or the new, never a part."""
+    if not is_local(uri):
+        with fsspec.open(uri, "wb") as file:
+            file.write(content)
+        return
+    path = local_path(uri)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(uri: str, text: str) -> None:
+    """Write a UTF-8 file, atomically on local disks."""
+    write_bytes(uri, text.encode())
+
+
+def require_unused(folder: str, setting: str) -> None:
+    """Check that an output folder is absent or empty.
+
+    Args:
+        folder: Path or URI.
+        setting: Name of the setting that holds it, for the message.
+
+    Raises:
+        UserError: If it holds anything, or is a file.
+    """
+    if not exists(folder):
+        return
+    if not is_folder(folder):
+        raise UserError(f"{setting}={folder} is a file; give a new folder")
+    found = os.listdir(local_path(folder)) if is_local(folder) else list_files(folder)
+    if found:
+        raise UserError(
+            f"{setting}={folder} is already used (it holds {sorted(found)[0]}); "
+            "choose another folder, or delete this one"
+        )
+
+
+def newest_checkpoint(run_or_checkpoint: str) -> str:
+    """Find the newest finished checkpoint.
+
+    Args:
+        run_or_checkpoint: A run folder (with `checkpoints/step-XXXXXXXX`), or a checkpoint folder itself.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if exists(join(run_or_checkpoint, COMPLETE_MARKER)):
+        return run_or_checkpoint
+    folder = join(run_or_checkpoint, CHECKPOINTS_FOLDER)
+    for name in sorted(_folder_names(folder), reverse=True):
+        if _CHECKPOINT_NAME.fullmatch(name) and exists(join(folder, name, COMPLETE_MARKER)):
+            return join(folder, name)
+    what = "holds no finished checkpoint" if exists(run_or_checkpoint) else "does not exist"
+    raise UserError(
+        f"{run_or_checkpoint} {what}; give a run folder with {CHECKPOINTS_FOLDER}/step-*/{COMPLETE_MARKER}, "
+        "or such a checkpoint folder"
+    )
+
+
+def local_folder(uri: str) -> Path:
+    """Return a folder's local path, downloading it to a temporary folder when it is remote."""
+    if is_local(uri):
+        return Path(local_path(uri))
+    target = Path(tempfile.mkdtemp(prefix="qformer-"))
+    filesystem, path = _filesystem(uri)
+    filesystem.get(path.rstrip("/") + "/", f"{target}/", recursive=True)
+    return target
+
+
+def _folder_names(uri: str) -> list[str]:
+    if not is_folder(uri):
+        return []
+    if is_local(uri):
+        return os.listdir(local_path(uri))
+    filesystem, path = _filesystem(uri)
+    # Listings are cached by some filesystems; a checkpoint may be newer than the cache.
+    filesystem.invalidate_cache()
+    return [posixpath.basename(name.rstrip("/")) for name in filesystem.ls(path, detail=False)]
+
+
+def _size_bytes(uri: str) -> int:
+    filesystem, path = _filesystem(uri)
+    return int(filesystem.size(path) or 0)
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return filesystem, str(path)

@@ -1,0 +1,32 @@
+"""How a parent process and its video child talk: length-prefixed JSON, then raw bytes. Never pickle."""
+
+import json
+import struct
+from typing import Any, BinaryIO
+
+_LENGTHS = struct.Struct("<IQ")
+
+
+def send(stream: BinaryIO, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    """Write one message and flush it.
+
+    Raises:
+        OSError: If the other side is gone.
+    """
+    encoded = json.dumps(header).encode()
+    stream.write(_LENGTHS.pack(len(encoded), len(payload)))
+    stream.write(encoded)
+    stream.write(payload)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """Read one message; None when the other side has ended, also in the middle of one."""
+    lengths = stream.read(_LENGTHS.size)
+    if len(lengths) < _LENGTHS.size:
+        return None
+    header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
+    encoded, payload = stream.read(header_bytes), stream.read(payload_bytes)
+    if len(encoded) < header_bytes or len(payload) < payload_bytes:
+        return None
+    return json.loads(encoded), payload

@@ -1,0 +1,90 @@
+"""Captions of every row of a manifest, by a stage-2 checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from pipelines.data import schema
+from pipelines.data.batch import Failure
+from pipelines.data.dataset import evaluation_dataset, to_batch
+from pipelines.data.samples import DecodeSettings
+from pipelines.data.storage import local_folder
+from pipelines.evaluation.inference import answers, collect, run_model
+from qformer.bridge import load_captioner
+
+PREDICTION = "prediction"
+REFERENCES = "references"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Captions:
+    """What captioning a manifest gave."""
+
+    predictions: pa.Table
+    """sample_id, kind, prediction, references (list of strings), in the manifest's order."""
+    failures: list[Failure]
+    """The rows without a prediction."""
+
+
+class CaptionBlocks:
+    """Actor: decoded blocks in, captions out."""
+
+    def __init__(self, checkpoint: str, device: str, max_new_tokens: int) -> None:
+        self._captioner = load_captioner(local_folder(checkpoint), device=device)
+        self._max_new_tokens = max_new_tokens
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Caption the valid rows of one block."""
+        batch = to_batch(block)
+        captions: list[str] = []
+        if batch.is_valid.any():
+            pixels = torch.from_numpy(batch.pixels[batch.is_valid])
+            captions = self._captioner.caption(pixels, max_new_tokens=self._max_new_tokens)
+        return answers(batch, {PREDICTION: pa.array(captions, pa.string())})
+
+
+def caption_manifest(
+    manifest: pa.Table,
+    *,
+    checkpoint: str,
+    decode: DecodeSettings,
+    batch_size: int,
+    max_new_tokens: int,
+    workers: int,
+    decode_workers: int,
+    use_gpu: bool,
+) -> Captions:
+    """Caption every row of `manifest` once.
+
+    Args:
+        manifest: Rows with unique sample ids.
+        checkpoint: Folder or URI of a stage-2 checkpoint.
+        decode: How files become pixels.
+        batch_size: Rows of one pass.
+        max_new_tokens: Longest caption in tokens.
+        workers: Model actors.
+        decode_workers: Decode actors.
+        use_gpu: One GPU for each model actor.
+    """
+    dataset = evaluation_dataset(manifest, batch_size=batch_size, decode=decode, decode_workers=decode_workers)
+    arguments: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "device": "cuda" if use_gpu else "cpu",
+        "max_new_tokens": max_new_tokens,
+    }
+    tables = run_model(dataset, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
+    results, failures = collect(tables, manifest.num_rows)
+    found = dict(zip(results[schema.SAMPLE_ID].to_pylist(), results[PREDICTION].to_pylist(), strict=True))
+    used = manifest.filter(pa.array([name in found for name in manifest[schema.SAMPLE_ID].to_pylist()]))
+    predictions = pa.table(
+        {
+            schema.SAMPLE_ID: used[schema.SAMPLE_ID],
+            schema.KIND: used[schema.KIND],
+            PREDICTION: pa.array([found[name] for name in used[schema.SAMPLE_ID].to_pylist()], pa.string()),
+            REFERENCES: used[schema.CAPTIONS],
+        }
+    )
+    assert used.num_rows + len(failures) == manifest.num_rows, "a row came back twice"
+    return Captions(predictions=predictions, failures=failures)

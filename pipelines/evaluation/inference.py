@@ -1,0 +1,99 @@
+"""A model over decoded rows with Ray Data: every row answers once, with a result or with its failure."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import ActorPoolStrategy, Dataset
+
+from pipelines.data import schema
+from pipelines.data.batch import Failure, SampleBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS, MAX_TASK_RETRIES = 3, 2
+_FAILURE_COLUMNS = (schema.MEDIA, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
+
+
+def answers(batch: SampleBatch, results: Mapping[str, pa.Array]) -> pa.Table:
+    """Put a model's results beside the failures of the rows it never saw.
+
+    Args:
+        batch: What the model was given.
+        results: One array by column name, one entry for each valid row of `batch`, in order.
+
+    Returns:
+        A table with all rows of `batch`, padding left out: results where valid, failure columns elsewhere.
+    """
+    used = [name for name, valid in zip(batch.sample_ids, batch.is_valid, strict=True) if valid]
+    good = pa.table({schema.SAMPLE_ID: pa.array(used, pa.string()), **results})
+    bad = pa.table(
+        {
+            schema.SAMPLE_ID: pa.array([failure.sample_id for failure in batch.failures], pa.string()),
+            **{name: [getattr(failure, name) for failure in batch.failures] for name in _FAILURE_COLUMNS},
+        }
+    )
+    return pa.concat_tables([good, bad], promote_options="permissive")
+
+
+def run_model(
+    dataset: Dataset,
+    model: type,
+    arguments: Mapping[str, Any],
+    *,
+    workers: int,
+    use_gpu: bool,
+) -> Iterator[pa.Table]:
+    """Send every decoded block through a pool of model actors.
+
+    Args:
+        dataset: From `pipelines.data.dataset.evaluation_dataset`.
+        model: Callable class from a block to an `answers` table.
+        arguments: Constructor arguments of `model`.
+        workers: Number of actors.
+        use_gpu: Give each actor one GPU.
+
+    Yields:
+        The `answers` tables, in no particular order.
+    """
+    # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
+    # fill it; the inner method takes blocks as they are.
+    apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
+    answered = apply(
+        model,
+        fn_constructor_kwargs=dict(arguments),
+        batch_format="pyarrow",
+        batch_size=None,
+        compute=ActorPoolStrategy(size=workers),
+        num_gpus=1 if use_gpu else None,
+        # Without end by default: a model that crashes on one block would be started again for ever.
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_TASK_RETRIES,
+    )
+    yield from answered.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def collect(tables: Iterable[pa.Table], num_rows: int) -> tuple[pa.Table, list[Failure]]:
+    """Part the answers into results and failures, and see that no row is missing.
+
+    Args:
+        tables: `answers` tables.
+        num_rows: Rows that went in.
+
+    Returns:
+        The rows with results (sample_id and the model's columns), and the failures of all others.
+    """
+    results: list[pa.Table] = []
+    failures: list[Failure] = []
+    num_done = 0
+    for table in tables:
+        is_bad = pc.is_valid(table[schema.ERROR_CLASS])
+        bad = table.filter(is_bad).select([schema.SAMPLE_ID, *_FAILURE_COLUMNS])
+        failures += [Failure(**row) for row in bad.to_pylist()]
+        results.append(table.filter(pc.invert(is_bad)).drop_columns(list(_FAILURE_COLUMNS)))
+        num_done += table.num_rows
+        logger.info("evaluated %d of %d rows", num_done, num_rows)
+    assert num_done == num_rows, f"{num_rows} rows went in but {num_done} came out"
+    return pa.concat_tables(results, promote_options="permissive"), failures

@@ -1,0 +1,239 @@
+"""The loop, checkpoints and accounting in one process, with the demo's real frozen models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.data import storage
+from pipelines.data.batch import Failure, SampleBatch
+from pipelines.training.accounting import Accounting
+from pipelines.training.loop import Loop, LoopSettings
+from pipelines.training.optim import build_optimizer
+from pipelines.training.run import ModelChoice, TrainingRun
+from qformer.bridge import load_captioner, load_retriever, read_info
+from qformer.errors import UserError
+from qformer.text import learn_text_tokenizer
+
+MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
+CAPTIONS = ["a small red circle", "a large blue square", "a small green star", "a large yellow cross"]
+QFORMER = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "num_queries": 4,
+    "embed_dim": 16,
+}
+NUM_STEPS = 8
+
+
+def choice(stage, tokenizer):
+    return ModelChoice(
+        stage=stage,
+        vision=str(MODELS / "vision"),
+        vision_pretrained=True,
+        vision_layer=-2,
+        language=str(MODELS / "language"),
+        tokenizer=str(tokenizer),
+        max_text_tokens=16,
+        prompt="",
+        num_frames=2,
+        qformer={**QFORMER, "dropout": 0.1},
+    )
+
+
+def make_run(stage, tokenizer, init_from=None):
+    return TrainingRun(choice(stage, tokenizer), torch.device("cpu"), precision="fp32", seed=5, init_from=init_from)
+
+
+def batches(start=0, failed=(), size=4):
+    """The same pictures at the same step, whatever step one starts from."""
+    for step in range(start, NUM_STEPS):
+        pixels = np.random.default_rng(step).integers(0, 255, (size, 1, 3, 64, 64), dtype=np.uint8)
+        is_valid = np.array([index not in failed for index in range(size)])
+        failures = [Failure(f"s{index}", "x.jpg", "decode", "corrupt", "broken") for index in failed]
+        names = [f"s{index}" for index in range(size)]
+        yield SampleBatch(step, 0, names, CAPTIONS[:size], np.arange(size), is_valid, pixels, failures)
+
+
+def settings(**changes):
+    values = {
+        "steps": NUM_STEPS,
+        "steps_per_epoch": 1,
+        "rows_per_epoch": 4,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-4,
+        "warmup_steps": 2,
+        "clip_norm": 1.0,
+        "checkpoint_every": 4,
+        "log_every": 2,
+        "seed": 5,
+        "max_quarantine_share": 0.3,
+    }
+    return LoopSettings(**{**values, **changes})
+
+
+def train(run, output, start_step=0, accounting=None, optimizer=None, stop_at=None, **changes):
+    optimizer = optimizer or build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    accounting = accounting or Accounting()
+    logged = []
+
+    def save(done):
+        run.save(str(output), done, optimizer, accounting, order="order", settings="stage: 1\n")
+        if done == stop_at:
+            raise InterruptedError
+
+    loop = Loop(run.stage, run.stage.trainables, optimizer, accounting, settings(**changes), logged.append, save)
+    loop.run(batches(start_step), start_step)
+    return logged
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    learn_text_tokenizer(CAPTIONS, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bytes(stage, tokenizer, tmp_path):
+    whole = make_run(stage, tokenizer)
+    train(whole, tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        train(make_run(stage, tokenizer), tmp_path / "cut", stop_at=4)
+    resumed = make_run(stage, tokenizer)
+    optimizer = build_optimizer(resumed.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    newest = storage.newest_checkpoint(str(tmp_path / "cut"))
+    state = resumed.restore(newest, optimizer, order="order")
+    assert state.step == 4
+    train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), optimizer)
+    expected = whole.stage.trainables.state_dict()
+    for name, tensor in resumed.stage.trainables.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_loss_falls_and_backbones_do_not_move(tokenizer, tmp_path):
+    run = make_run(2, tokenizer)
+    fingerprints = dict(run.fingerprints)
+    logged = train(run, tmp_path / "run", learning_rate=3e-3)
+    assert logged[-1]["loss/total"] < logged[0]["loss/total"]
+    run.assert_frozen()
+    assert run.fingerprints == fingerprints
+    with torch.no_grad():
+        next(run.encoder.model.parameters()).add_(1e-3)
+    with pytest.raises(RuntimeError, match="frozen vision model changed"):
+        run.assert_frozen()
+
+
+def test_the_trainable_names_are_the_bridge_alone(tokenizer):
+    names = make_run(1, tokenizer).trainable_names
+    assert {name.split(".")[0] for name in names} == {
+        "qformer",
+        "vision_norm",
+        "vision_projection",
+        "text_projection",
+        "itm_head",
+        "temperature",
+    }
+    names = make_run(2, tokenizer).trainable_names
+    assert {name.split(".")[0] for name in names} == {"qformer", "vision_norm", "language_projection"}
+    assert not any("text" in name or "embeddings" in name for name in names)
+
+
+def test_stage_2_starts_from_stage_1(tokenizer, tmp_path):
+    first = make_run(1, tokenizer)
+    train(first, tmp_path / "one")
+    second = make_run(2, tokenizer, init_from=str(tmp_path / "one"))
+    own, theirs = second.stage.trainables.state_dict(), first.stage.trainables.state_dict()
+    shared = own.keys() & theirs.keys()
+    assert "qformer.query_tokens" in shared and "qformer.layers.0.query_ffn.up.weight" in shared
+    assert all(torch.equal(own[name], theirs[name]) for name in shared)
+    assert own.keys() - shared == {"language_projection.weight", "language_projection.bias"}
+
+
+def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_path):
+    first, second = make_run(1, tokenizer), make_run(2, tokenizer)
+    train(first, tmp_path / "one")
+    train(second, tmp_path / "two")
+    retriever = load_retriever(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
+    captioner = load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "two"))))
+    assert retriever.preprocessing == captioner.preprocessing == first.encoder.preprocessing
+    pixels = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
+    embeds, tokens = retriever.embed_images(pixels)
+    assert embeds.shape == (2, 4, 16) and retriever.match(tokens, CAPTIONS[:2]).shape == (2,)
+    assert len(captioner.caption(pixels, max_new_tokens=3)) == 2
+    with pytest.raises(UserError, match="stage-1"):
+        load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
+
+
+def test_failed_rows_are_counted_once_an_epoch_and_too_many_stop_the_run(tokenizer, tmp_path):
+    run = make_run(1, tokenizer)
+    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+
+    def loop(failed, share):
+        accounting = Accounting()
+        changed = settings(max_quarantine_share=share)
+        trainer = Loop(run.stage, run.stage.trainables, optimizer, accounting, changed, lambda _: None, lambda _: None)
+        trainer.run(batches(failed=failed), 0)
+        return accounting
+
+    accounting = loop((1,), 0.3)
+    assert (accounting.rows_in, accounting.rows_used, len(accounting.quarantined)) == (32, 24, 8)
+    assert accounting.line == "rows in 32 = rows used 24 + rows quarantined 8"
+    with pytest.raises(UserError, match=r"2 of 4 rows of epoch 1 .*corrupt.*max_quarantine_share=0.3"):
+        loop((1, 2), 0.3)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(tokenizer, tmp_path):
+    run = make_run(1, tokenizer)
+    with torch.no_grad():
+        run.stage.trainables.temperature.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"step 0 .*samples \['s0'"):
+        train(run, tmp_path / "run")
+
+
+def test_an_unfinished_checkpoint_does_not_count(tokenizer, tmp_path):
+    run = make_run(1, tokenizer)
+    train(run, tmp_path / "run")
+    newest = Path(storage.newest_checkpoint(str(tmp_path / "run")))
+    assert newest.name == "step-00000008" and read_info(newest).step == 8
+    (newest / "complete.json").unlink()
+    assert Path(storage.newest_checkpoint(str(tmp_path / "run"))).name == "step-00000004"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("order", "position in the data is lost"), ("width", "model settings differ"), ("version", "format_version")],
+)
+def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_path):
+    train(make_run(1, tokenizer), tmp_path / "run")
+    newest = storage.newest_checkpoint(str(tmp_path / "run"))
+    chosen, order = choice(1, tokenizer), "order"
+    if change == "order":
+        order = "other"
+    elif change == "width":
+        chosen = ModelChoice(
+            **{
+                **{f: getattr(chosen, f) for f in ModelChoice.__dataclass_fields__},
+                "qformer": {**QFORMER, "hidden_size": 64},
+            }
+        )
+    else:
+        file = Path(newest) / "bridge.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
+    run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
+    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    with pytest.raises(UserError, match=message):
+        run.restore(newest, optimizer, order=order)
+
+
+def test_checkpoints_lie_on_any_filesystem(tokenizer):
+    output = "memory://runs/one"
+    run = make_run(1, tokenizer)
+    train(run, output)
+    newest = storage.newest_checkpoint(output)
+    assert newest.endswith("step-00000008")
+    assert read_info(storage.local_folder(newest)).step == 8
