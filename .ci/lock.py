@@ -23,7 +23,7 @@ LOCK = REPOSITORY / "requirements.lock"
 CUDA_LOCK = REPOSITORY / "requirements-cuda.lock"
 HEADER = "# Exact versions with hashes of Linux wheels on x86_64, {torch}. Written by .ci/lock.py; do not edit.\n"
 PYTHONS = ("3.11", "3.12")
-GLIBC_MINORS = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)
+GLIBC_MINORS = range(39, 4, -1)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC_MINORS] + [
     f"{tag}_x86_64" for tag in ("manylinux2014", "manylinux2010", "manylinux1", "linux")
 ]

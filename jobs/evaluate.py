@@ -38,7 +38,8 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
     """
     storage.require_unused(settings.output, "output")
     checkpoint, info = open_checkpoint(settings.checkpoint)
-    manifest = read_manifest(settings.data.manifest, split=settings.data.split, needs_captions=info.stage == 1)
+    data = settings.data
+    manifest = read_manifest(data.manifest, data.split, needs_captions=info.stage == 1, kind=data.kind)
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
     with ray_session(settings.ray):
         # Ray Data must not be imported before the session has set Ray's environment.

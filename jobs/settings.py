@@ -62,6 +62,8 @@ class DataSettings(Settings):
     manifest: str
     """A manifest as `qformer prepare` writes it, or any table with its columns."""
     split: str = "train"
+    kind: Literal["image", "video"] | None = None
+    """Take only images, or only videos; null takes both."""
     num_frames: int = Field(default=8, ge=1)
     """Frames sampled uniformly from a video; an image is one frame."""
     limits: LimitSettings = LimitSettings()

@@ -39,7 +39,8 @@ def main(settings: TrainSettings) -> dict[str, Any]:
         UserError: If settings, data or checkpoints do not fit; see each message.
     """
     settings = with_absolute_paths(settings)
-    manifest = read_manifest(settings.data.manifest, settings.data.split, needs_captions=True)
+    data = settings.data
+    manifest = read_manifest(data.manifest, data.split, needs_captions=True, kind=data.kind)
     _check(settings, len(manifest))
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
     if settings.stage == 1 and settings.model.tokenizer == LEARN_TOKENIZER:

@@ -5,16 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow.parquet as pq
 
 from jobs.serve import served
 from jobs.settings import ServeSettings
+from pipelines.serving.client import request_caption
 
 NUM_QUESTIONS = {"image": 6, "video": 4}
-CONTENT_TYPES = {"image": "image/jpeg", "video": "video/mp4"}
 ANSWERS_FILE = "answers.json"
-TIMEOUT_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +35,7 @@ def ask_endpoint(output: Path, port: int) -> None:
     answers = []
     with served(ServeSettings(checkpoint=str(output / "stage2"), port=port)) as url:
         for row in chosen:
-            answer = httpx.post(
-                f"{url}/v1/caption",
-                content=Path(media[row["sample_id"]]).read_bytes(),
-                headers={"Content-Type": CONTENT_TYPES[row["kind"]]},
-                timeout=TIMEOUT_S,
-            )
-            answer.raise_for_status()
-            caption = answer.json()["caption"]
+            caption = request_caption(url, Path(media[row["sample_id"]]).read_bytes())["caption"]
             answers.append({"sample_id": row["sample_id"], "offline": row["prediction"], "served": caption})
             logger.info("asked about %s: %s", row["sample_id"], caption)
     folder = output / "served"

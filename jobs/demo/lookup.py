@@ -51,7 +51,7 @@ def mix_facts(tokenizer: "PreTrainedTokenizerFast", width: int) -> tuple[Tensor,
     for token, index in id_of_token.items():
         if token.startswith(("<a:", "<b:")):
             value = token[3:-1]
-            kind = next((name for name, values in VALUES_OF_KIND.items() if value in values), "place")
+            kind = next((name for name, values in VALUES_OF_KIND.items() if value in values), f"place {value[0]}")
             parts_of_token[index] = (f"role {token[1]}", f"kind {kind}", f"value {value}")
     names = sorted({name for parts in parts_of_token.values() for name in parts})
     row_of_part = {name: row for row, name in enumerate(names)}

@@ -12,7 +12,7 @@ remembering which pairs exist. For the same reason a fact that is missing is not
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from jobs.demo.facts import CLEAN, FULL, embed_prompts, fact_tokens
 from jobs.demo.grammar import vocabulary
 from jobs.demo.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
 from jobs.demo.lookup import VALUES_OF_KIND, begin_as_lookup, mix_facts
+from jobs.demo.scenes import MOTIONS, RELATIONS
 from qformer.backbones import import_torchvision
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ HIDDEN_WORD_RATE = 0.1
 # Without it, "never seen together" is pushed towards impossible, and outweighs a fact that says otherwise.
 LABEL_SMOOTHING = 0.1
 PHRASE_WEIGHT = 0.3
+MOTION_WEIGHT = 2.0
 logger = logging.getLogger(__name__)
 
 
@@ -128,10 +130,11 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     parts_ND.requires_grad_()
     optimizer.add_param_group({"params": [parts_ND]})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
-    attribute_ids = torch.tensor([tokenizer.get_vocab()[word] for words in VALUES_OF_KIND.values() for word in words])
+    attribute_ids = _ids(tokenizer, (word for words in VALUES_OF_KIND.values() for word in words))
     # Which paraphrase comes is chance; the words that facts decide shall not drown in it.
     weight_V = torch.full((len(tokenizer),), PHRASE_WEIGHT)
     weight_V[attribute_ids] = 1
+    weight_V[_ids(tokenizer, " ".join((*MOTIONS, *RELATIONS)).split())] = MOTION_WEIGHT
     model.train()
     for step in range(num_steps):
         clutter = CLEAN if step < NUM_CLEAN_STEPS else FULL
@@ -166,6 +169,10 @@ def save_language(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast
     """Write both in the ordinary transformers layout."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerFast", words: Iterable[str]) -> Tensor:
+    return torch.tensor([tokenizer.get_vocab()[word] for word in words])
 
 
 def _import_transformers() -> ModuleType:

@@ -20,13 +20,16 @@ _DEFAULT_SPLIT = "train"
 _COLUMNS = schema.MANIFEST_SCHEMA.names
 
 
-def read_manifest(path: str, split: str | None = None, needs_captions: bool = False) -> pa.Table:
+def read_manifest(
+    path: str, split: str | None = None, needs_captions: bool = False, kind: str | None = None
+) -> pa.Table:
     """Read a manifest, or the folder that `prepare` wrote it into.
 
     Args:
         path: Any table that `read_source` reads, with our column names.
         split: Keep only this split's rows; None keeps all.
         needs_captions: Require at least one caption of every row.
+        kind: Keep only "image" or "video" rows; None keeps both.
 
     Returns:
         Rows in `schema.MANIFEST_SCHEMA`.
@@ -41,6 +44,10 @@ def read_manifest(path: str, split: str | None = None, needs_captions: bool = Fa
         table = _one_split(table, split, path)
     if not len(table):
         raise UserError(f"{path} holds no rows; prepare it from sources that do")
+    if kind is not None:
+        table = table.filter(pc.equal(table[schema.KIND], kind))
+        if not len(table):
+            raise UserError(f"{path} holds no {kind}s in split {split!r}; change data.kind or data.split")
     _require_unique(table, path)
     if needs_captions:
         _require_captions(table, path)
@@ -244,5 +251,5 @@ def _require_captions(table: pa.Table, path: str) -> None:
         first = table[schema.SAMPLE_ID][missing[0]].as_py()
         raise UserError(
             f"{path}: {len(missing)} of {len(table)} rows have no caption (the first is sample {first!r}); "
-            f"add a column {schema.CAPTIONS!r} or leave those rows out"
+            f"add a column {schema.CAPTIONS!r}, or choose the rows that have some with data.split or data.kind"
         )

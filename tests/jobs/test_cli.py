@@ -3,7 +3,6 @@
 import importlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -121,12 +120,6 @@ def test_python_m_runs_the_same(tmp_path):
     )
     assert done.returncode == 2
     assert "port = 'x'" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_help_is_quick():
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], cwd=REPOSITORY, capture_output=True, check=True)
-    assert time.monotonic() - start < 5  # 0.3 s when the machine is idle; torch alone takes 4
 
 
 def test_user_error_beneath_plain_causes():

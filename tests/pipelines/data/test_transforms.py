@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.transforms import Augmentation, augment, fit, random_crop_box
+from qformer.backbones import import_torchvision
 from tests.pipelines.data.builders import PREPROCESSING
 
 RNG = np.random.default_rng(0)
@@ -17,7 +18,7 @@ PICTURE = Image.fromarray(RNG.integers(0, 255, (77, 121, 3), dtype=np.uint8))
 @pytest.mark.parametrize("size", [(121, 77), (77, 121), (33, 32), (20, 400), (1, 1)])
 def test_geometry_equals_torchvision(interpolation, short_side, size):
     """Timm's own transforms are torchvision's; pixels are equal bit for bit."""
-    transforms = pytest.importorskip("torchvision.transforms")
+    transforms = import_torchvision().transforms
     picture = PICTURE.resize(size)
     reference = transforms.Compose(
         [

@@ -1,0 +1,124 @@
+"""`qformer train` with real Ray Train workers on a small world."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from jobs import train
+from jobs.demo.world import write_world
+from jobs.settings import DataSettings, ModelSettings, OptimSettings, QFormerSettings, TrainSettings
+from pipelines.data import storage
+from pipelines.training.telemetry import read_metrics
+from qformer.errors import UserError
+
+MODELS = Path(__file__).parents[2] / "jobs" / "demo" / "models"
+TINY = QFormerSettings(
+    hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, num_queries=4, embed_dim=16, dropout=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """100 images and 50 clips to train on, of which two images and a clip are broken; straight from the writer."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, num_images=100, num_clips=50, num_test_images=10, num_test_clips=8, seed=3)
+    return folder
+
+
+def settings(world, output, **changes):
+    values = {
+        "output": str(output),
+        "stage": 1,
+        "model": ModelSettings(
+            vision=str(MODELS / "vision"), language=str(MODELS / "language"), tokenizer="corpus", qformer=TINY
+        ),
+        "data": DataSettings(manifest=str(world / "manifest.jsonl"), num_frames=2),
+        "optim": OptimSettings(learning_rate=1e-3, warmup_steps=2),
+        "steps": 10,
+        "batch_size": 30,
+        "workers": 2,
+        "checkpoint_every": 3,
+        "log_every": 2,
+        "max_quarantine_share": 0.1,
+    }
+    return TrainSettings(**{**values, **changes})
+
+
+def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, tmp_path):
+    summary = train.main(settings(world, tmp_path / "run"))
+    # 10 steps of 30 rows: 6 steps an epoch (4 of images, 2 of clips), one of them not full.
+    assert summary["rows_in"] == summary["rows_used"] + summary["rows_quarantined"]
+    assert 250 <= summary["rows_in"] <= 280
+    broken = set(json.loads((world / "truth.json").read_text())["broken"])
+    table = pq.read_table(tmp_path / "run" / "quarantine.parquet")
+    first_epoch = [row["sample_id"] for row in table.to_pylist() if row["epoch"] == 0]
+    assert sorted(first_epoch) == sorted(broken)
+    steps = [record["step"] for record in read_metrics(str(tmp_path / "run"))]
+    assert steps == [2, 4, 6, 8, 10]
+    assert storage.newest_checkpoint(str(tmp_path / "run")).endswith("step-00000010")
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["batch_size"] == 30
+    with pytest.raises(UserError, match="already used"):
+        train.main(settings(world, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1000}, r"batch_size=1000 is larger than the 150 rows"),
+        ({"batch_size": 1}, "gives some of the 2 workers nothing"),
+        ({"stage": 2, "model": ModelSettings(vision="x")}, "model.language is not set"),
+        ({"init_from": "somewhere"}, "belongs to stage 2"),
+        ({"stage": 2, "init_from": "/nowhere"}, "/nowhere does not exist"),
+        ({"resume": True}, "does not exist"),
+    ],
+)
+def test_mistakes_end_before_any_worker_starts(changes, message, world, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train.main(settings(world, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_encoder_is_one_line_from_the_workers(ray_local, world, tmp_path):
+    from jobs.cli import find_user_error
+
+    model = settings(world, "x").model.model_copy(update={"vision": "vit_tiny_patch16_22", "vision_pretrained": False})
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Ray's own class around it
+        train.main(settings(world, tmp_path / "run", model=model, workers=1))
+    mistake = find_user_error(caught.value)
+    assert mistake is not None and "vit_tiny_patch16_224" in str(mistake)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_last_checkpoint(world, tmp_path):
+    """SIGKILL the whole job in the middle; --resume goes on from the newest checkpoint to the same end."""
+    output = tmp_path / "run"
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(settings(world, output, steps=400, checkpoint_every=5).model_dump(mode="json")))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(config)]
+    first = subprocess.Popen(command, cwd=MODELS.parents[2], start_new_session=True)
+    deadline = time.monotonic() + 180
+    while len(list((output / "checkpoints").glob("step-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    reached = int(storage.newest_checkpoint(str(output))[-8:])
+    assert 10 <= reached < 400
+    total = str(reached + 10)
+    done = subprocess.run(
+        [*command, "--resume", "--set", f"steps={total}"], cwd=MODELS.parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["resumed_from_step"] == reached and summary["steps"] == reached + 10
+    steps = [record["step"] for record in read_metrics(str(output))]
+    assert steps == sorted(set(steps)) and steps[-1] == reached + 10
+    assert summary["rows_in"] == summary["rows_used"] + summary["rows_quarantined"]
