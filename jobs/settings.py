@@ -37,6 +37,12 @@ class LimitSettings(Settings):
     video_memory_bytes: int = Field(default=4 * 1024**3, gt=0)
 
 
+class ServingLimitSettings(LimitSettings):
+    """As `LimitSettings`, with a deadline that a waiting client can bear."""
+
+    video_timeout_s: float = Field(default=10.0, gt=0)
+
+
 class RaySettings(Settings):
     """The cluster a job runs on."""
 
@@ -202,5 +208,5 @@ class ServeSettings(Settings):
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=2, ge=1)
     use_gpu: bool = False
-    limits: LimitSettings = LimitSettings(video_timeout_s=10.0)
+    limits: ServingLimitSettings = ServingLimitSettings()
     ray: RaySettings = RaySettings()

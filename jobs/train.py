@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pipelines.data.manifest import read_manifest, write_table
 
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session
@@ -17,6 +16,7 @@ from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
+from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
@@ -83,6 +83,14 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     tables = [quarantine.to_table([failure], epoch) for epoch, failure in failures] or [quarantine.to_table([])]
     write_table(pa.concat_tables(tables), storage.join(settings.output, QUARANTINE_FILE))
     storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
+    parameters, names = summary["trainable_parameters"], summary["trainable_names"]
+    logger.info(
+        "trained %d parameters in %d tensors, listed in %s; %s",
+        parameters,
+        len(names),
+        SUMMARY_FILE,
+        summary["load_report"],
+    )
     logger.info("run folder %s; curves: tensorboard --logdir %s", settings.output, settings.output)
     print(summary["accounting"])
     return summary
@@ -264,6 +272,7 @@ def _summary(
         "rows_used": accounting.rows_used,
         "rows_quarantined": len(accounting.quarantined),
         "failures": list(accounting.quarantined.values()),
+        "load_report": run.load_report,
         "trainable_parameters": sum(p.numel() for p in run.stage.trainables.parameters()),
         "trainable_names": run.trainable_names,
         "frozen_sha256": run.fingerprints,

@@ -19,8 +19,8 @@ MADE_UP_COLOURS = tuple(f"colour{index}" for index in range(8))
 MADE_UP_SHAPES = tuple(f"shape{index}" for index in range(8))
 MADE_UP_RATE = 0.4
 MISSING_RATE = 0.12
-PAIR_RATE = 0.8
-CLIP_RATE = 0.5
+PAIR_RATE = 0.85
+CLIP_RATE = 0.4
 IGNORED = -100
 
 

@@ -37,7 +37,9 @@ GRID_SIDE = IMAGE_SIDE // PATCH_SIDE
 CLASSES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
 IGNORED = -100
 OTHER_COLOUR = "other"
-_CLOSE_COLOUR = 80.0
+_CLOSE_COLOUR = 30.0
+"""Distance in RGB that no thing comes nearer to a colour held out for its shape; a named colour varies by 17."""
+_NEIGHBOUR_DISTANCE = (30.0, 70.0)
 _MIN_SATURATION = 80
 _FRAMES_PER_CLIP = 4
 _OWNED_COVERAGE = 0.12
@@ -116,13 +118,29 @@ def _still_picture(
 
 
 def _recolour(placed: Placed, rng: random.Random) -> Placed:
-    """Paint a thing in a random lively colour far from those that are held out for its shape."""
+    """Paint a thing in a colour without a name: half of them near named ones, none close to its held-out ones.
+
+    A wide berth around held-out pairs would itself teach that this shape never comes in such colours.
+    """
     avoided = [RGB_OF_COLOUR[colour] for colour, shape in HELD_OUT if shape == placed.thing.shape]
     while True:
-        rgb = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        rgb = _neighbour(rng) if rng.random() < 0.5 else _rgb([rng.uniform(0, 255) for _ in range(3)])
         is_lively = max(rgb) - min(rgb) >= _MIN_SATURATION
         if is_lively and all(math.dist(rgb, other) >= _CLOSE_COLOUR for other in avoided):
             return replace(placed, rgb=rgb, thing=replace(placed.thing, colour=OTHER_COLOUR))
+
+
+def _neighbour(rng: random.Random) -> tuple[int, int, int]:
+    """Draw a colour at some distance from a named one."""
+    centre = RGB_OF_COLOUR[rng.choice(COLOURS)]
+    direction = [rng.gauss(0, 1) for _ in range(3)]
+    distance = rng.uniform(*_NEIGHBOUR_DISTANCE) / math.hypot(*direction)
+    return _rgb([c + distance * d for c, d in zip(centre, direction, strict=True)])
+
+
+def _rgb(values: list[float]) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, round(value))) for value in values)
+    return red, green, blue
 
 
 def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple[Image.Image, tuple[Placed, ...]]]:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from jobs.demo.scenes import Scene, Thing
 
-RADIUS_OF_SIZE = {"small": 0.105, "large": 0.18}
+RADIUS_OF_SIZE = {"small": 0.13, "large": 0.19}
 RGB_OF_COLOUR = {
     "red": (222, 38, 38),
     "green": (40, 165, 60),

@@ -18,8 +18,20 @@ class WorldSettings(Settings):
 class StageSettings(Settings):
     """How long and how fast one stage trains."""
 
-    steps: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    steps: int = Field(default=500, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
+
+
+class DemoQFormerSettings(QFormerSettings):
+    """A Q-Former small enough to learn the world in minutes on two cores."""
+
+    hidden_size: int = 96
+    num_layers: int = 4
+    num_heads: int = 2
+    intermediate_size: int = 192
+    num_queries: int = 8
+    embed_dim: int = 64
+    dropout: float = 0.0
 
 
 class DemoOptions(Settings):
@@ -29,11 +41,9 @@ class DemoOptions(Settings):
     retrain: bool = False
     """Train, evaluate and serve again, on the same world."""
     world: WorldSettings = WorldSettings()
-    stage1: StageSettings = StageSettings(steps=400, learning_rate=1e-3)
-    stage2: StageSettings = StageSettings(steps=400, learning_rate=1e-3)
-    qformer: QFormerSettings = QFormerSettings(
-        hidden_size=96, num_layers=4, num_heads=4, intermediate_size=192, num_queries=8, embed_dim=64, dropout=0.0
-    )
+    stage1: StageSettings = StageSettings()
+    stage2: StageSettings = StageSettings()
+    qformer: DemoQFormerSettings = DemoQFormerSettings()
     batch_size: int = Field(default=64, gt=1)
     workers: int = Field(default=2, ge=1)
     min_whole_caption: float | None = None

@@ -1,12 +1,14 @@
 """A model over decoded rows with Ray Data: every row answers once, with a result or with its failure."""
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset
+from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure, SampleBatch
@@ -61,17 +63,20 @@ def run_model(
     # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
     # fill it; the inner method takes blocks as they are.
     apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
-    answered = apply(
-        model,
-        fn_constructor_kwargs=dict(arguments),
-        batch_format="pyarrow",
-        batch_size=None,
-        compute=ActorPoolStrategy(size=workers),
-        num_gpus=1 if use_gpu else None,
-        # Without end by default: a model that crashes on one block would be started again for ever.
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_TASK_RETRIES,
-    )
+    with warnings.catch_warnings():
+        # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        answered = apply(
+            model,
+            fn_constructor_kwargs=dict(arguments),
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ActorPoolStrategy(size=workers),
+            num_gpus=1 if use_gpu else None,
+            # Without end by default: a model that crashes on one block would be started again for ever.
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_TASK_RETRIES,
+        )
     yield from answered.iter_batches(batch_size=None, batch_format="pyarrow")
 
 

@@ -1,7 +1,6 @@
 """A run's model on one rank: built around frozen backbones, saved, restored, and checked to have left them alone."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from qformer.errors import UserError
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +62,7 @@ class TrainingRun:
             choice.vision, pretrained=choice.vision_pretrained, layer=choice.vision_layer, dtype=frozen_dtype
         ).to(device)
         self.tokenizer: TextTokenizer | None = None
+        self.load_report = "initialised anew: everything"
         self.frozen: dict[str, nn.Module] = {"vision": self.encoder}
         torch.manual_seed(seed)
         if choice.stage == 1:
@@ -83,8 +81,7 @@ class TrainingRun:
             width = cast(Any, language).get_input_embeddings().embedding_dim
             stage2 = Stage2(self.config, language_width=width).to(device)
             if init_from is not None:
-                report = start_stage2(stage2, storage.local_folder(storage.newest_checkpoint(init_from)))
-                logger.info("init_from %s: %s", init_from, report)
+                self.load_report = str(start_stage2(stage2, storage.local_folder(storage.newest_checkpoint(init_from))))
             self.stage = GenerationStage(
                 self.encoder,
                 stage2,
