@@ -227,8 +227,8 @@ def _learn_tokenizer(settings: TrainSettings, manifest: pa.Table) -> None:
         return
     if not storage.is_local(folder):
         raise UserError(
-            f"model.tokenizer='corpus' writes to a local output, not {settings.output!r}; learn it in a local run first "
-            "and give that run's tokenizer folder"
+            f"model.tokenizer='corpus' needs a local output, not {settings.output!r}; learn it in a local run and "
+            "give that run's tokenizer folder"
         )
     captions = (text for texts in manifest[schema.CAPTIONS].to_pylist() for text in texts)
     learn_text_tokenizer(captions, Path(storage.local_path(folder)))
