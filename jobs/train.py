@@ -24,6 +24,7 @@ from qformer.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from pipelines.training.accounting import Accounting
+    from pipelines.training.loop import LoopSettings
     from pipelines.training.run import TrainingRun
 
 TOKENIZER_FOLDER, SUMMARY_FILE, QUARANTINE_FILE = "tokenizer", "summary.json", "quarantine.parquet"
@@ -45,40 +46,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
     if settings.stage == 1 and settings.model.tokenizer == LEARN_TOKENIZER:
         _learn_tokenizer(settings, manifest)
-    with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
-        import ray
-
-        from pipelines.training.feed import BatchFeed, steps_per_epoch
-        from pipelines.training.launch import launch
-
-        feed = (
-            ray.remote(BatchFeed)
-            .options(num_cpus=0)
-            .remote(
-                manifest,
-                global_batch=settings.batch_size,
-                total_steps=settings.steps,
-                seed=settings.seed,
-                decode_workers=settings.decode_workers,
-            )
-        )
-        summary = launch(
-            train_worker,
-            {
-                "settings": settings.model_dump(),
-                "feed": feed,
-                "order": _order_fingerprint(settings, manifest),
-                "rows": len(manifest),
-                "steps_per_epoch": steps_per_epoch(manifest, settings.batch_size),
-            },
-            workers=settings.workers,
-            use_gpu=settings.use_gpu,
-            max_failures=settings.max_failures,
-            name=f"stage {settings.stage}",
-            scratch=scratch,
-            total_steps=settings.steps,
-        )
-        ray.kill(feed)
+    summary = _launch(settings, manifest)
     failures = [(value.pop("epoch"), Failure(**value)) for value in summary.pop("failures")]
     tables = [quarantine.to_table([failure], epoch) for epoch, failure in failures] or [quarantine.to_table([])]
     write_table(pa.concat_tables(tables), storage.join(settings.output, QUARANTINE_FILE))
@@ -96,6 +64,43 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     return summary
 
 
+def _launch(settings: TrainSettings, manifest: pa.Table) -> dict[str, Any]:
+    """Run `train_worker` on every rank and return the first rank's result."""
+    with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
+        import ray
+
+        from pipelines.training.feed import BatchFeed, steps_per_epoch
+        from pipelines.training.launch import launch
+
+        actor = ray.remote(BatchFeed).options(num_cpus=0)
+        feed = actor.remote(
+            manifest,
+            global_batch=settings.batch_size,
+            total_steps=settings.steps,
+            seed=settings.seed,
+            decode_workers=settings.decode_workers,
+        )
+        try:
+            return launch(
+                train_worker,
+                {
+                    "settings": settings.model_dump(),
+                    "feed": feed,
+                    "order": _order_fingerprint(settings, manifest),
+                    "rows": len(manifest),
+                    "steps_per_epoch": steps_per_epoch(manifest, settings.batch_size),
+                },
+                workers=settings.workers,
+                use_gpu=settings.use_gpu,
+                max_failures=settings.max_failures,
+                name=f"stage {settings.stage}",
+                scratch=scratch,
+                total_steps=settings.steps,
+            )
+        finally:
+            ray.kill(feed)
+
+
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank; the first rank's return value is the run's summary."""
     import torch
@@ -103,7 +108,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
     from pipelines.training.accounting import Accounting
     from pipelines.training.feed import rank_batches
-    from pipelines.training.loop import Loop, LoopSettings
+    from pipelines.training.loop import Loop
     from pipelines.training.optim import build_optimizer
     from pipelines.training.run import TrainingRun, choice_from
     from pipelines.training.telemetry import RunLog
@@ -135,17 +140,6 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         if rank() == 0:
             run.save(settings.output, done, optimizer, accounting, order=order, settings=resolved_yaml(settings))
 
-    loop_settings = LoopSettings(
-        steps=settings.steps,
-        steps_per_epoch=arguments["steps_per_epoch"],
-        rows_per_epoch=arguments["rows"],
-        checkpoint_every=settings.checkpoint_every,
-        log_every=settings.log_every,
-        seed=settings.seed,
-        max_quarantine_share=settings.max_quarantine_share,
-        precision=settings.precision,
-        **optim.model_dump(exclude={"weight_decay", "betas"}),
-    )
     batches = rank_batches(
         arguments["feed"],
         start_step=start_step,
@@ -154,12 +148,32 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         world_size=world_size(),
         decode=decode_settings(settings, run.encoder.preprocessing),
     )
-    loop = Loop(run.stage, trainables, optimizer, accounting, loop_settings, log.write if log else _ignore, save)
+    loop = Loop(
+        run.stage, trainables, optimizer, accounting, _loop_settings(arguments), log.write if log else _ignore, save
+    )
     loop.run(batches, start_step)
     run.assert_frozen()
     if log:
         log.close()
     return _summary(run, accounting, settings, start_step, log.records if log else [])
+
+
+def _loop_settings(arguments: dict[str, Any]) -> "LoopSettings":
+    """Translate the worker's arguments for the loop."""
+    from pipelines.training.loop import LoopSettings
+
+    settings = TrainSettings.model_validate(arguments["settings"])
+    return LoopSettings(
+        steps=settings.steps,
+        steps_per_epoch=arguments["steps_per_epoch"],
+        rows_per_epoch=arguments["rows"],
+        checkpoint_every=settings.checkpoint_every,
+        log_every=settings.log_every,
+        seed=settings.seed,
+        max_quarantine_share=settings.max_quarantine_share,
+        precision=settings.precision,
+        **settings.optim.model_dump(exclude={"weight_decay", "betas"}),
+    )
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:

@@ -1,6 +1,7 @@
 """Draw scenes as small JPEG images and H.264 clips.
 
-Positions and radii are in units of the canvas's central square, so that a centre crop never cuts a thing.
+Positions and radii are in units of the canvas's central square, so that a centre crop cuts no thing but a
+travelling one at the ends of its way.
 """
 
 import io
@@ -31,6 +32,11 @@ REACH = 1.25
 """Farthest point of any shape from its centre, in radii, with a little air."""
 _SUPERSAMPLING = 4
 _GAP = 0.04
+_REST = (0.3, 0.7)
+"""Where the thing of a clip rests, and stays on the axis it does not move along."""
+_TRAVEL = (0.08, 0.92)
+"""Ends of a travel: beyond the places of rest, so that already one frame hints at the motion. Without a hint in single
+frames a bridge that sees frames apart was measured to learn no place at all: only pairs of places would tell."""
 _NUM_BLINK_PHASES = 4
 
 
@@ -51,7 +57,7 @@ def place(scene: Scene, rng: random.Random) -> tuple[Placed, ...]:
     """Choose where a scene's things stand (for clips: where they rest) so that its relation is plain."""
     looks = [_look(thing, rng) for thing in scene.things]
     if scene.relation is None:
-        low, high = REACH * looks[0].radius, 1 - REACH * looks[0].radius
+        low, high = (REACH * looks[0].radius, 1 - REACH * looks[0].radius) if scene.motion is None else _REST
         return (replace(looks[0], x=rng.uniform(low, high), y=rng.uniform(low, high)),)
     canonical = scene.canonical()
     if canonical != scene:
@@ -80,9 +86,8 @@ def moved(placed: Placed, motion: str | None, progress: float, is_reversed: bool
     Returns:
         The thing at its new place.
     """
-    low = REACH * placed.radius
     share = 1 - progress if is_reversed else progress
-    along = low + share * (1 - 2 * low)
+    along = _TRAVEL[0] + share * (_TRAVEL[1] - _TRAVEL[0])
     match motion:
         case "moving sideways":
             return replace(placed, x=along)

@@ -85,6 +85,7 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
             checkpoint=str(steps.folder(checkpoint)),
             data=DataSettings(manifest=str(table), split="test"),
             output=str(steps.folder(name)),
+            rerank_top_k=0,
             ray=settings.ray,
         )
         values = evaluate_settings.model_dump(mode="json")

@@ -8,8 +8,8 @@ from jobs.settings import QFormerSettings, RaySettings, Settings
 class WorldSettings(Settings):
     """How large a world to write."""
 
-    num_images: int = Field(default=4000, ge=100)
-    num_clips: int = Field(default=1000, ge=50)
+    num_images: int = Field(default=4800, ge=100)
+    num_clips: int = Field(default=900, ge=50)
     num_test_images: int = Field(default=300, ge=200)
     num_test_clips: int = Field(default=128, ge=64)
     seed: int = 0
@@ -18,8 +18,14 @@ class WorldSettings(Settings):
 class StageSettings(Settings):
     """How long and how fast one stage trains."""
 
-    steps: int = Field(default=500, gt=0)
+    steps: int = Field(default=400, gt=0)
     learning_rate: float = Field(default=2e-3, gt=0)
+
+
+class Stage2Settings(StageSettings):
+    """Stage 2 learns to tell motions last, by combining frames."""
+
+    steps: int = Field(default=600, gt=0)
 
 
 class DemoQFormerSettings(QFormerSettings):
@@ -42,7 +48,7 @@ class DemoOptions(Settings):
     """Train, evaluate and serve again, on the same world."""
     world: WorldSettings = WorldSettings()
     stage1: StageSettings = StageSettings()
-    stage2: StageSettings = StageSettings()
+    stage2: Stage2Settings = Stage2Settings()
     qformer: DemoQFormerSettings = DemoQFormerSettings()
     batch_size: int = Field(default=64, gt=1)
     workers: int = Field(default=2, ge=1)

@@ -4,6 +4,7 @@ import json
 import pickle
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pipelines.data import schema
 from pipelines.data.batch import SampleBatch
 from pipelines.data.dataset import build_segment, evaluation_dataset, probe, to_batch
 from pipelines.data.order import PADDING, epoch_order, rank_rows
-from pipelines.data.samples import Limits
+from pipelines.data.samples import Limits, SampleDecoder
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -75,6 +76,30 @@ def test_evaluation_sees_every_row_once(tmp_path):
     assert [len(batch.sample_ids) for batch in batches] == [4, 4, 3]
     assert [name for batch in batches for name in batch.sample_ids] == table[schema.SAMPLE_ID].to_pylist()
     assert all(batch.is_valid.all() for batch in batches)
+
+
+def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path):
+    """The preprocessing contract: one decoder, one geometry, whoever asks."""
+    table = image_manifest(tmp_path, 4)
+    order = np.arange(4, dtype=np.int64)[None]
+    epochs = np.zeros(1, dtype=np.int64)
+    (stream,) = build_segment(
+        table, order, first_step=0, epochs=epochs, seed=0, world_size=1, decode=DECODE, decode_workers=1
+    )
+    (trained,) = list(stream)
+    dataset = evaluation_dataset(table, batch_size=4, decode=DECODE, decode_workers=1)
+    (evaluated,) = [to_batch(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
+    assert trained.sample_ids == evaluated.sample_ids
+    np.testing.assert_array_equal(trained.pixels, evaluated.pixels)
+    decoder = SampleDecoder(DECODE)  # what the service and the caption job decode with
+    for row, media in enumerate(table[schema.MEDIA].to_pylist()):
+        by_path, by_bytes = (
+            decoder.decode(kind="image", media=media),
+            decoder.decode(kind="image", data=Path(media).read_bytes()),
+        )
+        np.testing.assert_array_equal(by_path, trained.pixels[row])
+        np.testing.assert_array_equal(by_bytes, trained.pixels[row])
+    decoder.close()
 
 
 def test_probe_accounts_for_every_row(tmp_path):
