@@ -106,15 +106,19 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
             tokenizer="corpus",
             qformer=QFormerSettings(**demo.qformer.model_dump()),
         ),
-        data=DataSettings(manifest=str(steps.folder("data") / "manifest.parquet"), num_frames=NUM_FRAMES),
+        data=DataSettings(
+            manifest=str(steps.folder("data") / "manifest.parquet"),
+            kind="image" if stage == 1 else None,
+            num_frames=NUM_FRAMES,
+        ),
         optim=OptimSettings(
             learning_rate=chosen.learning_rate,
             min_learning_rate=chosen.learning_rate / 20,
             warmup_steps=min(30, chosen.steps // 10),
         ),
         steps=chosen.steps,
-        batch_size=demo.batch_size,
+        batch_size=chosen.batch_size,
         workers=demo.workers,
-        checkpoint_every=100,
+        checkpoint_every=250,
         ray=settings.ray,
     )

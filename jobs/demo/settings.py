@@ -9,7 +9,7 @@ class WorldSettings(Settings):
     """How large a world to write."""
 
     num_images: int = Field(default=4800, ge=100)
-    num_clips: int = Field(default=900, ge=50)
+    num_clips: int = Field(default=1600, ge=50)
     num_test_images: int = Field(default=300, ge=200)
     num_test_clips: int = Field(default=128, ge=64)
     seed: int = 0
@@ -18,14 +18,25 @@ class WorldSettings(Settings):
 class StageSettings(Settings):
     """How long and how fast one stage trains."""
 
-    steps: int = Field(default=400, gt=0)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=1)
+    learning_rate: float = Field(gt=0)
+
+
+class Stage1Settings(StageSettings):
+    """Stage 1 sees images alone: its objectives know no time, and a clip costs as much as four images."""
+
+    steps: int = Field(default=300, gt=0)
+    batch_size: int = Field(default=64, gt=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
 
 
 class Stage2Settings(StageSettings):
-    """Stage 2 learns to tell motions last, by combining frames."""
+    """Stage 2 sees images and clips. Many small steps: it learns to keep two things apart, and motions, last."""
 
-    steps: int = Field(default=600, gt=0)
+    steps: int = Field(default=1250, gt=0)
+    batch_size: int = Field(default=32, gt=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
 
 
 class DemoQFormerSettings(QFormerSettings):
@@ -47,10 +58,9 @@ class DemoOptions(Settings):
     retrain: bool = False
     """Train, evaluate and serve again, on the same world."""
     world: WorldSettings = WorldSettings()
-    stage1: StageSettings = StageSettings()
+    stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
     qformer: DemoQFormerSettings = DemoQFormerSettings()
-    batch_size: int = Field(default=64, gt=1)
     workers: int = Field(default=2, ge=1)
     min_whole_caption: float | None = None
     """Bar on whole-caption accuracy; null prints it without one."""
