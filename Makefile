@@ -53,7 +53,7 @@ bench: $(STAMP) ## every benchmark (ARGS=--json for machine-readable last lines)
 	@$(BIN)/python -m jobs.bench $(ARGS)
 
 clean: ## remove runs and caches, keep .venv
-	@rm -rf runs demo-out build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf runs demo-out demo-out-full build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import socket
-import time
 
 import httpx
 import pytest
@@ -128,14 +127,6 @@ def test_oversize_bodies_are_refused(url):
 
 def test_health(url):
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok", "model": "tiny/step-00000003"}
-
-
-def test_latency_is_that_of_a_small_model(url):
-    request_caption(url, jpeg_bytes())
-    start = time.perf_counter()
-    for _ in range(5):
-        request_caption(url, jpeg_bytes())
-    assert (time.perf_counter() - start) / 5 < 2.0  # seconds; measured 0.1 on 2 busy cores
 
 
 def test_a_taken_port_is_the_users_mistake():
