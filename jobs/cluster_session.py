@@ -25,8 +25,6 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Every execution would print its plan and progress between a job's own lines.
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    # Ray's C++ side prints remarks on its own workings into the driver's terminal; errors reach us as exceptions.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # The newer Parquet reader starts 32 actors for each read, whatever its size.
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     # Keeps CUDA_VISIBLE_DEVICES as it is for tasks that ask for no GPU, which is Ray's coming default.

@@ -111,7 +111,7 @@ class Loop:
         losses["total"].backward()
         gradient_norm = nn.utils.clip_grad_norm_(self.stage.trainables.parameters(), settings.clip_norm)
         if not torch.isfinite(gradient_norm):
-            terms = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items())
+            terms = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
             raise ValueError(
                 f"gradient norm is {float(gradient_norm)} at step {step} ({terms}); samples {batch.sample_ids[:8]}; "
                 "lower optim.learning_rate, or look at these samples"
