@@ -17,8 +17,9 @@ LABEL_SMOOTHING = 0.1
 
 
 def similarity(queries_BQE: Tensor, text_NE: Tensor) -> Tensor:
-    """Image-text similarity, the maximum over the image's queries: [B, N]."""
-    return torch.einsum("bqe,ne->bqn", queries_BQE, text_NE).amax(dim=1)
+    """Image-text similarity, the maximum over the image's queries: [B, N], fp32 also under autocast."""
+    with torch.autocast(queries_BQE.device.type, enabled=False):
+        return torch.einsum("bqe,ne->bqn", queries_BQE.float(), text_NE.float()).amax(dim=1)
 
 
 def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_valid_N: Tensor) -> Tensor:

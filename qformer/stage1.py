@@ -113,12 +113,13 @@ class Stage1(nn.Module):
 
     def embed_queries(self, hidden_GQD: Tensor, frames: int) -> Tensor:
         """L2-normalised query embeddings of all frames: [B, F*Q, E] from [B*F, Q, D]."""
-        embedded_GQE = F.normalize(self.vision_projection(hidden_GQD), dim=-1)
+        embedded_GQE = F.normalize(self.vision_projection(hidden_GQD).float(), dim=-1)
         return embedded_GQE.unflatten(0, (-1, frames)).flatten(1, 2)
 
     def embed_text(self, input_ids_BT: Tensor, is_text_BT: Tensor) -> Tensor:
         """L2-normalised embedding of the text's [CLS]: [B, E]."""
-        return F.normalize(self.text_projection(self.qformer.forward_text(input_ids_BT, is_text_BT)[:, 0]), dim=-1)
+        cls_BD = self.qformer.forward_text(input_ids_BT, is_text_BT)[:, 0]
+        return F.normalize(self.text_projection(cls_BD).float(), dim=-1)
 
     def match_logits(
         self, image: Sequence[KeyValue | None], input_ids_RT: Tensor, is_text_RT: Tensor, frames: int

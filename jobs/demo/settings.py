@@ -1,5 +1,7 @@
 """Settings of the demo."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from jobs.settings import QFormerSettings, RaySettings, Settings
@@ -34,7 +36,7 @@ class Stage1Settings(StageSettings):
 class Stage2Settings(StageSettings):
     """Stage 2 sees images and clips. Many small steps: it learns to keep two things apart, and motions, last."""
 
-    steps: int = Field(default=1250, gt=0)
+    steps: int = Field(default=1400, gt=0)
     batch_size: int = Field(default=32, gt=1)
     learning_rate: float = Field(default=2e-3, gt=0)
 
@@ -62,6 +64,8 @@ class DemoOptions(Settings):
     stage2: Stage2Settings = Stage2Settings()
     qformer: DemoQFormerSettings = DemoQFormerSettings()
     workers: int = Field(default=2, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of training; "auto": bf16 where the processor computes it natively, which halves the time, else fp32."""
     min_whole_caption: float | None = None
     """Bar on whole-caption accuracy; null prints it without one."""
     port: int = Field(default=8000, ge=1, le=65535)

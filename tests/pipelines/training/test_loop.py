@@ -1,5 +1,6 @@
 """The loop, checkpoints and accounting in one process, with the demo's real frozen models."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -126,6 +127,19 @@ def test_loss_falls_and_backbones_do_not_move(tokenizer, tmp_path):
         next(run.encoder.model.parameters()).add_(1e-3)
     with pytest.raises(RuntimeError, match="frozen vision model changed"):
         run.assert_frozen()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(stage, tokenizer, tmp_path):
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    logged = {}
+    for precision in ("fp32", "bf16"):
+        run = TrainingRun(chosen, torch.device("cpu"), precision=precision, seed=5, init_from=None)
+        logged[precision] = train(run, tmp_path / precision, precision=precision)
+        assert all(p.dtype == torch.float32 for p in run.stage.trainables.parameters())
+        assert next(run.encoder.model.parameters()).dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+    # bf16 keeps three digits; hard negatives are drawn from similarities that differ by as much.
+    assert logged["bf16"][0]["loss/total"] == pytest.approx(logged["fp32"][0]["loss/total"], rel=0.05)
 
 
 def test_the_trainable_names_are_the_bridge_alone(tokenizer):
