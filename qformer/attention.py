@@ -16,10 +16,6 @@ class KeyValue(NamedTuple):
     keys_BHNK: Tensor
     values_BHNK: Tensor
 
-    def rows(self, index_R: Tensor) -> "KeyValue":
-        """Keys and values of chosen batch rows (repeats allowed): [R, H, N, K]."""
-        return KeyValue(self.keys_BHNK[index_R], self.values_BHNK[index_R])
-
 
 class Attention(nn.Module):
     """Post-layer-norm attention block of BERT: attend, project, drop, add the residual, normalise.
