@@ -48,6 +48,12 @@ JOBS = {
         summary="check every media file, write a manifest of the good rows and a quarantine table of the bad",
         example="qformer prepare --config jobs/configs/prepare.yaml --set output=runs/data",
     ),
+    "features": Job(
+        module="jobs.features",
+        settings="jobs.settings:FeaturesSettings",
+        summary="run the frozen encoder once over a manifest; training then reads what it saw",
+        example="qformer features --config jobs/configs/features.yaml --set output=runs/features",
+    ),
     "train": Job(
         module="jobs.train",
         settings="jobs.settings:TrainSettings",

@@ -76,6 +76,13 @@ class DataSettings(Settings):
     augmentation: AugmentationSettings = AugmentationSettings()
 
 
+class TrainDataSettings(DataSettings):
+    """Rows to train on."""
+
+    features: str | None = None
+    """Folder of a feature cache (`qformer features`) to train on in place of pixels; fixes crop and frames."""
+
+
 class QFormerSettings(Settings):
     """The trainable bridge; widths of encoder and language model adapt by themselves."""
 
@@ -130,7 +137,7 @@ class TrainSettings(Settings):
     resume: bool = False
     """Continue from the newest checkpoint in `output`."""
     model: ModelSettings
-    data: DataSettings
+    data: TrainDataSettings
     optim: OptimSettings = OptimSettings()
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -160,6 +167,29 @@ class PrepareSettings(Settings):
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
     decode_workers: int = Field(default=2, ge=1)
+    ray: RaySettings = RaySettings()
+
+
+class FeaturesSettings(Settings):
+    """`qformer features`: run the frozen encoder once over a manifest and keep what it sees."""
+
+    output: str
+    """Folder of the cache (local path or fsspec URI). A second run adds what is missing and leaves the rest."""
+    vision: str
+    """timm model, as `model.vision` of `qformer train`."""
+    vision_pretrained: bool = True
+    vision_layer: int = -2
+    data: DataSettings
+    dtype: Literal["fp16", "bf16", "int8"] = "fp16"
+    """How tokens are stored; int8 keeps one scale a token and halves the size."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """How the encoder is run."""
+    frames_per_pass: int = Field(default=64, gt=0)
+    """Frames that one actor encodes at a time."""
+    workers: int = Field(default=1, ge=1)
+    """Encoder actors."""
+    decode_workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
     ray: RaySettings = RaySettings()
 
 

@@ -16,6 +16,7 @@ from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
+from pipelines.data.features import FeatureCache, locate, open_cache
 from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
@@ -43,10 +44,13 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     data = settings.data
     manifest = read_manifest(data.manifest, data.split, needs_captions=True, kind=data.kind)
     _check(settings, len(manifest))
+    cache = open_cache(data.features) if data.features else None
+    if cache:
+        manifest = locate(manifest, cache)
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
     if settings.stage == 1 and settings.model.tokenizer == LEARN_TOKENIZER:
         _learn_tokenizer(settings, manifest)
-    summary = _launch(settings, manifest)
+    summary = _launch(settings, manifest, cache)
     failures = [(value.pop("epoch"), Failure(**value)) for value in summary.pop("failures")]
     tables = [quarantine.to_table([failure], epoch) for epoch, failure in failures] or [quarantine.to_table([])]
     write_table(pa.concat_tables(tables), storage.join(settings.output, QUARANTINE_FILE))
@@ -64,7 +68,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     return summary
 
 
-def _launch(settings: TrainSettings, manifest: pa.Table) -> dict[str, Any]:
+def _launch(settings: TrainSettings, manifest: pa.Table, cache: FeatureCache | None) -> dict[str, Any]:
     """Run `train_worker` on every rank and return the first rank's result."""
     with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
         import ray
@@ -86,6 +90,7 @@ def _launch(settings: TrainSettings, manifest: pa.Table) -> dict[str, Any]:
                 {
                     "settings": settings.model_dump(),
                     "feed": feed,
+                    "cache": cache,
                     "order": _order_fingerprint(settings, manifest),
                     "rows": len(manifest),
                     "steps_per_epoch": steps_per_epoch(manifest, settings.batch_size),
@@ -122,7 +127,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         num_frames=settings.data.num_frames,
         tokenizer=_tokenizer_folder(settings),
     )
-    run = TrainingRun(choice, device, precision=settings.precision, seed=settings.seed, init_from=settings.init_from)
+    cache: FeatureCache | None = arguments["cache"]
+    run = TrainingRun(
+        choice,
+        device,
+        precision=settings.precision,
+        seed=settings.seed,
+        init_from=settings.init_from,
+        features=cache.spec if cache else None,
+    )
     optim = settings.optim
     optimizer = build_optimizer(run.stage.trainables, weight_decay=optim.weight_decay, betas=optim.betas)
     accounting, start_step = Accounting(), 0
@@ -146,7 +159,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         total_steps=settings.steps,
         rank=rank(),
         world_size=world_size(),
-        decode=decode_settings(settings, run.encoder.preprocessing),
+        source=cache or decode_settings(settings, run.preprocessing),
     )
     loop = Loop(
         run.stage, trainables, optimizer, accounting, _loop_settings(arguments), log.write if log else _ignore, save
@@ -190,6 +203,7 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(
         update={
             "output": output,
+            "data": settings.data.model_copy(update={"features": absolute(settings.data.features)}),
             "init_from": absolute(settings.init_from),
             "model": model.model_copy(update=folders),
         }
@@ -217,6 +231,12 @@ def _check(settings: TrainSettings, num_rows: int) -> None:
     if settings.batch_size < settings.workers:
         raise UserError(
             f"batch_size={settings.batch_size} gives some of the {settings.workers} workers nothing; raise it"
+        )
+    augmentation = settings.data.augmentation
+    if settings.data.features and (augmentation.random_resized_crop or augmentation.horizontal_flip):
+        raise UserError(
+            "data.features holds the encoder's view of the plain picture, so data.augmentation cannot change it; "
+            "leave one of them out"
         )
     if settings.stage == 2 and settings.model.language is None:
         raise UserError("model.language is not set; stage 2 needs a causal LM (hub name or folder)")

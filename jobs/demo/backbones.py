@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.demo.facts import CLEAN, FULL, Clutter, clip_facts, embed_prompts, fact_tokens, fill_slots, image_facts
+from jobs.demo.facts import CLEAN, FULL, Clutter, Group, clip_facts, embed_prompts, fact_tokens, fill_slots, image_facts
 from jobs.demo.grammar import captions, parse
 from jobs.demo.language_batches import caption_ids
 from jobs.demo.make_language import caption_loss, save_language, train_language
@@ -104,7 +104,7 @@ def bridge_accuracy(
     count: int = 200,
     seed: int = 2,
 ) -> dict[str, float]:
-    """Train one linear layer from made-up frame features to soft prompts through the frozen model.
+    """Train one linear layer from made-up features of a frame's two things to soft prompts through the frozen model.
 
     This is the least a real bridge must do: if it fails, the language model does not use soft prompts.
 
@@ -116,15 +116,17 @@ def bridge_accuracy(
     model.requires_grad_(False).eval()
     column = {token: index for index, token in enumerate(fact_tokens())}
     mixing = torch.randn(len(column), FEATURE_WIDTH) / 3
-    linear = nn.Linear(FEATURE_WIDTH, NUM_SLOTS * model.config.hidden_size)
+    linear = nn.Linear(2 * FEATURE_WIDTH, NUM_SLOTS * model.config.hidden_size)
 
     def prompts_of(scenes: list[Scene]) -> Tensor:
         prompts = [_facts(scene, rng) for scene in scenes]
-        hot = torch.zeros(len(prompts), len(prompts[0]), len(column))
+        hot = torch.zeros(len(prompts), len(prompts[0]), 2, len(column))
         for row, frames in enumerate(prompts):
-            for frame, facts in enumerate(frames):
-                hot[row, frame, [column[fact] for fact in facts]] = 1
-        features = hot @ mixing
+            for frame, groups in enumerate(frames):
+                for at, group in enumerate(groups):
+                    for fact, weight in group.items():
+                        hot[row, frame, at, column[fact]] = weight
+        features = (hot @ mixing).flatten(2)
         features = features + 0.05 * torch.randn_like(features)
         return linear(features).view(len(scenes), -1, model.config.hidden_size)
 
@@ -240,10 +242,8 @@ def _vision_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     return [*rows, ("vision: size", _size(folder))]
 
 
-def _facts(scene: Scene, rng: random.Random) -> list[list[str]]:
-    if scene.motion is None:
-        return image_facts(scene, rng, place_rate=0.0, relation_rate=1.0)
-    return clip_facts(scene, rng, NUM_CLIP_FRAMES, motion_fact_rate=0.0)
+def _facts(scene: Scene, rng: random.Random) -> list[list[Group]]:
+    return image_facts(scene, rng) if scene.motion is None else clip_facts(scene, rng, NUM_CLIP_FRAMES)
 
 
 def _time_ms(work: Callable[[], object], repeats: int = 10) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jobs.demo.facts import Clutter, clip_facts, fill_slots, image_facts
+from jobs.demo.facts import Clutter, Group, clip_facts, fill_slots, image_facts
 from jobs.demo.grammar import captions
 from jobs.demo.scenes import Kind, Scene, sample_scene
 
@@ -19,8 +19,8 @@ MADE_UP_COLOURS = tuple(f"colour{index}" for index in range(8))
 MADE_UP_SHAPES = tuple(f"shape{index}" for index in range(8))
 MADE_UP_RATE = 0.4
 MISSING_RATE = 0.12
-PAIR_RATE = 0.85
-CLIP_RATE = 0.4
+PAIR_RATE = 0.8
+CLIP_RATE = 0.3
 IGNORED = -100
 
 
@@ -38,7 +38,7 @@ class Batch:
 
 def made_up_facts() -> list[str]:
     """Return the fact tokens of the made-up words."""
-    return [f"<{who}:{value}>" for who in "ab" for value in (*MADE_UP_COLOURS, *MADE_UP_SHAPES)]
+    return [f"<{value}>" for value in (*MADE_UP_COLOURS, *MADE_UP_SHAPES)]
 
 
 def sample_batch(tokenizer: "PreTrainedTokenizerFast", rng: random.Random, clutter: Clutter) -> Batch:
@@ -50,11 +50,7 @@ def sample_batch(tokenizer: "PreTrainedTokenizerFast", rng: random.Random, clutt
     for _ in range(max(16, TOKENS_PER_BATCH // (num_frames * num_slots + 14))):
         kind: Kind = "clip" if is_clip else "pair" if rng.random() < PAIR_RATE else "single"
         scene = sample_scene(rng, kind, held_out=False)
-        if is_clip:
-            frames = clip_facts(scene, rng, num_frames, motion_fact_rate=0.2)
-        else:
-            scene = scene if rng.random() < 0.85 else scene.mirrored()
-            frames = image_facts(scene, rng, place_rate=0.4, relation_rate=0.75)
+        frames = clip_facts(scene, rng, num_frames) if is_clip else image_facts(scene, rng, place_rate=0.5)
         scene, frames = _disguise(scene, frames, rng)
         frames, word = _lose_fact(scene, frames, rng) if rng.random() < MISSING_RATE else (frames, "<pad>")
         prompts.append(frames)
@@ -78,28 +74,37 @@ def _prompt_shape(rng: random.Random, is_clip: bool) -> tuple[int, int]:
     num_slots = rng.choice((8, 12)) if rng.random() < 0.6 else rng.randint(6, 16)
     if not is_clip:
         return 1, num_slots
-    num_frames = 4 if rng.random() < 0.6 else rng.choice((1, 2, 3, 5, 6))
-    # One long frame means an image; two short ones must not look like it.
-    return num_frames, max(num_slots, 9) if num_frames == 2 else num_slots
+    return 4 if rng.random() < 0.6 else rng.choice((3, 5, 6)), num_slots
 
 
-def _disguise(scene: Scene, frames: list[list[str]], rng: random.Random) -> tuple[Scene, list[list[str]]]:
+def _disguise(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[Scene, list[list[Group]]]:
     """Swap some colours and shapes, in the scene and its facts, for made-up ones."""
     things = []
-    swaps: dict[str, str] = {}
-    for who, thing in zip("ab", scene.things, strict=False):
+    swaps: list[dict[str, str]] = []
+    for thing in scene.things:
         colour = rng.choice(MADE_UP_COLOURS) if rng.random() < MADE_UP_RATE else thing.colour
         shape = rng.choice(MADE_UP_SHAPES) if rng.random() < MADE_UP_RATE else thing.shape
-        swaps |= {f"<{who}:{thing.colour}>": f"<{who}:{colour}>", f"<{who}:{thing.shape}>": f"<{who}:{shape}>"}
+        swaps.append({f"<{thing.colour}>": f"<{colour}>", f"<{thing.shape}>": f"<{shape}>"})
         things.append(replace(thing, colour=colour, shape=shape))
-    disguised = [[swaps.get(fact, fact) for fact in facts] for facts in frames]
+    disguised = [
+        [
+            {swap.get(fact, fact): weight for fact, weight in group.items()}
+            for group, swap in zip(groups, swaps, strict=True)
+        ]
+        for groups in frames
+    ]
     return replace(scene, things=tuple(things)), disguised
 
 
-def _lose_fact(scene: Scene, frames: list[list[str]], rng: random.Random) -> tuple[list[list[str]], str]:
+def _lose_fact(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[list[list[Group]], str]:
     """Remove one thing's size, colour or shape from all frames; also return its word."""
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
     word = rng.choice((thing.size, thing.colour, thing.shape))
-    lost = f"<{'ab'[index]}:{word}>"
-    return [[fact for fact in facts if fact != lost] for facts in frames], word
+    return [
+        [
+            {fact: weight for fact, weight in group.items() if at != index or fact != f"<{word}>"}
+            for at, group in enumerate(groups)
+        ]
+        for groups in frames
+    ], word

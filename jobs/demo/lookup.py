@@ -1,9 +1,9 @@
 """How the demo's language model begins: as a lookup of facts, which training then refines.
 
-Naming a fact takes two hops: a word just said ("red") is found among the facts and tells whose turn it is
-("a", the first thing); then that thing's next fact (its shape) is found and said. A transformer of this size
-discovers the hops only after thousands of steps, and first memorises which pairs exist, so that it could not name
-a pair it never met. Beginning with both hops in place costs nothing later: all weights stay trainable.
+Naming a fact takes a hop: a word just said ("red") is found among the slots, and what else stands there (a shape) is
+copied. A transformer of this size discovers the hop only after thousands of steps, and first memorises which pairs
+exist, so that it could not name a pair it never met. Beginning with the hop in place costs nothing later: all weights
+stay trainable.
 
 Dimensions: V vocabulary, N = V + parts, D width.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from jobs.demo.facts import NUM_BINS
 from jobs.demo.language_batches import MADE_UP_COLOURS, MADE_UP_SHAPES
 from jobs.demo.scenes import COLOURS, SHAPES, SIZES
 
@@ -22,14 +23,12 @@ if TYPE_CHECKING:
 EMBEDDING_STD = 0.5
 """About the size of a linear layer's output after a layer norm, which is what a bridge delivers."""
 OUTPUT_STD = 0.06
-# Three equal shares add up to about the length of one embedding.
-FACT_SHARE = 0.6
+FACT_SHARE = 0.5
 VALUES_OF_KIND = {
     "size": SIZES,
     "colour": (*COLOURS, *MADE_UP_COLOURS),
     "shape": (*SHAPES, *MADE_UP_SHAPES),
 }
-_WORDS_BEFORE_KIND = {"size": ("a", "one"), "colour": SIZES, "shape": VALUES_OF_KIND["colour"]}
 _QUERY_GAIN = 8.0
 _COPY_GAIN = 0.7
 _NUM_LOOKUP_HEADS = 2
@@ -40,19 +39,20 @@ _FIRST_SLOW_FREQUENCY = 5
 def mix_facts(tokenizer: "PreTrainedTokenizerFast", width: int) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Say how each token's embedding is mixed from words and parts.
 
-    `<a:red>` is the sum of the value "red", of being the first thing's and of being a colour. Words and other
-    facts are themselves.
+    `<red>` is the sum of the value "red" and of being a colour, `<x3>` that of the mark x3 and of being a place.
+    Words are themselves.
 
     Returns:
         mixing_VN over the V words followed by the parts, the trainable parts, and each part's row in them.
     """
     id_of_token = tokenizer.get_vocab()
-    parts_of_token: dict[int, tuple[str, ...]] = {}
-    for token, index in id_of_token.items():
-        if token.startswith(("<a:", "<b:")):
-            value = token[3:-1]
-            kind = next((name for name, values in VALUES_OF_KIND.items() if value in values), f"place {value[0]}")
-            parts_of_token[index] = (f"role {token[1]}", f"kind {kind}", f"value {value}")
+    kind_of_value = {value: kind for kind, values in VALUES_OF_KIND.items() for value in values}
+    kind_of_value |= {f"{axis}{index}": f"place {axis}" for axis in "xy" for index in range(NUM_BINS)}
+    parts_of_token = {
+        id_of_token[f"<{value}>"]: (f"kind {kind}", f"value {value}")
+        for value, kind in kind_of_value.items()
+        if f"<{value}>" in id_of_token
+    }
     names = sorted({name for parts in parts_of_token.values() for name in parts})
     row_of_part = {name: row for row, name in enumerate(names)}
     mixing_VN = torch.eye(len(id_of_token), len(id_of_token) + len(names))
@@ -69,28 +69,20 @@ def begin_as_lookup(
     parts_ND: Tensor,
     row_of_part: dict[str, int],
 ) -> None:
-    """Set the model's embeddings and first three layers' attention to the two hops."""
+    """Set the model's embeddings, and the first two layers' attention to the hop."""
     id_of_token = tokenizer.get_vocab()
     words_VD, output_VD = model.get_input_embeddings().weight, model.lm_head.weight
     words_VD.normal_(std=EMBEDDING_STD)
     output_VD.copy_(words_VD * (OUTPUT_STD / EMBEDDING_STD))
-    find_value, find_kind, find_role = (torch.zeros(words_VD.shape[1], words_VD.shape[1]) for _ in range(3))
-    for values in VALUES_OF_KIND.values():
-        for value in values:
-            part_D = parts_ND[row_of_part[f"value {value}"]]
-            output_VD[id_of_token[value]] = part_D * (OUTPUT_STD / EMBEDDING_STD)
-            find_value += _map(words_VD[id_of_token[value]], part_D)
-    for kind, words in _WORDS_BEFORE_KIND.items():
-        mark_D = EMBEDDING_STD * torch.randn(words_VD.shape[1])
-        words_VD[[id_of_token[word] for word in words]] += mark_D
-        find_kind += _map(mark_D, parts_ND[row_of_part[f"kind {kind}"]])
-    for who in "ab":
-        role_D = parts_ND[row_of_part[f"role {who}"]]
-        find_role += _map(role_D, role_D)
-    for layer, find in zip(
-        model.model.layers, (find_value, find_kind + find_role, find_kind + find_role), strict=False
-    ):
-        _look_up(layer.self_attn, find)
+    find_value = torch.zeros(words_VD.shape[1], words_VD.shape[1])
+    for value in (value for values in VALUES_OF_KIND.values() for value in values):
+        part_D = parts_ND[row_of_part[f"value {value}"]]
+        output_VD[id_of_token[value]] = part_D * (OUTPUT_STD / EMBEDDING_STD)
+        find_value += _map(words_VD[id_of_token[value]], part_D)
+        # In the second layer the facts found by the words before help to find the same slot again.
+        find_value += 0.5 * _map(part_D, part_D)
+    for layer in model.model.layers[:2]:
+        _look_up(layer.self_attn, find_value)
 
 
 def _map(source_D: Tensor, target_D: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from jobs.demo.facts import CLEAN, FULL, embed_prompts, fact_tokens
 from jobs.demo.grammar import vocabulary
 from jobs.demo.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
 from jobs.demo.lookup import VALUES_OF_KIND, begin_as_lookup, mix_facts
-from jobs.demo.scenes import MOTIONS
+from jobs.demo.scenes import MOTIONS, RELATIONS
 from qformer.backbones import import_torchvision
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ HIDDEN_WORD_RATE = 0.1
 # Without it, "never seen together" is pushed towards impossible, and outweighs a fact that says otherwise.
 LABEL_SMOOTHING = 0.1
 PHRASE_WEIGHT = 0.3
-MOTION_WEIGHT = 1.5
+PLACE_WEIGHT = 1.5
 logger = logging.getLogger(__name__)
 
 
@@ -134,7 +134,8 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     # Which paraphrase comes is chance; the words that facts decide shall not drown in it.
     weight_V = torch.full((len(tokenizer),), PHRASE_WEIGHT)
     weight_V[attribute_ids] = 1
-    weight_V[_ids(tokenizer, " ".join(MOTIONS).split())] = MOTION_WEIGHT
+    # Relations and motions are the hardest to read, and the end says that there is no second thing.
+    weight_V[_ids(tokenizer, {*" ".join((*MOTIONS, *RELATIONS)).split(), "<eos>"})] = PLACE_WEIGHT
     model.train()
     for step in range(num_steps):
         clutter = CLEAN if step < NUM_CLEAN_STEPS else FULL

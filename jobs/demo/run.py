@@ -15,11 +15,13 @@ from jobs.demo.world import write_world
 from jobs.settings import (
     DataSettings,
     EvaluateSettings,
+    FeaturesSettings,
     ModelSettings,
     OptimSettings,
     PrepareSettings,
     QFormerSettings,
     SourceSettings,
+    TrainDataSettings,
     TrainSettings,
 )
 
@@ -60,7 +62,7 @@ def main(settings: DemoSettings) -> int:
 
 def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
     """Prepare, train, evaluate and serve, each by its own job's `main`."""
-    from jobs import evaluate, prepare, train
+    from jobs import evaluate, features, prepare, train
 
     demo, world = settings.demo, steps.folder("world")
     data = steps.folder("data")
@@ -73,8 +75,18 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
     steps.run("data", {}, lambda: prepare.main(prepare_settings), after=("world",))
     manifest = data / "manifest.parquet"
 
+    features_settings = FeaturesSettings(
+        output=str(steps.folder("features")),
+        vision=str(MODELS / "vision"),
+        data=DataSettings(manifest=str(manifest), num_frames=NUM_FRAMES),
+        precision=_precision(demo.precision),
+        workers=demo.workers,
+        ray=settings.ray,
+    )
+    values = features_settings.model_dump(mode="json")
+    steps.run("features", values, lambda: features.main(features_settings), after=("data",))
     stage1 = _train_settings(steps, settings, stage=1)
-    steps.run("stage1", stage1.model_dump(mode="json"), lambda: train.main(stage1), after=("data",))
+    steps.run("stage1", stage1.model_dump(mode="json"), lambda: train.main(stage1), after=("features",))
     stage2 = _train_settings(steps, settings, stage=2)
     steps.run("stage2", stage2.model_dump(mode="json"), lambda: train.main(stage2), after=("stage1",))
 
@@ -106,8 +118,9 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
             tokenizer="corpus",
             qformer=QFormerSettings(**demo.qformer.model_dump()),
         ),
-        data=DataSettings(
+        data=TrainDataSettings(
             manifest=str(steps.folder("data") / "manifest.parquet"),
+            features=str(steps.folder("features")),
             kind="image" if stage == 1 else None,
             num_frames=NUM_FRAMES,
         ),

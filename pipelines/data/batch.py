@@ -1,17 +1,21 @@
 """Decoded micro-batches, and how they travel through Arrow tables."""
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.data import schema
+from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
 
 STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
-_PIXELS, _SHAPE = "pixels", "shape"
+_VALUES, _SHAPE, _CODEC = "values", "shape", "codec"
+PIXELS: Final = "pixels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """What one rank gets in one step. Shape legend: B samples, T frames, C channels, H height, W width."""
+    """What one rank gets in one step. B samples, T frames, C channels, H height, W width, P tokens."""
 
     step: int
     rank: int
@@ -39,39 +43,43 @@ class SampleBatch:
     image_ids: NDArray[np.int64]
     """[B] equal where two samples show the same media (and the same part of it)."""
     is_valid: NDArray[np.bool_]
-    """[B] False for padding and for failed samples, whose pixels are zero."""
-    pixels: NDArray[np.uint8]
-    """[B, T, C, H, W]; T is 1 for images. A batch holds one kind."""
+    """[B] False for padding and for failed samples, whose images are zero."""
+    images: NDArray[Any]
+    """uint8 pixels [B, T, C, H, W]; or, out of a feature cache, the frozen encoder's tokens [B, T, P, V] in float16 or
+    float32. T is 1 for images. A batch holds one kind."""
     failures: list[Failure]
 
 
-class Pixels:
-    """Zeroed memory for a table's pixels; the rows may differ in their number of frames.
+class ImageRows:
+    """Zeroed memory for a table's images, pixels or encoded tokens; the rows may differ in their number of frames.
 
     Args:
-        shapes: [T, C, H, W] of each row.
+        shapes: Of each row's array, [T, ...].
+        codec: `PIXELS`, or how cached tokens are stored.
     """
 
-    def __init__(self, shapes: list[tuple[int, int, int, int]]) -> None:
-        self.shapes = [list(shape) for shape in shapes]
-        sizes = np.prod(np.asarray(shapes, dtype=np.int64).reshape(-1, 4), axis=1)
-        self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+    def __init__(self, shapes: Sequence[tuple[int, ...]], codec: Literal["pixels"] | TokenDtype = PIXELS) -> None:
+        self.shapes, self.codec = [list(shape) for shape in shapes], codec
+        item_bytes = _raw_dtype(codec).itemsize
+        sizes = [math.prod(shape) * item_bytes for shape in shapes]
+        self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])
         self.flat = np.zeros(int(self.offsets[-1]), dtype=np.uint8)
 
-    def __setitem__(self, row: int, clip_TCHW: NDArray[np.uint8]) -> None:
-        assert list(clip_TCHW.shape) == self.shapes[row], f"row {row}: {clip_TCHW.shape}, not {self.shapes[row]}"
-        self.flat[self.offsets[row] : self.offsets[row + 1]] = clip_TCHW.reshape(-1)
+    def __setitem__(self, row: int, values: NDArray[Any]) -> None:
+        assert list(values.shape) == self.shapes[row], f"row {row}: {values.shape}, not {self.shapes[row]}"
+        assert values.dtype == _raw_dtype(self.codec), f"row {row}: {values.dtype} is not {self.codec}"
+        self.flat[self.offsets[row] : self.offsets[row + 1]] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def pack(rows: pa.Table, pixels: Pixels, failures: list[Failure | None]) -> pa.Table:
-    """Join rows with their pixels into one Arrow table, without copying the pixels.
+def pack(rows: pa.Table, images: ImageRows, failures: list[Failure | None]) -> pa.Table:
+    """Join rows with their images into one Arrow table, without copying the images.
 
     Args:
         rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media and caption.
-        pixels: Of these rows.
+        images: Of these rows.
         failures: One entry a row, None where it was decoded (or is padding).
     """
-    buffers = [None, pa.py_buffer(pixels.offsets), pa.py_buffer(pixels.flat)]
+    buffers = [None, pa.py_buffer(images.offsets), pa.py_buffer(images.flat)]
     return pa.table(
         {
             **{name: rows[name] for name in _CARRIED},
@@ -79,8 +87,9 @@ def pack(rows: pa.Table, pixels: Pixels, failures: list[Failure | None]) -> pa.T
             schema.ERROR_CLASS: [failure and failure.error_class for failure in failures],
             schema.MESSAGE: [failure and failure.message for failure in failures],
             schema.TRIES: [failure and failure.tries for failure in failures],
-            _SHAPE: pixels.shapes,
-            _PIXELS: pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers),
+            _CODEC: [images.codec] * len(rows),
+            _SHAPE: images.shapes,
+            _VALUES: pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers),
         },
         schema=_PACKED_SCHEMA,
     )
@@ -97,7 +106,7 @@ def split_steps(table: pa.Table) -> Iterator[pa.Table]:
 def unpack(table: pa.Table) -> SampleBatch:
     """Rebuild one step's batch from `pack`'s table.
 
-    The pixels are a writable copy, free of the table's memory.
+    The images are a writable copy, free of the table's memory.
     """
     sample_ids = table[schema.SAMPLE_ID].to_pylist()
     media, stages = table[schema.MEDIA].to_pylist(), table[schema.STAGE].to_pylist()
@@ -116,18 +125,24 @@ def unpack(table: pa.Table) -> SampleBatch:
         captions=table[schema.CAPTION].to_pylist(),
         image_ids=np.array(table[IMAGE_ID].to_numpy(), dtype=np.int64),
         is_valid=np.array(is_valid, dtype=np.bool_),
-        pixels=_pixels(table),
+        images=_images(table),
         failures=failures,
     )
 
 
-def _pixels(table: pa.Table) -> NDArray[np.uint8]:
+def _images(table: pa.Table) -> NDArray[Any]:
     chunks = []
-    for chunk in table[_PIXELS].chunks:
+    for chunk in table[_VALUES].chunks:
         _, offsets, content = chunk.buffers()
         bounds = np.frombuffer(offsets, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         chunks.append(np.frombuffer(content, dtype=np.uint8)[bounds[0] : bounds[-1]])
-    return np.concatenate(chunks).reshape(len(table), *table[_SHAPE][0].as_py())
+    codec = table[_CODEC][0].as_py()
+    raw = np.concatenate(chunks).view(_raw_dtype(codec)).reshape(len(table), *table[_SHAPE][0].as_py())
+    return raw if codec == PIXELS else decode_tokens(raw, codec)
+
+
+def _raw_dtype(codec: Literal["pixels"] | TokenDtype) -> np.dtype[Any]:
+    return np.dtype(np.uint8) if codec == PIXELS else RAW_DTYPES[codec]
 
 
 _CARRIED = (STEP, RANK, schema.SAMPLE_ID, schema.MEDIA, schema.CAPTION, IMAGE_ID)
@@ -143,7 +158,8 @@ _PACKED_SCHEMA = pa.schema(
         (schema.ERROR_CLASS, pa.string()),
         (schema.MESSAGE, pa.string()),
         (schema.TRIES, pa.int32()),
+        (_CODEC, pa.string()),
         (_SHAPE, pa.list_(pa.int32())),
-        (_PIXELS, pa.large_binary()),
+        (_VALUES, pa.large_binary()),
     ]
 )

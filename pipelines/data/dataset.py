@@ -1,9 +1,9 @@
-"""Wires the pure parts into Ray Data: training segments, evaluation blocks, the probe. The only Ray import here."""
+"""Wires the pure parts into Ray Data: training segments, evaluation, features, the probe. The only Ray import here."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +16,18 @@ from ray.util.annotations import RayDeprecationWarning
 from pipelines.data import quarantine, schema
 from pipelines.data.batch import Failure, SampleBatch, split_steps, unpack
 from pipelines.data.decode_rows import CheckRows, DecodeRows
+from pipelines.data.features import FeatureCache, FeatureSpec, ReadFeatures, finished_shard, write_index
 from pipelines.data.plan import block_steps, evaluation_blocks, training_blocks
 from pipelines.data.samples import DecodeSettings, Limits
 from qformer.preprocessing import Preprocessing
 
+if TYPE_CHECKING:
+    from pipelines.data.encode_shards import EncoderChoice
+
 _PROBE_ROWS = 32
+_SHARD_PIXEL_BYTES = 64 * 1024**2
+"""Pixels that one shard of a feature cache is made of: what a decode actor hands to an encoder actor at a time."""
+_MAX_SHARD_ROWS = 4096
 _PREFETCHED_BATCHES = 2
 _MAX_RESTARTS = 3
 """How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
@@ -72,30 +79,28 @@ def build_segment(
     epochs: NDArray[np.int64],
     seed: int,
     world_size: int,
-    decode: DecodeSettings,
+    source: DecodeSettings | FeatureCache,
     decode_workers: int,
 ) -> list[RankStream]:
-    """Start decoding a run of consecutive steps in the background.
+    """Start decoding a run of consecutive steps in the background, or reading their features from a cache.
 
     Nothing is decoded before the ranks begin to iterate. The caller must outlive the streams, for it owns the
     blocks they read.
 
     Args:
-        manifest: All rows.
+        manifest: All rows; with a cache as `features.locate` returned them.
         batches: Rows of `order.epoch_order` [steps, global batch].
         first_step: Number of the first of these steps in the run.
         epochs: [steps] each step's epoch, 0-based; chooses captions and augmentations.
         seed: Of the run.
         world_size: Number of ranks.
-        decode: How files become pixels.
-        decode_workers: Actors that decode, one CPU each.
+        source: How files become pixels, or the cache to read instead.
+        decode_workers: Actors that decode or read, one CPU each.
 
     Returns:
         One stream a rank.
     """
-    geometry = decode.preprocessing
-    kinds = pc.unique(manifest[schema.KIND]).to_pylist()
-    sample_bytes = max(map(decode.num_frames_of, kinds), default=1) * 3 * geometry.height * geometry.width
+    sample_bytes = max(map(source.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
     blocks = training_blocks(
         manifest,
         batches,
@@ -103,10 +108,11 @@ def build_segment(
         epochs=epochs,
         seed=seed,
         world_size=world_size,
-        augmentation=decode.augmentation,
+        augmentation=source.augmentation,
         steps_per_block=block_steps(sample_bytes * -(-batches.shape[1] // world_size)),
     )
-    dataset = _mapped(blocks, DecodeRows, decode, decode_workers)
+    operator = ReadFeatures if isinstance(source, FeatureCache) else DecodeRows
+    dataset = _mapped(blocks, operator, source, decode_workers)
     # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
     splits = dataset.streaming_split(world_size, equal=False)
     return [RankStream(split, rank, first_step, len(batches)) for rank, split in enumerate(splits)]
@@ -120,6 +126,95 @@ def evaluation_dataset(
     Follow it with `.map_batches(ModelActor, batch_size=None, batch_format="pyarrow")`, and `to_batch` inside.
     """
     return _mapped(evaluation_blocks(manifest, batch_size), DecodeRows, decode, decode_workers)
+
+
+def map_blocks(
+    dataset: ray.data.Dataset, operator: type, arguments: Mapping[str, Any], *, workers: int, use_gpu: bool
+) -> Iterator[pa.Table]:
+    """Send every block through a pool of model actors.
+
+    Args:
+        dataset: From `evaluation_dataset`.
+        operator: Callable class from a block to a table.
+        arguments: Constructor arguments of `operator`.
+        workers: Number of actors.
+        use_gpu: Give each actor one GPU.
+
+    Yields:
+        What the actors return, in no particular order.
+    """
+    # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
+    # fill it; the inner method takes blocks as they are.
+    apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
+    with warnings.catch_warnings():
+        # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        mapped = apply(
+            operator,
+            fn_constructor_kwargs=dict(arguments),
+            batch_format="pyarrow",
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if use_gpu else None,
+            # Without end by default: a model that crashes on one block would be started again for ever.
+            max_restarts=_MAX_RESTARTS,
+            max_task_retries=_MAX_TASK_RETRIES,
+        )
+    yield from mapped.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def write_features(
+    manifest: pa.Table,
+    *,
+    folder: str,
+    choice: "EncoderChoice",
+    spec: FeatureSpec,
+    decode: DecodeSettings,
+    frames_per_pass: int,
+    workers: int,
+    decode_workers: int,
+    use_gpu: bool,
+    on_progress: Callable[[int, int], None],
+) -> pa.Table:
+    """Encode what the cache lacks of `manifest`, and finish it.
+
+    Args:
+        manifest: Rows with unique sample ids.
+        folder: Of the cache; shards that are there with the same rows stay as they are.
+        choice: The encoder.
+        spec: What it makes.
+        decode: How files become pixels.
+        frames_per_pass: See `EncodeShards`.
+        workers: Encoder actors.
+        decode_workers: Decode actors.
+        use_gpu: One GPU for each encoder actor.
+        on_progress: Called with (rows done, bytes written) after each shard.
+
+    Returns:
+        The cache's index: sample_id, feature_shard, feature_row, and error_class where a row failed.
+    """
+    # Loads torch, which the other jobs' drivers do without.
+    from pipelines.data.encode_shards import EncodeShards
+
+    largest = max(map(decode.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
+    shards = evaluation_blocks(manifest, int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS)))
+    wanted = [block for shard, block in enumerate(shards) if not finished_shard(folder, shard, block)]
+    done, written = len(manifest) - sum(map(len, wanted)), 0
+    on_progress(done, written)
+    if wanted:
+        dataset = _mapped(wanted, DecodeRows, decode, decode_workers)
+        arguments = {
+            "choice": choice,
+            "folder": folder,
+            "frames_per_pass": frames_per_pass,
+            "device": "cuda" if use_gpu else "cpu",
+        }
+        for table in map_blocks(dataset, EncodeShards, arguments, workers=workers, use_gpu=use_gpu):
+            done, written = done + pc.sum(table["rows"]).as_py(), written + pc.sum(table["bytes"]).as_py()
+            on_progress(done, written)
+    index = write_index(folder, len(shards))
+    assert len(index) == len(manifest), f"{len(manifest)} rows went in but {len(index)} came out"
+    return index
 
 
 def to_batch(block: pa.Table) -> SampleBatch:
@@ -182,9 +277,7 @@ def _results(blocks: list[pa.Table], settings: DecodeSettings, decode_workers: i
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _mapped(
-    blocks: list[pa.Table], operator: type[Any], settings: DecodeSettings, decode_workers: int
-) -> ray.data.Dataset:
+def _mapped(blocks: list[pa.Table], operator: type[Any], settings: Any, decode_workers: int) -> ray.data.Dataset:
     """Run an operator over blocks, one output block for each input block, in order."""
     with warnings.catch_warnings():
         # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.

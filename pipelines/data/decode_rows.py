@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from pipelines.data import schema
-from pipelines.data.batch import AUGMENTATION_SEED, Failure, Pixels, pack
+from pipelines.data.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
 from pipelines.data.media import MediaError
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 
@@ -32,11 +32,11 @@ class DecodeRows:
         geometry = self._settings.preprocessing
         kinds = rows[schema.KIND].to_pylist()
         shapes = [(self._settings.num_frames_of(kind), 3, geometry.height, geometry.width) for kind in kinds]
-        pixels = Pixels(shapes)
-        return pack(rows, pixels, self.fill(rows, pixels))
+        images = ImageRows(shapes)
+        return pack(rows, images, self.fill(rows, images))
 
-    def fill(self, rows: pa.Table, pixels: Pixels | None) -> list[Failure | None]:
-        """Decode rows into `pixels` (or nowhere, to check them) and say which failed."""
+    def fill(self, rows: pa.Table, images: ImageRows | None) -> list[Failure | None]:
+        """Decode rows into `images` (or nowhere, to check them) and say which failed."""
         has_seeds = AUGMENTATION_SEED in rows.column_names
         seeds = rows[AUGMENTATION_SEED].to_pylist() if has_seeds else [None] * len(rows)
         columns = [rows[name].to_pylist() for name in _COLUMNS]
@@ -53,8 +53,8 @@ class DecodeRows:
                         end_s=end_s,
                         augmentation_seed=seeds[row],
                     )
-                    if pixels is not None:
-                        pixels[row] = clip
+                    if images is not None:
+                        images[row] = clip
                 except MediaError as error:
                     failure = Failure(sample_id, media, error.stage, error.error_class, error.message, error.tries)
             failures.append(failure)

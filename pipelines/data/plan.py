@@ -116,7 +116,7 @@ def image_ids(rows: pa.Table) -> list[int]:
 
 def _block(kept: pa.Table, captions: list[str], seeds: Sequence[int | None], step: int, rank: int) -> pa.Table:
     count = len(kept)
-    block = kept.select(_INPUT_COLUMNS)
+    block = kept.select(_carried(kept))
     return (
         block.append_column(schema.CAPTION, pa.array(captions, pa.string()))
         .append_column(IMAGE_ID, pa.array(image_ids(block), pa.int64()))
@@ -132,9 +132,14 @@ def _blanked(
 ) -> tuple[pa.Table, list[str]]:
     """Empty the padding rows: no id, no media, no caption, but the batch's kind."""
     columns = {}
-    for name in _INPUT_COLUMNS:
+    for name in _carried(kept):
         blank = {schema.SAMPLE_ID: "", schema.KIND: kind}.get(name)
         scalar = pa.scalar(blank, kept.schema.field(name).type)
         columns[name] = pc.if_else(pa.array(~is_padding), kept[name], scalar)
     texts = ["" if is_blank else text for text, is_blank in zip(captions, is_padding, strict=True)]
-    return pa.table(columns, schema=kept.select(_INPUT_COLUMNS).schema), texts
+    return pa.table(columns, schema=kept.select(_carried(kept)).schema), texts
+
+
+def _carried(manifest: pa.Table) -> list[str]:
+    """Columns that the operator needs; where features lie only when they were located."""
+    return [*_INPUT_COLUMNS, *(name for name in schema.FEATURE_COLUMNS if name in manifest.column_names)]

@@ -51,6 +51,10 @@ class DecodeSettings:
         """Frames that `kind` decodes to."""
         return self.num_frames if kind == VIDEO else 1
 
+    def row_bytes(self, kind: str) -> int:
+        """Bytes of one sample's pixels."""
+        return self.num_frames_of(kind) * 3 * self.preprocessing.height * self.preprocessing.width
+
 
 class SampleDecoder:
     """Decodes images in this process and videos in killable children.

@@ -19,6 +19,9 @@ IMAGE = "image"
 VIDEO = "video"
 KINDS = (IMAGE, VIDEO)
 
+FEATURE_SHARD, FEATURE_ROW = FEATURE_COLUMNS = ("feature_shard", "feature_row")
+"""Where a row's features lie in a feature cache; only in tables that `features.locate` returned."""
+
 STAGE = "stage"
 ERROR_CLASS = "error_class"
 MESSAGE = "message"

@@ -8,10 +8,10 @@ import torch
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
-from pipelines.data.dataset import evaluation_dataset, to_batch
+from pipelines.data.dataset import evaluation_dataset, map_blocks, to_batch
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.storage import local_folder
-from pipelines.evaluation.inference import answers, collect, run_model
+from pipelines.evaluation.inference import answers, collect
 from qformer.bridge import load_captioner
 
 PREDICTION = "prediction"
@@ -40,7 +40,7 @@ class CaptionBlocks:
         batch = to_batch(block)
         captions: list[str] = []
         if batch.is_valid.any():
-            pixels = torch.from_numpy(batch.pixels[batch.is_valid])
+            pixels = torch.from_numpy(batch.images[batch.is_valid])
             captions = self._captioner.caption(pixels, max_new_tokens=self._max_new_tokens)
         return answers(batch, {PREDICTION: pa.array(captions, pa.string())})
 
@@ -74,7 +74,7 @@ def caption_manifest(
         "device": "cuda" if use_gpu else "cpu",
         "max_new_tokens": max_new_tokens,
     }
-    tables = run_model(dataset, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
+    tables = map_blocks(dataset, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
     results, failures = collect(tables, manifest.num_rows)
     found = dict(zip(results[schema.SAMPLE_ID].to_pylist(), results[PREDICTION].to_pylist(), strict=True))
     used = manifest.filter(pa.array([name in found for name in manifest[schema.SAMPLE_ID].to_pylist()]))

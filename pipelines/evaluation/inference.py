@@ -1,21 +1,16 @@
-"""A model over decoded rows with Ray Data: every row answers once, with a result or with its failure."""
+"""What a model answers to decoded rows: every row once, with a result or with its failure."""
 
 import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.data import ActorPoolStrategy, Dataset
-from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure, SampleBatch
 
 logger = logging.getLogger(__name__)
 
-MAX_RESTARTS, MAX_TASK_RETRIES = 3, 2
 _FAILURE_COLUMNS = (schema.MEDIA, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
 
 
@@ -38,46 +33,6 @@ def answers(batch: SampleBatch, results: Mapping[str, pa.Array]) -> pa.Table:
         }
     )
     return pa.concat_tables([good, bad], promote_options="permissive")
-
-
-def run_model(
-    dataset: Dataset,
-    model: type,
-    arguments: Mapping[str, Any],
-    *,
-    workers: int,
-    use_gpu: bool,
-) -> Iterator[pa.Table]:
-    """Send every decoded block through a pool of model actors.
-
-    Args:
-        dataset: From `pipelines.data.dataset.evaluation_dataset`.
-        model: Callable class from a block to an `answers` table.
-        arguments: Constructor arguments of `model`.
-        workers: Number of actors.
-        use_gpu: Give each actor one GPU.
-
-    Yields:
-        The `answers` tables, in no particular order.
-    """
-    # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
-    # fill it; the inner method takes blocks as they are.
-    apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
-    with warnings.catch_warnings():
-        # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        answered = apply(
-            model,
-            fn_constructor_kwargs=dict(arguments),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ActorPoolStrategy(size=workers),
-            num_gpus=1 if use_gpu else None,
-            # Without end by default: a model that crashes on one block would be started again for ever.
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_TASK_RETRIES,
-        )
-    yield from answered.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def collect(tables: Iterable[pa.Table], num_rows: int) -> tuple[pa.Table, list[Failure]]:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
-from pipelines.data.dataset import evaluation_dataset, to_batch
+from pipelines.data.dataset import evaluation_dataset, map_blocks, to_batch
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.storage import local_folder
 from pipelines.evaluation.gallery import Gallery, build_galleries
-from pipelines.evaluation.inference import answers, collect, run_model
+from pipelines.evaluation.inference import answers, collect
 from qformer.bridge import load_retriever
 from qformer.objectives import similarity
 
@@ -59,7 +59,7 @@ class CompareBlocks:
         num_texts = len(self._text_embeds_TE)
         similarity_IT = np.zeros((0, num_texts), dtype=np.float32)
         if batch.is_valid.any():
-            pixels = torch.from_numpy(batch.pixels[batch.is_valid])
+            pixels = torch.from_numpy(batch.images[batch.is_valid])
             embeds_INE, _ = self._retriever.embed_images(pixels)
             similarity_IT = similarity(embeds_INE, self._text_embeds_TE).cpu().numpy()
         flat = pa.array(similarity_IT.ravel(), pa.float32())
@@ -81,7 +81,7 @@ class MatchBlocks:
         names = [name for name, valid in zip(batch.sample_ids, batch.is_valid, strict=True) if valid]
         found: list[NDArray[np.float32]] = []
         if names:
-            _, tokens_IFPV = self._retriever.embed_images(torch.from_numpy(batch.pixels[batch.is_valid]))
+            _, tokens_IFPV = self._retriever.embed_images(torch.from_numpy(batch.images[batch.is_valid]))
             found = [
                 self._match(tokens_FPV, self._candidates[name])
                 for name, tokens_FPV in zip(names, tokens_IFPV, strict=True)
@@ -135,7 +135,7 @@ def retrieve(
 
     def answer(rows: pa.Table, model: type, more: dict[str, Any]) -> tuple[pa.Table, list[Failure]]:
         dataset = evaluation_dataset(rows, batch_size=batch_size, decode=decode, decode_workers=decode_workers)
-        tables = run_model(dataset, model, arguments | more, workers=workers, use_gpu=use_gpu)
+        tables = map_blocks(dataset, model, arguments | more, workers=workers, use_gpu=use_gpu)
         return collect(tables, rows.num_rows)
 
     compared, failures = answer(manifest, CompareBlocks, {})

@@ -11,6 +11,7 @@ import ray
 
 from pipelines.data.batch import SampleBatch
 from pipelines.data.dataset import build_segment
+from pipelines.data.features import FeatureCache
 from pipelines.data.order import batches_per_epoch, epoch_order
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.schema import KIND, KINDS
@@ -51,7 +52,7 @@ class BatchFeed:
         self.epoch_steps = batches_per_epoch(self.kinds, global_batch)
         self._segment: tuple[tuple[int, int], list[Any]] | None = None
 
-    def segment(self, first_step: int, world_size: int, decode: DecodeSettings) -> list[Any]:
+    def segment(self, first_step: int, world_size: int, source: DecodeSettings | FeatureCache) -> list[Any]:
         """One iterator a rank over the segment's steps; the same objects for every rank that asks."""
         key = (first_step, world_size)
         if self._segment is None or self._segment[0] != key:
@@ -66,7 +67,7 @@ class BatchFeed:
                 epochs=epochs,
                 seed=self.seed,
                 world_size=world_size,
-                decode=decode,
+                source=source,
                 decode_workers=self.decode_workers,
             )
             self._segment = (key, iterators)
@@ -74,7 +75,13 @@ class BatchFeed:
 
 
 def rank_batches(
-    feed: Any, *, start_step: int, total_steps: int, rank: int, world_size: int, decode: DecodeSettings
+    feed: Any,
+    *,
+    start_step: int,
+    total_steps: int,
+    rank: int,
+    world_size: int,
+    source: DecodeSettings | FeatureCache,
 ) -> Iterator[SampleBatch]:
     """This rank's batches from `start_step` to the end, fetched ahead by a thread.
 
@@ -84,7 +91,7 @@ def rank_batches(
         total_steps: End of the run.
         rank: This rank.
         world_size: Number of ranks.
-        decode: How files become pixels.
+        source: How files become pixels, or the feature cache to read instead.
     """
     ready: queue.Queue[SampleBatch | BaseException | None] = queue.Queue(maxsize=PREFETCHED_BATCHES)
 
@@ -92,7 +99,7 @@ def rank_batches(
         try:
             step = start_step
             while step < total_steps:
-                for batch in ray.get(feed.segment.remote(step, world_size, decode))[rank]:
+                for batch in ray.get(feed.segment.remote(step, world_size, source))[rank]:
                     if (batch.step, batch.rank) != (step, rank):
                         raise RuntimeError(f"rank {rank} at step {step} was given ({batch.step}, {batch.rank})")
                     ready.put(batch)

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from pipelines.data import storage
+from pipelines.data.encode_shards import EncoderChoice
+from pipelines.data.features import FeatureSpec
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from pipelines.training.stages import GenerationStage, RepresentationStage
-from qformer.backbones import VisionEncoder, load_language, load_vision, weights_fingerprint
+from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
+from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import BridgeInfo, start_stage2
 from qformer.config import QFormerConfig
+from qformer.distributed import rank
 from qformer.errors import UserError
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
@@ -48,6 +51,7 @@ class TrainingRun:
         device: Where.
         precision: "bf16" keeps frozen weights in bf16; trainables are always fp32.
         seed: Of the trainables' initial weights.
+        features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
         init_from: Stage-1 run or checkpoint whose Q-Former starts stage 2; None starts from fresh weights.
 
     Raises:
@@ -55,22 +59,29 @@ class TrainingRun:
     """
 
     def __init__(
-        self, choice: ModelChoice, device: torch.device, *, precision: str, seed: int, init_from: str | None
+        self,
+        choice: ModelChoice,
+        device: torch.device,
+        *,
+        precision: str,
+        seed: int,
+        init_from: str | None,
+        features: FeatureSpec | None = None,
     ) -> None:
         frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.encoder: VisionEncoder = load_vision(
-            choice.vision, pretrained=choice.vision_pretrained, layer=choice.vision_layer, dtype=frozen_dtype
-        ).to(device)
+        self.choice = choice
+        self.frozen: dict[str, nn.Module] = {}
+        self.fingerprints: dict[str, str] = {}
+        encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "initialised anew: everything"
-        self.frozen: dict[str, nn.Module] = {"vision": self.encoder}
         torch.manual_seed(seed)
         if choice.stage == 1:
             self.tokenizer = load_text_tokenizer(choice.tokenizer, choice.max_text_tokens)
             self.config = self._config(choice, self.tokenizer.vocab_size)
             stage1 = Stage1(self.config).to(device)
             self.stage: RepresentationStage | GenerationStage = RepresentationStage(
-                self.encoder, stage1, self.tokenizer, seed
+                encode, stage1, self.tokenizer, seed
             )
         else:
             if choice.language is None:
@@ -83,15 +94,14 @@ class TrainingRun:
             if init_from is not None:
                 self.load_report = str(start_stage2(stage2, storage.local_folder(storage.newest_checkpoint(init_from))))
             self.stage = GenerationStage(
-                self.encoder,
+                encode,
                 stage2,
                 language,
                 language_tokenizer,
                 prompt=choice.prompt,
                 max_tokens=choice.max_text_tokens,
             )
-        self.choice = choice
-        self.fingerprints = {name: weights_fingerprint(module) for name, module in self.frozen.items()}
+        self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
 
     @property
     def trainable_names(self) -> list[str]:
@@ -109,7 +119,7 @@ class TrainingRun:
             vision_layer=choice.vision_layer,
             language=choice.language if choice.stage == 2 else None,
             qformer=self.config,
-            preprocessing=self.encoder.preprocessing,
+            preprocessing=self.preprocessing,
             num_frames=choice.num_frames,
             max_text_tokens=choice.max_text_tokens,
             prompt=choice.prompt,
@@ -156,10 +166,35 @@ class TrainingRun:
             if weights_fingerprint(module) != self.fingerprints[name]:
                 raise RuntimeError(f"the frozen {name} model changed during training")
 
+    def _encoder(self, device: torch.device, dtype: torch.dtype) -> Encode:
+        choice = self.choice
+        encoder = load_vision(
+            choice.vision, pretrained=choice.vision_pretrained, layer=choice.vision_layer, dtype=dtype
+        ).to(device)
+        self.frozen["vision"] = encoder
+        self.preprocessing, self.encoder_width = encoder.preprocessing, encoder.width
+        return lambda batch: encoder(torch.from_numpy(batch.images).to(device)).float()
+
+    def _cached(self, features: FeatureSpec, device: torch.device) -> Encode:
+        choice = self.choice
+        if rank() == 0:  # once is enough: the encoder may be large
+            encoder = EncoderChoice(
+                vision=choice.vision,
+                pretrained=choice.vision_pretrained,
+                layer=choice.vision_layer,
+                precision=features.precision,
+                num_frames=choice.num_frames,
+                dtype=features.dtype,
+            )
+            encoder.load()[1].require_same(features)
+        self.fingerprints["vision"] = features.weights
+        self.preprocessing, self.encoder_width = features.preprocessing, features.width
+        return lambda batch: torch.from_numpy(batch.images).to(device).float()
+
     def _config(self, choice: ModelChoice, vocab_size: int) -> QFormerConfig:
         try:
             return QFormerConfig(
-                encoder_width=self.encoder.width,
+                encoder_width=self.encoder_width,
                 vocab_size=vocab_size,
                 max_positions=max(512, choice.max_text_tokens),
                 **choice.qformer,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipelines.data.batch import SampleBatch
-from qformer.backbones import VisionEncoder
 from qformer.distributed import mean_over_ranks, world_size
 from qformer.stage1 import Stage1, Stage1Batch, sampling_generator
 from qformer.stage2 import Stage2, caption_ids, language_logits, language_loss
@@ -34,18 +33,22 @@ class Stage(Protocol):
         """
 
 
+Encode = Callable[[SampleBatch], Tensor]
+"""A batch to the frozen encoder's tokens_BFPV, fp32 on the training device: run now, or read from a feature cache."""
+
+
 class RepresentationStage:
     """Stage 1: ITC + ITM + ITG.
 
     Args:
-        encoder: Frozen, on the training device.
+        encode: See `Encode`.
         trainables: On the same device.
         tokenizer: Of the Q-Former's text branch.
         seed: Of the run.
     """
 
-    def __init__(self, encoder: VisionEncoder, trainables: Stage1, tokenizer: TextTokenizer, seed: int) -> None:
-        self.encoder, self.tokenizer, self.seed = encoder, tokenizer, seed
+    def __init__(self, encode: Encode, trainables: Stage1, tokenizer: TextTokenizer, seed: int) -> None:
+        self.encode, self.tokenizer, self.seed = encode, tokenizer, seed
         self.trainables = trainables
 
     def losses(self, call: Callable[..., Any], batch: SampleBatch, step: int) -> dict[str, Tensor]:
@@ -54,7 +57,7 @@ class RepresentationStage:
         ids_BT, mask_BT = self.tokenizer.encode(batch.captions)
         ids_BT, mask_BT = pad_text(ids_BT, mask_BT, _longest_over_ranks(ids_BT.shape[1], device))
         inputs = Stage1Batch(
-            image_BFPV=self.encoder(torch.from_numpy(batch.pixels).to(device)).float(),
+            image_BFPV=self.encode(batch),
             input_ids_BT=ids_BT.to(device),
             is_text_BT=mask_BT.to(device),
             image_ids_B=torch.from_numpy(batch.image_ids).to(device),
@@ -68,7 +71,7 @@ class GenerationStage:
     """Stage 2: language modelling through the frozen LM.
 
     Args:
-        encoder: Frozen, on the training device.
+        encode: See `Encode`.
         trainables: On the same device.
         language: Frozen Hugging Face causal LM on the same device.
         tokenizer: The LM's.
@@ -78,7 +81,7 @@ class GenerationStage:
 
     def __init__(
         self,
-        encoder: VisionEncoder,
+        encode: Encode,
         trainables: Stage2,
         language: nn.Module,
         tokenizer: Any,
@@ -86,7 +89,7 @@ class GenerationStage:
         prompt: str,
         max_tokens: int,
     ) -> None:
-        self.encoder, self.language, self.tokenizer = encoder, language, tokenizer
+        self.encode, self.language, self.tokenizer = encode, language, tokenizer
         self.trainables = trainables
         self.prompt, self.max_tokens = prompt, max_tokens
 
@@ -97,7 +100,7 @@ class GenerationStage:
             self.tokenizer, batch.captions, prompt=self.prompt, max_tokens=self.max_tokens
         )
         labels_BT[torch.from_numpy(~batch.is_valid)] = -100
-        prefix_BQL = call(self.encoder(torch.from_numpy(batch.pixels).to(device)).float())
+        prefix_BQL = call(self.encode(batch))
         logits_BSV = language_logits(self.language, prefix_BQL, ids_BT.to(device), mask_BT.to(device))
         loss = mean_over_ranks(*language_loss(logits_BSV, labels_BT.to(device)))
         return {"total": loss, "lm": loss}

@@ -15,6 +15,7 @@ CONFIGS = Path(job_settings.__file__).parent / "configs"
 CLASSES = {
     "prepare": PrepareSettings,
     "train": TrainSettings,
+    "features": job_settings.FeaturesSettings,
     "evaluate": job_settings.EvaluateSettings,
     "caption": CaptionSettings,
     "serve": ServeSettings,

@@ -38,10 +38,10 @@ def test_a_block_of_images_and_clips_travels_whole(tmp_path):
     assert first.sample_ids == ["s0", "s1", ""] and second.sample_ids == ["clip", "gone", ""]
     assert first.is_valid.tolist() == [True, True, False]
     assert second.is_valid.tolist() == [True, False, False]
-    assert first.pixels.shape == (3, 1, 3, 32, 32) and second.pixels.shape == (3, 4, 3, 32, 32)
+    assert first.images.shape == (3, 1, 3, 32, 32) and second.images.shape == (3, 4, 3, 32, 32)
     assert first.captions[0] == f"{'ab'[caption_index(0, 0, 's0', 2)]}0" and first.captions[2] == ""
-    assert not first.pixels[2].any() and not second.pixels[1:].any() and second.pixels[0].mean() > 90
-    assert first.pixels.flags.writeable
+    assert not first.images[2].any() and not second.images[1:].any() and second.images[0].mean() > 90
+    assert first.images.flags.writeable
     (failure,) = second.failures
     assert (failure.sample_id, failure.stage, failure.error_class) == ("gone", "read", "missing")
 
@@ -51,7 +51,7 @@ def test_ranks_of_a_clip_batch_agree_on_the_number_of_frames(tmp_path):
     clip = write_clip(tmp_path / "c.mp4", [100] * 4)
     table = manifest([{"sample_id": "clip", "media": str(clip), "kind": "video"}])
     packed = [DecodeRows(DECODE)(block) for block in _blocks(table, [[0, PADDING, PADDING, PADDING]])]
-    assert [unpack(block).pixels.shape for block in packed] == [(2, 4, 3, 32, 32)] * 2
+    assert [unpack(block).images.shape for block in packed] == [(2, 4, 3, 32, 32)] * 2
     assert [unpack(block).is_valid.tolist() for block in packed] == [[True, False], [False, False]]
 
 

@@ -48,7 +48,7 @@ def test_every_rank_gets_its_rows_in_order(tmp_path):
         epochs=np.zeros(len(order), dtype=np.int64),
         seed=1,
         world_size=2,
-        decode=DECODE,
+        source=DECODE,
         decode_workers=2,
     )
     got = _consume(streams, pauses_s=[0.0, 0.02])
@@ -65,7 +65,7 @@ def test_every_rank_gets_its_rows_in_order(tmp_path):
     assert failures == {"s7": "missing", "s9": "unsupported"}
     valid = [n for b in everything for n, ok in zip(b.sample_ids, b.is_valid, strict=True) if ok]
     assert sorted(valid) == sorted(set(names) - set(failures))
-    red = {n: b.pixels[i, 0, 0].mean() for b in everything for i, n in enumerate(b.sample_ids) if b.is_valid[i]}
+    red = {n: b.images[i, 0, 0].mean() for b in everything for i, n in enumerate(b.sample_ids) if b.is_valid[i]}
     assert all(abs(level - int(name[1:]) * 7 % 256) < 6 for name, level in red.items())
 
 
@@ -84,21 +84,21 @@ def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path):
     order = np.arange(4, dtype=np.int64)[None]
     epochs = np.zeros(1, dtype=np.int64)
     (stream,) = build_segment(
-        table, order, first_step=0, epochs=epochs, seed=0, world_size=1, decode=DECODE, decode_workers=1
+        table, order, first_step=0, epochs=epochs, seed=0, world_size=1, source=DECODE, decode_workers=1
     )
     (trained,) = list(stream)
     dataset = evaluation_dataset(table, batch_size=4, decode=DECODE, decode_workers=1)
     (evaluated,) = [to_batch(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
     assert trained.sample_ids == evaluated.sample_ids
-    np.testing.assert_array_equal(trained.pixels, evaluated.pixels)
+    np.testing.assert_array_equal(trained.images, evaluated.images)
     decoder = SampleDecoder(DECODE)  # what the service and the caption job decode with
     for row, media in enumerate(table[schema.MEDIA].to_pylist()):
         by_path, by_bytes = (
             decoder.decode(kind="image", media=media),
             decoder.decode(kind="image", data=Path(media).read_bytes()),
         )
-        np.testing.assert_array_equal(by_path, trained.pixels[row])
-        np.testing.assert_array_equal(by_bytes, trained.pixels[row])
+        np.testing.assert_array_equal(by_path, trained.images[row])
+        np.testing.assert_array_equal(by_bytes, trained.images[row])
     decoder.close()
 
 

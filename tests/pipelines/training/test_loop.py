@@ -10,6 +10,7 @@ import torch
 
 from pipelines.data import storage
 from pipelines.data.batch import Failure, SampleBatch
+from pipelines.data.encode_shards import EncoderChoice
 from pipelines.training.accounting import Accounting
 from pipelines.training.loop import Loop, LoopSettings
 from pipelines.training.optim import build_optimizer
@@ -60,6 +61,12 @@ def batches(start=0, failed=(), size=4):
         yield SampleBatch(step, 0, names, CAPTIONS[:size], np.arange(size), is_valid, pixels, failures)
 
 
+def encoded(run, plain):
+    """What a feature cache in fp16 would hand over in place of pixels."""
+    tokens = run.frozen["vision"](torch.from_numpy(plain.images)).half().numpy()
+    return dataclasses.replace(plain, images=tokens)
+
+
 def settings(**changes):
     values = {
         "steps": NUM_STEPS,
@@ -77,7 +84,7 @@ def settings(**changes):
     return LoopSettings(**{**values, **changes})
 
 
-def train(run, output, start_step=0, accounting=None, optimizer=None, stop_at=None, **changes):
+def train(run, output, start_step=0, accounting=None, optimizer=None, stop_at=None, given=None, **changes):
     optimizer = optimizer or build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
     accounting = accounting or Accounting()
     logged = []
@@ -88,7 +95,7 @@ def train(run, output, start_step=0, accounting=None, optimizer=None, stop_at=No
             raise InterruptedError
 
     loop = Loop(run.stage, run.stage.trainables, optimizer, accounting, settings(**changes), logged.append, save)
-    loop.run(batches(start_step), start_step)
+    loop.run(given or batches(start_step), start_step)
     return logged
 
 
@@ -124,9 +131,40 @@ def test_loss_falls_and_backbones_do_not_move(tokenizer, tmp_path):
     run.assert_frozen()
     assert run.fingerprints == fingerprints
     with torch.no_grad():
-        next(run.encoder.model.parameters()).add_(1e-3)
+        next(run.frozen["vision"].parameters()).add_(1e-3)
     with pytest.raises(RuntimeError, match="frozen vision model changed"):
         run.assert_frozen()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_on_cached_features_equals_training_on_pixels(stage, tokenizer, tmp_path):
+    """Within the rounding of fp16: every logged loss within 1e-3, and the same encoder is written down."""
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    spec = EncoderChoice(
+        vision=chosen.vision, pretrained=True, layer=-2, precision="fp32", num_frames=2, dtype="fp16"
+    ).load()[1]
+    runs = {
+        name: TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=features)
+        for name, features in (("pixels", None), ("cache", spec))
+    }
+    logged = {"pixels": train(runs["pixels"], tmp_path / "pixels")}
+    cached = [encoded(runs["pixels"], batch) for batch in batches()]
+    logged["cache"] = train(runs["cache"], tmp_path / "cache", given=iter(cached))
+    for one, other in zip(logged["pixels"], logged["cache"], strict=True):
+        assert one["loss/total"] == pytest.approx(other["loss/total"], abs=1e-3)
+    assert logged["pixels"] != logged["cache"]
+    assert runs["cache"].fingerprints == runs["pixels"].fingerprints
+    assert "vision" not in runs["cache"].frozen
+    assert runs["cache"].info(8) == runs["pixels"].info(8)
+
+
+def test_a_cache_of_another_encoder_is_refused(tokenizer):
+    chosen = choice(1, tokenizer)
+    other = EncoderChoice(
+        vision=chosen.vision, pretrained=True, layer=-1, precision="fp32", num_frames=2, dtype="fp16"
+    ).load()[1]
+    with pytest.raises(UserError, match="layer: -1 in the cache, -2 here"):
+        TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=other)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -137,7 +175,7 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(stage, tokenizer, tm
         run = TrainingRun(chosen, torch.device("cpu"), precision=precision, seed=5, init_from=None)
         logged[precision] = train(run, tmp_path / precision, precision=precision)
         assert all(p.dtype == torch.float32 for p in run.stage.trainables.parameters())
-        assert next(run.encoder.model.parameters()).dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+        assert next(run.frozen["vision"].parameters()).dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
     # bf16 keeps three digits; hard negatives are drawn from similarities that differ by as much.
     assert logged["bf16"][0]["loss/total"] == pytest.approx(logged["fp32"][0]["loss/total"], rel=0.05)
 
@@ -174,7 +212,7 @@ def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_pa
     train(second, tmp_path / "two")
     retriever = load_retriever(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
     captioner = load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "two"))))
-    assert retriever.preprocessing == captioner.preprocessing == first.encoder.preprocessing
+    assert retriever.preprocessing == captioner.preprocessing == first.preprocessing
     pixels = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
     embeds, tokens = retriever.embed_images(pixels)
     assert embeds.shape == (2, 4, 16) and retriever.match(tokens, CAPTIONS[:2]).shape == (2,)

@@ -1,0 +1,185 @@
+"""The feature cache: exact storage, refusals, resumption, and the same training as on pixels."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines.data import schema, storage
+from pipelines.data.batch import split_steps, unpack
+from pipelines.data.decode_rows import DecodeRows
+from pipelines.data.encode_shards import EncoderChoice, EncodeShards
+from pipelines.data.features import (
+    FeatureCache,
+    ReadFeatures,
+    finished_shard,
+    locate,
+    open_cache,
+    write_index,
+    write_shard,
+    write_spec,
+)
+from pipelines.data.order import PADDING
+from pipelines.data.plan import evaluation_blocks, training_blocks
+from pipelines.data.samples import DecodeSettings
+from pipelines.data.token_codec import decode_tokens, encode_tokens
+from pipelines.data.transforms import Augmentation
+from qformer.errors import UserError
+from tests.pipelines.data.builders import image_manifest, manifest, write_clip
+
+CHOICE = EncoderChoice(vision="test_vit", pretrained=False, layer=-2, precision="fp32", num_frames=4, dtype="fp16")
+ROWS_PER_SHARD = 3
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return CHOICE.load()
+
+
+def _table(folder) -> pa.Table:
+    """Four images, one of them missing, and a clip."""
+    images = image_manifest(folder, 4)
+    (folder / "2.jpg").unlink()
+    clip = write_clip(folder / "c.mp4", [100] * 4)
+    return pa.concat_tables([images, manifest([{"sample_id": "clip", "media": str(clip), "kind": "video"}])])
+
+
+def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
+    spec = choice.load()[1]
+    write_spec(str(folder), spec)
+    decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    encode = EncodeShards(choice, str(folder), 2, "cpu")
+    blocks = evaluation_blocks(table, ROWS_PER_SHARD)
+    for shard, block in enumerate(blocks):
+        if not finished_shard(str(folder), shard, block):
+            encode(decode(block))
+    write_index(str(folder), len(blocks))
+    return open_cache(str(folder))
+
+
+def _training_blocks(table, batches):
+    options = {"first_step": 0, "epochs": np.zeros(len(batches), dtype=np.int64), "seed": 0, "world_size": 1}
+    return training_blocks(table, np.array(batches), **options, augmentation=Augmentation(), steps_per_block=4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8), ("int8", 0.5 / 127)])
+def test_tokens_survive_storage_within_the_types_rounding(dtype, tolerance):
+    tokens = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32) * 40
+    back = decode_tokens(encode_tokens(tokens, dtype), dtype).astype(np.float32)
+    largest = np.abs(tokens).max(axis=-1, keepdims=True)
+    assert np.all(np.abs(back - tokens) <= tolerance * 1.001 * largest)
+    assert np.abs(back - tokens).max() > 0
+    assert not encode_tokens(np.zeros((1, 2, 8), np.float32), dtype).any()
+
+
+def test_bf16_rounds_as_torch_does():
+    tokens = np.random.default_rng(1).standard_normal(1000).astype(np.float32)[None]
+    expected = torch.from_numpy(tokens).bfloat16().float().numpy()
+    np.testing.assert_array_equal(decode_tokens(encode_tokens(tokens, "bf16"), "bf16"), expected)
+
+
+def test_what_fp16_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="more than fp16 holds; store bf16"):
+        encode_tokens(np.full((1, 1, 2), 70_000, np.float32), "fp16")
+    with pytest.raises(ValueError, match="not finite"):
+        encode_tokens(np.full((1, 1, 2), np.nan, np.float32), "bf16")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_cached_batches_equal_encoded_pixels(tmp_path, encoder, dtype):
+    """Order, captions, padding, failures and tokens are those of the pixels, whatever shard a row lies in."""
+    table = _table(tmp_path)
+    cache = _write(table, tmp_path / "cache", encoder, dataclasses.replace(CHOICE, dtype=dtype))
+    batches = [[3, 2, PADDING], [4, PADDING, PADDING], [1, 0, 3]]
+    model, spec = encoder
+    decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    (plain_block,), (cached_block,) = (_training_blocks(rows, batches) for rows in (table, locate(table, cache)))
+    plain = [unpack(part) for part in split_steps(decode(plain_block))]
+    cached = [unpack(part) for part in split_steps(ReadFeatures(cache)(cached_block))]
+    for one, other in zip(plain, cached, strict=True):
+        assert other.sample_ids == one.sample_ids and other.captions == one.captions
+        assert other.failures == one.failures
+        np.testing.assert_array_equal(other.is_valid, one.is_valid)
+        np.testing.assert_array_equal(other.image_ids, one.image_ids)
+        expected = model(torch.from_numpy(one.images)).float().numpy()
+        tolerance = np.abs(expected).max() * (2**-10 if dtype == "fp16" else 1 / 127)
+        valid = one.is_valid
+        np.testing.assert_allclose(other.images[valid], expected[valid], atol=tolerance)
+        assert other.images.shape == expected.shape and not other.images[~valid].any()
+    assert [failure.error_class for failure in cached[0].failures] == ["missing"]
+
+
+def test_a_resumed_cache_is_bit_equal_and_leaves_whole_shards_alone(tmp_path, encoder):
+    table = _table(tmp_path)
+    _write(table, tmp_path / "whole", encoder)
+    folder = tmp_path / "resumed"
+    _write(table, folder, encoder)
+    # As a kill leaves it: a shard without its list of rows, and no index.
+    (folder / "shard-00000001.parquet").unlink()
+    (folder / "shard-00000001.arrow").write_bytes(b"half")
+    (folder / "index.parquet").unlink()
+    untouched = (folder / "shard-00000000.arrow").stat().st_mtime_ns
+    with pytest.raises(UserError, match="is not finished; run `qformer features"):
+        open_cache(str(folder))
+    _write(table, folder, encoder)
+    assert (folder / "shard-00000000.arrow").stat().st_mtime_ns == untouched
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "shard-00000001.arrow" in files
+
+
+def test_a_changed_row_makes_its_shard_anew(tmp_path, encoder):
+    table = _table(tmp_path)
+    folder = str(tmp_path / "cache")
+    _write(table, folder, encoder)
+    rows = table.to_pylist()
+    rows[0]["media"] = str(tmp_path / "1.jpg")
+    changed = pa.Table.from_pylist(rows, schema=table.schema)
+    blocks = evaluation_blocks(changed, ROWS_PER_SHARD)
+    assert [finished_shard(folder, shard, block) for shard, block in enumerate(blocks)] == [False, True, True]
+
+
+def test_a_cache_that_does_not_fit_is_refused(tmp_path, encoder):
+    table = _table(tmp_path)
+    cache = _write(table, tmp_path / "cache", encoder)
+    more = pa.concat_tables([table, manifest([{"sample_id": "new", "media": "/n.jpg"}])])
+    with pytest.raises(UserError, match="lacks 1 rows, 'new' first; run `qformer features"):
+        locate(more, cache)
+    rows = table.to_pylist()
+    rows[3]["media"] = "/elsewhere.jpg"
+    with pytest.raises(UserError, match="made of other files for 1 rows, 's3' first"):
+        locate(pa.Table.from_pylist(rows, schema=table.schema), cache)
+    with pytest.raises(UserError, match="holds no feature cache; run `qformer features"):
+        open_cache(str(tmp_path))
+    spec = encoder[1]
+    renamed = dataclasses.replace(spec, vision="the same encoder from another folder")
+    renamed.require_same(spec)
+    with pytest.raises(UserError, match="num_frames: 4 in the cache, 8 here"):
+        dataclasses.replace(spec, num_frames=8).require_same(spec)
+    with pytest.raises(UserError, match=f"weights: {spec.weights[:12]}… in the cache"):
+        dataclasses.replace(spec, weights="0" * 64).require_same(spec)
+
+
+def test_shards_lie_on_any_filesystem(tmp_path, encoder):
+    """fsspec's memory filesystem stands for every remote one."""
+    table = _table(tmp_path)
+    cache = _write(table, "memory://features-test", encoder)
+    (block,) = _training_blocks(locate(table, cache), [[0, 1]])
+    batch = unpack(ReadFeatures(cache)(block))
+    assert batch.is_valid.all() and batch.images.any()
+
+
+def test_write_shard_stores_failures_beside_tokens(tmp_path, encoder):
+    table = _table(tmp_path)
+    spec = encoder[1]
+    block = evaluation_blocks(table, 10)[0]
+    decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    batch = unpack(decode(block))
+    tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]
+    write_shard(str(tmp_path), batch, tokens, "fp16")
+    stored = pa.ipc.open_file(pa.memory_map(str(tmp_path / "shard-00000000.arrow")))
+    assert stored.num_record_batches == 4
+    assert stored.get_batch(2)[schema.ERROR_CLASS][0].as_py() == "missing"
+    assert storage.exists(str(tmp_path / "shard-00000000.parquet"))
