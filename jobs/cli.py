@@ -131,6 +131,8 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
             print(resolved_yaml(settings), end="")
             return 0
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        # One line for each request is a client's detail, not a job's progress.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         set_ray_environment()
         result = importlib.import_module(job.module).main(settings)
         return result if isinstance(result, int) else 0

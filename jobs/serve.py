@@ -126,6 +126,8 @@ def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
 
     from pipelines.serving.app import build_app
 
+    # Serve's own progress lines tell a user nothing that this job does not say itself.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
         # Its port would not be ours, and shutting it down would end the applications of others.
         raise UserError("Ray Serve already runs on this cluster; stop it (`serve shutdown`) or use another cluster")

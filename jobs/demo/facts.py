@@ -39,10 +39,19 @@ class Clutter:
     """Share of prompts whose slots also hold a weak mixture of all facts of the frame."""
     frame_drop_rate: float = 0.0
     """Chance that a fact is dropped from one frame though others keep it."""
+    silence_rate: float = 0.0
+    """Share of prompts whose empty frames hold no fact, not even that they are empty."""
 
 
 CLEAN = Clutter()
-FULL = Clutter(noise_std_max=0.5, scale_spread=0.6, copies_max=3, bleed_rate=0.5, frame_drop_rate=0.15)
+FULL = Clutter(
+    noise_std_max=0.5,
+    scale_spread=0.6,
+    copies_max=3,
+    bleed_rate=0.5,
+    frame_drop_rate=0.15,
+    silence_rate=0.4,
+)
 
 
 def fact_tokens() -> list[str]:
@@ -99,7 +108,7 @@ def clip_facts(scene: Scene, rng: random.Random, num_frames: int) -> list[list[G
         is_visible = now.is_visible
         if scene.motion == "blinking" and num_frames != 4:
             is_visible = (index % 2 == 0) != is_reversed
-        frames.append([thing_facts(now.thing) | place_facts(now)] if is_visible else [{NONE_FACT: 1.0}])
+        frames.append([thing_facts(now.thing) | place_facts(now) if is_visible else {NONE_FACT: 1.0}])
     return frames
 
 
@@ -111,6 +120,8 @@ def fill_slots(
     rng: random.Random,
 ) -> Tensor:
     """Spread each prompt's groups over its frames' slots at random.
+
+    An empty frame is told by `NONE_FACT`, or in untidy prompts by nothing at all.
 
     Args:
         prompts: For each prompt, for each frame, the groups; all with the same number of frames.
@@ -126,6 +137,10 @@ def fill_slots(
     weights_BLV = torch.zeros(len(prompts), num_frames * num_slots, len(id_of_token))
     for row, frames in enumerate(prompts):
         has_bleed = rng.random() < clutter.bleed_rate
+        if rng.random() < clutter.silence_rate:
+            frames = [
+                [{fact: w for fact, w in group.items() if fact != NONE_FACT} for group in groups] for groups in frames
+            ]
         for index, groups in enumerate(_thin_out(frames, clutter, rng)):
             for slot, facts in _assign(groups, num_slots, clutter, rng, has_bleed):
                 for fact, weight in facts.items():
@@ -141,10 +156,8 @@ def embed_prompts(weights_BLV: Tensor, embedding_VD: Tensor, noise_std_max: floa
     prompts_BLD = weights_BLV @ embedding_VD
     if noise_std_max == 0:
         return prompts_BLD
-    batch = len(prompts_BLD)
-    strength_B11 = (torch.rand(batch, 1, 1) * 1.25 - 0.25).clamp(min=0) * noise_std_max
-    std = embedding_VD.detach().std()
-    return prompts_BLD + torch.randn_like(prompts_BLD) * strength_B11 * std
+    strength_B11 = (torch.rand(len(prompts_BLD), 1, 1) * 1.25 - 0.25).clamp(min=0) * noise_std_max
+    return prompts_BLD + torch.randn_like(prompts_BLD) * strength_B11 * embedding_VD.detach().std()
 
 
 def _assign(

@@ -119,7 +119,7 @@ def caption_loss(
 
 
 def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """Train the model from scratch; about ten minutes on one core."""
+    """Train the model from scratch; about five minutes on one core."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = build_tokenizer([*MADE_UP_COLOURS, *MADE_UP_SHAPES, *made_up_facts()])

@@ -49,7 +49,7 @@ def show(table: Sequence[ResultRow], seconds: dict[str, float]) -> None:
     """Print the table and how long the steps took."""
     view = Table(title="held-out colour-shape combinations", title_justify="left")
     for heading in ("measure", "measured", "bar", ""):
-        view.add_column(heading)
+        view.add_column(heading, no_wrap=True)
     for row in table:
         view.add_row(row.name, row.measured, row.bar, {True: "ok", False: "MISSED", None: ""}[row.ok])
     console = Console()

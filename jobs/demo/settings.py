@@ -11,7 +11,7 @@ class WorldSettings(Settings):
     """How large a world to write."""
 
     num_images: int = Field(default=4800, ge=100)
-    num_clips: int = Field(default=1600, ge=50)
+    num_clips: int = Field(default=2000, ge=50)
     num_test_images: int = Field(default=300, ge=200)
     num_test_clips: int = Field(default=128, ge=64)
     seed: int = 0
@@ -26,17 +26,17 @@ class StageSettings(Settings):
 
 
 class Stage1Settings(StageSettings):
-    """Stage 1 sees images alone: its objectives know no time, and a clip costs as much as four images."""
+    """Stage 1 sees images alone: its objectives know no time."""
 
-    steps: int = Field(default=300, gt=0)
+    steps: int = Field(default=400, gt=0)
     batch_size: int = Field(default=64, gt=1)
     learning_rate: float = Field(default=3e-3, gt=0)
 
 
 class Stage2Settings(StageSettings):
-    """Stage 2 sees images and clips. Many small steps: it learns to keep two things apart, and motions, last."""
+    """Stage 2 sees images and clips. Many small steps: motions are learnt last."""
 
-    steps: int = Field(default=1400, gt=0)
+    steps: int = Field(default=1000, gt=0)
     batch_size: int = Field(default=32, gt=1)
     learning_rate: float = Field(default=2e-3, gt=0)
 

@@ -12,9 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs import train
+from jobs import features, train
 from jobs.demo.world import write_world
-from jobs.settings import DataSettings, ModelSettings, OptimSettings, QFormerSettings, TrainSettings
+from jobs.settings import (
+    DataSettings,
+    FeaturesSettings,
+    ModelSettings,
+    OptimSettings,
+    QFormerSettings,
+    TrainDataSettings,
+    TrainSettings,
+)
 from pipelines.data import storage
 from pipelines.training.telemetry import read_metrics
 from qformer.errors import UserError
@@ -40,7 +48,7 @@ def settings(world, output, **changes):
         "model": ModelSettings(
             vision=str(MODELS / "vision"), language=str(MODELS / "language"), tokenizer="corpus", qformer=TINY
         ),
-        "data": DataSettings(manifest=str(world / "manifest.jsonl"), num_frames=2),
+        "data": TrainDataSettings(manifest=str(world / "manifest.jsonl"), num_frames=2),
         "optim": OptimSettings(learning_rate=1e-3, warmup_steps=2),
         "steps": 10,
         "batch_size": 30,
@@ -52,8 +60,36 @@ def settings(world, output, **changes):
     return TrainSettings(**{**values, **changes})
 
 
-def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, tmp_path):
-    summary = train.main(settings(world, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def cache(ray_local, world, tmp_path_factory):
+    """The world as the frozen encoder sees it."""
+    chosen = FeaturesSettings(
+        output=str(tmp_path_factory.mktemp("features") / "cache"),
+        vision=str(MODELS / "vision"),
+        data=DataSettings(manifest=str(world / "manifest.jsonl"), num_frames=2),
+    )
+    summary = features.main(chosen)
+    assert (summary["rows_in"], summary["rows_quarantined"]) == (150, 3)
+    return chosen
+
+
+def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(cache, caplog):
+    caplog.set_level("INFO")
+    shards = {path: path.stat().st_mtime_ns for path in Path(cache.output).glob("shard-*")}
+    assert shards
+    assert features.main(cache)["rows_used"] == 147
+    assert "150 of 150 rows were there already" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in Path(cache.output).glob("shard-*")} == shards
+    with pytest.raises(UserError, match="layer: -2 in the cache, -1 here"):
+        features.main(cache.model_copy(update={"vision_layer": -1}))
+
+
+@pytest.mark.parametrize("source", ["pixels", "features"])
+def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, cache, source, tmp_path):
+    data = settings(world, "x").data
+    if source == "features":
+        data = data.model_copy(update={"features": cache.output})
+    summary = train.main(settings(world, tmp_path / "run", data=data))
     # 10 steps of 30 rows: 6 steps an epoch (4 of images, 2 of clips), one of them not full.
     assert summary["rows_in"] == summary["rows_used"] + summary["rows_quarantined"]
     assert 250 <= summary["rows_in"] <= 280
@@ -79,9 +115,16 @@ def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, tm
         ({"init_from": "somewhere"}, "belongs to stage 2"),
         ({"stage": 2, "init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"resume": True}, "does not exist"),
+        (
+            {"data": {"manifest": "M", "features": "/c", "augmentation": {"random_resized_crop": True}}},
+            "data.augmentation cannot change it",
+        ),
+        ({"data": {"manifest": "M", "features": "/nowhere"}}, "/nowhere holds no feature cache"),
     ],
 )
 def test_mistakes_end_before_any_worker_starts(changes, message, world, tmp_path):
+    if "data" in changes:
+        changes = {"data": TrainDataSettings(**{**changes["data"], "manifest": str(world / "manifest.jsonl")})}
     with pytest.raises(UserError, match=message):
         train.main(settings(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

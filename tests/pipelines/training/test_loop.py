@@ -175,7 +175,8 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(stage, tokenizer, tm
         run = TrainingRun(chosen, torch.device("cpu"), precision=precision, seed=5, init_from=None)
         logged[precision] = train(run, tmp_path / precision, precision=precision)
         assert all(p.dtype == torch.float32 for p in run.stage.trainables.parameters())
-        assert next(run.frozen["vision"].parameters()).dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+        frozen_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        assert next(run.frozen["vision"].parameters()).dtype == frozen_dtype
     # bf16 keeps three digits; hard negatives are drawn from similarities that differ by as much.
     assert logged["bf16"][0]["loss/total"] == pytest.approx(logged["fp32"][0]["loss/total"], rel=0.05)
 
