@@ -39,8 +39,6 @@ class Clutter:
     """Share of prompts whose slots also hold a weak mixture of all facts of the frame."""
     frame_drop_rate: float = 0.0
     """Chance that a fact is dropped from one frame though others keep it."""
-    silence_rate: float = 0.0
-    """Share of prompts whose empty frames hold no fact, not even that they are empty."""
 
 
 CLEAN = Clutter()
@@ -50,7 +48,6 @@ FULL = Clutter(
     copies_max=3,
     bleed_rate=0.5,
     frame_drop_rate=0.15,
-    silence_rate=0.4,
 )
 
 
@@ -121,8 +118,6 @@ def fill_slots(
 ) -> Tensor:
     """Spread each prompt's groups over its frames' slots at random.
 
-    An empty frame is told by `NONE_FACT`, or in untidy prompts by nothing at all.
-
     Args:
         prompts: For each prompt, for each frame, the groups; all with the same number of frames.
         num_slots: Slots in a frame.
@@ -137,10 +132,6 @@ def fill_slots(
     weights_BLV = torch.zeros(len(prompts), num_frames * num_slots, len(id_of_token))
     for row, frames in enumerate(prompts):
         has_bleed = rng.random() < clutter.bleed_rate
-        if rng.random() < clutter.silence_rate:
-            frames = [
-                [{fact: w for fact, w in group.items() if fact != NONE_FACT} for group in groups] for groups in frames
-            ]
         for index, groups in enumerate(_thin_out(frames, clutter, rng)):
             for slot, facts in _assign(groups, num_slots, clutter, rng, has_bleed):
                 for fact, weight in facts.items():

@@ -93,7 +93,7 @@ def caption_loss(
     label_smoothing: float = 0.0,
     weight_V: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean cross-entropy of captions and their ends, given soft prompts before `<bos>`.
+    """Return the weighted mean cross-entropy of captions and their ends, given soft prompts before `<bos>`.
 
     Args:
         model: The language model.
@@ -101,7 +101,7 @@ def caption_loss(
         ids_BT: `<bos>` caption `<eos>`, then padding.
         targets_BT: What is scored at each place but the last; `ids_BT` without padding if not given.
         label_smoothing: Share of each target spread over all words.
-        weight_V: Of each word in the mean; equal if not given.
+        weight_V: Of each word in the mean, but for first words, which weigh `PHRASE_WEIGHT`; all equal if not given.
     """
     words_BTD = model.get_input_embeddings()(ids_BT[:, :-1])
     hidden_BLD = model.model(inputs_embeds=torch.cat([prompts_BLD, words_BTD], dim=1)).last_hidden_state
@@ -109,13 +109,15 @@ def caption_loss(
     logits_BTV = model.lm_head(hidden_BLD[:, prompts_BLD.shape[1] :])
     if targets_BT is None:
         targets_BT = ids_BT[:, 1:].masked_fill(ids_BT[:, 1:] == model.config.pad_token_id, IGNORED)
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1),
-        targets_BT.flatten(),
-        ignore_index=IGNORED,
-        label_smoothing=label_smoothing,
-        weight=weight_V,
+    losses_BT = F.cross_entropy(
+        logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="none"
     )
+    weights_BT = (targets_BT != IGNORED).float()
+    if weight_V is not None:
+        weights_BT = weights_BT * weight_V[targets_BT.clamp(min=0)]
+        # Which words begin a caption is chance, even where a relation does.
+        weights_BT[:, 0] = PHRASE_WEIGHT
+    return (losses_BT * weights_BT).sum() / weights_BT.sum()
 
 
 def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":

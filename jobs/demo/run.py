@@ -79,7 +79,6 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
         output=str(steps.folder("features")),
         vision=str(MODELS / "vision"),
         data=DataSettings(manifest=str(manifest), num_frames=NUM_FRAMES),
-        precision=_precision(demo.precision),
         workers=demo.workers,
         ray=settings.ray,
     )
@@ -130,17 +129,8 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
             warmup_steps=min(30, chosen.steps // 10),
         ),
         steps=chosen.steps,
-        precision=_precision(demo.precision),
         batch_size=chosen.batch_size,
         workers=demo.workers,
         checkpoint_every=250,
         ray=settings.ray,
     )
-
-
-def _precision(chosen: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
-    if chosen != "auto":
-        return chosen
-    from torch import cpu
-
-    return "bf16" if cpu._is_avx512_bf16_supported() else "fp32"

@@ -1,7 +1,5 @@
 """Settings of the demo."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from jobs.settings import QFormerSettings, RaySettings, Settings
@@ -64,8 +62,6 @@ class DemoOptions(Settings):
     stage2: Stage2Settings = Stage2Settings()
     qformer: DemoQFormerSettings = DemoQFormerSettings()
     workers: int = Field(default=2, ge=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of training; "auto": bf16 where the processor computes it natively, which halves the time, else fp32."""
     min_whole_caption: float | None = None
     """Bar on whole-caption accuracy; null prints it without one."""
     port: int = Field(default=8000, ge=1, le=65535)
