@@ -135,7 +135,7 @@ def load_vision(
         except (IndexError, AssertionError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"model.vision: {name!r} cannot run with vision_layer={layer}, vision_image_size={image_size}; choose "
-                f"a layer it has and a multiple of its patch size ({str(error).strip()[:200]})"
+                f"a layer it has, and a size of at least one patch ({str(error).strip()[:200]})"
             ) from error
 
 
@@ -148,6 +148,7 @@ def _load_timm_vision(name: str, pretrained: bool, image_size: int | None) -> tu
         source = f"local-dir:{name}"
     # timm interpolates a checkpoint's positions to the size that the model is built for.
     resized = {} if image_size is None else {"img_size": image_size}
+    setting = "model.vision" if image_size is None else f"model.vision (with vision_image_size={image_size})"
     try:
         try:
             model = timm.create_model(source, pretrained=pretrained, num_classes=0, **resized)
@@ -155,7 +156,7 @@ def _load_timm_vision(name: str, pretrained: bool, image_size: int | None) -> tu
             # Convolutional encoders have no positions and take any size.
             model = timm.create_model(source, pretrained=pretrained, num_classes=0)
     except Exception as error:
-        raise _model_error("model.vision", name, error, timm.list_models()) from error
+        raise _model_error(setting, name, error, timm.list_models()) from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"model.vision: {name!r} offers no intermediate layers; choose a ViT or another timm encoder")
     config = timm.data.resolve_model_data_config(model)
@@ -274,7 +275,7 @@ def load_bert(name: str) -> BertWeights:
         UserError: If it cannot be loaded, or is another architecture.
     """
     import_torchvision()
-    from transformers import AutoConfig, BertForMaskedLM
+    from transformers import AutoConfig, BertForMaskedLM, BertModel
 
     try:
         config = AutoConfig.from_pretrained(name)
@@ -282,7 +283,9 @@ def load_bert(name: str) -> BertWeights:
             raise UserError(
                 f"model.qformer_init: {name!r} is a {config.model_type}; only a BERT has a Q-Former's shape"
             )
-        model, told = BertForMaskedLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        has_lm_head = (config.architectures or ["BertModel"])[0] in ("BertForMaskedLM", "BertForPreTraining")
+        bert_class = BertForMaskedLM if has_lm_head else BertModel
+        model, told = bert_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:
@@ -296,7 +299,7 @@ def load_bert(name: str) -> BertWeights:
         layer_norm_eps=config.layer_norm_eps,
         activation=config.hidden_act,
         max_positions=config.max_position_embeddings,
-        has_lm_head="cls.predictions.transform.dense.weight" in weights,
+        has_lm_head=has_lm_head,
     )
 
 
