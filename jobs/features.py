@@ -44,6 +44,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         precision=settings.precision,
         num_frames=data.num_frames,
         dtype=settings.dtype,
+        image_size=settings.vision_image_size,
     )
     spec = choice.load()[1]
     found = read_spec(output)

@@ -94,25 +94,52 @@ class QFormerSettings(Settings):
     cross_attention_frequency: int = 2
     embed_dim: int = 256
     dropout: float = 0.1
+    max_positions: int = Field(default=512, ge=1)
+    """Text positions; as many as `model.qformer_init` has."""
+
+
+class LoraSettings(Settings):
+    """Low-rank updates of the language model, trained beside the bridge; the model's own weights stay as they are."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "c_attn", "q", "v")
+    """Last part of the names of the layers to update; the default fits OPT, Llama, Qwen, GPT-2 and T5."""
 
 
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
     vision: str
-    """timm model: hub name, or local folder with config.json and model.safetensors."""
+    """Vision encoder: timm name, Hugging Face name (owner/model), or local folder of either's files."""
     vision_pretrained: bool = True
     """false: random weights (for dry runs; a random encoder sees little)."""
     vision_layer: int = -2
     """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
+    vision_image_size: int | None = Field(default=None, ge=1)
+    """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
     language: str | None = None
-    """Hugging Face causal LM for stage 2: hub name or local folder."""
+    """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
     tokenizer: str = "bert-base-uncased"
-    """Text tokenizer of stage 1: hub name, local folder, or "corpus" to learn WordPiece from the captions."""
+    """Text tokenizer of the Q-Former: hub name, local folder, or "corpus" to learn WordPiece from the captions. A
+    stage 2 that reads prompts takes the one of `init_from` where that has one."""
     max_text_tokens: int = Field(default=32, ge=4)
+    """Longest caption and longest prompt; longer ones lose their last words, and are counted."""
     prompt: str = ""
     """Text put before every caption in stage 2, not counted in the loss."""
+    qformer_reads_prompt: bool = False
+    """Stage 2: give the prompt to the Q-Former as well as to the language model (InstructBLIP)."""
+    freeze_qformer: bool = False
+    """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
+    lora: LoraSettings | None = None
+    """Stage 2: also train low-rank updates of the language model; null: it stays as it is."""
     qformer: QFormerSettings = QFormerSettings()
+    qformer_init: str | None = None
+    """Hugging Face BERT that the Q-Former starts from (hub name or local folder); null: random weights."""
+    init_mismatch: Literal["refuse", "reinitialise"] = "refuse"
+    """What becomes of tensors that do not fit on starting from `qformer_init` or `init_from`."""
 
 
 class OptimSettings(Settings):
@@ -133,7 +160,7 @@ class TrainSettings(Settings):
     """Run folder (local path or fsspec URI): settings, checkpoints, metrics, quarantine, TensorBoard."""
     stage: Literal[1, 2]
     init_from: str | None = None
-    """Run folder or checkpoint whose Q-Former starts this stage (stage 2 from stage 1)."""
+    """Run folder or checkpoint whose Q-Former starts this stage (stage 2 from stage 1, or from another stage 2)."""
     resume: bool = False
     """Continue from the newest checkpoint in `output`."""
     model: ModelSettings
@@ -176,9 +203,10 @@ class FeaturesSettings(Settings):
     output: str
     """Folder of the cache (local path or fsspec URI). A second run adds what is missing and leaves the rest."""
     vision: str
-    """timm model, as `model.vision` of `qformer train`."""
+    """Vision encoder, as `model.vision` of `qformer train`."""
     vision_pretrained: bool = True
     vision_layer: int = -2
+    vision_image_size: int | None = Field(default=None, ge=1)
     data: DataSettings
     dtype: Literal["fp16", "bf16", "int8"] = "fp16"
     """How tokens are stored; int8 keeps one scale a token and halves the size."""

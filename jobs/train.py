@@ -48,7 +48,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     if cache:
         manifest = locate(manifest, cache)
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
-    if settings.stage == 1 and settings.model.tokenizer == LEARN_TOKENIZER:
+    if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
         _learn_tokenizer(settings, manifest)
     summary = _launch(settings, manifest, cache)
     failures = [(value.pop("epoch"), Failure(**value)) for value in summary.pop("failures")]
@@ -196,7 +196,7 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
         return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
 
     model = settings.model
-    folders = {name: absolute(getattr(model, name)) for name in ("vision", "language", "tokenizer")}
+    folders = {name: absolute(getattr(model, name)) for name in ("vision", "language", "tokenizer", "qformer_init")}
     if model.tokenizer == LEARN_TOKENIZER:
         folders["tokenizer"] = LEARN_TOKENIZER
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
@@ -239,7 +239,7 @@ def _check(settings: TrainSettings, num_rows: int) -> None:
             "leave one of them out"
         )
     if settings.stage == 2 and settings.model.language is None:
-        raise UserError("model.language is not set; stage 2 needs a causal LM (hub name or folder)")
+        raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1 and settings.init_from is not None:
         raise UserError(f"init_from={settings.init_from!r} belongs to stage 2; to go on with stage 1 use --resume")
     if settings.init_from is not None:
@@ -305,9 +305,10 @@ def _summary(
         "rows_in": accounting.rows_in,
         "rows_used": accounting.rows_used,
         "rows_quarantined": len(accounting.quarantined),
+        "texts_truncated": run.num_truncated(),
         "failures": list(accounting.quarantined.values()),
         "load_report": run.load_report,
-        "trainable_parameters": sum(p.numel() for p in run.stage.trainables.parameters()),
+        "trainable_parameters": sum(p.numel() for p in run.stage.trainables.parameters() if p.requires_grad),
         "trainable_names": run.trainable_names,
         "frozen_sha256": run.fingerprints,
         "last": records[-1] if records else {},

@@ -1,10 +1,13 @@
-"""Frozen backbones: any timm vision encoder, any Hugging Face causal LM, by hub name or local folder.
+"""Frozen backbones: any timm or Hugging Face vision encoder, any Hugging Face LM, by hub name or local folder.
 
 Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image tokens, V encoder width.
 `timm` and `transformers` are imported inside the loaders only, so that the rest of the library stays plain torch.
 """
 
 import hashlib
+import inspect
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -13,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from qformer.errors import UserError
-from qformer.preprocessing import Preprocessing
+from qformer.preprocessing import Interpolation, Preprocessing
 
 RANDOM_WEIGHTS_SEED = 0
+_PIL_INTERPOLATIONS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class VisionEncoder(nn.Module):
-    """A frozen timm encoder behind the preprocessing contract: uint8 pixels in, tokens of one layer out.
+    """A frozen encoder behind the preprocessing contract: uint8 pixels in, tokens of one layer out.
 
     Always in eval mode and without gradients, whatever the surrounding module is switched to.
 
     Args:
-        model: A timm model with `forward_intermediates`.
+        model: A timm model with `forward_intermediates`, or a Hugging Face vision model with hidden states.
         preprocessing: Its data configuration.
         layer: Which block's output to read; -2 is the second-to-last (BLIP-2, section 3.4).
     """
@@ -72,6 +76,8 @@ class VisionEncoder(nn.Module):
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Tokens of the chosen layer, class and register tokens first: [G, P, V]."""
+        if not hasattr(self.model, "forward_intermediates"):
+            return self._hidden_states(images)
         forward = cast(Any, self.model).forward_intermediates
         try:
             (output,) = forward(
@@ -86,36 +92,129 @@ class VisionEncoder(nn.Module):
             return torch.cat([prefix, spatial], dim=1)
         return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output
 
+    def _hidden_states(self, images: Tensor) -> Tensor:
+        """The chosen block's output of a Hugging Face model, whose first hidden state is the embedding."""
+        # Where a model cannot interpolate its positions by itself, it takes this argument.
+        takes_size = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        resized = {"interpolate_pos_encoding": True} if takes_size else {}
+        states = self.model(pixel_values=images, output_hidden_states=True, **resized).hidden_states
+        hidden = states[self.layer + 1 if self.layer >= 0 else self.layer]
+        return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
 
 def load_vision(
-    name: str, *, pretrained: bool = True, layer: int = -2, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    pretrained: bool = True,
+    layer: int = -2,
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
 ) -> VisionEncoder:
-    """Load and freeze a timm encoder.
+    """Load and freeze a timm or Hugging Face encoder.
 
     Args:
-        name: timm hub name ("eva_giant_patch14_224"), or a local folder with config.json and model.safetensors.
+        name: timm name ("eva_giant_patch14_224", "timm/..."), Hugging Face name ("owner/model"), or a local folder with
+            config.json and model.safetensors of either library.
         pretrained: False builds it with random weights of a fixed seed, the same in every process.
         layer: See `VisionEncoder`.
         dtype: Of the frozen weights.
+        image_size: Side of the square input in pixels when not the model's own; its positions are interpolated.
 
     Raises:
-        UserError: If the name is unknown, the folder is no timm model, or the hub cannot be reached.
+        UserError: If the name is unknown, the folder is no model, the hub cannot be reached, or the model cannot take
+            another size.
     """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"model.vision_image_size={image_size} must be positive; leave it out for the encoder's own")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        load = _load_transformers_vision if _is_transformers_name(name) else _load_timm_vision
+        model, preprocessing = load(name, pretrained, image_size)
+        try:
+            return VisionEncoder(model.to(dtype), preprocessing, layer)
+        except (IndexError, AssertionError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"model.vision: {name!r} cannot run with vision_layer={layer}, vision_image_size={image_size}; choose "
+                f"a layer it has, and a size of at least one patch ({str(error).strip()[:200]})"
+            ) from error
+
+
+def _load_timm_vision(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Module, Preprocessing]:
     timm = import_timm()
     source = name
     if _is_folder_name(name):
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"model.vision: folder {name!r} has no config.json; give a timm model folder or a hub name")
         source = f"local-dir:{name}"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+    # timm interpolates a checkpoint's positions to the size that the model is built for.
+    resized = {} if image_size is None else {"img_size": image_size}
+    setting = "model.vision" if image_size is None else f"model.vision (with vision_image_size={image_size})"
+    try:
         try:
+            model = timm.create_model(source, pretrained=pretrained, num_classes=0, **resized)
+        except TypeError:
+            # Convolutional encoders have no positions and take any size.
             model = timm.create_model(source, pretrained=pretrained, num_classes=0)
-        except Exception as error:
-            raise _model_error("model.vision", name, error, timm.list_models()) from error
+    except Exception as error:
+        raise _model_error(setting, name, error, timm.list_models()) from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"model.vision: {name!r} offers no intermediate layers; choose a ViT or another timm encoder")
-    return VisionEncoder(model.to(dtype), timm_preprocessing(timm.data.resolve_model_data_config(model)), layer)
+    config = timm.data.resolve_model_data_config(model)
+    if image_size is not None:
+        config["input_size"] = (3, image_size, image_size)
+    return model, timm_preprocessing(config)
+
+
+def _load_transformers_vision(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Module, Preprocessing]:
+    import_torchvision()
+    from transformers import AutoConfig, AutoModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        if pretrained:
+            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+        else:
+            model = AutoModel.from_config(AutoConfig.from_pretrained(name))
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except Exception as error:
+        raise _model_error("model.vision", name, error, []) from error
+    # A two-tower model such as CLIP keeps its image side apart.
+    return getattr(model, "vision_model", model), transformers_preprocessing(values, image_size)
+
+
+def transformers_preprocessing(values: dict[str, Any], image_size: int | None = None) -> Preprocessing:
+    """Translate a Hugging Face image processor's preprocessor_config.json into the contract.
+
+    Raises:
+        UserError: If the file lacks what the contract needs.
+    """
+    size, crop = values.get("size"), values.get("crop_size") if values.get("do_center_crop") else None
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if crop else {"height": size, "width": size}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    if not size or "image_mean" not in values or "image_std" not in values:
+        raise UserError(
+            f"model.vision: preprocessor_config.json needs size, image_mean and image_std, has {sorted(values)}"
+        )
+    target = crop or size
+    height, width = (target.get(side) or target["shortest_edge"] for side in ("height", "width"))
+    short_side = size.get("shortest_edge") or min(size["height"], size["width"])
+    if image_size is not None:
+        short_side, height, width = (
+            max(round(short_side * image_size / min(height, width)), image_size),
+            image_size,
+            image_size,
+        )
+    return Preprocessing(
+        height=height,
+        width=width,
+        resize_short_side=short_side,
+        interpolation=_PIL_INTERPOLATIONS[values.get("resample", 2)],
+        crop="center" if crop or "shortest_edge" in size else "squash",
+        mean=tuple(values["image_mean"]),
+        std=tuple(values["image_std"]),
+    )
 
 
 def timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
@@ -133,7 +232,7 @@ def timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 
 def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """Load and freeze a Hugging Face causal LM with its tokenizer.
+    """Load and freeze a Hugging Face language model with its tokenizer: decoder-only, or encoder-decoder as T5.
 
     Returns:
         The model in eval mode, and the tokenizer.
@@ -142,16 +241,66 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.
         UserError: If the name is unknown, the folder is no model, or the hub cannot be reached.
     """
     import_torchvision()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     try:
+        is_encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        model = model_class.from_pretrained(name, dtype=dtype)
     except Exception as error:
         raise _model_error("model.language", name, error, []) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.language: the tokenizer of {name!r} has no end token; set eos_token in its config")
     return model.requires_grad_(False).eval(), tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BertWeights:
+    """A BERT's tensors by Hugging Face's names, and what the names do not tell."""
+
+    weights: dict[str, Tensor]
+    vocab_size: int
+    num_heads: int
+    layer_norm_eps: float
+    activation: str
+    max_positions: int
+    has_lm_head: bool
+
+
+def load_bert(name: str) -> BertWeights:
+    """Read any Hugging Face BERT, with or without its masked-LM head.
+
+    Raises:
+        UserError: If it cannot be loaded, or is another architecture.
+    """
+    import_torchvision()
+    from transformers import AutoConfig, BertForMaskedLM, BertModel
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "bert":
+            raise UserError(
+                f"model.qformer_init: {name!r} is a {config.model_type}; only a BERT has a Q-Former's shape"
+            )
+        has_lm_head = (config.architectures or ["BertModel"])[0] in ("BertForMaskedLM", "BertForPreTraining")
+        bert_class = BertForMaskedLM if has_lm_head else BertModel
+        model, told = bert_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _model_error("model.qformer_init", name, error, []) from error
+    # What the files lack, the library fills with random values: they are not the BERT's.
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key not in told["missing_keys"]}
+    return BertWeights(
+        weights=weights,
+        vocab_size=config.vocab_size,
+        num_heads=config.num_attention_heads,
+        layer_norm_eps=config.layer_norm_eps,
+        activation=config.hidden_act,
+        max_positions=config.max_position_embeddings,
+        has_lm_head=has_lm_head,
+    )
 
 
 def weights_fingerprint(module: nn.Module) -> str:
@@ -191,6 +340,14 @@ def import_torchvision() -> ModuleType:
         # The declaration lives as long as the library object does.
         torchvision.declared_operators = library
     return cast(ModuleType, torchvision)
+
+
+def _is_transformers_name(name: str) -> bool:
+    """A folder tells by its config.json; on the hub, timm's own names have no owner, or "timm"."""
+    if _is_folder_name(name):
+        config = Path(name) / "config.json"
+        return config.is_file() and "model_type" in json.loads(config.read_text())
+    return "/" in name and not name.startswith(("timm/", "hf-hub:", "hf_hub:"))
 
 
 def _is_folder_name(name: str) -> bool:

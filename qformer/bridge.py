@@ -2,7 +2,7 @@
 
     bridge.json          BridgeInfo: format version, stage, shapes, backbones, preprocessing
     bridge.safetensors   the trainables alone, fp32
-    tokenizer/           stage 1's text tokenizer
+    tokenizer/           the Q-Former's text tokenizer, where it has a text branch
 
 Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image tokens, V encoder width, N queries of all
 frames, E joint embedding width.
@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from qformer.backbones import VisionEncoder, load_language, load_vision
 from qformer.config import QFormerConfig
 from qformer.errors import UserError
+from qformer.language import GenerationSettings, LanguageModel, build_language_model
+from qformer.lora import Lora, LoraConfig
 from qformer.preprocessing import Preprocessing
 from qformer.stage1 import Stage1
-from qformer.stage2 import Stage2, generate
+from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
 
 FORMAT_VERSION = 1
@@ -47,6 +49,10 @@ class BridgeInfo:
     """Frames sampled from a clip in training."""
     max_text_tokens: int
     prompt: str = ""
+    """Text before every answer, for the language model and, where it has a text branch, the stage-2 Q-Former."""
+    vision_image_size: int | None = None
+    """Resolution that the encoder's positions were interpolated to; None is its own."""
+    lora: LoraConfig | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -69,6 +75,8 @@ class BridgeInfo:
             )
         values["qformer"] = QFormerConfig(**values["qformer"])
         values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
+        if values.get("lora") is not None:
+            values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
         return cls(**values)
 
 
@@ -120,48 +128,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], load_file(folder / WEIGHTS_FILE))
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What became of every tensor when one stage started from another's checkpoint."""
-
-    loaded: list[str]
-    left_out: list[str]
-    """In the checkpoint but not in the model (stage 1's text branch and heads)."""
-    fresh: list[str]
-    """In the model but not in the checkpoint: initialised anew."""
-
-    def __str__(self) -> str:
-        groups = sorted({name.split(".")[0] for name in self.fresh})
-        return (
-            f"loaded {len(self.loaded)} tensors; left out {len(self.left_out)} of the text branch and its heads; "
-            f"initialised anew: {', '.join(groups) or 'none'}"
-        )
-
-
-def start_stage2(trainables: Stage2, folder: Path) -> LoadReport:
-    """Start stage 2 from a stage-1 checkpoint: vision norm and query side, without the text branch.
-
-    Raises:
-        UserError: If the checkpoint is not of stage 1, or a shared tensor has another shape.
-    """
-    info = read_info(folder)
-    if info.stage != 1:
-        raise UserError(f"init_from: {str(folder)!r} is a stage-{info.stage} checkpoint; stage 2 starts from stage 1")
-    weights, own = read_weights(folder), trainables.state_dict()
-    shared = sorted(own.keys() & weights.keys())
-    for name in shared:
-        if weights[name].shape != own[name].shape:
-            raise UserError(
-                f"init_from: {name} is {tuple(weights[name].shape)} in {str(folder)!r} but {tuple(own[name].shape)} "
-                "here; make model.qformer and model.vision equal to stage 1's"
-            )
-    missing = [n for n in own if n not in weights and not n.startswith("language_projection.")]
-    if missing:
-        raise UserError(f"init_from: {str(folder)!r} lacks {missing[0]!r}; make model.qformer equal to stage 1's")
-    trainables.load_state_dict({name: weights[name] for name in shared}, strict=False)
-    return LoadReport(shared, sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys()))
-
-
 class Retriever:
     """Image and text embeddings and match scores of a stage-1 bridge."""
 
@@ -170,7 +136,7 @@ class Retriever:
         self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
 
     @torch.no_grad()
-    def embed_images(self, pixels_BFCYX: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_image(self, pixels_BFCYX: Tensor) -> tuple[Tensor, Tensor]:
         """Embed images or clips.
 
         Args:
@@ -186,15 +152,23 @@ class Retriever:
         return self.stage1.embed_queries(hidden_GQD, tokens_BFPV.shape[1]), tokens_BFPV
 
     @torch.no_grad()
-    def embed_texts(self, captions: Sequence[str]) -> Tensor:
-        """L2-normalised text embeddings [B, E], float32."""
-        ids_BT, mask_BT = self.tokenizer.encode(captions)
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """L2-normalised text embeddings [B, E], float32; the similarity to an image is the largest over its N rows."""
+        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
         return self.stage1.embed_text(ids_BT.to(self._device), mask_BT.to(self._device))
 
     @torch.no_grad()
     def match(self, image_tokens_BFPV: Tensor, captions: Sequence[str]) -> Tensor:
-        """ITM probability that each image matches its caption: [B], float32."""
-        ids_BT, mask_BT = self.tokenizer.encode(captions)
+        """ITM probability that each image matches its caption.
+
+        Args:
+            image_tokens_BFPV: From `embed_image`.
+            captions: One an image.
+
+        Returns:
+            [B], float32, between 0 and 1.
+        """
+        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
         frames = image_tokens_BFPV.shape[1]
         tokens_GPV = self.stage1.vision_norm(image_tokens_BFPV.to(self._device).float()).flatten(0, 1)
         image = self.stage1.qformer.image_key_values(tokens_GPV)
@@ -207,28 +181,70 @@ class Retriever:
 
 
 class Captioner:
-    """Captions of a stage-2 bridge."""
+    """Captions and answers of a stage-2 bridge.
+
+    Args:
+        info: See `BridgeInfo`.
+        encoder: The frozen vision encoder.
+        stage2: The bridge.
+        language: The frozen language model.
+        tokenizer: Of the Q-Former's text branch, where it has one.
+    """
 
     def __init__(
-        self, info: BridgeInfo, encoder: VisionEncoder, stage2: Stage2, language: nn.Module, tokenizer: Any
+        self,
+        info: BridgeInfo,
+        encoder: VisionEncoder,
+        stage2: Stage2,
+        language: LanguageModel,
+        tokenizer: TextTokenizer | None = None,
     ) -> None:
         self.info, self.encoder, self.stage2 = info, encoder, stage2.eval()
         self.language, self.tokenizer = language, tokenizer
         self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
 
-    @torch.no_grad()
     def caption(self, pixels_BFCYX: Tensor, max_new_tokens: int = 32) -> list[str]:
-        """Greedy captions of images or clips.
+        """Greedy captions of images or clips, after the prompt of training.
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
             max_new_tokens: Longest answer in tokens.
         """
+        prompts = [self.info.prompt] * len(pixels_BFCYX)
+        return self.answer(pixels_BFCYX, prompts, GenerationSettings(max_new_tokens=max_new_tokens))
+
+    @torch.no_grad()
+    def answer(
+        self, pixels_BFCYX: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+    ) -> list[str]:
+        """Answers to one prompt an image or clip.
+
+        Args:
+            pixels_BFCYX: uint8, prepared by `preprocessing`.
+            prompts: Of any lengths; an instruction-aware Q-Former reads them too.
+            settings: Greedy by default.
+
+        Raises:
+            ValueError: If the encoder's features are not finite, or prompts and images differ in number.
+        """
+        if len(prompts) != len(pixels_BFCYX):
+            raise ValueError(f"{len(prompts)} prompts for {len(pixels_BFCYX)} images; give one each")
         device = self.stage2.language_projection.weight.device
-        prefix_BNL = self.stage2(self.encoder(pixels_BFCYX.to(device)).float())
-        return generate(
-            self.language, self.tokenizer, prefix_BNL, prompt=self.info.prompt, max_new_tokens=max_new_tokens
-        )
+        tokens_BFPV = self.encoder(pixels_BFCYX.to(device)).float()
+        if not torch.isfinite(tokens_BFPV).all():
+            raise ValueError(f"encoder {self.info.vision!r} gave NaN or inf; run it in fp32, or check its weights")
+        prefix_BNL = self.stage2(tokens_BFPV, *instruction_inputs(self.tokenizer, prompts, device))
+        return self.language.generate(prefix_BNL, prompts, settings)
+
+
+def instruction_inputs(
+    tokenizer: TextTokenizer | None, prompts: Sequence[str], device: torch.device
+) -> tuple[Tensor, ...]:
+    """What `Stage2.forward` takes beside the image: ids and mask for a Q-Former that reads prompts, else nothing."""
+    if tokenizer is None:
+        return ()
+    text = tokenizer.encode(prompts)
+    return text.input_ids_BT.to(device), text.is_text_BT.to(device)
 
 
 def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
@@ -240,8 +256,7 @@ def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
     info = _info_of_stage(folder, 1, "retrieval")
     stage1 = Stage1(info.qformer)
     load_weights(stage1, folder)
-    tokenizer = load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens)
-    return Retriever(info, _encoder(info).to(device), stage1.to(device), tokenizer)
+    return Retriever(info, _encoder(info).to(device), stage1.to(device), _tokenizer(folder, info))
 
 
 def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
@@ -253,10 +268,11 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
     info = _info_of_stage(folder, 2, "captions")
     if info.language is None:
         raise UserError(f"{str(folder)!r} names no language model; its {INFO_FILE} is damaged")
-    language, tokenizer = load_language(info.language)
-    width = cast(Any, language).get_input_embeddings().embedding_dim
-    stage2 = Stage2(info.qformer, language_width=width)
+    language = build_language_model(*load_language(info.language))
+    lora = Lora(language.model, info.lora) if info.lora else None
+    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora)
     load_weights(stage2, folder)
+    tokenizer = _tokenizer(folder, info) if info.qformer.has_text_branch else None
     return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer)
 
 
@@ -267,8 +283,20 @@ def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
     return info
 
 
+def _tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
+    tokenizer = load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens)
+    if tokenizer.vocab_size != info.qformer.vocab_size:
+        raise UserError(
+            f"{str(folder)!r}: the tokenizer has {tokenizer.vocab_size} ids with [DEC] but the Q-Former "
+            f"vocab_size={info.qformer.vocab_size}; put back the tokenizer folder that the run wrote"
+        )
+    return tokenizer
+
+
 def _encoder(info: BridgeInfo) -> VisionEncoder:
-    encoder = load_vision(info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer)
+    encoder = load_vision(
+        info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer, image_size=info.vision_image_size
+    )
     if encoder.width != info.qformer.encoder_width:
         raise UserError(
             f"encoder {info.vision!r} is {encoder.width} wide but the bridge was trained on "

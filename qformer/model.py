@@ -16,6 +16,8 @@ from qformer.attention import Attention, FeedForward, KeyValue, concatenate
 from qformer.config import QFormerConfig
 from qformer.masks import causal_mask_after_queries, joint_mask, padding_mask
 
+INITIAL_STD = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class QueryOutput:
@@ -93,7 +95,7 @@ class _Layers(nn.ModuleList):
 class QFormer(nn.Module):
     """BLIP-2's Q-Former with the paths its objectives need, each computed once and shared.
 
-    `config.vocab_size == 0` leaves out the text branch, as stage 2 does.
+    `config.vocab_size == 0` leaves out the text branch, as BLIP-2's stage 2 does.
     """
 
     def __init__(self, config: QFormerConfig) -> None:
@@ -108,11 +110,12 @@ class QFormer(nn.Module):
         if config.has_text_branch:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
             self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        if config.has_text_branch and config.has_lm_head:
             self.lm_dense = nn.Linear(config.hidden_size, config.hidden_size)
             self.lm_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.apply(_initialise)
-        nn.init.normal_(self.query_tokens, std=0.02)
+        nn.init.normal_(self.query_tokens, std=INITIAL_STD)
         for layer in self.layers:
             if layer.text_ffn is not None:
                 # The paper starts both feed-forwards from the same BERT weights.
@@ -185,7 +188,7 @@ class QFormer(nn.Module):
 def _initialise(module: nn.Module) -> None:
     """BERT's initialisation: normal(0, 0.02) weights, zero biases, zero padding row."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=INITIAL_STD)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         elif module.padding_idx is not None:

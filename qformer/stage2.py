@@ -1,137 +1,110 @@
-"""Stage 2: generative learning; query outputs become soft prompts of a frozen decoder-only language model.
+"""Stage 2: generative learning; query outputs become soft prompts of a frozen language model.
 
-Dimensions: B batch, F frames, P image tokens, V encoder width, Q queries, T text tokens, L language-model width.
-Reference: BLIP-2 (arXiv:2301.12597), section 3.3.
+Dimensions: B batch, F frames, G = B * F, P image tokens, V encoder width, Q queries, T instruction tokens, D hidden
+width, L language-model width.
+Reference: BLIP-2 (arXiv:2301.12597), section 3.3; InstructBLIP (arXiv:2305.06500), section 2.3; MiniGPT-4
+(arXiv:2304.10592), section 3.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
-
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qformer.config import QFormerConfig
+from qformer.lora import Lora
 from qformer.model import QFormer
 from qformer.stage1 import VISION_NORM_EPS
 
 
 class Stage2(nn.Module):
-    """The trainables of stage 2: vision layer norm, Q-Former without text branch, projection to the LM's width.
+    """What stage 2 trains: vision layer norm, Q-Former, projection to the LM's width, and the LM's LoRA if any.
+
+    With a text branch (`config.vocab_size` > 0) the Q-Former reads the instruction beside the image, as InstructBLIP
+    does; without, it is BLIP-2's.
+
+    Args:
+        config: Without the LM head, which only stage 1 uses.
+        language_width: Width of the language model's embeddings.
+        freeze_qformer: MiniGPT-4's recipe: vision norm and Q-Former stay as loaded, without dropout; the projection
+            (and LoRA) alone is trained.
+        lora: Low-rank updates of the language model, trained and saved with the bridge.
 
     Raises:
-        ValueError: If the config still has a text branch.
+        ValueError: If the config has a text branch with an LM head.
     """
 
-    def __init__(self, config: QFormerConfig, *, language_width: int) -> None:
+    def __init__(
+        self, config: QFormerConfig, *, language_width: int, freeze_qformer: bool = False, lora: Lora | None = None
+    ) -> None:
         super().__init__()
-        if config.has_text_branch:
-            raise ValueError("stage 2 has no text branch: set vocab_size=0")
+        if config.has_text_branch and config.has_lm_head:
+            raise ValueError(
+                f"vocab_size={config.vocab_size} with has_lm_head=True: stage 2 generates with the language model, not "
+                "with the Q-Former; set has_lm_head=False (or vocab_size=0 for queries without instruction)"
+            )
         self.vision_norm = nn.LayerNorm(config.encoder_width, eps=VISION_NORM_EPS)
         self.qformer = QFormer(config)
         self.language_projection = nn.Linear(config.hidden_size, language_width)
+        self.lora = lora
+        self.freeze_qformer = freeze_qformer
+        if freeze_qformer:
+            self.vision_norm.requires_grad_(False)
+            self.qformer.requires_grad_(False)
 
-    def forward(self, image_BFPV: Tensor) -> Tensor:
-        """Soft prompts of all frames in time order: [B, F*Q, L]."""
-        frames = image_BFPV.shape[1]
+    def train(self, mode: bool = True) -> "Stage2":
+        """Switch dropout; a frozen Q-Former stays in eval mode."""
+        super().train(mode)
+        if self.freeze_qformer:
+            self.qformer.eval()
+        return self
+
+    def forward(
+        self, image_BFPV: Tensor, instruction_ids_BT: Tensor | None = None, is_instruction_BT: Tensor | None = None
+    ) -> Tensor:
+        """Soft prompts of all frames in time order: [B, F*Q, L].
+
+        Args:
+            image_BFPV: Frozen encoder tokens, before the trained layer norm.
+            instruction_ids_BT: Instruction in the Q-Former's own vocabulary; with a text branch only.
+            is_instruction_BT: True at its real tokens.
+
+        Raises:
+            ValueError: If the image tokens are not floating [B, F, P, V] of the encoder's width, ids lie outside the
+                vocabulary, or instruction and text branch do not come together.
+        """
+        config, frames = self.qformer.config, self._require_image(image_BFPV)
         tokens_GPV = self.vision_norm(image_BFPV).flatten(0, 1)
-        queries = self.qformer.forward_queries(self.qformer.image_key_values(tokens_GPV))
-        return self.language_projection(queries.hidden_BQD).unflatten(0, (-1, frames)).flatten(1, 2)
+        image = self.qformer.image_key_values(tokens_GPV)
+        if (instruction_ids_BT is None) == config.has_text_branch:
+            given, built = ("no", "vocab_size>0") if instruction_ids_BT is None else ("an", "vocab_size=0")
+            raise ValueError(
+                f"{given} instruction given but the Q-Former was built with {built}; set model.qformer_reads_prompt"
+            )
+        if instruction_ids_BT is None or is_instruction_BT is None:
+            hidden_GQD = self.qformer.forward_queries(image).hidden_BQD
+        else:
+            self._require_ids(instruction_ids_BT, len(image_BFPV))
+            ids_GT = instruction_ids_BT.repeat_interleave(frames, 0)
+            is_text_GT = is_instruction_BT.repeat_interleave(frames, 0)
+            hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT)[:, : config.num_queries]
+        return self.language_projection(hidden_GQD).unflatten(0, (-1, frames)).flatten(1, 2)
 
+    def _require_image(self, image_BFPV: Tensor) -> int:
+        """Return F."""
+        width = self.qformer.config.encoder_width
+        if image_BFPV.dim() != 4 or image_BFPV.shape[-1] != width or not image_BFPV.is_floating_point():
+            raise ValueError(
+                f"image tokens are {image_BFPV.dtype} {tuple(image_BFPV.shape)} but the Q-Former takes floating "
+                f"[B, F, P, {width}] (encoder_width={width}); use the encoder it was trained with"
+            )
+        return image_BFPV.shape[1]
 
-def language_logits(language_model: nn.Module, prefix_BQL: Tensor, input_ids_BT: Tensor, is_text_BT: Tensor) -> Tensor:
-    """Logits of the frozen LM at the text positions after the soft prompts.
-
-    Args:
-        language_model: A Hugging Face causal LM.
-        prefix_BQL: Soft prompts.
-        input_ids_BT: Right-padded text.
-        is_text_BT: True at real tokens.
-
-    Returns:
-        [B, T + 1, vocab]: entry t predicts text token t; the last entry follows the text.
-    """
-    embedded_BTL = language_model.get_input_embeddings()(input_ids_BT)  # type: ignore[operator]
-    inputs_BSL = torch.cat([prefix_BQL.to(embedded_BTL.dtype), embedded_BTL], dim=1)
-    is_prefix_BQ = is_text_BT.new_ones(prefix_BQL.shape[:2])
-    mask_BS = torch.cat([is_prefix_BQ, is_text_BT], dim=1).long()
-    logits_BSV = language_model(inputs_embeds=inputs_BSL, attention_mask=mask_BS, use_cache=False).logits
-    return logits_BSV[:, prefix_BQL.shape[1] - 1 :]
-
-
-def language_loss(logits_BSV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the labelled text tokens, as a sum and a count (labels of -100 do not count).
-
-    Args:
-        logits_BSV: From `language_logits`.
-        labels_BT: Text ids, -100 for the prompt, padding and masked samples.
-    """
-    logits = logits_BSV[:, : labels_BT.shape[1]].flatten(0, 1).float()
-    total = F.cross_entropy(logits, labels_BT.flatten(), ignore_index=-100, reduction="sum")
-    return total, (labels_BT != -100).sum()
-
-
-class Tokenizer(Protocol):
-    """What stage 2 needs of a Hugging Face tokenizer."""
-
-    eos_token_id: int
-    pad_token_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the leading token the model expects, if any."""
-
-    def batch_decode(self, ids_BT: Tensor, *, skip_special_tokens: bool) -> list[str]:
-        """Texts of rows of ids."""
-
-
-def caption_ids(
-    tokenizer: Tokenizer, captions: Sequence[str], *, prompt: str, max_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels of prompt + caption + end token, right-padded to the longest.
-
-    A caption over `max_tokens` loses its last words, never its end token. The prompt (with the tokenizer's own leading
-    token, where it adds one) is not counted in the loss; without a prompt that leading token is counted, as in LAVIS.
-
-    Returns:
-        input_ids_BT (int64), is_text_BT (bool), labels_BT (int64).
-    """
-    end, pad = tokenizer.eos_token_id, _pad_id(tokenizer)
-    prompt_length = len(_text_ids(tokenizer, prompt)) if prompt else 0
-    rows = [[*_text_ids(tokenizer, f"{prompt} {text}".strip())[: max_tokens - 1], end] for text in captions]
-    length = max(len(row) for row in rows)
-    input_ids_BT = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-    is_text_BT = torch.arange(length)[None] < torch.tensor([len(row) for row in rows])[:, None]
-    labels_BT = input_ids_BT.masked_fill(~is_text_BT, -100)
-    labels_BT[:, :prompt_length] = -100
-    return input_ids_BT, is_text_BT, labels_BT
-
-
-@torch.no_grad()
-def generate(
-    language_model: nn.Module, tokenizer: Tokenizer, prefix_BQL: Tensor, *, prompt: str, max_new_tokens: int
-) -> list[str]:
-    """Greedy captions after the soft prompts; all items share prompt and prefix length, so nothing is padded."""
-    start = _text_ids(tokenizer, prompt)
-    start_BT = torch.tensor([start] * prefix_BQL.shape[0], dtype=torch.long, device=prefix_BQL.device)
-    embedded_BTL = language_model.get_input_embeddings()(start_BT)  # type: ignore[operator]
-    inputs_BSL = torch.cat([prefix_BQL.to(embedded_BTL.dtype), embedded_BTL], dim=1)
-    ids_BT = language_model.generate(  # type: ignore[operator]
-        inputs_embeds=inputs_BSL,
-        attention_mask=torch.ones(inputs_BSL.shape[:2], dtype=torch.long, device=inputs_BSL.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=_pad_id(tokenizer),
-    )
-    return [text.strip() for text in tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
-
-
-def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids without an end token, which some tokenizers append by themselves."""
-    return [i for i in tokenizer.encode(text) if i != tokenizer.eos_token_id]
-
-
-def _pad_id(tokenizer: Tokenizer) -> int:
-    """Padding is masked, so any id serves a tokenizer that has none."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    def _require_ids(self, ids_BT: Tensor, batch: int) -> None:
+        size = self.qformer.config.vocab_size
+        if ids_BT.is_floating_point() or len(ids_BT) != batch:
+            raise ValueError(
+                f"instruction ids are {ids_BT.dtype} {tuple(ids_BT.shape)} for {batch} images; give int64 [{batch}, T]"
+            )
+        if ids_BT.numel() and (int(ids_BT.min()) < 0 or int(ids_BT.max()) >= size):
+            raise ValueError(
+                f"instruction ids reach {int(ids_BT.max())} (smallest {int(ids_BT.min())}) but the Q-Former's "
+                f"vocabulary is vocab_size={size}; use the tokenizer it was trained with (model.tokenizer)"
+            )

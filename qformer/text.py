@@ -5,7 +5,7 @@ Dimensions: B batch, T text tokens.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from torch import Tensor
 from qformer.errors import UserError
 
 CORPUS_VOCABULARY = 30_000
+
+
+class EncodedText(NamedTuple):
+    """Tokenised texts, padded to the longest."""
+
+    input_ids_BT: Tensor
+    """int64, `[CLS] … [SEP]`."""
+    is_text_BT: Tensor
+    """True at real tokens."""
+    num_truncated: int
+    """Texts that lost their last words."""
 
 
 class TextTokenizer:
@@ -38,16 +49,15 @@ class TextTokenizer:
         """Ids including [DEC]."""
         return len(self.tokenizer) + 1
 
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, padded to the batch's longest: input_ids_BT (int64), is_text_BT (bool)."""
-        encoded = self.tokenizer(
-            list(captions),
-            padding="longest",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_tensors="pt",
-        )
-        return encoded["input_ids"], encoded["attention_mask"].bool()
+    def encode(self, captions: Sequence[str]) -> EncodedText:
+        """Tokenise captions; one over the limit keeps [SEP] as its last token, and is counted."""
+        rows = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        kept = [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in rows]
+        length = max(len(row) for row in kept)
+        pad = self.tokenizer.pad_token_id
+        input_ids_BT = torch.tensor([row + [pad] * (length - len(row)) for row in kept])
+        is_text_BT = torch.arange(length)[None] < torch.tensor([len(row) for row in kept])[:, None]
+        return EncodedText(input_ids_BT, is_text_BT, sum(len(row) > self.max_tokens for row in rows))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's ordinary files."""

@@ -27,7 +27,7 @@ def write_stage1(folder: Path) -> Path:
     torch.manual_seed(1)
     tokenizer = TextTokenizer(
         PreTrainedTokenizerFast(
-            tokenizer_object=_word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
+            tokenizer_object=word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
             pad_token="[PAD]",
             cls_token="[CLS]",
             sep_token="[SEP]",
@@ -65,24 +65,29 @@ def _write(folder, stage, trainables, tokenizer, language) -> Path:
         # Fresh weights are so small that every picture would look alike to the model.
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     folder.mkdir(parents=True)
-    info = BridgeInfo(
+    info = info_of(stage, _config(trainables.qformer.config.vocab_size), language)
+    save_bridge(folder, info, trainables, tokenizer)
+    (folder / "complete.json").write_text(json.dumps({"step": 3}))
+    return folder
+
+
+def info_of(stage: int, config: QFormerConfig, language: str | None = None) -> BridgeInfo:
+    """What a checkpoint says about itself."""
+    return BridgeInfo(
         stage=stage,
         step=3,
         vision=VISION,
         vision_pretrained=False,
         vision_layer=-2,
         language=language,
-        qformer=_config(trainables.qformer.config.vocab_size),
+        qformer=config,
         preprocessing=load_vision(VISION, pretrained=False).preprocessing,
         num_frames=NUM_FRAMES,
         max_text_tokens=16,
     )
-    save_bridge(folder, info, trainables, tokenizer)
-    (folder / "complete.json").write_text(json.dumps({"step": 3}))
-    return folder
 
 
-def _word_tokenizer(special: list[str], template: str):
+def word_tokenizer(special: list[str], template: str):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
@@ -99,7 +104,7 @@ def _write_language(folder: Path) -> None:
 
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_word_tokenizer(special, "<bos> $A"),
+        tokenizer_object=word_tokenizer(special, "<bos> $A"),
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",

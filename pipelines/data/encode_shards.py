@@ -25,6 +25,8 @@ class EncoderChoice:
     precision: Literal["fp32", "bf16"]
     num_frames: int
     dtype: TokenDtype
+    image_size: int | None = None
+    """Side of the encoder's input in pixels when not its own."""
 
     def load(self) -> tuple[VisionEncoder, FeatureSpec]:
         """Load the encoder and describe the features it makes.
@@ -33,7 +35,13 @@ class EncoderChoice:
             UserError: As `load_vision`.
         """
         weights_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        encoder = load_vision(self.vision, pretrained=self.pretrained, layer=self.layer, dtype=weights_dtype)
+        encoder = load_vision(
+            self.vision,
+            pretrained=self.pretrained,
+            layer=self.layer,
+            dtype=weights_dtype,
+            image_size=self.image_size,
+        )
         spec = FeatureSpec(
             vision=self.vision,
             weights=weights_fingerprint(encoder),

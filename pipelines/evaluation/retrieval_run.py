@@ -48,7 +48,7 @@ class CompareBlocks:
         self._retriever = load_retriever(local_folder(checkpoint), device=device)
         # Each actor embeds all texts for itself: cheap beside images, and it saves a pass of its own.
         parts = [
-            self._retriever.embed_texts(texts[start : start + _TEXTS_AT_A_TIME])
+            self._retriever.embed_text(texts[start : start + _TEXTS_AT_A_TIME])
             for start in range(0, len(texts), _TEXTS_AT_A_TIME)
         ]
         self._text_embeds_TE = torch.cat(parts)
@@ -60,7 +60,7 @@ class CompareBlocks:
         similarity_IT = np.zeros((0, num_texts), dtype=np.float32)
         if batch.is_valid.any():
             pixels = torch.from_numpy(batch.images[batch.is_valid])
-            embeds_INE, _ = self._retriever.embed_images(pixels)
+            embeds_INE, _ = self._retriever.embed_image(pixels)
             similarity_IT = similarity(embeds_INE, self._text_embeds_TE).cpu().numpy()
         flat = pa.array(similarity_IT.ravel(), pa.float32())
         return answers(batch, {SIMILARITY: pa.FixedSizeListArray.from_arrays(flat, num_texts)})
@@ -81,7 +81,7 @@ class MatchBlocks:
         names = [name for name, valid in zip(batch.sample_ids, batch.is_valid, strict=True) if valid]
         found: list[NDArray[np.float32]] = []
         if names:
-            _, tokens_IFPV = self._retriever.embed_images(torch.from_numpy(batch.images[batch.is_valid]))
+            _, tokens_IFPV = self._retriever.embed_image(torch.from_numpy(batch.images[batch.is_valid]))
             found = [
                 self._match(tokens_FPV, self._candidates[name])
                 for name, tokens_FPV in zip(names, tokens_IFPV, strict=True)

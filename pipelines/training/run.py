@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,14 @@ from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
-from qformer.bridge import BridgeInfo, start_stage2
+from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
 from qformer.config import QFormerConfig
-from qformer.distributed import rank
+from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
+from qformer.initialisation import start_from_bert, start_stage2
+from qformer.language import build_language_model
+from qformer.lora import Lora, LoraConfig
+from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
@@ -35,12 +39,22 @@ class ModelChoice:
     vision_layer: int
     language: str | None
     tokenizer: str
-    """Hub name or folder; stage 1 only."""
+    """Hub name or folder; for a Q-Former with text branch."""
     max_text_tokens: int
     prompt: str
     num_frames: int
     qformer: Mapping[str, Any]
     """`QFormerConfig` fields that do not follow from the backbones."""
+    vision_image_size: int | None = None
+    qformer_init: str | None = None
+    """BERT that the Q-Former starts from."""
+    init_mismatch: str = "refuse"
+    """"refuse" or "reinitialise"."""
+    qformer_reads_prompt: bool = False
+    """InstructBLIP: the prompt goes to the Q-Former as well as to the LM."""
+    freeze_qformer: bool = False
+    """MiniGPT-4: the projection alone is trained."""
+    lora: LoraConfig | None = None
 
 
 class TrainingRun:
@@ -52,7 +66,8 @@ class TrainingRun:
         precision: "bf16" keeps frozen weights in bf16; trainables are always fp32.
         seed: Of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
-        init_from: Stage-1 run or checkpoint whose Q-Former starts stage 2; None starts from fresh weights.
+        init_from: Run or checkpoint of stage 1 or 2 whose Q-Former starts stage 2; None starts from fresh weights, or
+            from the BERT that `choice` names.
 
     Raises:
         UserError: If a backbone cannot be loaded, or settings and checkpoint do not fit.
@@ -74,39 +89,23 @@ class TrainingRun:
         self.fingerprints: dict[str, str] = {}
         encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
         self.tokenizer: TextTokenizer | None = None
-        self.load_report = "initialised anew: everything"
+        self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
+        self.stage: RepresentationStage | GenerationStage
         if choice.stage == 1:
-            self.tokenizer = load_text_tokenizer(choice.tokenizer, choice.max_text_tokens)
-            self.config = self._config(choice, self.tokenizer.vocab_size)
-            stage1 = Stage1(self.config).to(device)
-            self.stage: RepresentationStage | GenerationStage = RepresentationStage(
-                encode, stage1, self.tokenizer, seed
-            )
+            self.stage = self._representation_stage(encode, device, seed)
         else:
-            if choice.language is None:
-                raise UserError("model.language is not set; stage 2 needs a causal LM (hub name or folder)")
-            language, language_tokenizer = load_language(choice.language, dtype=frozen_dtype)
-            self.frozen["language"] = language.to(device)
-            self.config = self._config(choice, 0)
-            width = cast(Any, language).get_input_embeddings().embedding_dim
-            stage2 = Stage2(self.config, language_width=width).to(device)
-            if init_from is not None:
-                self.load_report = str(start_stage2(stage2, storage.local_folder(storage.newest_checkpoint(init_from))))
-            self.stage = GenerationStage(
-                encode,
-                stage2,
-                language,
-                language_tokenizer,
-                prompt=choice.prompt,
-                max_tokens=choice.max_text_tokens,
-            )
+            self.stage = self._generation_stage(encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
 
     @property
     def trainable_names(self) -> list[str]:
         """Exactly the parameters that the optimizer moves."""
         return sorted(name for name, p in self.stage.trainables.named_parameters() if p.requires_grad)
+
+    def num_truncated(self) -> int:
+        """Texts of all ranks that lost their last words since this process began; every rank must call."""
+        return round(mean_of_ranks(self.stage.num_truncated) * world_size())
 
     def info(self, step: int) -> BridgeInfo:
         """Description of the model after `step` steps."""
@@ -123,6 +122,8 @@ class TrainingRun:
             num_frames=choice.num_frames,
             max_text_tokens=choice.max_text_tokens,
             prompt=choice.prompt,
+            vision_image_size=choice.vision_image_size,
+            lora=choice.lora,
         )
 
     def save(
@@ -154,6 +155,8 @@ class TrainingRun:
         folder: Path = storage.local_folder(checkpoint)
         state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=order)
         optimizer.load_state_dict(state.optimizer)
+        if "qformer" in self.frozen:
+            self.fingerprints["qformer"] = weights_fingerprint(self.frozen["qformer"])
         return state
 
     def assert_frozen(self) -> None:
@@ -166,10 +169,59 @@ class TrainingRun:
             if weights_fingerprint(module) != self.fingerprints[name]:
                 raise RuntimeError(f"the frozen {name} model changed during training")
 
+    def _representation_stage(self, encode: Encode, device: torch.device, seed: int) -> RepresentationStage:
+        self.tokenizer = load_text_tokenizer(self.choice.tokenizer, self.choice.max_text_tokens)
+        self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
+        stage1 = Stage1(self.config)
+        self._start(stage1.qformer)
+        return RepresentationStage(encode, stage1.to(device), self.tokenizer, seed)
+
+    def _generation_stage(
+        self, encode: Encode, device: torch.device, dtype: torch.dtype, init_from: str | None
+    ) -> GenerationStage:
+        choice = self.choice
+        if choice.language is None:
+            raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
+        if choice.freeze_qformer and init_from is None:
+            raise UserError("model.freeze_qformer=true needs a trained Q-Former: set init_from to a run")
+        language = build_language_model(*load_language(choice.language, dtype=dtype)).to(device)
+        self.frozen["language"] = language.model
+        folder = None if init_from is None else storage.local_folder(storage.newest_checkpoint(init_from))
+        if choice.qformer_reads_prompt:
+            # The text branch knows the words of the tokenizer that it was trained with.
+            own = None if folder is None else folder / TOKENIZER_FOLDER
+            name = choice.tokenizer if own is None or not own.is_dir() else str(own)
+            self.tokenizer = load_text_tokenizer(name, choice.max_text_tokens)
+        self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
+        lora = Lora(language.model, choice.lora) if choice.lora else None
+        stage2 = Stage2(self.config, language_width=language.width, freeze_qformer=choice.freeze_qformer, lora=lora)
+        self._start(stage2.qformer)
+        if folder is not None:
+            report = start_stage2(
+                stage2, folder, language=choice.language, allow_mismatch=choice.init_mismatch == "reinitialise"
+            )
+            self.load_report = f"{report}; {self.load_report}" if choice.qformer_init else str(report)
+        stage2 = stage2.to(device)
+        if choice.freeze_qformer:
+            self.frozen["qformer"] = stage2.qformer
+        return GenerationStage(
+            encode, stage2, language, self.tokenizer, prompt=choice.prompt, max_tokens=choice.max_text_tokens
+        )
+
+    def _start(self, qformer: QFormer) -> None:
+        """Start from a BERT where the settings name one."""
+        if self.choice.qformer_init is not None:
+            allow = self.choice.init_mismatch == "reinitialise"
+            self.load_report = str(start_from_bert(qformer, self.choice.qformer_init, allow_mismatch=allow))
+
     def _encoder(self, device: torch.device, dtype: torch.dtype) -> Encode:
         choice = self.choice
         encoder = load_vision(
-            choice.vision, pretrained=choice.vision_pretrained, layer=choice.vision_layer, dtype=dtype
+            choice.vision,
+            pretrained=choice.vision_pretrained,
+            layer=choice.vision_layer,
+            dtype=dtype,
+            image_size=choice.vision_image_size,
         ).to(device)
         self.frozen["vision"] = encoder
         self.preprocessing, self.encoder_width = encoder.preprocessing, encoder.width
@@ -185,19 +237,21 @@ class TrainingRun:
                 precision=features.precision,
                 num_frames=choice.num_frames,
                 dtype=features.dtype,
+                image_size=choice.vision_image_size,
             )
             encoder.load()[1].require_same(features)
         self.fingerprints["vision"] = features.weights
         self.preprocessing, self.encoder_width = features.preprocessing, features.width
         return lambda batch: torch.from_numpy(batch.images).to(device).float()
 
-    def _config(self, choice: ModelChoice, vocab_size: int) -> QFormerConfig:
+    def _config(self, vocab_size: int, *, has_lm_head: bool) -> QFormerConfig:
+        choice = self.choice
         try:
             return QFormerConfig(
                 encoder_width=self.encoder_width,
                 vocab_size=vocab_size,
-                max_positions=max(512, choice.max_text_tokens),
-                **choice.qformer,
+                has_lm_head=has_lm_head,
+                **{"max_positions": max(512, choice.max_text_tokens), **choice.qformer},
             )
         except ValueError as error:
             raise UserError(f"model.qformer: {error}") from error
@@ -207,4 +261,6 @@ def choice_from(model: Mapping[str, Any], *, stage: int, num_frames: int, tokeni
     """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
     names = {field.name for field in dataclasses.fields(ModelChoice)}
     values = {name: value for name, value in model.items() if name in names}
+    if values.get("lora") is not None:
+        values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
     return ModelChoice(**{**values, "stage": stage, "num_frames": num_frames, "tokenizer": tokenizer})

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+LANGUAGE = ("opt_model.", "t5_model.")
+
 RENAMES = [
     (r"^temp$", "temperature"),
     (r"^ln_vision\.", "vision_norm."),
     (r"^vision_proj\.", "vision_projection."),
     (r"^text_proj\.", "text_projection."),
-    (r"^opt_proj\.", "language_projection."),
+    (r"^(opt|t5)_proj\.", "language_projection."),
     (r"^query_tokens$", "qformer.query_tokens"),
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.embedding_norm."),
     (r"^Qformer\.bert\.embeddings\.", "qformer."),
@@ -42,4 +44,4 @@ def our_weights(file: Path) -> dict[str, torch.Tensor]:
     """Recorded weights under our names, without buffers, the tied decoder and the language model."""
     weights = load_file(file)
     left_out = ("position_ids", "predictions.decoder.weight", "predictions.decoder.bias")
-    return {our_name(k): v for k, v in weights.items() if not k.endswith(left_out) and not k.startswith("opt_model.")}
+    return {our_name(k): v for k, v in weights.items() if not k.endswith(left_out) and not k.startswith(LANGUAGE)}

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 from qformer.backbones import import_torchvision
 from qformer.config import QFormerConfig
+from qformer.language import LanguageBatch, build_language_model
 from qformer.objectives import Negatives
 from qformer.stage1 import Stage1, Stage1Batch
-from qformer.stage2 import Stage2, language_logits, language_loss
+from qformer.stage2 import Stage2
 from tests.distributed import run_processes
 from tests.qformer.lavis import our_name, our_weights
 
@@ -126,14 +127,26 @@ def test_two_processes_equal_lavis(goldens_dir):
     run_processes(two_process_worker, 2, goldens_dir)
 
 
-@pytest.mark.parametrize("case", ["prompt", "noprompt"])
-def test_stage2_opt_equals_lavis(goldens_dir, case):
-    import_torchvision()
-    from transformers import OPTConfig, OPTForCausalLM
+class NumberTokenizer:
+    """The recorded texts are ids already: only the special ones are asked for."""
 
-    facts = json.loads((goldens_dir / "stage2_opt.json").read_text())["config"]
-    tensors = load_file(goldens_dir / "stage2_opt.safetensors")
-    file = goldens_dir / "stage2_opt_weights.safetensors"
+    name_or_path = "recorded"
+
+    def __init__(self, facts):
+        self.eos_token_id, self.pad_token_id, self.size = (
+            facts["eos_token_id"],
+            facts["pad_token_id"],
+            facts["vocab_size"],
+        )
+
+    def __len__(self):
+        return self.size
+
+
+def stage2_from(goldens_dir, name, language_class, language_config, width):
+    """The recorded bridge and language model, and the facts about them."""
+    facts = json.loads((goldens_dir / f"{name}.json").read_text())["config"]
+    file = goldens_dir / f"{name}_weights.safetensors"
     bert = facts["bert"]
     config = QFormerConfig(
         encoder_width=facts["encoder_width"],
@@ -145,16 +158,51 @@ def test_stage2_opt_equals_lavis(goldens_dir, case):
         cross_attention_frequency=facts["cross_attention_freq"],
         dropout=0.0,
     )
-    language = OPTForCausalLM(OPTConfig(**{**facts["llm"], "dropout": 0.0, "attention_dropout": 0.0})).eval()
-    weights = {k.removeprefix("opt_model."): v for k, v in load_file(file).items() if k.startswith("opt_model.")}
-    language.load_state_dict(weights)
-    language.requires_grad_(False)
-    stage2 = Stage2(config, language_width=facts["llm"]["hidden_size"])
+    model = language_class(language_config(**facts["llm"]))
+    if model.config.is_encoder_decoder:
+        # Recorded with an output layer of its own, which the library ties to the embeddings whatever the config says.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    prefix = f"{name.removeprefix('stage2_')}_model."
+    weights = {k.removeprefix(prefix): v for k, v in load_file(file).items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    stage2 = Stage2(config, language_width=facts["llm"][width])
     stage2.load_state_dict(our_weights(file))
-    ids, mask = tensors[f"{case}.in.input_ids"], tensors[f"{case}.in.attention_mask"].bool()
-    labels = tensors[f"{case}.out.labels"][:, config.num_queries :]
-    logits = language_logits(language, stage2(tensors["in.image_embeds_raw"][:, None]), ids, mask)
-    total, count = language_loss(logits, labels)
-    torch.testing.assert_close(total / count, tensors[f"{case}.out.loss"], **OUTPUT)
+    return stage2, build_language_model(model, NumberTokenizer(facts["llm"]))
+
+
+def assert_generation(stage2, language, image, batch, tensors, case=""):
+    """Soft prompts, logits, loss and gradients; the recorded logits may begin with those over the soft prompts."""
+    prefix = stage2(image[:, None])
+    num_queries = prefix.shape[1]
+    recorded = tensors[f"{case}out.inputs_embeds"][:, :num_queries]
+    torch.testing.assert_close(prefix, recorded, **OUTPUT)
+    logits = language.logits(prefix, batch)
+    expected = tensors[f"{case}out.logits"]
+    expected = expected if language.is_encoder_decoder else expected[:, num_queries - 1 : -1]
+    torch.testing.assert_close(logits, expected, **OUTPUT)
+    total, count = language.loss(prefix, batch)
+    torch.testing.assert_close(total / count, tensors[f"{case}out.loss"], **OUTPUT)
     (total / count).backward()
-    assert_gradients(stage2, tensors, f"{case}.grad.")
+    assert_gradients(stage2, tensors, f"{case}grad.")
+
+
+@pytest.mark.parametrize("case", ["prompt", "noprompt"])
+def test_stage2_opt_equals_lavis(goldens_dir, case):
+    import_torchvision()
+    from transformers import OPTConfig, OPTForCausalLM
+
+    stage2, language = stage2_from(goldens_dir, "stage2_opt", OPTForCausalLM, OPTConfig, "hidden_size")
+    tensors = load_file(goldens_dir / "stage2_opt.safetensors")
+    labels = tensors[f"{case}.out.labels"][:, stage2.qformer.config.num_queries :]
+    batch = LanguageBatch(tensors[f"{case}.in.input_ids"], tensors[f"{case}.in.attention_mask"].bool(), labels)
+    assert_generation(stage2, language, tensors["in.image_embeds_raw"], batch, tensors, f"{case}.")
+
+
+def test_stage2_t5_equals_lavis(goldens_dir):
+    import_torchvision()
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    stage2, language = stage2_from(goldens_dir, "stage2_t5", T5ForConditionalGeneration, T5Config, "d_model")
+    tensors = load_file(goldens_dir / "stage2_t5.safetensors")
+    batch = LanguageBatch(tensors["in.input_ids"], tensors["in.attention_mask"].bool(), tensors["out.labels"])
+    assert_generation(stage2, language, tensors["in.image_embeds_raw"], batch, tensors)

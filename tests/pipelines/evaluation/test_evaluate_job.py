@@ -115,10 +115,10 @@ def text_to_image_recall(retriever, rows, top_k):
     texts = [(text, owner) for owner, (row, _) in enumerate(rows) for text in row["captions"]]
     hits = 0
     for text, owner in texts:
-        embed = retriever.embed_texts([text])[0]
+        embed = retriever.embed_text([text])[0]
         scores = []
         for _, sample in rows:
-            queries, tokens = retriever.embed_images(sample[None])
+            queries, tokens = retriever.embed_image(sample[None])
             scores.append((float((queries[0] @ embed).max()), tokens))
         order = np.argsort([-similarity for similarity, _ in scores], kind="stable")
         if top_k:

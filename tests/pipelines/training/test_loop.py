@@ -215,7 +215,7 @@ def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_pa
     captioner = load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "two"))))
     assert retriever.preprocessing == captioner.preprocessing == first.preprocessing
     pixels = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
-    embeds, tokens = retriever.embed_images(pixels)
+    embeds, tokens = retriever.embed_image(pixels)
     assert embeds.shape == (2, 4, 16) and retriever.match(tokens, CAPTIONS[:2]).shape == (2,)
     assert len(captioner.caption(pixels, max_new_tokens=3)) == 2
     with pytest.raises(UserError, match="stage-1"):

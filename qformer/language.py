@@ -1,0 +1,304 @@
+"""Frozen language models that read soft prompts before their text: decoder-only and encoder-decoder.
+
+Both answer to the same calls: texts become a `LanguageBatch`, a batch and soft prompts become logits and a loss, and
+soft prompts and prompts become generated texts.
+
+Dimensions: B batch, N soft-prompt rows, S rows of embedded text, T labels, L language-model width.
+Reference: BLIP-2 (arXiv:2301.12597), section 3.3.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from qformer.errors import UserError
+
+IGNORED = -100
+"""Label that no loss counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSettings:
+    """How text is generated: greedy by default, beam search with `num_beams` > 1, nucleus sampling with `top_p`.
+
+    Raises:
+        ValueError: If a value is out of its range, or sampling is mixed with beams.
+    """
+
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    """Exponent of the length that beam scores are divided by; below 0 favours short texts."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens whose probabilities sum to this; null does not sample."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Of the sampling."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and num_beams={self.num_beams} must be at least 1; raise them"
+            )
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; leave it out for greedy or beam search")
+        if self.top_p is not None and self.num_beams > 1:
+            raise ValueError(f"top_p={self.top_p} samples, num_beams={self.num_beams} searches; set one of them")
+        if self.temperature <= 0 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} and repetition_penalty={self.repetition_penalty} must be positive"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageBatch:
+    """Tokenised texts of a batch, right-padded."""
+
+    input_ids_BS: Tensor
+    """Ids embedded after the soft prompts: prompt and answer for a decoder, the prompt alone for an encoder."""
+    is_input_BS: Tensor
+    """True at real tokens."""
+    labels_BT: Tensor
+    """Ids to predict, `IGNORED` where nothing counts; T = S for a decoder."""
+    num_truncated: int = 0
+    """Texts that lost their last words."""
+
+    def to(self, device: torch.device) -> "LanguageBatch":
+        """The same batch on `device`."""
+        input_ids_BS, is_input_BS = self.input_ids_BS.to(device), self.is_input_BS.to(device)
+        return LanguageBatch(input_ids_BS, is_input_BS, self.labels_BT.to(device), self.num_truncated)
+
+    def without_labels(self, is_left_out_B: Tensor) -> "LanguageBatch":
+        """The same batch with rows that no loss counts."""
+        labels_BT = self.labels_BT.masked_fill(is_left_out_B[:, None], IGNORED)
+        return LanguageBatch(self.input_ids_BS, self.is_input_BS, labels_BT, self.num_truncated)
+
+
+class LanguageModel(nn.Module, ABC):
+    """A frozen Hugging Face language model with its tokenizer, behind soft prompts.
+
+    Always in eval mode, whatever the surrounding module is switched to.
+
+    Args:
+        model: The model; its parameters stop requiring gradients.
+        tokenizer: Its tokenizer, with an end token.
+
+    Raises:
+        UserError: If the tokenizer has no end token, or more ids than the model has embeddings.
+    """
+
+    is_encoder_decoder: bool
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        embeddings = cast(Any, model).get_input_embeddings()
+        self.width: int = embeddings.embedding_dim
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model.language: the tokenizer of {tokenizer.name_or_path!r} has no end token")
+        if len(tokenizer) > embeddings.num_embeddings:
+            raise UserError(
+                f"model.language: the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} ids but the model "
+                f"embeds {embeddings.num_embeddings}; give the model its own tokenizer"
+            )
+
+    def train(self, mode: bool = True) -> "LanguageModel":
+        """Stay in eval mode: a frozen language model drops nothing out."""
+        return super().train(False)
+
+    @abstractmethod
+    def tokenize(self, prompts: Sequence[str], answers: Sequence[str], *, max_tokens: int) -> LanguageBatch:
+        """Tokenise one prompt and one answer a sample; the loss counts the answer and its end token alone.
+
+        Args:
+            prompts: "" where there is none.
+            answers: What the model learns to say.
+            max_tokens: Longest prompt and longest answer, each; longer ones lose their last words, never the answer's
+                end token.
+        """
+
+    @abstractmethod
+    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
+        """Logits [B, T, vocabulary] after the soft prompts; entry t predicts label t."""
+
+    @abstractmethod
+    def generate(
+        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+    ) -> list[str]:
+        """Texts after soft prompts and prompts; a batch gives what its items give one by one."""
+
+    def loss(self, prefix_BNL: Tensor, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the labelled tokens, as a sum and a count, so that ranks can average over all tokens."""
+        logits = self.logits(prefix_BNL, batch).flatten(0, 1).float()
+        total = F.cross_entropy(logits, batch.labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, (batch.labels_BT != IGNORED).sum()
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.model).get_input_embeddings()(ids))
+
+    def _with_prefix(self, prefix_BNL: Tensor, batch: LanguageBatch) -> dict[str, Tensor]:
+        """Soft prompts, then the embedded text, and the mask of both."""
+        if prefix_BNL.shape[-1] != self.width or prefix_BNL.shape[0] != len(batch.input_ids_BS):
+            raise ValueError(
+                f"soft prompts are {tuple(prefix_BNL.shape)} but the language model takes "
+                f"[{len(batch.input_ids_BS)}, rows, {self.width}]; build Stage2 with language_width={self.width}"
+            )
+        embedded_BSL = self._embed(batch.input_ids_BS)
+        is_prefix_BN = batch.is_input_BS.new_ones(prefix_BNL.shape[:2])
+        return {
+            "inputs_embeds": torch.cat([prefix_BNL.to(embedded_BSL.dtype), embedded_BSL], dim=1),
+            "attention_mask": torch.cat([is_prefix_BN, batch.is_input_BS], dim=1).long(),
+        }
+
+    def _run_generation(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> list[str]:
+        """Every sampling option is set here, since a model's own generation_config may bring others."""
+        device = inputs["inputs_embeds"].device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(settings.seed)
+            ids_BT = cast(Any, self.model).generate(
+                **inputs,
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=settings.top_p is not None,
+                num_beams=settings.num_beams,
+                length_penalty=settings.length_penalty,
+                top_p=1.0 if settings.top_p is None else settings.top_p,
+                top_k=0,
+                temperature=settings.temperature,
+                repetition_penalty=settings.repetition_penalty,
+                no_repeat_ngram_size=0,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self._pad_id,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Ids without an end token, which some tokenizers append by themselves."""
+        return [i for i in self.tokenizer.encode(text) if i != self.tokenizer.eos_token_id]
+
+    @property
+    def _pad_id(self) -> int:
+        """Padding is masked, so any id serves a tokenizer that has none."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+class DecoderLanguageModel(LanguageModel):
+    """Any `AutoModelForCausalLM` (OPT, GPT-2, Llama, Qwen, ...): soft prompts, then prompt, then answer."""
+
+    is_encoder_decoder = False
+
+    def tokenize(self, prompts: Sequence[str], answers: Sequence[str], *, max_tokens: int) -> LanguageBatch:
+        """See `LanguageModel.tokenize`.
+
+        The prompt's own leading token, where the tokenizer adds one, belongs to the prompt; without a prompt it is
+        counted in the loss, as in LAVIS.
+        """
+        rows, labels, num_truncated = [], [], 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            prompt_ids, answer_ids = self._split(prompt, answer)
+            num_truncated += len(prompt_ids) > max_tokens or len(answer_ids) + 1 > max_tokens
+            prompt_ids, answer_ids = prompt_ids[:max_tokens], answer_ids[: max_tokens - 1]
+            answer_ids.append(self.tokenizer.eos_token_id)
+            rows.append(prompt_ids + answer_ids)
+            labels.append([IGNORED] * len(prompt_ids) + answer_ids)
+        input_ids_BS, is_input_BS = _pad_right(rows, self._pad_id)
+        return LanguageBatch(input_ids_BS, is_input_BS, _pad_right(labels, IGNORED)[0], num_truncated)
+
+    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
+        """See `LanguageModel.logits`."""
+        logits_BRV = self.model(**self._with_prefix(prefix_BNL, batch), use_cache=False).logits
+        return logits_BRV[:, prefix_BNL.shape[1] - 1 : -1]
+
+    @torch.no_grad()
+    def generate(
+        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+    ) -> list[str]:
+        """See `LanguageModel.generate`.
+
+        Padding goes in front of the soft prompts, so that every row's real tokens are contiguous and the next one
+        comes right after them; positions follow from the mask.
+        """
+        device, rows = prefix_BNL.device, []
+        for prefix_NL, prompt in zip(prefix_BNL, prompts, strict=True):
+            embedded_SL = self._embed(torch.tensor(self._text_ids(prompt), dtype=torch.long, device=device))
+            rows.append(torch.cat([prefix_NL.to(embedded_SL.dtype), embedded_SL]))
+        masks = [torch.ones(len(row), dtype=torch.long, device=device) for row in rows]
+        inputs = {
+            "inputs_embeds": pad_sequence(rows, batch_first=True, padding_side="left"),
+            "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
+        }
+        return self._run_generation(inputs, settings or GenerationSettings())
+
+    def _split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of the joint text, cut where the prompt's own ids end.
+
+        A token that a tokenizer merges across the border counts as the answer's.
+        """
+        if not prompt:
+            return [], self._text_ids(answer)
+        joint, alone = self._text_ids(f"{prompt} {answer}".strip()), self._text_ids(prompt)
+        border = next((i for i, (a, b) in enumerate(zip(joint, alone, strict=False)) if a != b), len(alone))
+        return joint[:border], joint[border:]
+
+
+class EncoderDecoderLanguageModel(LanguageModel):
+    """Any `AutoModelForSeq2SeqLM` of the T5 family: soft prompts and prompt to the encoder, answer to the decoder."""
+
+    is_encoder_decoder = True
+
+    def tokenize(self, prompts: Sequence[str], answers: Sequence[str], *, max_tokens: int) -> LanguageBatch:
+        """See `LanguageModel.tokenize`; prompts end in the end token, as the encoder was trained."""
+        prompt_rows, prompts_cut = self._ended(prompts, max_tokens)
+        answer_rows, answers_cut = self._ended(answers, max_tokens)
+        input_ids_BS, is_input_BS = _pad_right(prompt_rows, self._pad_id)
+        labels_BT, _ = _pad_right(answer_rows, IGNORED)
+        num_truncated = sum(a or b for a, b in zip(prompts_cut, answers_cut, strict=True))
+        return LanguageBatch(input_ids_BS, is_input_BS, labels_BT, num_truncated)
+
+    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
+        """See `LanguageModel.logits`."""
+        return self.model(
+            **self._with_prefix(prefix_BNL, batch),
+            labels=batch.labels_BT,  # from which the model makes the decoder's inputs
+            decoder_attention_mask=(batch.labels_BT != IGNORED).long(),
+            use_cache=False,
+        ).logits
+
+    @torch.no_grad()
+    def generate(
+        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+    ) -> list[str]:
+        """See `LanguageModel.generate`."""
+        rows, _ = self._ended(prompts, None)
+        input_ids_BS, is_input_BS = (t.to(prefix_BNL.device) for t in _pad_right(rows, self._pad_id))
+        inputs = self._with_prefix(prefix_BNL, LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS))
+        return self._run_generation(inputs, settings or GenerationSettings())
+
+    def _ended(self, texts: Sequence[str], max_tokens: int | None) -> tuple[list[list[int]], list[bool]]:
+        """Ids of each text with its end token, and which were cut."""
+        rows = [self._text_ids(text) for text in texts]
+        kept = [row if max_tokens is None else row[: max_tokens - 1] for row in rows]
+        cut = [len(a) < len(b) for a, b in zip(kept, rows, strict=True)]
+        return [[*row, self.tokenizer.eos_token_id] for row in kept], cut
+
+
+def build_language_model(model: nn.Module, tokenizer: Any) -> LanguageModel:
+    """Wrap a Hugging Face model by its kind."""
+    is_encoder_decoder = cast(Any, model).config.is_encoder_decoder
+    return (EncoderDecoderLanguageModel if is_encoder_decoder else DecoderLanguageModel)(model, tokenizer)
+
+
+def _pad_right(rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows as one int64 tensor, and a mask that is True at their own entries."""
+    lengths_B = torch.tensor([len(row) for row in rows])
+    ids_BT = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
+    return ids_BT, torch.arange(ids_BT.shape[1])[None] < lengths_B[:, None]

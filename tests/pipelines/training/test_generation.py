@@ -1,0 +1,228 @@
+"""Stage 2's kinds of training: T5, instruction tuning, MiniGPT-4's recipe, LoRA, a start from BERT."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.settings import ModelSettings
+from pipelines.data import storage
+from pipelines.training.accounting import Accounting
+from pipelines.training.optim import build_optimizer
+from pipelines.training.run import TrainingRun, choice_from
+from qformer.bridge import load_captioner
+from qformer.errors import UserError
+from qformer.language import GenerationSettings
+from qformer.lora import LoraConfig
+from qformer.text import learn_text_tokenizer, load_text_tokenizer
+from tests.pipelines.training.test_loop import CAPTIONS, MODELS, QFORMER, batches, choice, encoded, train
+from tests.qformer.test_language import tiny_language
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    learn_text_tokenizer([*CAPTIONS, "what is in the picture"], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    language = tiny_language("t5")
+    language.model.save_pretrained(folder)
+    language.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_run(chosen, init_from=None):
+    return TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=init_from)
+
+
+def newest(folder):
+    return Path(storage.newest_checkpoint(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def stage1(tokenizer, tmp_path_factory):
+    """A finished run of stage 1."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    train(make_run(choice(1, tokenizer)), folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def loss_of(run):
+    """Over all the pictures it trains on, without dropout."""
+    run.stage.trainables.eval()
+    return sum(float(run.stage.losses(run.stage.trainables, batch, 0)["lm"]) for batch in batches())
+
+
+def kinds(tokenizer, t5):
+    """The ways to train stage 2, as settings."""
+    plain = choice(2, tokenizer)
+    return {
+        "t5": dataclasses.replace(plain, language=t5),
+        "instructed": dataclasses.replace(plain, prompt="what is in the picture", qformer_reads_prompt=True),
+        "instructed_t5": dataclasses.replace(plain, language=t5, prompt="small", qformer_reads_prompt=True),
+        "frozen": dataclasses.replace(plain, freeze_qformer=True),
+        "lora": dataclasses.replace(plain, lora=LoraConfig(rank=2)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["t5", "instructed", "instructed_t5", "frozen", "lora"])
+def test_every_kind_learns_leaves_the_backbones_and_comes_back_from_its_checkpoint(
+    kind, tokenizer, t5, stage1, tmp_path
+):
+    run = make_run(kinds(tokenizer, t5)[kind], stage1)
+    before = loss_of(run)
+    thrice = iter([*batches()] * 3)
+    train(run, tmp_path / "two", learning_rate=3e-3, steps=24, checkpoint_every=24, given=thrice)
+    assert loss_of(run) < before
+    run.assert_frozen()
+    names = {name.split(".")[0] for name in run.trainable_names}
+    expected = {"qformer", "vision_norm", "language_projection"}
+    assert names == {"frozen": {"language_projection"}, "lora": {*expected, "lora"}}.get(kind, expected)
+
+    captioner = load_captioner(newest(tmp_path / "two"))
+    trained, loaded = run.stage.trainables.state_dict(), captioner.stage2.state_dict()
+    assert trained.keys() == loaded.keys() and all(torch.equal(trained[name], loaded[name]) for name in trained)
+    assert (captioner.tokenizer is not None) == kind.startswith("instructed")
+    pixels = torch.randint(0, 255, (3, 1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    together = captioner.caption(pixels, max_new_tokens=6)
+    assert together == [captioner.caption(pixels[i : i + 1], max_new_tokens=6)[0] for i in range(3)]
+    prompts = ["a", "", "a small red"]
+    settings = GenerationSettings(max_new_tokens=6, num_beams=2)
+    answers = captioner.answer(pixels, prompts, settings)
+    assert answers == [captioner.answer(pixels[i : i + 1], prompts[i : i + 1], settings)[0] for i in range(3)]
+    with pytest.raises(ValueError, match="2 prompts for 3 images"):
+        captioner.answer(pixels, prompts[:2])
+
+
+@pytest.mark.parametrize("kind", ["instructed", "frozen", "lora"])
+def test_a_resumed_run_ends_with_the_same_bytes(kind, tokenizer, t5, stage1, tmp_path):
+    chosen = kinds(tokenizer, t5)[kind]
+    whole = make_run(chosen, stage1)
+    train(whole, tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        train(make_run(chosen, stage1), tmp_path / "cut", stop_at=4)
+    resumed = make_run(chosen, stage1)
+    optimizer = build_optimizer(resumed.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    state = resumed.restore(str(newest(tmp_path / "cut")), optimizer, order="order")
+    train(resumed, tmp_path / "cut", state.step, Accounting.from_state(state.accounting), optimizer)
+    resumed.assert_frozen()
+    expected = whole.stage.trainables.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.stage.trainables.state_dict().items())
+
+
+def test_the_language_model_behind_lora_keeps_its_bytes(tokenizer, t5, stage1, tmp_path):
+    """Loading it anew and attaching the trained updates gives the trained model's losses."""
+    run = make_run(kinds(tokenizer, t5)["lora"], stage1)
+    train(run, tmp_path / "two", learning_rate=1e-2)
+    plain = make_run(choice(2, tokenizer), stage1)
+    assert run.fingerprints == plain.fingerprints
+    assert all(up.abs().max() > 0 for up in run.stage.trainables.lora.up.values())
+
+
+def test_the_instruction_is_not_in_the_loss_and_reaches_both_models(tokenizer, t5, stage1):
+    run = make_run(kinds(tokenizer, t5)["instructed"], stage1)
+    seen = []
+    batch = next(batches())
+
+    def call(*inputs):
+        seen.append(inputs)
+        return run.stage.trainables(*inputs)
+
+    run.stage.losses(call, batch, 0)
+    (image, ids, mask) = seen[0]
+    text = load_text_tokenizer(str(tokenizer), 16)
+    assert [text.tokenizer.decode(row[1:-1]) for row in ids] == ["what is in the picture"] * 4 and mask.all()
+    assert image.shape[:2] == (4, 1)
+    labels = run.stage.language.tokenize(["what is in the picture"], ["a small red circle"], max_tokens=16)
+    counted = labels.labels_BT[labels.labels_BT != -100][:-1]
+    assert run.stage.language.tokenizer.decode(counted) == "a small red circle"
+
+
+def test_a_reading_qformer_keeps_the_words_of_stage_1(tokenizer, t5, stage1, tmp_path):
+    """The tokenizer of init_from wins over the settings', whose ids mean other words."""
+    learn_text_tokenizer(["entirely other words"], tmp_path / "other")
+    chosen = dataclasses.replace(kinds(tokenizer, t5)["instructed"], tokenizer=str(tmp_path / "other"))
+    run = make_run(chosen, stage1)
+    assert run.tokenizer.tokenizer.get_vocab() == load_text_tokenizer(str(tokenizer), 16).tokenizer.get_vocab()
+    assert "qformer.word_embeddings" in run.load_report
+
+
+def test_a_qformer_starts_from_a_bert_by_settings(tokenizer, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    vocabulary = load_text_tokenizer(str(tokenizer), 16).vocab_size - 1
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = BertModel(BertConfig(vocab_size=vocabulary, **shape))
+    bert.save_pretrained(tmp_path / "bert")
+    for stage in (1, 2):
+        chosen = dataclasses.replace(choice(stage, tokenizer), qformer_init=str(tmp_path / "bert"))
+        run = make_run(chosen)
+        own = run.stage.trainables.qformer.layers[1].query_ffn.up.weight
+        assert torch.equal(own, bert.encoder.layer[1].intermediate.dense.weight)
+        assert f"from BERT '{tmp_path / 'bert'}': loaded" in run.load_report
+    wider = dataclasses.replace(chosen, qformer={**QFORMER, "intermediate_size": 64})
+    with pytest.raises(UserError, match="init_mismatch=reinitialise"):
+        make_run(wider)
+    assert "missing 6 tensors" in make_run(dataclasses.replace(wider, init_mismatch="reinitialise")).load_report
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_features_that_are_not_finite_are_named_by_sample(stage, tokenizer):
+    run = make_run(choice(stage, tokenizer))
+    good = encoded(run, next(batches()))
+    bad = good.images.astype(np.float32)
+    bad[1, 0, 0, 0], bad[2, 0, 3, 1], bad[3] = np.nan, np.inf, np.nan
+    run.stage.encode = lambda batch: torch.from_numpy(batch.images).float()
+    is_valid = np.array([True, True, True, False])  # a quarantined row's content does not matter
+    with pytest.raises(ValueError, match=r"features of 2 samples, first \['s1', 's2'\], at step 0"):
+        batch = dataclasses.replace(good, images=bad, is_valid=is_valid)
+        run.stage.losses(run.stage.trainables, batch, 0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_truncated_texts_are_counted(stage, tokenizer):
+    run = make_run(choice(stage, tokenizer))
+    batch = next(batches())
+    long = dataclasses.replace(batch, captions=["a small red circle " * 9, "a", "a small blue square " * 9, "a"])
+    for given in (batch, long, long):
+        run.stage.losses(run.stage.trainables, given, 0)
+    assert run.num_truncated() == 4
+
+
+def test_what_cannot_be_trained_is_refused(tokenizer):
+    plain = choice(2, tokenizer)
+    with pytest.raises(UserError, match="freeze_qformer=true needs .*init_from"):
+        make_run(dataclasses.replace(plain, freeze_qformer=True))
+    with pytest.raises(ValueError, match="longer than max_text_tokens=16"):
+        make_run(dataclasses.replace(plain, prompt="a small red circle " * 9))
+    with pytest.raises(UserError, match=r"targets=\['nothing'\] name no layer"):
+        make_run(dataclasses.replace(plain, lora=LoraConfig(targets=("nothing",))))
+
+
+def test_settings_become_a_choice():
+    given = ModelSettings(
+        vision="v", lora={"rank": 4, "targets": ["q"]}, freeze_qformer=True, qformer_reads_prompt=True,
+        qformer_init="b", vision_image_size=384, init_mismatch="reinitialise",
+    )  # fmt: skip
+    chosen = choice_from(given.model_dump(), stage=2, num_frames=4, tokenizer="t")
+    assert chosen.lora == LoraConfig(rank=4, targets=("q",))
+    assert (chosen.freeze_qformer, chosen.qformer_reads_prompt, chosen.qformer_init) == (True, True, "b")
+    assert (chosen.vision_image_size, chosen.init_mismatch) == (384, "reinitialise")
+
+
+def test_another_resolution_is_saved_with_the_bridge(tokenizer, tmp_path):
+    run = make_run(dataclasses.replace(choice(2, tokenizer), vision_image_size=96))
+    assert run.preprocessing.height == 96
+    run.save(str(tmp_path / "two"), 1, build_optimizer(run.stage.trainables, weight_decay=0.0, betas=(0.9, 0.98)),
+             Accounting(), order="order", settings="stage: 2\n")  # fmt: skip
+    captioner = load_captioner(newest(tmp_path / "two"))
+    assert captioner.preprocessing == run.preprocessing
+    assert len(captioner.caption(torch.zeros(1, 1, 3, 96, 96, dtype=torch.uint8), max_new_tokens=2)) == 1
+    assert str(MODELS) in captioner.info.vision

@@ -1,0 +1,171 @@
+"""Generation and LoRA with a tiny random model of every family: a batch gives what its items give one by one."""
+
+import pytest
+import torch
+
+from qformer.backbones import import_torchvision, weights_fingerprint
+from qformer.errors import UserError
+from qformer.language import GenerationSettings, build_language_model
+from qformer.lora import Lora, LoraConfig
+from tests.tiny_checkpoints import WORDS, word_tokenizer
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+VOCABULARY = len(SPECIAL) + len(WORDS)
+PROMPTS = ["", "red", "a small blue circle left of green", "moving square", "above large triangle still small a"]
+FAMILIES = ["opt", "gpt2", "llama", "qwen2", "t5"]
+SEARCHES = {"greedy": GenerationSettings(max_new_tokens=12), "beam": GenerationSettings(max_new_tokens=12, num_beams=3)}
+
+
+def tiny_language(family):
+    """A random model of the family, its outputs far from uniform."""
+    import_torchvision()
+    import transformers as hf
+
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    shape = {**ids, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    torch.manual_seed(3)
+    match family:
+        case "opt":
+            model = hf.OPTForCausalLM(hf.OPTConfig(**shape, ffn_dim=64, word_embed_proj_dim=24))
+        case "gpt2":
+            model = hf.GPT2LMHeadModel(hf.GPT2Config(**ids, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        case "llama":
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, intermediate_size=64, num_key_value_heads=2))
+        case "qwen2":
+            model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**shape, intermediate_size=64, num_key_value_heads=2))
+        case "t5":
+            sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+            config = hf.T5Config(**ids, **sizes, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
+            model = hf.T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(SPECIAL, "$A <eos>" if family == "t5" else "<bos> $A"),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+    return build_language_model(model, tokenizer)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def language(request):
+    return tiny_language(request.param)
+
+
+def soft_prompts(language, size=5, seed=0):
+    return torch.randn(size, 6, language.width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_ragged_batch_generates_what_its_items_do(language, search):
+    prefix = soft_prompts(language)
+    together = language.generate(prefix, PROMPTS, SEARCHES[search])
+    alone = [language.generate(prefix[i : i + 1], [PROMPTS[i]], SEARCHES[search])[0] for i in range(len(PROMPTS))]
+    assert together == alone
+    assert len(set(together)) >= len(PROMPTS) - 1  # not the same whatever the input
+
+
+def test_nucleus_sampling_follows_its_seed_and_narrows_to_greedy(language):
+    prefix = soft_prompts(language)
+    state = torch.get_rng_state()
+
+    def sample(**changes):
+        return language.generate(prefix, PROMPTS, GenerationSettings(max_new_tokens=12, **changes))
+
+    assert sample(top_p=0.95, seed=1) == sample(top_p=0.95, seed=1) != sample(top_p=0.95, seed=2)
+    assert sample(top_p=1e-6, seed=1) == sample()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_padded_batch_has_the_losses_of_its_items(language):
+    prefix = soft_prompts(language)
+    answers = ["red circle", "a", "small triangle above square", "still", "left of right"]
+    total, count = language.loss(prefix, language.tokenize(PROMPTS, answers, max_tokens=32))
+    parts = [
+        language.loss(prefix[i : i + 1], language.tokenize([PROMPTS[i]], [answers[i]], max_tokens=32))
+        for i in range(len(PROMPTS))
+    ]
+    torch.testing.assert_close(total, sum(part for part, _ in parts), atol=1e-4, rtol=1e-5)
+    assert count == sum(n for _, n in parts)
+
+
+def test_a_row_without_labels_counts_nothing(language):
+    prefix = soft_prompts(language, 2)
+    batch = language.tokenize(["red", "blue"], ["circle", "square"], max_tokens=8)
+    first = language.tokenize(["red"], ["circle"], max_tokens=8)
+    total, count = language.loss(prefix, batch.without_labels(torch.tensor([False, True])))
+    alone, alone_count = language.loss(prefix[:1], first)
+    torch.testing.assert_close(total, alone)
+    assert count == alone_count
+
+
+def test_lora_starts_as_no_change_and_trains_nothing_but_itself(language):
+    prefix, names = soft_prompts(language), [name for name, _ in language.named_parameters()]
+    batch = language.tokenize(PROMPTS, ["red circle"] * len(PROMPTS), max_tokens=16)
+    plain, fingerprint = language.logits(prefix, batch), weights_fingerprint(language)
+    lora = Lora(language.model, LoraConfig(rank=2, dropout=0.0))
+    try:
+        assert torch.equal(language.logits(prefix, batch), plain)
+        optimizer = torch.optim.AdamW(lora.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(3):
+            total, count = language.loss(prefix, batch)
+            losses.append((total / count).item())
+            (total / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0]
+        assert all(p.abs().max() > 0 for p in lora.up.values())
+        assert not torch.equal(language.logits(prefix, batch), plain)
+        assert all(p.grad is None and not p.requires_grad for p in language.parameters())
+    finally:
+        lora.detach()
+    assert weights_fingerprint(language) == fingerprint
+    assert [name for name, _ in language.named_parameters()] == names
+    assert torch.equal(language.logits(prefix, batch), plain)
+
+
+def test_the_update_is_the_product_of_its_two_matrices():
+    """With the update added to the weight itself, the model answers the same."""
+    language = tiny_language("gpt2")
+    prefix, batch = soft_prompts(language, 1), language.tokenize(["red"], ["circle"], max_tokens=8)
+    lora = Lora(language.model, LoraConfig(rank=3, alpha=6.0, dropout=0.0))
+    with torch.no_grad():
+        for up in lora.up.values():
+            up.normal_(std=0.1)
+    beside = language.logits(prefix, batch)
+    lora.detach()
+    with torch.no_grad():
+        for name, layer in language.model.named_modules():
+            if name.replace(".", "/") in lora.up:
+                layer.weight += 2.0 * (lora.up[name.replace(".", "/")] @ lora.down[name.replace(".", "/")]).T
+    torch.testing.assert_close(language.logits(prefix, batch), beside, atol=1e-4, rtol=1e-4)
+
+
+def test_a_wrong_lora_target_lists_the_layers():
+    with pytest.raises(UserError, match=r"nothing_proj.*'q_proj'"):
+        Lora(tiny_language("llama").model, LoraConfig(targets=("nothing_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": 0.9, "num_beams": 2}, "set one of them"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+    ],
+)
+def test_wrong_generation_settings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**values)
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused():
+    language = tiny_language("llama")
+    language.tokenizer.add_tokens(["purple"])
+    with pytest.raises(UserError, match=rf"{VOCABULARY + 1} ids but the model embeds {VOCABULARY}"):
+        build_language_model(language.model, language.tokenizer)
