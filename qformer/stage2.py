@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from qformer.config import QFormerConfig
 from qformer.model import QFormer
-from qformer.stage1 import VISION_NORM_EPS
 
 
 class Stage2(nn.Module):
@@ -27,7 +26,7 @@ class Stage2(nn.Module):
         super().__init__()
         if config.has_text_branch:
             raise ValueError("stage 2 has no text branch: set vocab_size=0")
-        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=VISION_NORM_EPS)
+        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=config.vision_norm_eps)
         self.qformer = QFormer(config)
         self.language_projection = nn.Linear(config.hidden_size, language_width)
 

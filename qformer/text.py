@@ -13,10 +13,11 @@ from torch import Tensor
 from qformer.errors import UserError
 
 CORPUS_VOCABULARY = 30_000
+DEC_TOKEN = "[DEC]"
 
 
 class TextTokenizer:
-    """Captions to `[CLS] … [SEP]` ids; [DEC] is one id past the tokenizer's own.
+    """Captions to `[CLS] … [SEP]` ids; [DEC] is one id past the tokenizer's own words.
 
     Args:
         tokenizer: A Hugging Face tokenizer with cls, sep and pad tokens, pad being id 0 as in BERT.
@@ -35,8 +36,9 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids including [DEC]."""
-        return len(self.tokenizer) + 1
+        """Ids including [DEC], which imported tokenizers hold already (with other tokens after it, unused here)."""
+        dec_id = self.tokenizer.get_vocab().get(DEC_TOKEN, len(self.tokenizer))
+        return int(dec_id) + 1
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, padded to the batch's longest: input_ids_BT (int64), is_text_BT (bool)."""
