@@ -24,6 +24,8 @@ class QFormerConfig:
     """Layers i with i % cross_attention_frequency == 0 cross-attend."""
     vocab_size: int = 0
     """Text vocabulary including [DEC], the last id; 0 builds no text branch (stage 2)."""
+    has_lm_head: bool = True
+    """Whether a text branch can generate (stage 1); an instruction-aware stage 2 only reads."""
     max_positions: int = 512
     """Trained absolute text positions; queries have none."""
     embed_dim: int = 256
@@ -50,7 +52,7 @@ class QFormerConfig:
 
     @property
     def has_text_branch(self) -> bool:
-        """Whether word embeddings, text feed-forwards and the LM head exist."""
+        """Whether word embeddings and text feed-forwards exist."""
         return self.vocab_size > 0
 
     def has_cross_attention(self, layer: int) -> bool:

@@ -108,6 +108,7 @@ class QFormer(nn.Module):
         if config.has_text_branch:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
             self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        if config.has_text_branch and config.has_lm_head:
             self.lm_dense = nn.Linear(config.hidden_size, config.hidden_size)
             self.lm_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.lm_bias = nn.Parameter(torch.zeros(config.vocab_size))

@@ -19,13 +19,16 @@ class Stage2(nn.Module):
     """The trainables of stage 2: vision layer norm, Q-Former without text branch, projection to the LM's width.
 
     Raises:
-        ValueError: If the config still has a text branch.
+        ValueError: If the config has a text branch with an LM head.
     """
 
     def __init__(self, config: QFormerConfig, *, language_width: int) -> None:
         super().__init__()
-        if config.has_text_branch:
-            raise ValueError("stage 2 has no text branch: set vocab_size=0")
+        if config.has_text_branch and config.has_lm_head:
+            raise ValueError(
+                f"vocab_size={config.vocab_size} with has_lm_head=True: stage 2 generates with the language model, not "
+                "with the Q-Former; set has_lm_head=False (or vocab_size=0 for queries without instruction)"
+            )
         self.vision_norm = nn.LayerNorm(config.encoder_width, eps=config.vision_norm_eps)
         self.qformer = QFormer(config)
         self.language_projection = nn.Linear(config.hidden_size, language_width)
@@ -73,6 +76,7 @@ def language_loss(logits_BSV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor
 class Tokenizer(Protocol):
     """What stage 2 needs of a Hugging Face tokenizer."""
 
+    bos_token_id: int | None
     eos_token_id: int
     pad_token_id: int | None
 
@@ -127,8 +131,10 @@ def generate(
 
 
 def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids without an end token, which some tokenizers append by themselves."""
-    return [i for i in tokenizer.encode(text) if i != tokenizer.eos_token_id]
+    """Ids without an end token, which some tokenizers append by themselves; OPT's leading token has the same id."""
+    ids, end = tokenizer.encode(text), tokenizer.eos_token_id
+    is_leading = len(ids) == 1 and tokenizer.bos_token_id == end
+    return ids[:-1] if ids[-1:] == [end] and not is_leading else ids
 
 
 def _pad_id(tokenizer: Tokenizer) -> int:

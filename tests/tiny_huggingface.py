@@ -26,25 +26,33 @@ def write_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(5)
     processor = _processor(architecture, "t5" if suffix else "opt")
     base = {"InstructBlipForConditionalGeneration": "InstructBlip"}.get(architecture, "Blip2")
-    vision = dict(
-        hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE_SIZE
-    )
-    qformer = dict(
-        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40, max_position_embeddings=24
-    )
-    settings = dict(num_query_tokens=NUM_QUERIES)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+    }
+    qformer = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+        "max_position_embeddings": 24,
+    }
+    settings = {"num_query_tokens": NUM_QUERIES}
     if architecture == "Blip2ForImageTextRetrieval":
-        qformer |= dict(vocab_size=_dec_id(processor.tokenizer) + 1, use_qformer_text_input=True)
-        settings |= dict(image_text_hidden_size=20)
+        qformer |= {"vocab_size": _dec_id(processor.tokenizer) + 1, "use_qformer_text_input": True}
+        settings |= {"image_text_hidden_size": 20}
     else:
-        settings |= dict(
-            image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
-            text_config=_language_config(suffix, len(processor.tokenizer)),
-        )
+        settings |= {
+            "image_token_index": processor.tokenizer.convert_tokens_to_ids("<image>"),
+            "text_config": _language_config(suffix, len(processor.tokenizer)),
+        }
     if base == "InstructBlip":
-        qformer |= dict(vocab_size=_dec_id(processor.qformer_tokenizer) + 1)
+        qformer |= {"vocab_size": _dec_id(processor.qformer_tokenizer) + 1}
     config = getattr(transformers, f"{base}Config")(
-        vision_config=vision | dict(patch_size=14), qformer_config=qformer, **settings
+        vision_config=vision | {"patch_size": 14}, qformer_config=qformer, **settings
     )
     model = getattr(transformers, architecture)(config).eval()
     for key, parameter in model.named_parameters():

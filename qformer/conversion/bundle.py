@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qformer.bridge import INFO_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, BridgeInfo
 from qformer.config import QFormerConfig
 from qformer.errors import UserError
-from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer
 
-INSTRUCT_STAGE = 3
-"""Stage number of a bridge whose Q-Former also reads the instruction (InstructBLIP)."""
 _FRESH_SEED = 0
 _NAMES_SHOWN = 6
 
@@ -84,25 +81,12 @@ def shown(names: Iterable[str]) -> str:
     return f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}{f' and {rest} more' if rest > 0 else ''})"
 
 
-def trainables(stage: int, config: QFormerConfig, language_width: int) -> nn.Module:
-    """The module whose state a bridge of `stage` holds (of stage 3, `own_state` drops the unused ITG head)."""
-    match stage:
-        case 1:
-            return Stage1(config)
-        case 2:
-            return Stage2(config, language_width=language_width)
-        case _:
-            norm = nn.LayerNorm(config.encoder_width, eps=config.vision_norm_eps)
-            projection = nn.Linear(config.hidden_size, language_width)
-            return nn.ModuleDict({"vision_norm": norm, "qformer": QFormer(config), "language_projection": projection})
-
-
 def own_state(stage: int, config: QFormerConfig, language_width: int, *, device: str = "meta") -> dict[str, Tensor]:
     """Names and shapes of a bridge's tensors; on "cpu" their initial values too."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(_FRESH_SEED)
-        state = trainables(stage, config, language_width).state_dict()
-    return {k: v for k, v in state.items() if stage != INSTRUCT_STAGE or not k.startswith("qformer.lm_")}
+        model = Stage1(config) if stage == 1 else Stage2(config, language_width=language_width)
+        return dict(model.state_dict())
 
 
 def complete(

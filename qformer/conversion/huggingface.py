@@ -21,7 +21,6 @@ from qformer.backbones import VisionEncoder, import_torchvision, load_vision
 from qformer.bridge import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import (
-    INSTRUCT_STAGE,
     Bundle,
     ConversionReport,
     ImportOptions,
@@ -46,26 +45,25 @@ _RESAMPLING: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinea
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """One of Hugging Face's model classes and the stage of ours it holds."""
+    """One of Hugging Face's model classes and the bridge of ours it holds."""
 
     architecture: str
     processor: str
     stage: int
+    has_text_branch: bool
     table: Table
+    into_side_file: tuple[str, ...] = ()
+    """Beginnings of our names that the layout has no place for."""
 
     @property
     def has_language_model(self) -> bool:
-        return self.stage != 1
-
-    @property
-    def has_text_branch(self) -> bool:
-        return self.stage != 2
+        return self.stage == 2
 
 
 LAYOUTS = (
-    _Layout("Blip2ForImageTextRetrieval", "Blip2Processor", 1, HF_RETRIEVAL),
-    _Layout("Blip2ForConditionalGeneration", "Blip2Processor", 2, HF_CAPTION),
-    _Layout("InstructBlipForConditionalGeneration", "InstructBlipProcessor", INSTRUCT_STAGE, HF_INSTRUCT),
+    _Layout("Blip2ForImageTextRetrieval", "Blip2Processor", 1, True, HF_RETRIEVAL, ("temperature", "qformer.lm_")),
+    _Layout("Blip2ForConditionalGeneration", "Blip2Processor", 2, False, HF_CAPTION),
+    _Layout("InstructBlipForConditionalGeneration", "InstructBlipProcessor", 2, True, HF_INSTRUCT),
 )
 
 
@@ -132,9 +130,16 @@ def export_huggingface(checkpoint: Path, output: Path) -> ConversionReport:
     import transformers
 
     info = read_info(checkpoint)
-    layout = next(layout for layout in LAYOUTS if layout.stage == info.stage)
+    layout = next(
+        layout
+        for layout in LAYOUTS
+        if (layout.stage, layout.has_text_branch) == (info.stage, info.qformer.has_text_branch)
+    )
     weights = read_weights(checkpoint)
     placed, without_place = to_peer(weights, layout.table)
+    for name in sorted(without_place):
+        if not name.startswith(layout.into_side_file):
+            raise UserError(f"checkpoint: {name!r} has no place in {layout.architecture}; export a bridge without it")
     encoder = load_vision(info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer)
     vision_config, tower = export_tower(encoder, info.vision)
     placed |= {f"vision_model.{name}": tensor for name, tensor in tower.items()}
@@ -209,6 +214,7 @@ def _our_config(config: Any, layout: _Layout) -> QFormerConfig:
         cross_attention_frequency=theirs.cross_attention_frequency,
         vocab_size=theirs.vocab_size if layout.has_text_branch else 0,
         max_positions=theirs.max_position_embeddings,
+        has_lm_head=layout.stage == 1,
         embed_dim=getattr(config, "image_text_hidden_size", 256),
         dropout=theirs.hidden_dropout_prob,
         layer_norm_eps=theirs.layer_norm_eps,
@@ -290,7 +296,7 @@ def _processor(checkpoint: Path, info: BridgeInfo, layout: _Layout) -> Any:
             # [DEC] takes the id it has in the embeddings, before the processor adds its own token.
             bert.add_special_tokens({"bos_token": DEC_TOKEN})
     tokenizer = transformers.AutoTokenizer.from_pretrained(info.language) if layout.has_language_model else bert
-    parts = {"qformer_tokenizer": bert} if layout.stage == INSTRUCT_STAGE else {}
+    parts = {"qformer_tokenizer": bert} if layout.has_language_model and layout.has_text_branch else {}
     num_query_tokens = info.qformer.num_queries if layout.has_language_model else None
     return getattr(transformers, layout.processor)(
         _image_processor(info.preprocessing), tokenizer, **parts, num_query_tokens=num_query_tokens

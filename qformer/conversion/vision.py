@@ -47,7 +47,9 @@ def export_tower(encoder: VisionEncoder, name: str) -> tuple[dict[str, Any], dic
     model = cast(Any, encoder.model)
     state = dict(model.state_dict())
     if Path(name).is_dir():
-        state |= {k: v for k, v in read_tensors(Path(name)).items() if k in state}
+        # Loaded in fp32 whatever the files hold.
+        files = read_tensors(Path(name))
+        state = {k: v.to(files[k].dtype) if k in files else v for k, v in state.items()}
     if not hasattr(model, "blocks"):
         raise _refusal(name, f"it is a {type(model).__name__} without transformer blocks")
     depth = len(model.blocks)
@@ -187,9 +189,7 @@ def _check_tower(encoder: VisionEncoder, name: str, config: dict[str, Any], weig
         theirs_PV = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state[0]
     difference = float((ours_PV - theirs_PV).abs().max() / ours_PV.abs().max())
     if not difference <= TOWER_TOLERANCE:
-        raise _refusal(
-            name, f"it computes otherwise: tokens of one picture differ by {difference:.1e}"
-        )
+        raise _refusal(name, f"it computes otherwise: tokens of one picture differ by {difference:.1e}")
 
 
 def _noise(encoder: VisionEncoder) -> Tensor:
