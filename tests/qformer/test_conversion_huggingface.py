@@ -10,8 +10,10 @@ from qformer.backbones import load_vision
 from qformer.bridge import load_captioner, load_retriever, read_info, read_weights
 from qformer.conversion.bundle import ImportOptions, write_bundle
 from qformer.conversion.huggingface import SIDE_FILE, export_huggingface, import_huggingface
+from qformer.conversion.vision import write_timm_vit
 from qformer.errors import UserError
 from qformer.stage2 import Stage2
+from tests.tiny_checkpoints import write_stage2
 from tests.tiny_huggingface import ARCHITECTURES, IMAGE_SIZE, NUM_QUERIES, PROMPT, write_folder
 
 FRESH = ImportOptions(allow_fresh=True)
@@ -210,8 +212,7 @@ def test_the_eps_of_a_folder_of_ours_comes_back_and_its_effect_is_told(folders, 
     info["qformer"]["vision_norm_eps"] = 1e-5
     (copied / "bridge.json").write_text(json.dumps(info))
     notes = export_huggingface(copied, tmp_path / "exported").notes
-    effect = float(next(n for n in notes if "eps" in n).split(" moves by ")[1].split(" ")[0])
-    assert 0 < effect < 1e-4
+    assert 0 < eps_effect(notes) < 1e-4
     assert imported(tmp_path / "exported", tmp_path / "again").info.qformer.vision_norm_eps == 1e-5
 
 
@@ -227,3 +228,46 @@ def test_the_side_file_is_not_read_by_stock(folders):
         "temperature", "qformer.lm_bias", "qformer.lm_dense.weight", "qformer.lm_dense.bias",
         "qformer.lm_norm.weight", "qformer.lm_norm.bias",
     }  # fmt: skip
+
+
+def test_a_checkpoint_of_ours_runs_in_stock(tmp_path):
+    """Trained here: an encoder cut at its second-to-last block, Llama without a placeholder token, LAVIS' eps."""
+    from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+    folder = write_stage2(tmp_path / "ours")
+    captioner = load_captioner(folder)
+    # A fresh encoder's tokens are so small that the eps alone would decide; trained ones are of the order of 1.
+    tuned = tmp_path / "vision"
+    write_large_encoder(captioner.encoder, tuned)
+    info = json.loads((folder / "bridge.json").read_text())
+    info |= {"vision": str(tuned), "vision_pretrained": True}
+    (folder / "bridge.json").write_text(json.dumps(info))
+    report = export_huggingface(folder, tmp_path / "exported")
+    captioner, side = load_captioner(folder), captioner.preprocessing.height
+    batch = torch.randint(0, 256, (6, 1, 3, side, side), dtype=torch.uint8)
+    model, loading = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert model.config.vision_config.num_hidden_layers == len(captioner.encoder.model.blocks) - 1
+    processor = AutoProcessor.from_pretrained(tmp_path / "exported")
+    ids = model.generate(stock_pixels(processor, batch), max_new_tokens=12, do_sample=False)
+    start = info["qformer"]["num_queries"] + 1
+    texts = [t.strip() for t in processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
+    captions = captioner.caption(batch, max_new_tokens=12)
+    assert captions == texts and len(set(captions)) > 1
+    effect = eps_effect(report.notes)
+    assert 0 < effect < 1e-4, effect
+    again = imported(tmp_path / "exported", tmp_path / "again", ImportOptions())
+    assert_same_files(folder / "bridge.safetensors", tmp_path / "again" / "bridge.safetensors")
+    assert again.info.prompt == info["prompt"] and again.info.qformer.vision_norm_eps == 1e-5
+    assert load_captioner(tmp_path / "again").caption(batch, max_new_tokens=12) == captions
+
+
+def write_large_encoder(encoder, folder):
+    weights = {k: v + 0.2 * torch.randn(v.shape) for k, v in encoder.model.state_dict().items()}
+    heads = encoder.model.blocks[0].attn.num_heads
+    kept = {k: v for k, v in weights.items() if not k.startswith(("norm.", "fc_norm."))}
+    write_timm_vit(folder, kept, num_heads=heads, preprocessing=encoder.preprocessing)
+
+
+def eps_effect(notes):
+    return float(next(note for note in notes if "eps" in note).split(" moves by ")[1].split(" ")[0])
