@@ -61,6 +61,7 @@ def test_an_encoder_without_a_place_is_one_clear_line(tmp_path, capsys, write):
     """The demo's XCiT attends over channels."""
     info_file = write(tmp_path / "ours") / "bridge.json"
     info_file.write_text(json.dumps({**json.loads(info_file.read_text()), "vision": DEMO_VISION}))
+    capsys.readouterr()
     assert run("export", f"checkpoint={tmp_path}/ours", f"output={tmp_path}/exported") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: checkpoint: its encoder {DEMO_VISION!r} does not fit") and error.count("\n") == 1

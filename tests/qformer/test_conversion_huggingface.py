@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pipelines.data.transforms import fit
 from qformer.backbones import load_vision
 from qformer.bridge import load_captioner, load_retriever, read_info, read_weights
 from qformer.conversion.bundle import ImportOptions, write_bundle
@@ -87,15 +89,16 @@ def test_stock_loads_the_export_without_a_missing_or_unexpected_tensor(folders, 
     assert processor.image_processor.size["height"] == loaded.config.vision_config.image_size
 
 
-def pixels(count=3):
-    return torch.randint(0, 256, (count, 1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+def pixels(count=3, side=IMAGE_SIZE):
+    return torch.randint(0, 256, (count, 1, 3, side, side), dtype=torch.uint8)
+
+
+def as_images(pixels_BFCYX):
+    return [Image.fromarray(p[0].permute(1, 2, 0).numpy()) for p in pixels_BFCYX]
 
 
 def stock_pixels(processor, pixels_BFCYX):
-    from PIL import Image
-
-    images = [Image.fromarray(p[0].permute(1, 2, 0).numpy()) for p in pixels_BFCYX]
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return processor.image_processor(as_images(pixels_BFCYX), return_tensors="pt")["pixel_values"]
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
@@ -112,8 +115,6 @@ def test_stock_generates_our_tokens_opt(folders, prompt, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")
     inputs = {"pixel_values": stock_pixels(processor, batch)}
     if prompt:
-        from PIL import Image
-
         blank = [Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))] * len(batch)
         text = processor(images=blank, text=[prompt] * len(batch), return_tensors="pt")
         inputs |= {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
@@ -243,13 +244,15 @@ def test_a_checkpoint_of_ours_runs_in_stock(tmp_path):
     info |= {"vision": str(tuned), "vision_pretrained": True}
     (folder / "bridge.json").write_text(json.dumps(info))
     report = export_huggingface(folder, tmp_path / "exported")
-    captioner, side = load_captioner(folder), captioner.preprocessing.height
-    batch = torch.randint(0, 256, (6, 1, 3, side, side), dtype=torch.uint8)
+    captioner, side = load_captioner(folder), captioner.preprocessing.resize_short_side
+    pictures = pixels(6, side)
+    batch = torch.stack([torch.from_numpy(fit(image, captioner.preprocessing))[None] for image in as_images(pictures)])
+    assert batch.shape[-1] < side  # a centre crop
     model, loading = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert model.config.vision_config.num_hidden_layers == len(captioner.encoder.model.blocks) - 1
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")
-    ids = model.generate(stock_pixels(processor, batch), max_new_tokens=12, do_sample=False)
+    ids = model.generate(stock_pixels(processor, pictures), max_new_tokens=12, do_sample=False)
     start = info["qformer"]["num_queries"] + 1
     texts = [t.strip() for t in processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
     captions = captioner.caption(batch, max_new_tokens=12)
