@@ -4,7 +4,7 @@ import sys
 
 from jobs.checkpoint import open_checkpoint
 from jobs.cli import run_job
-from jobs.import_checkpoint import local_output
+from jobs.import_checkpoint import local_output, written_aside
 from jobs.settings import ExportSettings
 from pipelines.data import storage
 from qformer.conversion.huggingface import export_huggingface
@@ -18,7 +18,8 @@ def main(settings: ExportSettings) -> None:
     """
     output = local_output(settings.output)
     folder, _ = open_checkpoint(settings.checkpoint)
-    report = export_huggingface(storage.local_folder(folder), output)
+    with written_aside(output) as aside:
+        report = export_huggingface(storage.local_folder(folder), aside)
     print(f"{folder} -> {output}\n{report}")
 
 

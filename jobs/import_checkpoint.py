@@ -1,7 +1,12 @@
 """A LAVIS file or a Hugging Face folder becomes a checkpoint that every other job takes."""
 
+import contextlib
 import json
+import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.cli import run_job
@@ -25,12 +30,31 @@ def main(settings: ImportSettings) -> None:
         raise UserError(f"source={settings.source} does not exist; give a local LAVIS file or Hugging Face folder")
     options = ImportOptions(**settings.model_dump(exclude={"source", "output"}))
     convert = import_huggingface if source.is_dir() else import_lavis
-    bundle = convert(source, output, options)
-    write_bundle(output, bundle)
-    # Written last: a folder without it is no finished checkpoint.
-    marker = {"format_version": FORMAT_VERSION, "step": bundle.info.step}
-    storage.write_text(storage.join(str(output), storage.COMPLETE_MARKER), json.dumps(marker, indent=2) + "\n")
+    with written_aside(output) as folder:
+        bundle = convert(source, folder, options)
+        write_bundle(folder, bundle)
+        marker = {"format_version": FORMAT_VERSION, "step": bundle.info.step}
+        (folder / storage.COMPLETE_MARKER).write_text(json.dumps(marker, indent=2) + "\n")
     print(f"{source} -> {output}: stage {bundle.info.stage}\n{bundle.report}")
+
+
+@contextlib.contextmanager
+def written_aside(output: Path) -> Iterator[Path]:
+    """A folder to write into; it becomes `output` at the end, or vanishes with whatever went wrong."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's own is private to the user
+        folder.replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def local_output(output: str) -> Path:

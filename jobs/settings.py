@@ -94,6 +94,8 @@ class QFormerSettings(Settings):
     cross_attention_frequency: int = 2
     embed_dim: int = 256
     dropout: float = 0.1
+    vision_norm_eps: float = Field(default=1e-5, gt=0)
+    """Of the norm on the encoder's tokens; 1e-6 makes `qformer export` exact, 1e-5 is LAVIS'."""
 
 
 class ModelSettings(Settings):

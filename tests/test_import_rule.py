@@ -17,6 +17,7 @@ LOADERS = {
     "qformer/text.py": {"tokenizers", "transformers"},
     "qformer/bridge.py": {"safetensors", "tokenizers", "transformers"},
     "qformer/conversion/bundle.py": {"safetensors"},
+    "qformer/conversion/frozen.py": {"transformers"},
     "qformer/conversion/huggingface.py": {"safetensors", "transformers"},
     "qformer/conversion/vision.py": {"safetensors", "transformers"},
 }

@@ -81,6 +81,11 @@ def shown(names: Iterable[str]) -> str:
     return f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}{f' and {rest} more' if rest > 0 else ''})"
 
 
+def reason_of(error: Exception) -> str:
+    """First line of another library's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def own_state(stage: int, config: QFormerConfig, language_width: int, *, device: str = "meta") -> dict[str, Tensor]:
     """Names and shapes of a bridge's tensors; on "cpu" their initial values too."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -164,10 +169,9 @@ def _tensors_of_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"source: {str(file)!r} cannot be read as weights only ({reason}); it is damaged, or holds objects that "
-            "would run code: save its state dict alone with a version you trust"
+            f"source: {str(file)!r} cannot be read as weights only ({reason_of(error)}); it is damaged, or holds "
+            "objects that would run code: save its state dict alone with a version you trust"
         ) from error
     # LAVIS keeps the state dict under "model", beside optimizer and settings.
     content = content.get("model", content) if isinstance(content, dict) else content

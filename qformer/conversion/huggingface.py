@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, import_torchvision, load_vision
@@ -27,11 +26,12 @@ from qformer.conversion.bundle import (
     complete,
     own_state,
     read_tensors,
+    reason_of,
 )
+from qformer.conversion.frozen import image_processor_for, preprocessing_of, read_language, write_language, write_model
 from qformer.conversion.names import HF_CAPTION, HF_INSTRUCT, HF_RETRIEVAL, Table, from_peer, to_peer
 from qformer.conversion.vision import export_tower, import_tower, norm_eps_effect
 from qformer.errors import UserError
-from qformer.preprocessing import Interpolation, Preprocessing
 from qformer.text import DEC_TOKEN, TextTokenizer, load_text_tokenizer
 
 SIDE_FILE = "qformer.safetensors"
@@ -40,7 +40,6 @@ _SIDE_KEY = "bridge.json"
 _VISION_FOLDER, _LANGUAGE_FOLDER = "vision", "language"
 _IMAGE_TOKEN = "<image>"
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # saved by older versions, computed since
-_RESAMPLING: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ def import_huggingface(source: Path, output: Path, options: ImportOptions) -> Bu
     config, layout, processor = _open(source)
     side_info, side_tensors = _read_side(source)
     qformer = _our_config(config, layout)
-    preprocessing = _preprocessing(processor.image_processor)
+    preprocessing = preprocessing_of(processor.image_processor)
     if side_info is not None:
         qformer = dataclasses.replace(qformer, vision_norm_eps=side_info.qformer.vision_norm_eps)
         preprocessing = side_info.preprocessing
@@ -94,7 +93,7 @@ def import_huggingface(source: Path, output: Path, options: ImportOptions) -> Bu
         source, found, left_out, unexpected, options, stage=layout.stage, config=qformer, language_width=language_width
     )
     if layout.has_language_model:
-        _write_language(config, parts["language_model"], processor.tokenizer, output / _LANGUAGE_FOLDER)
+        write_language(config, parts["language_model"], processor.tokenizer, output / _LANGUAGE_FOLDER)
     base = side_info or BridgeInfo(
         stage=layout.stage,
         step=0,
@@ -147,7 +146,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> ConversionReport:
     image_id = processor.tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
     text_config: dict[str, Any] = {}
     if layout.has_language_model:
-        language, text_config = _language(cast(str, info.language), image_id, processor.tokenizer)
+        language, text_config = read_language(cast(str, info.language), image_id, processor.tokenizer)
         placed |= {f"language_model.{name}": tensor for name, tensor in language.items()}
     settings: dict[str, Any] = {
         "vision_config": vision_config,
@@ -161,7 +160,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> ConversionReport:
     if layout.stage == 1:
         settings["image_text_hidden_size"] = info.qformer.embed_dim
     model_class = getattr(transformers, layout.architecture)
-    _write_model(model_class, model_class.config_class(**settings), placed, output)
+    write_model(model_class, model_class.config_class(**settings), placed, output)
     processor.save_pretrained(output)
     _write_side(output, info, without_place)
     notes = [f"into the side file {SIDE_FILE}: {len(without_place)} tensors that the layout has no place for"]
@@ -180,7 +179,7 @@ def _open(source: Path) -> tuple[Any, _Layout, Any]:
         config = transformers.AutoConfig.from_pretrained(source)
         architecture = (config.architectures or ["none"])[0]
     except Exception as error:
-        raise UserError(f"source: {str(source)!r} is no Hugging Face folder ({_reason(error)})") from error
+        raise UserError(f"source: {str(source)!r} is no Hugging Face folder ({reason_of(error)})") from error
     layout = next((layout for layout in LAYOUTS if layout.architecture == architecture), None)
     if layout is None:
         known = ", ".join(layout.architecture for layout in LAYOUTS)
@@ -189,7 +188,7 @@ def _open(source: Path) -> tuple[Any, _Layout, Any]:
         processor = getattr(transformers, layout.processor).from_pretrained(source)
     except Exception as error:
         raise UserError(
-            f"source: {str(source)!r} has no {layout.processor} files ({_reason(error)}); "
+            f"source: {str(source)!r} has no {layout.processor} files ({reason_of(error)}); "
             "save the model's processor into the folder"
         ) from error
     return config, layout, processor
@@ -257,34 +256,6 @@ def _split(weights: Mapping[str, Tensor], left_out: list[str]) -> dict[str, dict
     return parts
 
 
-def _preprocessing(image_processor: Any) -> Preprocessing:
-    """The contract of a BlipImageProcessor (resize straight to the size) or a CLIPImageProcessor (centre crop)."""
-    has_crop = bool(getattr(image_processor, "do_center_crop", None))
-    size = image_processor.crop_size if has_crop else image_processor.size
-    height, width = size["height"], size["width"]
-    return Preprocessing(
-        height=height,
-        width=width,
-        resize_short_side=image_processor.size["shortest_edge"] if has_crop else min(height, width),
-        interpolation=_RESAMPLING[int(image_processor.resample)],
-        crop="center" if has_crop else "squash",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
-    )
-
-
-def _image_processor(contract: Preprocessing) -> Any:
-    """Inverse of `_preprocessing`."""
-    from transformers import BlipImageProcessor, CLIPImageProcessor
-
-    size = {"height": contract.height, "width": contract.width}
-    resample = next(number for number, name in _RESAMPLING.items() if name == contract.interpolation)
-    common = {"resample": resample, "image_mean": list(contract.mean), "image_std": list(contract.std)}
-    if contract.crop == "squash":
-        return BlipImageProcessor(size=size, **common)
-    return CLIPImageProcessor(size={"shortest_edge": contract.resize_short_side}, crop_size=size, **common)
-
-
 def _processor(checkpoint: Path, info: BridgeInfo, layout: _Layout) -> Any:
     """The stock processor around our contract and tokenizers."""
     import transformers
@@ -299,7 +270,7 @@ def _processor(checkpoint: Path, info: BridgeInfo, layout: _Layout) -> Any:
     parts = {"qformer_tokenizer": bert} if layout.has_language_model and layout.has_text_branch else {}
     num_query_tokens = info.qformer.num_queries if layout.has_language_model else None
     return getattr(transformers, layout.processor)(
-        _image_processor(info.preprocessing), tokenizer, **parts, num_query_tokens=num_query_tokens
+        image_processor_for(info.preprocessing), tokenizer, **parts, num_query_tokens=num_query_tokens
     )
 
 
@@ -309,78 +280,6 @@ def _text_tokenizer(processor: Any, layout: _Layout, info: BridgeInfo) -> TextTo
         return None
     tokenizer = processor.tokenizer if layout.stage == 1 else processor.qformer_tokenizer
     return TextTokenizer(tokenizer, info.max_text_tokens)
-
-
-def _language(name: str, image_id: int, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config of the language model, with a row for the placeholder token.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        model = _language_class(config).from_pretrained(name, dtype="auto")
-    except Exception as error:
-        raise UserError(f"checkpoint: its language model {name!r} cannot be loaded ({_reason(error)})") from error
-    if image_id >= config.vocab_size:
-        model.resize_token_embeddings(image_id + 1, mean_resizing=False)
-        _copy_row(model, image_id, config.vocab_size, _silent_id(tokenizer))
-    weights = model.state_dict()
-    if Path(name).is_dir():
-        # transformers keeps single layers of fp16 models in fp32; the files' dtype is the truth.
-        dtypes = {k: v.dtype for k, v in read_tensors(Path(name)).items()}
-        weights = {k: v.to(dtypes.get(k, v.dtype)) for k, v in weights.items()}
-    return weights, model.config.to_dict()
-
-
-def _silent_id(tokenizer: Any) -> int:
-    """A token that is never the answer. The placeholder copies its row, so it cannot be chosen where that is not."""
-    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
-    return next(i for i in candidates if i is not None and (i != tokenizer.eos_token_id or i == 0))
-
-
-@torch.no_grad()
-def _copy_row(model: Any, last: int, first_new: int, source: int) -> None:
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if module is not None:
-            module.weight[first_new : last + 1] = module.weight[source]
-            if getattr(module, "bias", None) is not None:
-                module.bias[first_new : last + 1] = module.bias[source]
-
-
-def _language_class(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _write_language(config: Any, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Write the frozen language model as an ordinary folder."""
-    _write_model(_language_class(config.text_config).from_config, config.text_config, weights, folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _write_model(build: Any, config: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Save a transformers model made of `weights`, without initialising or copying any.
-
-    Raises:
-        UserError: If names or shapes are not the model's own, naming the first.
-    """
-    with torch.device("meta"):
-        model = build(config)
-    own = model.state_dict()
-    for name in sorted(weights):
-        if name not in own or own[name].shape != weights[name].shape:
-            wanted = f"{tuple(own[name].shape)} is wanted" if name in own else "the model has no such tensor"
-            raise UserError(f"conversion: {name} is {tuple(weights[name].shape)} but {wanted}")
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise UserError(f"conversion: nothing to fill {empty[0]!r} of {type(model).__name__} with; a part is damaged")
-    model.save_pretrained(folder)
 
 
 def _read_side(source: Path) -> tuple[BridgeInfo | None, dict[str, Tensor]]:
@@ -408,7 +307,3 @@ def _eps_note(encoder: VisionEncoder, config: QFormerConfig, weights: Mapping[st
         f"vision norm: eps {config.vision_norm_eps:g} here, {eps:g} in the folder (one value for all norms there); "
         f"on a picture of noise its output moves by {effect:.1e} of its largest value"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

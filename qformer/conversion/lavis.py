@@ -6,6 +6,7 @@ Sources: LAVIS `blip2_qformer.py`, `blip2_opt.py`, `blip2_t5.py`, `eva_vit.py`; 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from qformer.conversion.bundle import Bundle, ImportOptions, complete, own_state
 from qformer.conversion.names import LAVIS, LAVIS_OPT, LAVIS_T5, Table, from_peer
 from qformer.conversion.vision import write_timm_vit
 from qformer.errors import UserError
+from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer, load_text_tokenizer
 
 VISION_FOLDER = "vision"
@@ -106,9 +108,14 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
     )
     tokenizer = _tokenizer(source, config, options) if kind.stage == 1 else None
     if tower:
-        _write_tower(tower, encoder, options.vision, output / VISION_FOLDER)
-        note = f"the file's own ViT ({len(tower)} tensors) is the encoder, with the preprocessing of {options.vision}"
-        info = dataclasses.replace(info, vision=BESIDE + VISION_FOLDER, vision_pretrained=True, vision_layer=-1)
+        contract = _write_tower(tower, encoder, options.vision, output / VISION_FOLDER)
+        note = (
+            f"the file's own ViT ({len(tower)} tensors, {contract.height} px) is the encoder, with crop and "
+            f"normalisation of {options.vision}"
+        )
+        info = dataclasses.replace(
+            info, vision=BESIDE + VISION_FOLDER, vision_pretrained=True, vision_layer=-1, preprocessing=contract
+        )
         report = dataclasses.replace(report, notes=[note])
     return Bundle(info, own, tokenizer, report)
 
@@ -158,16 +165,29 @@ def _tokenizer(source: Path, config: QFormerConfig, options: ImportOptions) -> T
     return tokenizer
 
 
-def _write_tower(tower: dict[str, Tensor], encoder: VisionEncoder, name: str, folder: Path) -> None:
-    """Write LAVIS' fine-tuned EVA (timm's names, cut after the block it reads) as the checkpoint's own encoder."""
+def _write_tower(tower: dict[str, Tensor], encoder: VisionEncoder, name: str, folder: Path) -> Preprocessing:
+    """Write LAVIS' fine-tuned EVA (timm's names, cut after the block it reads) as the checkpoint's own encoder.
+
+    Returns:
+        The named encoder's contract at the tuned size.
+    """
     blocks = getattr(encoder.model, "blocks", None)
     if blocks is None or not hasattr(cast(Any, blocks)[0], "attn"):
         raise UserError(f"vision: the file holds a ViT, but {name!r} is none; name the ViT it was tuned from")
     known = encoder.model.state_dict()
+    missing = sorted({"pos_embed", "patch_embed.proj.weight"} - tower.keys())
+    if missing:
+        raise UserError(f"source: its ViT lacks {_VISION_PREFIX}{missing[0]}; the file is damaged")
     for key in tower:
-        if key not in known or known[key].shape != tower[key].shape:
+        if key not in known or (known[key].shape != tower[key].shape and key != "pos_embed"):
             raise UserError(
                 f"vision: the file's {_VISION_PREFIX}{key} has no counterpart in {name!r}; "
                 f"name the ViT it was tuned from (holds {shown(tower)})"
             )
-    write_timm_vit(folder, tower, num_heads=cast(Any, blocks)[0].attn.num_heads, preprocessing=encoder.preprocessing)
+    # Fine-tuning for retrieval or captions was done on larger pictures than pre-training.
+    side = math.isqrt(tower["pos_embed"].shape[1] - 1) * tower["patch_embed.proj.weight"].shape[-1]
+    contract = encoder.preprocessing
+    short_side = round(contract.resize_short_side * side / contract.height)
+    contract = dataclasses.replace(contract, height=side, width=side, resize_short_side=short_side)
+    write_timm_vit(folder, tower, num_heads=cast(Any, blocks)[0].attn.num_heads, preprocessing=contract)
+    return contract

@@ -25,9 +25,10 @@ from qformer.preprocessing import Preprocessing
 
 TIMM_NORM_EPS = 1e-6
 """Layer-norm eps of timm's plain ViT; a timm folder cannot say another."""
-TOWER_TOLERANCE = 1e-4
-"""Largest difference of the two towers' tokens, as a share of the largest token value. fp32 rounding gives 1e-6 on the
-tests' towers and grows with depth; another activation or rotary positions give 1e-2 and more."""
+TOWER_TOLERANCE = 2e-5
+"""Largest difference of the two towers' tokens, as a share of the largest token value. Equal towers run the same
+operations (measured 0 in fp32 on CPU); in three blocks the tanh GELU gives 1e-4, the quick GELU 5e-3, rotary positions
+3e-1."""
 _AFTER_THE_BLOCKS = ("norm.", "fc_norm.", "head.", "head_drop.")
 
 

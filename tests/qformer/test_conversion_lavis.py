@@ -104,8 +104,10 @@ def test_half_precision_stays(goldens_dir, tmp_path, options, dtype):
     assert {v.dtype for v in bundle.weights.values()} == {dtype}
 
 
-def test_a_tuned_vit_in_the_file_becomes_the_encoder(goldens_dir, tmp_path, options, vision):
-    """LAVIS keeps `visual_encoder.*` when it trained it, cut after the block that it reads."""
+@pytest.mark.parametrize("side", [42, 70])
+def test_a_tuned_vit_in_the_file_becomes_the_encoder(goldens_dir, tmp_path, options, side):
+    """LAVIS keeps `visual_encoder.*` when it trained it, often on larger pictures, cut after the block it reads."""
+    vision = write_timm_folder(tmp_path / "tuned", "eva_giant_patch14_224", embed_dim=48, img_size=side)
     tuned = load_file(f"{vision}/model.safetensors")
     tower = {f"visual_encoder.{k}": v + 1 for k, v in tuned.items() if not k.startswith(("blocks.2.", "fc_norm."))}
     weights = {
@@ -119,7 +121,8 @@ def test_a_tuned_vit_in_the_file_becomes_the_encoder(goldens_dir, tmp_path, opti
     named = load_vision(vision, layer=-2)
     state = named.model.state_dict()
     named.model.load_state_dict({k: v + 1 if f"visual_encoder.{k}" in tower else v for k, v in state.items()})
-    pixels = torch.randint(0, 256, (1, 1, 3, 42, 42), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (1, 1, 3, side, side), dtype=torch.uint8)
+    assert info.preprocessing == encoder.preprocessing == named.preprocessing
     torch.testing.assert_close(encoder(pixels), named(pixels), atol=2e-5, rtol=1e-4)
 
 

@@ -74,6 +74,7 @@ def test_a_tower_goes_out_and_comes_back(tmp_path, architecture, layer):
         ("vit_giant_patch14_224", {"class_token": False, "global_pool": "avg"}, "class_embedding"),
         ("vit_giant_patch14_224", {"no_embed_class": True}, "position_embedding"),
         ("vit_giant_patch14_224", {"act_layer": "quick_gelu"}, "computes otherwise"),
+        ("vit_giant_patch14_224", {"act_layer": "gelu_tanh"}, "computes otherwise"),
         ("eva_giant_patch14_224", {"use_rot_pos_emb": True}, "computes otherwise"),  # in no tensor's name
         ("eva_giant_patch14_224", {"swiglu_mlp": True, "scale_mlp": True}, "blocks.0.mlp.fc1_g"),
         ("eva_giant_patch14_224", {"qkv_fused": False}, "blocks.0.attn.k_proj"),
