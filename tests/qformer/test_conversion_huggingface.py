@@ -101,27 +101,30 @@ def stock_pixels(processor, pixels_BFCYX):
     return processor.image_processor(as_images(pixels_BFCYX), return_tensors="pt")["pixel_values"]
 
 
-@pytest.mark.parametrize("prompt", ["", PROMPT])
-def test_stock_generates_our_tokens_opt(folders, prompt, tmp_path):
-    """Both ways of running the same checkpoint: our captioner, and stock transformers on the exported folder."""
-    from transformers import AutoProcessor, Blip2ForConditionalGeneration
+# (architecture, prompt). T5 and InstructBLIP, with a prompt, join here as soon as `Captioner` generates with them.
+GENERATING = [("Blip2ForConditionalGeneration", ""), ("Blip2ForConditionalGeneration", PROMPT)]
 
-    _, stock, _, _, _, _ = folders["Blip2ForConditionalGeneration"]
+
+@pytest.mark.parametrize(("name", "prompt"), GENERATING)
+def test_stock_generates_our_tokens(folders, name, prompt, tmp_path):
+    """Both ways of running the same checkpoint: our captioner, and stock transformers on the exported folder."""
+    from transformers import AutoProcessor
+
+    stock_class, stock = type(folders[name][0]), folders[name][1]
     imported(stock, tmp_path / "ours", ImportOptions(prompt=prompt))
     export_huggingface(tmp_path / "ours", tmp_path / "exported")
     batch = pixels(6)
     captions = load_captioner(tmp_path / "ours").caption(batch, max_new_tokens=8)
-    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "exported")
+    model = stock_class.from_pretrained(tmp_path / "exported")
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")
     inputs = {"pixel_values": stock_pixels(processor, batch)}
+    start = NUM_QUERIES + 1  # placeholders and the start token that stock puts there by itself
     if prompt:
-        blank = [Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))] * len(batch)
-        text = processor(images=blank, text=[prompt] * len(batch), return_tensors="pt")
-        inputs |= {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+        inputs = dict(processor(images=as_images(batch), text=[prompt] * len(batch), return_tensors="pt"))
+        start = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=1)
-    start = inputs["input_ids"].shape[1] if prompt else NUM_QUERIES + 1
-    texts = [t.strip() for t in processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
-    assert captions == texts
+    answers = ids if model.config.text_config.is_encoder_decoder else ids[:, start:]
+    assert captions == [t.strip() for t in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
     assert len(set(captions)) > 1 and max(map(len, captions)) > 10  # the pictures matter, the captions say something
 
 
