@@ -90,6 +90,7 @@ def _language_config(suffix: str, vocab_size: int):
             num_heads=2,
             feed_forward_proj="gated-gelu",
             tie_word_embeddings=False,
+            decoder_start_token_id=0,
         ).to_dict()
     return OPTConfig(
         vocab_size=vocab_size,
