@@ -73,6 +73,18 @@ JOBS = {
         example="qformer caption --set checkpoint=runs/stage2 photo.jpg clip.mp4",
         takes_media=True,
     ),
+    "import": Job(
+        module="jobs.import_checkpoint",
+        settings="jobs.settings:ImportSettings",
+        summary="make a checkpoint of a LAVIS file or a Hugging Face BLIP-2 / InstructBLIP folder",
+        example="qformer import --set source=blip2-opt-2.7b --set output=runs/blip2-opt",
+    ),
+    "export": Job(
+        module="jobs.export",
+        settings="jobs.settings:ExportSettings",
+        summary="write a checkpoint as a folder that stock transformers loads, processor included",
+        example="qformer export --set checkpoint=runs/stage2 --set output=runs/huggingface",
+    ),
     "serve": Job(
         module="jobs.serve",
         settings="jobs.settings:ServeSettings",

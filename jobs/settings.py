@@ -96,6 +96,8 @@ class QFormerSettings(Settings):
     dropout: float = 0.1
     max_positions: int = Field(default=512, ge=1)
     """Text positions; as many as `model.qformer_init` has."""
+    vision_norm_eps: float = Field(default=1e-5, gt=0)
+    """Of the norm on the encoder's tokens; 1e-6 makes `qformer export` exact, 1e-5 is LAVIS'."""
 
 
 class LoraSettings(Settings):
@@ -268,3 +270,41 @@ class ServeSettings(Settings):
     use_gpu: bool = False
     limits: ServingLimitSettings = ServingLimitSettings()
     ray: RaySettings = RaySettings()
+
+
+class ImportSettings(Settings):
+    """`qformer import`: a LAVIS file or a Hugging Face folder becomes a checkpoint."""
+
+    source: str
+    """LAVIS file (.pth or .safetensors), or local folder of Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval or InstructBlipForConditionalGeneration with its processor."""
+    output: str
+    """New local folder; `checkpoint=` of the other jobs takes it."""
+    vision: str | None = None
+    """Encoder of a LAVIS file, which holds none; a Hugging Face folder brings its own."""
+    vision_pretrained: bool = True
+    vision_layer: int = -2
+    language: str | None = None
+    """Language model of a LAVIS stage-2 file; a Hugging Face folder brings its own."""
+    tokenizer: str = "bert-base-uncased"
+    """Text tokenizer of a LAVIS stage-1 file."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Attention heads of a LAVIS Q-Former, which no tensor tells; null: 64 channels a head, as BERT."""
+    prompt: str = ""
+    """Text put before every caption, as in the training of the imported model."""
+    num_frames: int = Field(default=8, ge=1)
+    """Frames that later jobs sample from a video."""
+    max_text_tokens: int = Field(default=32, ge=4)
+    allow_fresh: bool = False
+    """Initialise tensors that the source lacks; false refuses it."""
+    allow_unexpected: bool = False
+    """Leave out tensors that we have no place for; false refuses it."""
+
+
+class ExportSettings(Settings):
+    """`qformer export`: a checkpoint becomes a folder for stock transformers."""
+
+    checkpoint: str
+    """Run folder (its newest checkpoint) or one checkpoint folder."""
+    output: str
+    """New local folder."""

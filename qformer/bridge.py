@@ -3,6 +3,7 @@
     bridge.json          BridgeInfo: format version, stage, shapes, backbones, preprocessing
     bridge.safetensors   the trainables alone, fp32
     tokenizer/           the Q-Former's text tokenizer, where it has a text branch
+    vision/, language/   frozen backbones that lie in the checkpoint itself (after `qformer import`)
 
 Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image tokens, V encoder width, N queries of all
 frames, E joint embedding width.
@@ -30,6 +31,8 @@ from qformer.text import TextTokenizer, load_text_tokenizer
 
 FORMAT_VERSION = 1
 INFO_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "bridge.json", "bridge.safetensors", "tokenizer"
+BESIDE = "checkpoint:"
+"""Begins the name of a backbone that is a folder of the checkpoint: "checkpoint:vision"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +84,7 @@ class BridgeInfo:
 
 
 def read_info(folder: Path) -> BridgeInfo:
-    """Read bridge.json.
+    """Read bridge.json; backbones that lie in the folder are named by their paths.
 
     Raises:
         UserError: If the folder is no checkpoint or of another format version.
@@ -89,7 +92,13 @@ def read_info(folder: Path) -> BridgeInfo:
     file = folder / INFO_FILE
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
-    return BridgeInfo.from_json(file.read_text())
+    info = BridgeInfo.from_json(file.read_text())
+    language = None if info.language is None else _resolved(folder, info.language)
+    return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language)
+
+
+def _resolved(folder: Path, name: str) -> str:
+    return str(folder / name.removeprefix(BESIDE)) if name.startswith(BESIDE) else name
 
 
 def save_bridge(folder: Path, info: BridgeInfo, trainables: nn.Module, tokenizer: TextTokenizer | None) -> None:

@@ -32,6 +32,8 @@ class QFormerConfig:
     """Width of the shared ITC space."""
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
+    vision_norm_eps: float = 1e-5
+    """Of the trained layer norm on the encoder's tokens: 1e-5 in LAVIS, 1e-6 in Hugging Face's BLIP-2."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:

@@ -181,8 +181,10 @@ class LanguageModel(nn.Module, ABC):
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
     def _text_ids(self, text: str) -> list[int]:
-        """Ids without an end token, which some tokenizers append by themselves."""
-        return [i for i in self.tokenizer.encode(text) if i != self.tokenizer.eos_token_id]
+        """Ids without an end token, which some tokenizers append by themselves; OPT's leading token has the same id."""
+        ids, end = self.tokenizer.encode(text), self.tokenizer.eos_token_id
+        is_leading = len(ids) == 1 and self.tokenizer.bos_token_id == end
+        return ids[:-1] if ids[-1:] == [end] and not is_leading else ids
 
     @property
     def _pad_id(self) -> int:

@@ -20,7 +20,6 @@ from qformer.distributed import gather, rank
 from qformer.model import QFormer
 from qformer.objectives import Negatives, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
 
-VISION_NORM_EPS = 1e-5
 INITIAL_TEMPERATURE = 0.07
 
 
@@ -66,7 +65,7 @@ class Stage1(nn.Module):
         if not config.has_text_branch:
             raise ValueError("stage 1 needs a text branch: set vocab_size to the tokenizer's size plus one for [DEC]")
         self.lavis_reduction = lavis_reduction
-        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=VISION_NORM_EPS)
+        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=config.vision_norm_eps)
         self.qformer = QFormer(config)
         self.vision_projection = nn.Linear(config.hidden_size, config.embed_dim)
         self.text_projection = nn.Linear(config.hidden_size, config.embed_dim)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from qformer.config import QFormerConfig
 from qformer.lora import Lora
 from qformer.model import QFormer
-from qformer.stage1 import VISION_NORM_EPS
 
 
 class Stage2(nn.Module):
@@ -40,7 +39,7 @@ class Stage2(nn.Module):
                 f"vocab_size={config.vocab_size} with has_lm_head=True: stage 2 generates with the language model, not "
                 "with the Q-Former; set has_lm_head=False (or vocab_size=0 for queries without instruction)"
             )
-        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=VISION_NORM_EPS)
+        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=config.vision_norm_eps)
         self.qformer = QFormer(config)
         self.language_projection = nn.Linear(config.hidden_size, language_width)
         self.lora = lora

@@ -13,6 +13,7 @@ from torch import Tensor
 from qformer.errors import UserError
 
 CORPUS_VOCABULARY = 30_000
+DEC_TOKEN = "[DEC]"
 
 
 class EncodedText(NamedTuple):
@@ -27,7 +28,7 @@ class EncodedText(NamedTuple):
 
 
 class TextTokenizer:
-    """Captions to `[CLS] … [SEP]` ids; [DEC] is one id past the tokenizer's own.
+    """Captions to `[CLS] … [SEP]` ids; [DEC] is one id past the tokenizer's own words.
 
     Args:
         tokenizer: A Hugging Face tokenizer with cls, sep and pad tokens, pad being id 0 as in BERT.
@@ -46,8 +47,9 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids including [DEC]."""
-        return len(self.tokenizer) + 1
+        """Ids including [DEC], which imported tokenizers hold already (with other tokens after it, unused here)."""
+        dec_id = self.tokenizer.get_vocab().get(DEC_TOKEN, len(self.tokenizer))
+        return int(dec_id) + 1
 
     def encode(self, captions: Sequence[str]) -> EncodedText:
         """Tokenise captions; one over the limit keeps [SEP] as its last token, and is counted."""

@@ -16,6 +16,10 @@ LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
     "qformer/text.py": {"tokenizers", "transformers"},
     "qformer/bridge.py": {"safetensors", "tokenizers", "transformers"},
+    "qformer/conversion/bundle.py": {"safetensors"},
+    "qformer/conversion/frozen.py": {"transformers"},
+    "qformer/conversion/huggingface.py": {"safetensors", "transformers"},
+    "qformer/conversion/vision.py": {"safetensors", "transformers"},
 }
 # The folder -> the project's own packages it may import besides itself.
 OWN = {

@@ -18,6 +18,8 @@ CLASSES = {
     "features": job_settings.FeaturesSettings,
     "evaluate": job_settings.EvaluateSettings,
     "caption": CaptionSettings,
+    "import": job_settings.ImportSettings,
+    "export": job_settings.ExportSettings,
     "serve": ServeSettings,
     "demo": DemoSettings,
 }

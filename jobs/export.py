@@ -1,0 +1,27 @@
+"""A checkpoint becomes a Hugging Face folder that stock transformers loads and runs."""
+
+import sys
+
+from jobs.checkpoint import open_checkpoint
+from jobs.cli import run_job
+from jobs.import_checkpoint import local_output, written_aside
+from jobs.settings import ExportSettings
+from pipelines.data import storage
+from qformer.conversion.huggingface import export_huggingface
+
+
+def main(settings: ExportSettings) -> None:
+    """Convert, write and print what became of every tensor.
+
+    Raises:
+        UserError: If the output is in use, or the checkpoint does not fit Hugging Face's layout.
+    """
+    output = local_output(settings.output)
+    folder, _ = open_checkpoint(settings.checkpoint)
+    with written_aside(output) as aside:
+        report = export_huggingface(storage.local_folder(folder), aside)
+    print(f"{folder} -> {output}\n{report}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("export"))

@@ -1,0 +1,114 @@
+"""What a Hugging Face folder holds beside tower and bridge: the frozen language model and the image processor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformer.conversion.bundle import read_tensors, reason_of
+from qformer.errors import UserError
+from qformer.preprocessing import Interpolation, Preprocessing
+
+_RESAMPLING: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def preprocessing_of(image_processor: Any) -> Preprocessing:
+    """The contract of a BlipImageProcessor (resize straight to the size) or a CLIPImageProcessor (centre crop)."""
+    has_crop = bool(getattr(image_processor, "do_center_crop", None))
+    size = image_processor.crop_size if has_crop else image_processor.size
+    height, width = size["height"], size["width"]
+    return Preprocessing(
+        height=height,
+        width=width,
+        resize_short_side=image_processor.size["shortest_edge"] if has_crop else min(height, width),
+        interpolation=_RESAMPLING[int(image_processor.resample)],
+        crop="center" if has_crop else "squash",
+        mean=tuple(image_processor.image_mean),
+        std=tuple(image_processor.image_std),
+    )
+
+
+def image_processor_for(contract: Preprocessing) -> Any:
+    """Inverse of `preprocessing_of`."""
+    from transformers import BlipImageProcessor, CLIPImageProcessor
+
+    size = {"height": contract.height, "width": contract.width}
+    resample = next(number for number, name in _RESAMPLING.items() if name == contract.interpolation)
+    common = {"resample": resample, "image_mean": list(contract.mean), "image_std": list(contract.std)}
+    if contract.crop == "squash":
+        return BlipImageProcessor(size=size, **common)
+    return CLIPImageProcessor(size={"shortest_edge": contract.resize_short_side}, crop_size=size, **common)
+
+
+def read_language(name: str, image_id: int, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config of the language model, with a row for the placeholder token.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        model = _language_class(config).from_pretrained(name, dtype="auto")
+    except Exception as error:
+        raise UserError(f"checkpoint: its language model {name!r} cannot be loaded ({reason_of(error)})") from error
+    if image_id >= config.vocab_size:
+        model.resize_token_embeddings(image_id + 1, mean_resizing=False)
+        _copy_row(model, image_id, config.vocab_size, _silent_id(tokenizer))
+    weights = model.state_dict()
+    if Path(name).is_dir():
+        # transformers keeps single layers of fp16 models in fp32; the files' dtype is the truth.
+        dtypes = {k: v.dtype for k, v in read_tensors(Path(name)).items()}
+        weights = {k: v.to(dtypes.get(k, v.dtype)) for k, v in weights.items()}
+    return weights, model.config.to_dict()
+
+
+def _silent_id(tokenizer: Any) -> int:
+    """A token that is never the answer. The placeholder copies its row, so it cannot be chosen where that is not."""
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
+    return next(i for i in candidates if i is not None and (i != tokenizer.eos_token_id or i == 0))
+
+
+@torch.no_grad()
+def _copy_row(model: Any, last: int, first_new: int, source: int) -> None:
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight[first_new : last + 1] = module.weight[source]
+            if getattr(module, "bias", None) is not None:
+                module.bias[first_new : last + 1] = module.bias[source]
+
+
+def _language_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def write_language(config: Any, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    """Write the frozen language model as an ordinary folder."""
+    write_model(_language_class(config.text_config).from_config, config.text_config, weights, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_model(build: Any, config: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Save a transformers model made of `weights`, without initialising or copying any.
+
+    Raises:
+        UserError: If names or shapes are not the model's own, naming the first.
+    """
+    with torch.device("meta"):
+        model = build(config)
+    own = model.state_dict()
+    for name in sorted(weights):
+        if name not in own or own[name].shape != weights[name].shape:
+            wanted = f"{tuple(own[name].shape)} is wanted" if name in own else "the model has no such tensor"
+            raise UserError(f"conversion: {name} is {tuple(weights[name].shape)} but {wanted}")
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise UserError(f"conversion: nothing to fill {empty[0]!r} of {type(model).__name__} with; a part is damaged")
+    model.save_pretrained(folder)

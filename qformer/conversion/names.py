@@ -1,0 +1,139 @@
+"""Which tensor of ours is which tensor of a peer: one table per layout, read from our names to theirs.
+
+A table maps module paths (or bare parameters) with `N` for the layer's number; `.weight` and `.bias` follow along.
+The way back is made from the names that our model has, so a peer's tensor that nobody owns stays visible.
+
+Sources: goldens' README ("Key layout"), LAVIS `blip2_qformer.py`/`Qformer.py`, transformers `modeling_blip_2.py` and
+`modeling_instructblip.py`, timm `vision_transformer.py`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+Table = Mapping[str, str]
+
+# Inside a Q-Former layer the peers differ in one word only: LAVIS says `self` where Hugging Face says `attention`.
+_LAYER = {
+    "attention.query": "attention.{inner}.query",
+    "attention.key": "attention.{inner}.key",
+    "attention.value": "attention.{inner}.value",
+    "attention.output": "attention.output.dense",
+    "attention.norm": "attention.output.LayerNorm",
+    "cross_attention.query": "crossattention.{inner}.query",
+    "cross_attention.key": "crossattention.{inner}.key",
+    "cross_attention.value": "crossattention.{inner}.value",
+    "cross_attention.output": "crossattention.output.dense",
+    "cross_attention.norm": "crossattention.output.LayerNorm",
+    "query_ffn.up": "intermediate_query.dense",
+    "query_ffn.down": "output_query.dense",
+    "query_ffn.norm": "output_query.LayerNorm",
+    "text_ffn.up": "intermediate.dense",
+    "text_ffn.down": "output.dense",
+    "text_ffn.norm": "output.LayerNorm",
+}
+
+
+def _layers(root: str, inner: str) -> Table:
+    return {f"qformer.layers.N.{ours}": f"{root}.N.{theirs.format(inner=inner)}" for ours, theirs in _LAYER.items()}
+
+
+LAVIS: Table = {
+    **_layers("Qformer.bert.encoder.layer", "self"),
+    "vision_norm": "ln_vision",
+    "qformer.query_tokens": "query_tokens",
+    "qformer.embedding_norm": "Qformer.bert.embeddings.LayerNorm",
+    "qformer.word_embeddings": "Qformer.bert.embeddings.word_embeddings",
+    "qformer.position_embeddings": "Qformer.bert.embeddings.position_embeddings",
+    "qformer.lm_dense": "Qformer.cls.predictions.transform.dense",
+    "qformer.lm_norm": "Qformer.cls.predictions.transform.LayerNorm",
+    "qformer.lm_bias": "Qformer.cls.predictions.bias",
+    "vision_projection": "vision_proj",
+    "text_projection": "text_proj",
+    "itm_head": "itm_head",
+    "temperature": "temp",
+}
+LAVIS_OPT: Table = {**LAVIS, "language_projection": "opt_proj"}
+LAVIS_T5: Table = {**LAVIS, "language_projection": "t5_proj"}
+
+_HF_COMMON: Table = {
+    **_layers("qformer.encoder.layer", "attention"),
+    "vision_norm": "vision_model.post_layernorm",
+    "qformer.query_tokens": "query_tokens",
+}
+HF_CAPTION: Table = {
+    **_HF_COMMON,
+    "qformer.embedding_norm": "qformer.layernorm",
+    "language_projection": "language_projection",
+}
+# No entry for the temperature and the ITG head: they have no place in this layout and travel in the side file.
+HF_RETRIEVAL: Table = {
+    **_HF_COMMON,
+    "qformer.embedding_norm": "qformer.layernorm",
+    "qformer.word_embeddings": "embeddings.word_embeddings",
+    "qformer.position_embeddings": "embeddings.position_embeddings",
+    "vision_projection": "vision_projection",
+    "text_projection": "text_projection",
+    "itm_head": "itm_head",
+}
+HF_INSTRUCT: Table = {
+    **_HF_COMMON,
+    "qformer.embedding_norm": "qformer.embeddings.layernorm",
+    "qformer.word_embeddings": "qformer.embeddings.word_embeddings",
+    "qformer.position_embeddings": "qformer.embeddings.position_embeddings",
+    "language_projection": "language_projection",
+}
+
+TIMM_VIT_TO_HF: Table = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "blocks.N.norm1": "encoder.layers.N.layer_norm1",
+    "blocks.N.attn.qkv": "encoder.layers.N.self_attn.qkv",
+    "blocks.N.attn.proj": "encoder.layers.N.self_attn.projection",
+    "blocks.N.norm2": "encoder.layers.N.layer_norm2",
+    "blocks.N.mlp.fc1": "encoder.layers.N.mlp.fc1",
+    "blocks.N.mlp.fc2": "encoder.layers.N.mlp.fc2",
+}
+
+
+def peer_name(name: str, table: Table) -> str | None:
+    """The peer's name of one of our tensors, or None where its layout has no place for it."""
+    number = re.search(r"\.(\d+)\.", name)
+    pattern = name if number is None else f"{name[: number.start()]}.N.{name[number.end() :]}"
+    suffix = ""
+    if pattern not in table:
+        pattern, dot, last = pattern.rpartition(".")
+        suffix = dot + last
+    if pattern not in table:
+        return None
+    return (table[pattern] if number is None else table[pattern].replace(".N.", f".{number[1]}.")) + suffix
+
+
+def to_peer(weights: Mapping[str, Tensor], table: Table) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Rename our tensors.
+
+    Returns:
+        Tensors under the peer's names, and under our own names those that its layout has no place for.
+    """
+    named = {name: peer_name(name, table) for name in weights}
+    placed = {theirs: weights[ours] for ours, theirs in named.items() if theirs is not None}
+    return placed, {ours: weights[ours] for ours, theirs in named.items() if theirs is None}
+
+
+def from_peer(
+    weights: Mapping[str, Tensor], names: Iterable[str], table: Table
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take the tensors called `names` (ours) out of a peer's.
+
+    Returns:
+        What was found, under our names, and the peer's remaining tensors under theirs.
+    """
+    rest = dict(weights)
+    found = {}
+    for name in names:
+        theirs = peer_name(name, table)
+        if theirs in rest:
+            found[name] = rest.pop(theirs)
+    return found, rest
