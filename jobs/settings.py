@@ -94,6 +94,8 @@ class QFormerSettings(Settings):
     cross_attention_frequency: int = 2
     embed_dim: int = 256
     dropout: float = 0.1
+    activation_checkpointing: bool = False
+    """Less memory for about a third more work: layers are computed again in the backward pass."""
 
 
 class ModelSettings(Settings):

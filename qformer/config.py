@@ -30,6 +30,9 @@ class QFormerConfig:
     """Width of the shared ITC space."""
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
+    activation_checkpointing: bool = False
+    """Keep only each layer's input in training and compute the layer again in the backward pass: less memory for about
+    a third more work."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
