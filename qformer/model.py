@@ -42,8 +42,8 @@ class PackedText(NamedTuple):
 class Kept(NamedTuple):
     """The rows that are read of the last layer: it computes no others."""
 
-    index: Tensor
-    """Into the packed rows."""
+    chosen: Tensor
+    """Indexes into the packed rows."""
     rows: Rows
 
 
@@ -93,7 +93,7 @@ class QFormerLayer(nn.Module):
         """
         own = self.attention.packed_key_value(hidden_ND, rows)
         if kept is not None:
-            hidden_ND, rows = hidden_ND.index_select(0, kept.index), kept.rows
+            hidden_ND, rows = hidden_ND.index_select(0, kept.chosen), kept.rows
         seen = own if past is None else past.concatenate(own, dim=2)
         hidden_ND = self.attention(hidden_ND, [Part(rows, seen, mask)])
         query_ND, text_MD = hidden_ND[: rows.num_query_rows], hidden_ND[rows.num_query_rows :]
@@ -183,15 +183,19 @@ class QFormer(nn.Module):
         Raises:
             ValueError: If the image tokens are not of the configured encoder width.
         """
-        if image_BPV.shape[-1] != self.config.encoder_width:
-            raise ValueError(
-                f"image tokens are {image_BPV.shape[-1]} wide but the Q-Former was built for "
-                f"encoder_width={self.config.encoder_width}; use the encoder it was trained with"
-            )
+        self.check_width(image_BPV)
         return [
             layer.cross_attention.key_value(image_BPV) if layer.cross_attention is not None else None
             for layer in self.layers
         ]
+
+    def check_width(self, image_V: Tensor) -> None:
+        """Raise a ValueError if the last dimension is not the configured encoder width."""
+        if image_V.shape[-1] != self.config.encoder_width:
+            raise ValueError(
+                f"image tokens are {image_V.shape[-1]} wide but the Q-Former was built for "
+                f"encoder_width={self.config.encoder_width}; use the encoder it was trained with"
+            )
 
     def forward_queries(self, image: Sequence[KeyValue | None]) -> QueryOutput:
         """Queries alone over an image (ITC, and the cache of ITG)."""
@@ -201,6 +205,26 @@ class QFormer(nn.Module):
         rows = Rows(num_images, num_queries, num_queries)
         hidden_ND, cache = self.layers(hidden_ND, rows, image=_parts(image, rows))
         return QueryOutput(hidden_ND.unflatten(0, (-1, num_queries)), cache)
+
+    @torch.no_grad()
+    def cross_attention_maps(self, image: Sequence[KeyValue | None]) -> list[Tensor]:
+        """What each query looks at: probabilities [I, H, Q, P] of every cross-attending layer, in order.
+
+        The training paths never form them; this runs the queries once more for the purpose.
+        """
+        maps: list[Tensor] = []
+
+        def keep(attention: nn.Module, inputs: tuple[Tensor, list[Part]]) -> None:
+            maps.extend(cast(Attention, attention).probabilities(*inputs))
+
+        blocks = [layer.cross_attention for layer in self.layers if layer.cross_attention is not None]
+        handles = [block.register_forward_pre_hook(keep) for block in blocks]
+        try:
+            self.forward_queries(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return maps
 
     def forward_text(self, input_ids_BT: Tensor, is_text_BT: Tensor, *, is_cls_only: bool = False) -> Tensor:
         """Text alone, bi-directional (ITC's text side).

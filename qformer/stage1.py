@@ -209,6 +209,7 @@ class Stage1(nn.Module):
                 f"image_BFPV is {image.dtype} {tuple(image.shape)}, stage 1 takes floating-point encoder tokens "
                 "[B, F, P, V]; give an image one frame"
             )
+        self.qformer.check_width(image)
         if ids.is_floating_point() or ids.dim() != 2 or ids.shape != mask.shape:
             raise ValueError(
                 f"input_ids_BT is {ids.dtype} {tuple(ids.shape)} and is_text_BT {tuple(mask.shape)}; both must be "
