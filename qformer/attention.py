@@ -1,7 +1,7 @@
 """Multi-head attention of the Q-Former over packed rows; keys and values are made apart from queries, to be reused.
 
-Hidden states lie packed: [N, D] without padding, so that linear layers never run on it. Attention alone needs the padded
-form, and `Rows` goes from one to the other.
+Hidden states lie packed: [N, D] without padding, so that linear layers never run on it. Attention alone needs the
+padded form, and `Rows` goes from one to the other.
 
 Dimensions: N packed rows, B items of a pass, S rows of an item when padded, A attended rows, D width, H heads,
 K head width.
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     length: int
     """S, queries and longest text."""
     place_N: Tensor | None = None
-    """Place of each packed row in the padded form, flattened to B*S; None where nothing is padded and order is equal."""
+    """Place of each packed row in the padded form, flattened to B*S; None where both forms are equal."""
 
     @property
     def num_query_rows(self) -> int:

@@ -1,8 +1,8 @@
 """Stage 1: representation learning of the Q-Former against a frozen encoder (ITC + ITM + ITG).
 
 Dimensions: B local batch, N global batch, F frames (1 for an image), P image tokens, V encoder width, Q queries,
-T text tokens, D hidden width, E joint embedding width, R pairs scored by ITM, G frames of several samples, M rows fetched
-from other ranks (images) or tokens that predict another (text).
+T text tokens, D hidden width, E joint embedding width, R pairs scored by ITM, G frames of several samples, M rows
+fetched from other ranks (images) or tokens that predict another (text).
 A clip is its frames' query outputs, concatenated: ITC takes the maximum over all of them, ITG decodes against all of
 their caches, ITM averages its logits over them.
 Reference: BLIP-2 (arXiv:2301.12597), section 3.2.

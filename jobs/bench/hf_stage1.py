@@ -1,6 +1,6 @@
 """Stage 1 as LAVIS schedules it, composed from Hugging Face's Q-Former layers: the peer of the `stage1` benchmark.
 
-Three passes of their own: queries over the image (whose self-attention keys and values ITG reuses), text alone padded to
+Three passes: queries over the image (whose self-attention keys and values ITG reuses), text alone padded to
 `TEXT_LENGTH`, and ITM over 3B image-text pairs whose image tokens are copied and projected anew for every pair. The
 language-model head runs at every position. One process.
 

@@ -1,8 +1,8 @@
 """Ours against the reference schedule: one stage-1 step, forward and backward, without optimizer.
 
 BERT-base size, 257 x 1408 image tokens, equal weights, inputs, negatives and dropout. On a CPU in fp32 with two threads
-at batch 8; with a GPU in bf16 at batch 64, where ours is also compiled. Rounds alternate between the two; each round has
-a batch of captions of its own. Before anything is timed, the losses are compared with dropout off.
+at batch 8; with a GPU in bf16 at batch 64, where ours is also compiled. Rounds alternate between the two; each round
+has a batch of captions of its own. Before anything is timed, the losses are compared with dropout off.
 
 Peak memory is that of a whole step over what the process held before it built the model: weights, gradients and
 activations together. On a CPU a child process of each reports its largest resident size less the size before.
@@ -15,7 +15,7 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -72,15 +72,12 @@ def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
     compiled = case.device == "cuda"
     ours, reference = build(case)
     _assert_same_losses(case, ours, reference, lengths)
-    steps: dict[str, Callable[[int], float]] = {
-        "ours": lambda seed: _timed_step(case, ours, lengths, seed),
-        "reference": lambda seed: _timed_step(case, reference, lengths, seed),
-    }
-    seconds = _alternate(case, steps)
+    models = {"ours": ours, "reference": reference}
+    seconds = _alternate(case, models, lengths)
     if compiled:
         ours.qformer.layers.compile(fullgraph=True)
-        seconds["ours compiled"] = _alternate(case, {"ours": steps["ours"]})["ours"]
-    del ours, reference
+        seconds["ours compiled"] = _alternate(case, {"ours": ours}, lengths)["ours"]
+    del ours, reference, models
     peaks = {name: peak_bytes(case, name, lengths) for name in ("ours", "reference")}
     print(", ".join(f"{name} peak {size / 2**30:.2f} GiB" for name, size in peaks.items()))
     ratios = {
@@ -197,12 +194,12 @@ def _wait(case: Case) -> None:
         torch.cuda.synchronize()
 
 
-def _alternate(case: Case, steps: dict[str, Callable[[int], float]]) -> dict[str, float]:
-    """Median seconds of each step over the rounds, one after the other in every round, after a round of warming up."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+def _alternate(case: Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
+    """Median seconds of a step of each, one after the other in every round, after a round of warming up."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
     for round_ in range(case.rounds + 1):
-        for name, step in steps.items():
-            seconds = step(round_)
+        for name, model in models.items():
+            seconds = _timed_step(case, model, lengths, round_)
             if round_:
                 taken[name].append(seconds)
     return {name: statistics.median(values) for name, values in taken.items()}

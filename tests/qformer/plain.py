@@ -1,7 +1,7 @@
 """Stage 1 written down plainly, with the weights of a `Stage1`: what the fast paths must equal.
 
-Every pass is padded, every pair projects its image anew, every feature of every rank is gathered, attention is a softmax
-over scores, and the language-model head runs everywhere. No dropout.
+Every pass is padded, every pair projects its image anew, every feature of every rank is gathered, attention is a
+softmax over scores, and the language-model head runs everywhere. No dropout.
 """
 
 import torch
