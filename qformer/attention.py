@@ -7,12 +7,13 @@ Dimensions: N packed rows, B items of a pass, S rows of an item when padded, A a
 K head width.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class KeyValue(NamedTuple):
@@ -126,13 +127,13 @@ class Attention(nn.Module):
         return maps
 
     def _attend(self, part: Part, query_ND: Tensor) -> Tensor:
-        attended_BHSK = F.scaled_dot_product_attention(
-            self._heads(part.rows.pad(query_ND)),
-            part.key_value.keys_BHNK,
-            part.key_value.values_BHNK,
-            attn_mask=part.mask,
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
+        query_BHSK = self._heads(part.rows.pad(query_ND))
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout and query_BHSK.device.type == "cpu":
+            # No fused kernel of the CPU knows dropout: probabilities and their dropout would be kept for the backward.
+            attended_BHSK = _recomputed(_dot_product_attention, query_BHSK, *part.key_value, part.mask, dropout)
+        else:
+            attended_BHSK = _dot_product_attention(query_BHSK, *part.key_value, part.mask, dropout)
         return part.rows.pack(attended_BHSK.transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BND: Tensor) -> Tensor:
@@ -152,4 +153,24 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Apply the block: [N, D] to [N, D]."""
-        return self.norm(self.dropout(self.down(F.gelu(self.up(hidden_ND)))) + hidden_ND)
+        down_ND = _recomputed(self._activate, self.up(hidden_ND))
+        return self.norm(self.dropout(down_ND) + hidden_ND)
+
+    def _activate(self, up_NI: Tensor) -> Tensor:
+        return self.down(F.gelu(up_NI))
+
+
+def _dot_product_attention(
+    query_BHSK: Tensor, keys_BHNK: Tensor, values_BHNK: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(query_BHSK, keys_BHNK, values_BHNK, attn_mask=mask, dropout_p=dropout)
+
+
+def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call `function` and let the backward compute again what is cheap to compute but large to keep.
+
+    The second computation stops where the last kept tensor is known: before the final matrix product.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
