@@ -5,9 +5,11 @@ at batch 8; with a GPU in bf16 at batch 64, where ours is also compiled. Rounds 
 has a batch of captions of its own. Before anything is timed, the losses are compared with dropout off.
 
 Peak memory is that of a whole step over what the process held before it built the model: weights, gradients and
-activations together. On a CPU a child process of each reports its largest resident size less the size before.
+activations together. On a CPU a child process of each reports its largest resident size less the size before, with the
+C library told to give freed tensors back at once: else the sizes tell how its heap happened to fill with holes.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,7 +17,7 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -140,12 +142,27 @@ def peak_bytes(case: Case, name: str, lengths: Sequence[int]) -> int:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_report_peak, args=(sender, case, name, list(lengths)))
-    child.start()
+    with _environment("MALLOC_MMAP_THRESHOLD_", "65536"):
+        child.start()
     sender.close()
     try:
         return int(receiver.recv())
     finally:
         child.join()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes started inside."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) -> None:
