@@ -96,7 +96,9 @@ class Stage1(nn.Module):
         """
         self._check(batch)
         frames = batch.image_BFPV.shape[1]
-        tokens_BFPV = self.vision_norm(batch.image_BFPV)
+        # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
+        is_masked_B111 = ~batch.is_valid_B[:, None, None, None]
+        tokens_BFPV = self.vision_norm(batch.image_BFPV.masked_fill(is_masked_B111, 0.0))
         image = self.qformer.image_key_values(tokens_BFPV.flatten(0, 1))
         queries = self.qformer.forward_queries(image)
         queries_BQE = self.embed_queries(queries.hidden_BQD, frames)
@@ -227,7 +229,7 @@ def _name_bad_features(batch: Stage1Batch) -> None:
 
     Looking only then costs nothing in a healthy run.
     """
-    bad_B = ~batch.image_BFPV.isfinite().flatten(1).all(dim=1)
+    bad_B = batch.is_valid_B & ~batch.image_BFPV.isfinite().flatten(1).all(dim=1)
     rows = bad_B.nonzero().flatten().tolist()
     if rows:
         names = [batch.sample_ids[row] for row in rows] if batch.sample_ids else [f"row {row}" for row in rows]
