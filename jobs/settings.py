@@ -98,6 +98,8 @@ class QFormerSettings(Settings):
     """Text positions; as many as `model.qformer_init` has."""
     vision_norm_eps: float = Field(default=1e-5, gt=0)
     """Of the norm on the encoder's tokens; 1e-6 makes `qformer export` exact, 1e-5 is LAVIS'."""
+    activation_checkpointing: bool = False
+    """Less memory for about a third more work: layers are computed again in the backward pass."""
 
 
 class LoraSettings(Settings):

@@ -1,20 +1,78 @@
-"""Multi-head attention of the Q-Former: keys and values are made apart from queries, so that both can be reused.
+"""Multi-head attention of the Q-Former over packed rows; keys and values are made apart from queries, to be reused.
 
-Dimensions: B batch, S attending rows, N attended rows, D width, H heads, K head width.
+Hidden states lie packed: [N, D] without padding, so that linear layers never run on it. Attention alone needs the
+padded form, and `Rows` goes from one to the other.
+
+Dimensions: N packed rows, B items of a pass, S rows of an item when padded, A attended rows, D width, H heads,
+K head width.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one attention layer, each [B, H, N, K]."""
+    """Keys and values of one attention layer, each [B, H, A, K]."""
 
     keys_BHNK: Tensor
     values_BHNK: Tensor
+
+    def take(self, index_E: Tensor) -> "KeyValue":
+        """Those of some items, one copy for each."""
+        return KeyValue(self.keys_BHNK.index_select(0, index_E), self.values_BHNK.index_select(0, index_E))
+
+    def concatenate(self, other: "KeyValue", dim: int) -> "KeyValue":
+        """Both along the items (0) or the attended rows (2)."""
+        keys = torch.cat([self.keys_BHNK, other.keys_BHNK], dim=dim)
+        return KeyValue(keys, torch.cat([self.values_BHNK, other.values_BHNK], dim=dim))
+
+
+class Rows(NamedTuple):
+    """Where packed rows lie in the padded form: every item's queries first, then its text."""
+
+    items: int
+    num_queries: int
+    """Of each item; packed rows begin with all items' queries."""
+    length: int
+    """S, queries and longest text."""
+    place_N: Tensor | None = None
+    """Place of each packed row in the padded form, flattened to B*S; None where both forms are equal."""
+
+    @property
+    def num_query_rows(self) -> int:
+        """How many packed rows, from the first, are queries."""
+        return self.items * self.num_queries
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.items * self.length if self.place_N is None else self.place_N.shape[0]
+
+    def pad(self, packed_ND: Tensor) -> Tensor:
+        """[N, D] to [B, S, D], zeros in between."""
+        if self.place_N is not None:
+            padded = packed_ND.new_zeros(self.items * self.length, packed_ND.shape[1])
+            packed_ND = padded.index_copy(0, self.place_N, packed_ND)
+        return packed_ND.view(self.items, self.length, packed_ND.shape[1])
+
+    def pack(self, padded_BSD: Tensor) -> Tensor:
+        """Inverse of `pad`."""
+        flat = padded_BSD.flatten(0, 1)
+        return flat if self.place_N is None else flat.index_select(0, self.place_N)
+
+
+class Part(NamedTuple):
+    """Consecutive packed rows and what they attend to."""
+
+    rows: Rows
+    key_value: KeyValue
+    mask: Tensor | None = None
+    """Boolean, True where attention is allowed, broadcastable to [B, H, S, A]; None allows all."""
 
 
 class Attention(nn.Module):
@@ -37,26 +95,46 @@ class Attention(nn.Module):
         """Keys and values of `source_BND`, whose width is the layer's key width."""
         return KeyValue(self._heads(self.key(source_BND)), self._heads(self.value(source_BND)))
 
-    def forward(self, hidden_BSD: Tensor, key_value: KeyValue, mask: Tensor | None = None) -> Tensor:
-        """Attend from `hidden_BSD` to `key_value`.
+    def packed_key_value(self, source_ND: Tensor, rows: Rows) -> KeyValue:
+        """Keys and values of packed rows, padded after the projection; padding is for the mask to hide."""
+        return KeyValue(self._heads(rows.pad(self.key(source_ND))), self._heads(rows.pad(self.value(source_ND))))
+
+    def forward(self, hidden_ND: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Attend from `hidden_ND`, part by part.
 
         Args:
-            hidden_BSD: Attending rows; also the residual.
-            key_value: What is attended to.
-            mask: Boolean, True where attention is allowed, broadcastable to [B, H, S, N]; None allows all.
+            hidden_ND: Attending rows, packed; also the residual.
+            parts: In order, together all rows of `hidden_ND`.
 
         Returns:
-            Normalised hidden states [B, S, D].
+            Normalised hidden states [N, D].
         """
-        attended_BHSK = F.scaled_dot_product_attention(
-            self._heads(self.query(hidden_BSD)),
-            key_value.keys_BHNK,
-            key_value.values_BHNK,
-            attn_mask=mask,
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
-        attended_BSD = attended_BHSK.transpose(1, 2).flatten(2)
-        return self.norm(self.dropout(self.output(attended_BSD)) + hidden_BSD)
+        queries = self.query(hidden_ND).split([part.rows.num_rows for part in parts])
+        attended = [self._attend(part, query_ND) for part, query_ND in zip(parts, queries, strict=True)]
+        attended_ND = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return self.norm(self.dropout(self.output(attended_ND)) + hidden_ND)
+
+    def probabilities(self, hidden_ND: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+        """Attention probabilities without dropout, [B, H, S, A] for each part; for looking at, not for training."""
+        queries = self.query(hidden_ND).split([part.rows.num_rows for part in parts])
+        maps = []
+        for part, query_ND in zip(parts, queries, strict=True):
+            query_BHSK = self._heads(part.rows.pad(query_ND))
+            scores_BHSA = query_BHSK @ part.key_value.keys_BHNK.transpose(2, 3) / query_BHSK.shape[-1] ** 0.5
+            if part.mask is not None:
+                scores_BHSA = scores_BHSA.masked_fill(~part.mask, float("-inf"))
+            maps.append(scores_BHSA.float().softmax(dim=-1))
+        return maps
+
+    def _attend(self, part: Part, query_ND: Tensor) -> Tensor:
+        query_BHSK = self._heads(part.rows.pad(query_ND))
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout and query_BHSK.device.type == "cpu":
+            # No fused kernel of the CPU knows dropout: probabilities and their dropout would be kept for the backward.
+            attended_BHSK = _recomputed(_dot_product_attention, query_BHSK, *part.key_value, part.mask, dropout)
+        else:
+            attended_BHSK = _dot_product_attention(query_BHSK, *part.key_value, part.mask, dropout)
+        return part.rows.pack(attended_BHSK.transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BND: Tensor) -> Tensor:
         batch, rows, width = projected_BND.shape
@@ -73,14 +151,26 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """Apply the block: [B, S, D] to [B, S, D]."""
-        return self.norm(self.dropout(self.down(F.gelu(self.up(hidden_BSD)))) + hidden_BSD)
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Apply the block: [N, D] to [N, D]."""
+        down_ND = _recomputed(self._activate, self.up(hidden_ND))
+        return self.norm(self.dropout(down_ND) + hidden_ND)
+
+    def _activate(self, up_NI: Tensor) -> Tensor:
+        return self.down(F.gelu(up_NI))
 
 
-def concatenate(first: KeyValue, second: KeyValue) -> KeyValue:
-    """Join two key-value sets along the attended rows."""
-    return KeyValue(
-        torch.cat([first.keys_BHNK, second.keys_BHNK], dim=2),
-        torch.cat([first.values_BHNK, second.values_BHNK], dim=2),
-    )
+def _dot_product_attention(
+    query_BHSK: Tensor, keys_BHNK: Tensor, values_BHNK: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(query_BHSK, keys_BHNK, values_BHNK, attn_mask=mask, dropout_p=dropout)
+
+
+def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call `function` and let the backward compute again what is cheap to compute but large to keep.
+
+    The second computation stops where the last kept tensor is known: before the final matrix product.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))

@@ -1,5 +1,7 @@
 """Collectives that also work in one process without a process group."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
@@ -49,6 +51,63 @@ def gather(local: Tensor, *, with_gradient: bool) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(world_size())]
     distributed.all_gather(parts, local.contiguous())
     return torch.cat(parts)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    """Send rows to the ranks that asked for them; the backward returns their gradients and sums them per row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, local_BX: Tensor, sent_S: Tensor, send_counts: list[int], receive_counts: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(sent_S)
+        ctx.counts, ctx.shape = (send_counts, receive_counts), local_BX.shape
+        return _all_to_all(local_BX.index_select(0, sent_S), send_counts, receive_counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None, None, None]:
+        (sent_S,) = ctx.saved_tensors
+        send_counts, receive_counts = ctx.counts
+        returned_SX = _all_to_all(grad_MX, receive_counts, send_counts)
+        return grad_MX.new_zeros(ctx.shape).index_add(0, sent_S, returned_SX), None, None, None
+
+
+def fetch_rows(local_BX: Tensor, index_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Fetch chosen rows of the joined batch from the ranks that own them, with gradient; nothing else travels.
+
+    Every rank must call it, with equally many local rows and equally many indexes.
+
+    Args:
+        local_BX: This rank's rows, [B, ...].
+        index_E: Rows wanted, as indexes into all ranks' rows in rank order.
+
+    Returns:
+        fetched_MX, the wanted rows of other ranks, each once; and for every index its place in [local rows; fetched].
+    """
+    if world_size() == 1:
+        return local_BX[:0], index_E
+    size, own = local_BX.shape[0], rank()
+    wanted_WE = gather(index_E, with_gradient=False).view(world_size(), -1)
+
+    def asked(of: int, by: int) -> Tensor:
+        """Rows of one rank that another wants, ascending, so that both sides agree on the order."""
+        wanted = wanted_WE[by]
+        return wanted[(wanted // size == of) & (of != by)].unique()
+
+    sent = [asked(own, by) for by in range(world_size())]
+    received = [asked(of, own) for of in range(world_size())]
+    fetched_MX = _ExchangeRows.apply(
+        local_BX, torch.cat(sent) - own * size, [len(rows) for rows in sent], [len(rows) for rows in received]
+    )
+    # Owners come in rank order and their rows ascending: the fetched indexes are sorted.
+    place_E = size + torch.searchsorted(torch.cat(received), index_E)
+    return fetched_MX, torch.where(index_E // size == own, index_E - own * size, place_E)
+
+
+def _all_to_all(rows_SX: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+    received = rows_SX.new_empty(sum(receive_counts), *rows_SX.shape[1:])
+    distributed.all_to_all_single(received, rows_SX.contiguous(), receive_counts, send_counts)
+    return received
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:

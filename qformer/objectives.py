@@ -1,6 +1,7 @@
 """ITC, ITM and ITG: the three objectives of stage 1, one function a concept.
 
-Dimensions: B local batch, N global batch, Q queries (of all frames), E joint embedding width, T text tokens.
+Dimensions: B local batch, N global batch, Q queries (of all frames), E joint embedding width, M predicted tokens,
+R pairs.
 Every function takes validity masks: a masked sample is no row, no column and no negative of any other.
 Reference: BLIP-2 (arXiv:2301.12597), section 3.2; LAVIS `blip2_qformer.py`.
 """
@@ -83,16 +84,14 @@ def itm_loss(logits_R2: Tensor, is_match_R: Tensor, is_valid_R: Tensor) -> Tenso
     return mean_over_ranks((loss_R * valid_R).sum(), valid_R.sum())
 
 
-def itg_loss(logits_BTV: Tensor, labels_BT: Tensor, *, per_rank: bool = False) -> Tensor:
-    """Next-token cross-entropy with label smoothing; labels of -100 do not count.
+def itg_loss(logits_MV: Tensor, labels_M: Tensor, *, per_rank: bool = False) -> Tensor:
+    """Next-token cross-entropy with label smoothing.
 
     Args:
-        logits_BTV: Logits at every text position.
-        labels_BT: Ids at the same positions; position t is predicted from t - 1.
+        logits_MV: Logits of the tokens that predict another.
+        labels_M: The predicted ids.
         per_rank: Average over this rank's tokens, as LAVIS does, instead of over all ranks'.
     """
-    labels = labels_BT[:, 1:].flatten()
-    logits = logits_BTV[:, :-1].flatten(0, 1).float()
-    total = F.cross_entropy(logits, labels, ignore_index=-100, label_smoothing=LABEL_SMOOTHING, reduction="sum")
-    count = (labels != -100).sum()
+    total = F.cross_entropy(logits_MV.float(), labels_M, label_smoothing=LABEL_SMOOTHING, reduction="sum")
+    count = torch.tensor(len(labels_M), device=labels_M.device)
     return total / count.clamp(min=1) if per_rank else mean_over_ranks(total, count)

@@ -1,7 +1,8 @@
 """Stage 1: representation learning of the Q-Former against a frozen encoder (ITC + ITM + ITG).
 
 Dimensions: B local batch, N global batch, F frames (1 for an image), P image tokens, V encoder width, Q queries,
-T text tokens, D hidden width, E joint embedding width, R pairs scored by ITM.
+T text tokens, D hidden width, E joint embedding width, R pairs scored by ITM, G frames of several samples, M rows
+fetched from other ranks (images) or tokens that predict another (text).
 A clip is its frames' query outputs, concatenated: ITC takes the maximum over all of them, ITG decodes against all of
 their caches, ITM averages its logits over them.
 Reference: BLIP-2 (arXiv:2301.12597), section 3.2.
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from qformer.attention import KeyValue
 from qformer.config import QFormerConfig
-from qformer.distributed import gather, rank
+from qformer.distributed import fetch_rows, gather, rank, world_size
 from qformer.model import QFormer
 from qformer.objectives import Negatives, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
 
@@ -36,6 +37,8 @@ class Stage1Batch:
     """int64; samples with the same id share an image and are positives of each other."""
     is_valid_B: Tensor
     """False for padded and quarantined rows."""
+    sample_ids: Sequence[str] = ()
+    """Names for error messages; may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +86,18 @@ class Stage1(nn.Module):
         """All three losses of one step; the gradient of `total` averaged over ranks is the joined batch's.
 
         Args:
-            batch: Every rank must bring equally many samples and frames.
+            batch: Every rank must bring equally many samples and frames, and text padded to one length.
             generator: Randomness of the hard negatives.
             negatives: Use these instead of drawing (for comparison with recorded runs).
+
+        Raises:
+            ValueError: If the batch does not fit the model, or its features hold NaN or infinity.
         """
+        self._check(batch)
         frames = batch.image_BFPV.shape[1]
-        tokens_BFPV = self.vision_norm(batch.image_BFPV)
+        # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
+        is_masked_B111 = ~batch.is_valid_B[:, None, None, None]
+        tokens_BFPV = self.vision_norm(batch.image_BFPV.masked_fill(is_masked_B111, 0.0))
         image = self.qformer.image_key_values(tokens_BFPV.flatten(0, 1))
         queries = self.qformer.forward_queries(image)
         queries_BQE = self.embed_queries(queries.hidden_BQD, frames)
@@ -108,7 +117,10 @@ class Stage1(nn.Module):
         itm = self._itm(batch, tokens_BFPV, image, negatives)
         itg = self._itg(batch, queries.cache, frames)
         itc = (itc_i2t + itc_t2i) / 2
-        return Stage1Losses(itc + itm + itg, itc, itm, itg)
+        total = itc + itm + itg
+        if not total.isfinite():
+            _name_bad_features(batch)
+        return Stage1Losses(total, itc, itm, itg)
 
     def embed_queries(self, hidden_GQD: Tensor, frames: int) -> Tensor:
         """L2-normalised query embeddings of all frames: [B, F*Q, E] from [B*F, Q, D]."""
@@ -117,7 +129,7 @@ class Stage1(nn.Module):
 
     def embed_text(self, input_ids_BT: Tensor, is_text_BT: Tensor) -> Tensor:
         """L2-normalised embedding of the text's [CLS]: [B, E]."""
-        cls_BD = self.qformer.forward_text(input_ids_BT, is_text_BT)[:, 0]
+        cls_BD = self.qformer.forward_text(input_ids_BT, is_text_BT, is_cls_only=True)
         return F.normalize(self.text_projection(cls_BD).float(), dim=-1)
 
     def match_logits(
@@ -131,52 +143,99 @@ class Stage1(nn.Module):
             is_text_RT: Its mask.
             frames: F.
         """
-        hidden_GSD = self.qformer.forward_joint(
+        hidden_GQD = self.qformer.forward_joint(
             image, input_ids_RT.repeat_interleave(frames, 0), is_text_RT.repeat_interleave(frames, 0)
         )
-        logits_GQ2 = self.itm_head(hidden_GSD[:, : self.qformer.config.num_queries])
-        return logits_GQ2.unflatten(0, (-1, frames)).mean(dim=(1, 2))
+        return self.itm_head(hidden_GQD).unflatten(0, (-1, frames)).mean(dim=(1, 2))
 
     def _itm(
         self, batch: Stage1Batch, tokens_BFPV: Tensor, image: list[KeyValue | None], negatives: Negatives
     ) -> Tensor:
-        """Pairs in LAVIS' order: (image, text), (negative image, text), (image, negative text)."""
-        frames = tokens_BFPV.shape[1]
-        all_tokens_NFPV = gather(tokens_BFPV, with_gradient=True)
-        negative_image = self.qformer.image_key_values(all_tokens_NFPV[negatives.image_B].flatten(0, 1))
-        pairs: list[KeyValue | None] = [
-            None
-            if own is None or negative is None
-            else KeyValue(
-                torch.cat([own.keys_BHNK, negative.keys_BHNK, own.keys_BHNK]),
-                torch.cat([own.values_BHNK, negative.values_BHNK, own.values_BHNK]),
-            )
-            for own, negative in zip(image, negative_image, strict=True)
-        ]
+        """Matching and non-matching pairs, 1 to 2.
+
+        An image meets its own text and its negative text over one set of keys and values. Negative images of this rank
+        are indexed; those of other ranks come as encoder tokens, which are smaller than six layers' keys and values.
+        """
+        size, frames = tokens_BFPV.shape[:2]
+        fetched_MFPV, place_B = fetch_rows(tokens_BFPV, negatives.image_B)
+        if world_size() > 1:  # also when nothing was fetched: the exchange's backward needs every rank
+            fetched = self.qformer.image_key_values(fetched_MFPV.flatten(0, 1))
+            known: list[KeyValue | None] = [
+                None if own is None or other is None else own.concatenate(other, dim=0)
+                for own, other in zip(image, fetched, strict=True)
+            ]
+        else:
+            known = image
+        place_G = (place_B[:, None] * frames + torch.arange(frames, device=place_B.device)).flatten()
+        other_image = [None if kv is None else kv.take(place_G) for kv in known]
+
         ids_BT, mask_BT = batch.input_ids_BT, batch.is_text_BT
         negative_ids_BT = gather(ids_BT, with_gradient=False)[negatives.text_B]
         negative_mask_BT = gather(mask_BT, with_gradient=False)[negatives.text_B]
-        logits_R2 = self.match_logits(
-            pairs,
-            torch.cat([ids_BT, ids_BT, negative_ids_BT]),
-            torch.cat([mask_BT, mask_BT, negative_mask_BT]),
-            frames,
+
+        def rows(own_BT: Tensor, negative_BT: Tensor) -> Tensor:
+            """Own and negative text of every frame in turn, then the own text of every negative frame."""
+            both_GST = torch.stack([own_BT, negative_BT], dim=1).repeat_interleave(frames, 0)
+            return torch.cat([both_GST.flatten(0, 1), own_BT.repeat_interleave(frames, 0)])
+
+        hidden_GQD = self.qformer.forward_joint(
+            image, rows(ids_BT, negative_ids_BT), rows(mask_BT, negative_mask_BT), other_image
         )
+        logits_G2 = self.itm_head(hidden_GQD).mean(dim=1)
+        own_logits_BF22, other_logits_BF2 = logits_G2.split([2 * size * frames, size * frames])
+        own_logits_B22 = own_logits_BF22.unflatten(0, (size, frames, 2)).mean(dim=1)
+        other_logits_B2 = other_logits_BF2.unflatten(0, (size, frames)).mean(dim=1)
+        logits_R2 = torch.cat([own_logits_B22[:, 0], own_logits_B22[:, 1], other_logits_B2])
         valid_B = batch.is_valid_B
         has_negative_B = valid_B & negatives.has_negative_B
         is_match_R = torch.cat([torch.ones_like(valid_B), torch.zeros_like(valid_B), torch.zeros_like(valid_B)])
         return itm_loss(logits_R2, is_match_R, torch.cat([valid_B, has_negative_B, has_negative_B]))
 
     def _itg(self, batch: Stage1Batch, cache: list[KeyValue], frames: int) -> Tensor:
-        """Text decoded against the cached keys and values of all frames' queries."""
-        is_label_BT = batch.is_text_BT.bool() & batch.is_valid_B[:, None]
-        labels_BT = batch.input_ids_BT.masked_fill(~is_label_BT, -100)
-        decoder_ids_BT = batch.input_ids_BT.clone()
+        """Text decoded against the cached keys and values of all frames' queries.
+
+        Only tokens that predict a token of a valid sample are computed; the last one, [SEP], predicts none.
+        """
+        is_label_BT = batch.is_text_BT[:, 1:].bool() & batch.is_valid_B[:, None]
+        decoder_ids_BT = batch.input_ids_BT[:, :-1].clone()
         decoder_ids_BT[:, 0] = self.dec_id
-        logits_BTV = self.qformer.decode_text(
-            decoder_ids_BT, batch.is_text_BT, [_join_frames(kv, frames) for kv in cache]
+        logits_MV = self.qformer.decode_text(decoder_ids_BT, is_label_BT, [_join_frames(kv, frames) for kv in cache])
+        return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT], per_rank=self.lavis_reduction)
+
+    def _check(self, batch: Stage1Batch) -> None:
+        """Refuse a batch that does not fit the model or itself."""
+        image, ids, mask = batch.image_BFPV, batch.input_ids_BT, batch.is_text_BT
+        if image.dim() != 4 or not image.is_floating_point():
+            raise ValueError(
+                f"image_BFPV is {image.dtype} {tuple(image.shape)}, stage 1 takes floating-point encoder tokens "
+                "[B, F, P, V]; give an image one frame"
+            )
+        self.qformer.check_width(image)
+        if ids.is_floating_point() or ids.dim() != 2 or ids.shape != mask.shape:
+            raise ValueError(
+                f"input_ids_BT is {ids.dtype} {tuple(ids.shape)} and is_text_BT {tuple(mask.shape)}; both must be "
+                "[B, T], the ids integers"
+            )
+        for name in ("input_ids_BT", "image_ids_B", "is_valid_B"):
+            if len(getattr(batch, name)) != len(image):
+                raise ValueError(
+                    f"image_BFPV has {len(image)} samples but {name} {len(getattr(batch, name))}; give every sample one"
+                )
+
+
+def _name_bad_features(batch: Stage1Batch) -> None:
+    """Raise if a loss that is not finite comes from the features; else the weights are to blame, and the loop stops.
+
+    Looking only then costs nothing in a healthy run.
+    """
+    bad_B = batch.is_valid_B & ~batch.image_BFPV.isfinite().flatten(1).all(dim=1)
+    rows = bad_B.nonzero().flatten().tolist()
+    if rows:
+        names = [batch.sample_ids[row] for row in rows] if batch.sample_ids else [f"row {row}" for row in rows]
+        raise ValueError(
+            f"the encoder's features hold NaN or infinity for {', '.join(names[:8])} ({len(names)} of {len(bad_B)} "
+            "samples); look at these files, or run the frozen encoder in fp32"
         )
-        return itg_loss(logits_BTV, labels_BT, per_rank=self.lavis_reduction)
 
 
 def _join_frames(cached: KeyValue, frames: int) -> KeyValue:

@@ -44,6 +44,9 @@ class Stage2(nn.Module):
         self.language_projection = nn.Linear(config.hidden_size, language_width)
         self.lora = lora
         self.freeze_qformer = freeze_qformer
+        if (unread := self.qformer.layers[-1].text_ffn) is not None:
+            # Queries alone become soft prompts: nothing reads the last layer's text, so its weights have no gradient.
+            unread.requires_grad_(False)
         if freeze_qformer:
             self.vision_norm.requires_grad_(False)
             self.qformer.requires_grad_(False)
@@ -83,7 +86,7 @@ class Stage2(nn.Module):
             self._require_ids(instruction_ids_BT, len(image_BFPV))
             ids_GT = instruction_ids_BT.repeat_interleave(frames, 0)
             is_text_GT = is_instruction_BT.repeat_interleave(frames, 0)
-            hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT)[:, : config.num_queries]
+            hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT)
         return self.language_projection(hidden_GQD).unflatten(0, (-1, frames)).flatten(1, 2)
 
     def _require_image(self, image_BFPV: Tensor) -> int:

@@ -68,6 +68,7 @@ class RepresentationStage:
             is_text_BT=mask_BT.to(device),
             image_ids_B=torch.from_numpy(batch.image_ids).to(device),
             is_valid_B=torch.from_numpy(batch.is_valid).to(device),
+            sample_ids=tuple(batch.sample_ids),
         )
         losses = call(inputs, sampling_generator(self.seed, step, device))
         return {"total": losses.total, "itc": losses.itc, "itm": losses.itm, "itg": losses.itg}

@@ -163,6 +163,9 @@ def test_hidden_states_loss_and_gradients_equal_hugging_face(pair):
     assert own.keys() == gradients.keys()
     for name, parameter in own.items():
         largest = gradients[name].abs().max()
+        if not parameter.requires_grad:  # the last layer's text feed-forward, which no query reads
+            assert largest == 0 and "text_ffn" in name
+            continue
         assert (parameter.grad - gradients[name]).abs().max() <= GRADIENT_SHARE * largest + 1e-7, name
     assert sum(float(g.abs().max()) > 0 for g in gradients.values()) > 0.8 * len(gradients)
 

@@ -91,6 +91,7 @@ def test_lavis_reduction_differs_from_the_joined_gradient():
 @pytest.mark.parametrize("frames", [1, 3])
 def test_a_masked_sample_changes_nothing(frames):
     full = batch(5, frames)
+    full.image_BFPV[4, 0, 2] = float("nan")
     kept, with_bad = model(), model()
     short = kept(take(full, slice(0, 4)), negatives=cyclic_negatives(4))
     short.total.backward()

@@ -79,8 +79,10 @@ def test_every_kind_learns_leaves_the_backbones_and_comes_back_from_its_checkpoi
     run = make_run(kinds(tokenizer, t5)[kind], stage1)
     before = loss_of(run)
     thrice = iter([*batches()] * 3)
-    train(run, tmp_path / "two", learning_rate=3e-3, steps=24, checkpoint_every=24, given=thrice)
-    assert loss_of(run) < before
+    # A random T5 hardly hears its prompt: it takes larger steps to show that the bridge learns.
+    rate = 2e-2 if "t5" in kind else 3e-3
+    train(run, tmp_path / "two", learning_rate=rate, steps=24, checkpoint_every=24, given=thrice)
+    assert loss_of(run) < before - 0.05, (before, loss_of(run))
     run.assert_frozen()
     names = {name.split(".")[0] for name in run.trainable_names}
     expected = {"qformer", "vision_norm", "language_projection"}

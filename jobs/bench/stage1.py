@@ -1,0 +1,233 @@
+"""Ours against the reference schedule: one stage-1 step, forward and backward, without optimizer.
+
+BERT-base size, 257 x 1408 image tokens, equal weights, inputs, negatives and dropout. On a CPU in fp32 with two threads
+at batch 8; with a GPU in bf16 at batch 64, where ours is also compiled. Rounds alternate between the two; each round
+has a batch of captions of its own. Before anything is timed, the losses are compared with dropout off.
+
+Peak memory is that of a whole step over what the process held before it built the model: weights, gradients and
+activations together. On a CPU a child process of each reports its largest resident size less the size before, with the
+C library told to give freed tensors back at once: else the sizes tell how its heap happened to fill with holes.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor, multiprocessing, nn
+
+from jobs.bench.hf_stage1 import TEXT_LENGTH, HuggingFaceStage1
+from jobs.bench.result import BenchResult
+from qformer.config import QFormerConfig
+from qformer.objectives import Negatives
+from qformer.stage1 import Stage1, Stage1Batch
+
+THREADS = 2
+BERT_VOCABULARY = 30_522
+PAPER = QFormerConfig(encoder_width=1408, vocab_size=BERT_VOCABULARY + 1)
+IMAGE_TOKENS = 257
+# Lengths of sixteen captions, for where the real ones are not at hand.
+LENGTHS = (13, 12, 16, 11, 14, 18, 12, 10, 13, 15, 21, 12, 14, 9, 17, 13)
+# fp32 sums in another order over 12 layers.
+LOSS_GAP = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured where."""
+
+    config: QFormerConfig = PAPER
+    image_tokens: int = IMAGE_TOKENS
+    batch: int = 8
+    rounds: int = 5
+    device: str = "cpu"
+    is_bf16: bool = False
+
+
+def run() -> BenchResult:
+    """Measure on the GPU where torch sees one, else on the CPU."""
+    lengths, source = caption_lengths()
+    if torch.cuda.is_available():
+        case = Case(batch=64, rounds=20, device="cuda", is_bf16=True)
+    else:
+        case = Case()
+        torch.set_num_threads(THREADS)
+    print(f"{case.batch} captions a step, lengths from {source}; {'bf16' if case.is_bf16 else 'fp32'} on {case.device}")
+    return measure(case, lengths)
+
+
+def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
+    """Time both schedules in turns and take their peak memory.
+
+    Raises:
+        ValueError: If their losses differ with dropout off.
+    """
+    compiled = case.device == "cuda"
+    ours, reference = build(case)
+    _assert_same_losses(case, ours, reference, lengths)
+    models = {"ours": ours, "reference": reference}
+    seconds = _alternate(case, models, lengths)
+    if compiled:
+        ours.qformer.layers.compile(fullgraph=True)
+        seconds["ours compiled"] = _alternate(case, {"ours": ours}, lengths)["ours"]
+    del ours, reference, models
+    peaks = {name: peak_bytes(case, name, lengths) for name in ("ours", "reference")}
+    print(", ".join(f"{name} peak {size / 2**30:.2f} GiB" for name, size in peaks.items()))
+    ratios = {
+        "speedup": seconds["reference"] / seconds["ours compiled" if compiled else "ours"],
+        "peak_memory": peaks["ours"] / peaks["reference"],
+    }
+    if compiled:
+        ratios["speedup eager"] = seconds["reference"] / seconds["ours"]
+    return BenchResult(bench="stage1", seconds=seconds, ratios=ratios)
+
+
+def build(case: Case) -> tuple[Stage1, HuggingFaceStage1]:
+    """Both with the same weights, in training mode."""
+    torch.manual_seed(0)
+    ours = Stage1(case.config)
+    return ours.to(case.device).train(), HuggingFaceStage1(ours).to(case.device).train()
+
+
+def make_batch(case: Case, lengths: Sequence[int], seed: int) -> tuple[Stage1Batch, Negatives]:
+    """Random features and ids, caption lengths drawn from `lengths`, text padded to the batch's longest."""
+    length_B = torch.tensor(random.Random(seed).choices([min(n, TEXT_LENGTH) for n in lengths], k=case.batch))
+    generator = torch.Generator().manual_seed(seed)
+    is_text_BT = torch.arange(int(length_B.max()))[None] < length_B[:, None]
+    ids_BT = torch.randint(1, case.config.vocab_size - 1, is_text_BT.shape, generator=generator)
+    index_B = torch.arange(case.batch)
+    tokens = (case.batch, 1, case.image_tokens, case.config.encoder_width)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(case.device)
+
+    batch = Stage1Batch(
+        image_BFPV=moved(torch.randn(tokens, generator=generator)),
+        input_ids_BT=moved(ids_BT.masked_fill(~is_text_BT, 0)),
+        is_text_BT=moved(is_text_BT),
+        image_ids_B=moved(index_B),
+        is_valid_B=moved(torch.ones(case.batch, dtype=torch.bool)),
+    )
+    shift_B = torch.randint(1, case.batch, (2, case.batch), generator=generator)
+    image_B, text_B = (index_B + shift_B) % case.batch
+    return batch, Negatives(moved(image_B), moved(text_B), moved(torch.ones(case.batch, dtype=torch.bool)))
+
+
+def caption_lengths() -> tuple[list[int], str]:
+    """Tokens of the real captions, and where they are from.
+
+    A word or punctuation mark counts as one token, plus [CLS] and [SEP]: BERT's vocabulary splits rare words further,
+    so real texts are slightly longer.
+    """
+    root = Path(os.environ.get("QFORMER_TEST_DATA") or Path(__file__).parents[2] / "../shared/data").resolve()
+    file = root / "captioned" / "captions.jsonl"
+    if not file.is_file():
+        return list(LENGTHS), "the fixed list in the benchmark (no captioned/captions.jsonl in QFORMER_TEST_DATA)"
+    with file.open(encoding="utf-8") as lines:
+        captions = [caption for line in lines for caption in json.loads(line)["captions"]]
+    return [len(re.findall(r"\w+|[^\w\s]", caption)) + 2 for caption in captions], f"{len(captions)} real captions"
+
+
+def peak_bytes(case: Case, name: str, lengths: Sequence[int]) -> int:
+    """Memory of a step of `name` at its highest: weights, gradients and activations."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_report_peak, args=(sender, case, name, list(lengths)))
+    with _environment("MALLOC_MMAP_THRESHOLD_", "65536"):
+        child.start()
+    sender.close()
+    try:
+        return int(receiver.recv())
+    finally:
+        child.join()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes started inside."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) -> None:
+    if case.device == "cpu":
+        torch.set_num_threads(THREADS)
+    # What the reference imports belongs to no step: bring it in on both sides before the size is read.
+    build(Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
+    before = _resident_bytes()
+    model: nn.Module = Stage1(case.config) if name == "ours" else _reference_alone(case.config)
+    model.to(case.device).train()
+    for seed in range(2):
+        _timed_step(case, model, lengths, seed)
+        model.zero_grad(set_to_none=True)
+    if case.device == "cuda":
+        sender.send(torch.cuda.max_memory_allocated())
+    else:
+        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
+    """The reference, built from a model on no device so that only one copy of the weights ever lies in memory."""
+    with torch.device("meta"):
+        shapes = Stage1(config)
+    return HuggingFaceStage1(shapes, has_weights=False)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:
+    batch, negatives = make_batch(case, lengths, seed)
+    model.zero_grad(set_to_none=True)
+    _wait(case)
+    start = time.perf_counter()
+    with torch.autocast(case.device, dtype=torch.bfloat16, enabled=case.is_bf16):
+        losses = model(batch, negatives=negatives)
+    losses.total.backward()
+    _wait(case)
+    return time.perf_counter() - start
+
+
+def _wait(case: Case) -> None:
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _alternate(case: Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
+    """Median seconds of a step of each, one after the other in every round, after a round of warming up."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for round_ in range(case.rounds + 1):
+        for name, model in models.items():
+            seconds = _timed_step(case, model, lengths, round_)
+            if round_:
+                taken[name].append(seconds)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+@torch.no_grad()
+def _assert_same_losses(case: Case, ours: nn.Module, reference: nn.Module, lengths: Sequence[int]) -> None:
+    batch, negatives = make_batch(case, lengths, seed=0)
+    own, theirs = (model.eval()(batch, negatives=negatives) for model in (ours, reference))
+    for name in ("itc", "itm", "itg"):
+        first, second = float(getattr(own, name)), float(getattr(theirs, name))
+        if abs(first - second) > LOSS_GAP:
+            raise ValueError(f"{name}: ours is {first}, the reference's {second}; they no longer compute the same")
+    ours.train(), reference.train()
