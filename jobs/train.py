@@ -254,7 +254,7 @@ def _check(settings: TrainSettings, num_rows: int) -> None:
 
 def _learn_tokenizer(settings: TrainSettings, manifest: pa.Table) -> None:
     """Learn the vocabulary once per run; a resumed run keeps its own."""
-    from qformer.text import learn_text_tokenizer
+    from pipelines.training.vocabulary import learn_text_tokenizer
 
     folder = _tokenizer_folder(settings)
     if storage.exists(folder):

@@ -14,8 +14,10 @@ STANDARD = sys.stdlib_module_names
 # What the model library may use besides torch and the standard library, inside functions of these modules only.
 LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
-    "qformer/text.py": {"tokenizers", "transformers"},
-    "qformer/bridge.py": {"safetensors", "tokenizers", "transformers"},
+    "qformer/text.py": {"transformers"},
+    "qformer/bridge.py": {"safetensors"},
+    "qformer/lora.py": {"peft"},
+    "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/bundle.py": {"safetensors"},
     "qformer/conversion/frozen.py": {"transformers"},
     "qformer/conversion/huggingface.py": {"safetensors", "transformers"},

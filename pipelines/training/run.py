@@ -17,12 +17,13 @@ from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_c
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
-from qformer.config import QFormerConfig
+from qformer.config import LoraConfig, QFormerConfig
+from qformer.conversion.bert import start_from_bert
+from qformer.conversion.initialisation import start_stage2
 from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
-from qformer.initialisation import start_from_bert, start_stage2
 from qformer.language import build_language_model
-from qformer.lora import Lora, LoraConfig
+from qformer.lora import Lora
 from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2

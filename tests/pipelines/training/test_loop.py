@@ -15,9 +15,10 @@ from pipelines.training.accounting import Accounting
 from pipelines.training.loop import Loop, LoopSettings
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import ModelChoice, TrainingRun
+from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner, load_retriever, read_info
+from qformer.config import GenerationSettings
 from qformer.errors import UserError
-from qformer.text import learn_text_tokenizer
 
 MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
 CAPTIONS = ["a small red circle", "a large blue square", "a small green star", "a large yellow cross"]
@@ -217,7 +218,7 @@ def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_pa
     pixels = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
     embeds, tokens = retriever.embed_image(pixels)
     assert embeds.shape == (2, 4, 16) and retriever.match(tokens, CAPTIONS[:2]).shape == (2,)
-    assert len(captioner.caption(pixels, max_new_tokens=3)) == 2
+    assert len(captioner.answer(pixels, settings=GenerationSettings(max_new_tokens=3))) == 2
     with pytest.raises(UserError, match="stage-1"):
         load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
 
