@@ -149,8 +149,9 @@ def test_the_instruction_is_not_in_the_loss_and_reaches_both_models(tokenizer, t
     assert run.stage.language.tokenizer.decode(counted) == "a small red circle"
 
 
+@torch.no_grad()
 def test_a_sample_brings_its_own_instruction(tokenizer, t5, stage1):
-    """Where it has one; the others take the prompt. Each sample's loss is that of a run with its instruction as prompt."""
+    """Where it has one; the others take the prompt. Each sample's loss is that of a run with that prompt."""
     chosen = kinds(tokenizer, t5)["instructed"]
     run, batch = make_run(chosen, stage1), next(batches())
     run.stage.trainables.eval()
