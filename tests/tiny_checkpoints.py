@@ -23,21 +23,24 @@ LANGUAGE_WIDTH = 32
 
 def write_stage1(folder: Path) -> Path:
     """A retriever's checkpoint folder."""
+    torch.manual_seed(1)
+    tokenizer = text_tokenizer()
+    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size)), tokenizer, None)
+
+
+def text_tokenizer() -> TextTokenizer:
+    """The Q-Former's own, of whole words."""
     import_torchvision()
     from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(1)
-    tokenizer = TextTokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
-            pad_token="[PAD]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-            unk_token="[UNK]",
-        ),
-        16,
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
     )
-    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size)), tokenizer, None)
+    return TextTokenizer(tokenizer, 16)
 
 
 def write_stage2(folder: Path, lora: LoraConfig | None = None) -> Path:
