@@ -57,11 +57,11 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
     parameters, names = summary["trainable_parameters"], summary["trainable_names"]
     logger.info(
-        "trained %d parameters in %d tensors, listed in %s; %s",
+        "trained %d parameters in %d tensors, listed in %s; %d texts were cut",
         parameters,
         len(names),
         SUMMARY_FILE,
-        summary["load_report"],
+        summary["texts_truncated"],
     )
     logger.info("run folder %s; curves: tensorboard --logdir %s", settings.output, settings.output)
     print(summary["accounting"])
@@ -135,9 +135,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         seed=settings.seed,
         init_from=settings.init_from,
         features=cache.spec if cache else None,
+        is_compiled=settings.compile,
     )
     optim = settings.optim
     optimizer = build_optimizer(run.stage.trainables, weight_decay=optim.weight_decay, betas=optim.betas)
+    if rank() == 0:
+        arguments["board"].say.remote(f"weights {run.load_report}")
     accounting, start_step = Accounting(), 0
     newest = _newest_checkpoint(settings.output)
     if newest is not None:
@@ -254,7 +257,7 @@ def _check(settings: TrainSettings, num_rows: int) -> None:
 
 def _learn_tokenizer(settings: TrainSettings, manifest: pa.Table) -> None:
     """Learn the vocabulary once per run; a resumed run keeps its own."""
-    from qformer.text import learn_text_tokenizer
+    from pipelines.training.vocabulary import learn_text_tokenizer
 
     folder = _tokenizer_folder(settings)
     if storage.exists(folder):

@@ -74,15 +74,22 @@ def _micro_batches(
         ranks = []
         for rank, rows in enumerate(rank_rows(batch, world_size)):
             captions: list[str] = []
+            instructions: list[str] = []
             seeds: list[int | None] = []
             kept = manifest.take(pa.array(np.where(rows == PADDING, 0, rows)))
-            names, texts = kept[schema.SAMPLE_ID].to_pylist(), kept[schema.CAPTIONS].to_pylist()
-            for name, choices in zip(names, texts, strict=True):
-                captions.append(choices[caption_index(seed, epoch, name, len(choices))] if choices else "")
+            columns = (kept[name].to_pylist() for name in (schema.SAMPLE_ID, schema.CAPTIONS, schema.INSTRUCTIONS))
+            for name, choices, questions in zip(*columns, strict=True):
+                index = caption_index(seed, epoch, name, len(choices)) if choices else 0
+                captions.append(choices[index] if choices else "")
+                instructions.append(_instruction(questions, index))
                 seeds.append(augmentation_seed(seed, epoch, name) if augmentation.is_active else None)
             if (rows == PADDING).any():
-                kept, captions = _blanked(kept, rows == PADDING, kind, captions)
-            ranks.append(_block(kept, captions, seeds, first_step + offset, rank))
+                kept = _blanked(kept, rows == PADDING, kind)
+                captions, instructions = (
+                    ["" if is_blank else text for text, is_blank in zip(texts, rows == PADDING, strict=True)]
+                    for texts in (captions, instructions)
+                )
+            ranks.append(_block(kept, captions, instructions, seeds, first_step + offset, rank))
         tables.append(ranks)
     return tables
 
@@ -90,7 +97,8 @@ def _micro_batches(
 def evaluation_blocks(manifest: pa.Table, batch_size: int) -> list[pa.Table]:
     """Every row once, in the manifest's order within its kind, in tables of one kind and at most `batch_size` rows.
 
-    The step column numbers the tables; captions are left empty, for evaluation wants all of them.
+    The step column numbers the tables; captions are left empty, for evaluation wants all of them. A row with several
+    instructions gets its first; `jobs.evaluate` refuses such rows.
     """
     kinds = np.asarray(manifest[schema.KIND].to_pylist())
     blocks: list[pa.Table] = []
@@ -99,7 +107,8 @@ def evaluation_blocks(manifest: pa.Table, batch_size: int) -> list[pa.Table]:
         for start in range(0, len(rows), batch_size):
             kept = manifest.take(pa.array(rows[start : start + batch_size]))
             count = len(kept)
-            blocks.append(_block(kept, [""] * count, [None] * count, len(blocks), 0))
+            instructions = [_instruction(questions, 0) for questions in kept[schema.INSTRUCTIONS].to_pylist()]
+            blocks.append(_block(kept, [""] * count, instructions, [None] * count, len(blocks), 0))
     return blocks
 
 
@@ -114,11 +123,19 @@ def image_ids(rows: pa.Table) -> list[int]:
     return ids
 
 
-def _block(kept: pa.Table, captions: list[str], seeds: Sequence[int | None], step: int, rank: int) -> pa.Table:
+def _instruction(questions: list[str] | None, index: int) -> str:
+    """The instruction that belongs to caption `index`; "" where the row has none."""
+    return questions[index if len(questions) > 1 else 0] if questions else ""
+
+
+def _block(
+    kept: pa.Table, captions: list[str], instructions: list[str], seeds: Sequence[int | None], step: int, rank: int
+) -> pa.Table:
     count = len(kept)
     block = kept.select(_carried(kept))
     return (
         block.append_column(schema.CAPTION, pa.array(captions, pa.string()))
+        .append_column(schema.INSTRUCTION, pa.array(instructions, pa.string()))
         .append_column(IMAGE_ID, pa.array(image_ids(block), pa.int64()))
         .append_column(AUGMENTATION_SEED, pa.array(seeds, pa.int64()))
         .append_column(STEP, pa.array([step] * count, pa.int64()))
@@ -127,17 +144,14 @@ def _block(kept: pa.Table, captions: list[str], seeds: Sequence[int | None], ste
     )
 
 
-def _blanked(
-    kept: pa.Table, is_padding: NDArray[np.bool_], kind: str, captions: list[str]
-) -> tuple[pa.Table, list[str]]:
-    """Empty the padding rows: no id, no media, no caption, but the batch's kind."""
+def _blanked(kept: pa.Table, is_padding: NDArray[np.bool_], kind: str) -> pa.Table:
+    """Empty the padding rows: no id, no media, but the batch's kind."""
     columns = {}
     for name in _carried(kept):
         blank = {schema.SAMPLE_ID: "", schema.KIND: kind}.get(name)
         scalar = pa.scalar(blank, kept.schema.field(name).type)
         columns[name] = pc.if_else(pa.array(~is_padding), kept[name], scalar)
-    texts = ["" if is_blank else text for text, is_blank in zip(captions, is_padding, strict=True)]
-    return pa.table(columns, schema=kept.select(_carried(kept)).schema), texts
+    return pa.table(columns, schema=kept.select(_carried(kept)).schema)
 
 
 def _carried(manifest: pa.Table) -> list[str]:
