@@ -59,7 +59,7 @@ def test_every_rank_looks_up_its_share(world_size, steps_per_block):
 
 
 def test_rows_without_caption_are_found_but_not_padding():
-    texts = [["a"], [], ["", "b"][:1]]
+    texts = [["a"], [], [""]]
     table = manifest([{"sample_id": f"s{i}", "media": "/x", "captions": t} for i, t in enumerate(texts)])
     corpus = Corpus([Source("", TableRows(table))])
     (plan,) = training_blocks(
@@ -75,8 +75,9 @@ def test_evaluation_reads_every_row_once_piece_by_piece(tmp_path):
     rows = PartRows(str(folder), "val")
     blocks = evaluation_blocks(rows, 64)
     first = next(blocks)
-    assert 0 < rows.bytes_read < sum(path.stat().st_size for path in folder.iterdir()) * 0.6
+    begun_bytes = rows.bytes_read
     tables = [first, *blocks]
+    assert 0 < begun_bytes < rows.bytes_read, "the second part is read when its rows are wanted"
     assert [table[STEP][0].as_py() for table in tables] == list(range(len(tables)))
     assert all(len(set(table[schema.KIND].to_pylist())) == 1 and len(table) <= 64 for table in tables)
     names = pa.concat_tables(tables)[schema.SAMPLE_ID].to_pylist()
