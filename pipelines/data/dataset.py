@@ -38,7 +38,7 @@ _SHARD_PIXEL_BYTES = 64 * 1024**2
 """Pixels that one shard of a feature cache is made of: what a decode actor hands to an encoder actor at a time."""
 _MAX_SHARD_ROWS = 4096
 _PREFETCHED_BATCHES = 2
-_SEGMENT_BLOCKS = 4096
+_SEGMENT_BLOCKS = 2048
 """Most input blocks of one dataset: Ray handles all of them before the first comes out."""
 _MAX_RESTARTS = 3
 """How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
