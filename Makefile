@@ -8,6 +8,10 @@ PACKAGES := qformer pipelines jobs cluster
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
+# The environment is installed without bytecode, and what is used gets it on first import. Where this variable forbids
+# that, each of a job's dozen processes would compile torch and Ray anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all lint format bench clean distclean
 
