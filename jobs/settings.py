@@ -1,10 +1,13 @@
 """Settings of every job: pydantic v2 models, frozen, unknown keys refused with the nearest valid key."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qformer.config import GenerationSettings, LoraConfig
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -50,7 +53,7 @@ class RaySettings(Settings):
 
     address: str | None = None
     """Address of a running cluster; null takes the environment's RAY_ADDRESS, else starts a cluster here."""
-    num_cpus: int | None = None
+    num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a cluster started here; null: all, at least 4, lest training starve decoding."""
 
 
@@ -58,7 +61,7 @@ class AugmentationSettings(Settings):
     """Random changes of training images, keyed by (seed, epoch, sample id)."""
 
     random_resized_crop: bool = False
-    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_scale: tuple[Share, Share] = (0.5, 1.0)
     """Smallest and largest share of the image's area kept by the crop."""
     horizontal_flip: bool = False
     """Off by default: a flip makes "left" and "right" in captions false."""
@@ -165,7 +168,7 @@ class OptimSettings(Settings):
     min_learning_rate: float = Field(default=1e-5, ge=0)
     warmup_steps: int = Field(default=2000, ge=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     clip_norm: float = Field(default=1.0, gt=0)
 
 
@@ -192,8 +195,8 @@ class TrainSettings(Settings):
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
     log_every: int = Field(default=10, gt=0)
-    seed: int = 0
-    max_failures: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    max_failures: int = Field(default=0, ge=0)
     """How often Ray Train may restart the workers after a crash."""
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Training stops when more than this share of an epoch's rows is quarantined."""
