@@ -64,11 +64,9 @@ class AugmentationSettings(Settings):
     """Off by default: a flip makes "left" and "right" in captions false."""
 
 
-class DataSettings(Settings):
-    """Rows to read and how they become pixels."""
+class PixelSettings(Settings):
+    """Which rows of a manifest to take, and how they become pixels."""
 
-    manifest: str
-    """A manifest as `qformer prepare` writes it, or any table with its columns."""
     split: str = "train"
     kind: Literal["image", "video"] | None = None
     """Take only images, or only videos; null takes both."""
@@ -78,9 +76,32 @@ class DataSettings(Settings):
     augmentation: AugmentationSettings = AugmentationSettings()
 
 
-class TrainDataSettings(DataSettings):
+class DataSettings(PixelSettings):
+    """Rows to read and how they become pixels."""
+
+    manifest: str
+    """A manifest as `qformer prepare` writes it, or any table with its columns."""
+
+
+class ManifestSettings(Settings):
+    """One manifest of a mixture."""
+
+    path: str
+    """As `data.manifest` of one manifest."""
+    weight: float | None = Field(default=None, gt=0)
+    """Rows of an epoch in proportion to the other manifests' weights; for `mixture: explicit` alone."""
+
+
+class TrainDataSettings(PixelSettings):
     """Rows to train on."""
 
+    manifest: str | list[ManifestSettings] = Field(min_length=1)
+    """A manifest as `qformer prepare` writes it, or any table with its columns; or a list of several, with `path` and
+    `weight`. The sample ids of several get the last parts of their manifest's path in front."""
+    mixture: Literal["proportional", "sqrt", "explicit"] = "proportional"
+    """How many rows of each manifest an epoch takes, which is as long as all manifests together: every row once; in
+    proportion to the square root of their rows; or to the weights. A manifest drawn less goes on in the next epoch
+    where it stopped; rows of one drawn more come again, after all its others came."""
     features: str | None = None
     """Folder of a feature cache (`qformer features`) to train on in place of pixels; fixes crop and frames."""
 

@@ -8,7 +8,8 @@ import torch
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
-from pipelines.data.dataset import evaluation_dataset, map_blocks, to_batch
+from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.storage import local_folder
 from pipelines.evaluation.inference import answers, collect
@@ -72,13 +73,15 @@ def caption_manifest(
         decode_workers: Decode actors.
         use_gpu: One GPU for each model actor.
     """
-    dataset = evaluation_dataset(manifest, batch_size=batch_size, decode=decode, decode_workers=decode_workers)
+    datasets = evaluation_datasets(
+        TableRows(manifest), batch_size=batch_size, decode=decode, decode_workers=decode_workers
+    )
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,
         "device": "cuda" if use_gpu else "cpu",
         "generation": generation,
     }
-    tables = map_blocks(dataset, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
+    tables = map_blocks(datasets, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
     results, failures = collect(tables, manifest.num_rows)
     found = {row[schema.SAMPLE_ID]: row for row in results.to_pylist()}
     used = manifest.filter(pa.array([name in found for name in manifest[schema.SAMPLE_ID].to_pylist()]))
