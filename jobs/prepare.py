@@ -129,7 +129,7 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
 
 def _probe(rows: Iterable[pa.Table], settings: PrepareSettings) -> Iterator[tuple[pa.Table, pa.Table]]:
     # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
-    from pipelines.data.dataset import probe
+    from jobs.prepare_probe import probe
 
     return probe(
         rows,

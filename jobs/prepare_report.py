@@ -69,7 +69,10 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def _lines(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "rows", f"{summary['rows_in']:,} = {summary['rows_used']:,} used + {summary['rows_quarantined']:,} quarantined"
+    yield (
+        "rows",
+        f"{summary['rows_in']:,} = {summary['rows_used']:,} used + {summary['rows_quarantined']:,} quarantined",
+    )
     for key in ("kind", "split", "source"):
         yield f"by {key}", _counts(summary[f"used_by_{key}"])
     if summary["rows_quarantined"]:

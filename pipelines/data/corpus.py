@@ -45,7 +45,11 @@ class Corpus:
         self._quarantine.append(quarantine.to_table(failures))
 
     def add(self, rows: pa.Table, checked: pa.Table) -> None:
-        """Take manifest rows and what `decode_rows.CheckRows` told of them, which says whether they can be used."""
+        """Take manifest rows and what `decode_rows.CheckRows` told of them, which says whether they can be used.
+
+        Raises:
+            UserError: If storage refuses to be read.
+        """
         assert rows[schema.SAMPLE_ID].equals(checked[schema.SAMPLE_ID]), "checks of other rows"
         is_used = pc.is_null(checked[schema.STAGE])
         used, facts = rows.filter(is_used), checked.filter(is_used)
@@ -58,7 +62,9 @@ class Corpus:
             columns = (schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
             reasons = checked.filter(pc.invert(is_used)).select(columns).to_pylist()
             names, media = failed[schema.SAMPLE_ID].to_pylist(), failed[schema.MEDIA].to_pylist()
-            self.add_failures(Failure(*key, **reason) for *key, reason in zip(names, media, reasons, strict=True))
+            failures = [Failure(*key, **reason) for *key, reason in zip(names, media, reasons, strict=True)]
+            quarantine.require_readable(failures)
+            self.add_failures(failures)
 
     def write(self, output: str, *, drop_leaks: bool) -> pa.Table:
         """Write all files of a new corpus.
@@ -73,9 +79,7 @@ class Corpus:
         duplicates = find_duplicates(self._used.read)
         dropped = self._dropped(duplicates) if drop_leaks else {}
         self.add_failures(dropped.values())
-        write_manifest(
-            self._kept(schema.MANIFEST_SCHEMA.names, dropped), self._used.num_rows - len(dropped), output
-        )
+        write_manifest(self._kept(schema.MANIFEST_SCHEMA.names, dropped), self._used.num_rows - len(dropped), output)
         _write(self._kept(schema.PROBE_SCHEMA.names, dropped), schema.PROBE_SCHEMA, output, PROBE_FILE)
         self._write_rest(duplicates, output)
         return duplicates
@@ -97,7 +101,9 @@ class Corpus:
         duplicates = find_duplicates(read)
         dropped = self._dropped(duplicates) if drop_leaks else {}
         self.add_failures(dropped.values())
-        rows = pa.concat_tables([schema.MANIFEST_SCHEMA.empty_table(), *self._kept(schema.MANIFEST_SCHEMA.names, dropped)])
+        rows = pa.concat_tables(
+            [schema.MANIFEST_SCHEMA.empty_table(), *self._kept(schema.MANIFEST_SCHEMA.names, dropped)]
+        )
         facts = pa.concat_tables([schema.PROBE_SCHEMA.empty_table(), *self._kept(schema.PROBE_SCHEMA.names, dropped)])
         # A run that was killed here may have added them already.
         rows = _without(rows, iterate_rows(output, [schema.SAMPLE_ID]))
@@ -121,7 +127,9 @@ class Corpus:
         ours = _found(leaks[schema.SAMPLE_ID], self._used.read([schema.SAMPLE_ID]))
         failures = {}
         for row in leaks.to_pylist():
-            name, other, split = (row[key] for key in (schema.SAMPLE_ID, schema.DUPLICATE_OF, schema.DUPLICATE_OF_SPLIT))
+            name, other, split = (
+                row[key] for key in (schema.SAMPLE_ID, schema.DUPLICATE_OF, schema.DUPLICATE_OF_SPLIT)
+            )
             if name in ours:
                 message = f"the same bytes as sample {other!r} of split {split!r}"
                 failures[name] = Failure(name, row[schema.MEDIA], "manifest", "config", message)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data import storage
+from pipelines.data import members, storage
 from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
 from pipelines.data.decode import decode_image, image_facts
 from pipelines.data.facts import MediaFacts, content_hash
@@ -229,7 +229,7 @@ class SampleDecoder:
             return _Source(None, data)
         if not media:
             raise MediaError("config", "neither media nor bytes are given", stage="manifest")
-        if kind == VIDEO and storage.is_local(media):
+        if kind == VIDEO and storage.is_local(media) and members.parse(media) is None:
             # The child reads local files itself: large ones are never copied through memory.
             return _Source(self._checked_path(media), b"")
         return _Source(None, with_retries(media, lambda: storage.read_bytes(media, max_bytes)))

@@ -1,7 +1,7 @@
 """Annotation files: one JSON document that is COCO captions, a Karpathy split, or a LAVIS list."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.data import storage
@@ -12,14 +12,15 @@ from pipelines.data.sources.raw import BadRow, RawRow
 from pipelines.data.sources.text import decoded
 from qformer.errors import UserError
 
-READERS = {
+_Reader = tuple[Callable[[Any], bool], Callable[[Any, str], Iterator[RawRow | BadRow]]]
+READERS: dict[str, _Reader] = {
     "coco": (is_coco, read_coco),
     "karpathy": (is_karpathy, read_karpathy),
     "lavis": (is_lavis, read_lavis),
 }
 
 
-def read_annotations(path: str, format: str) -> Iterator[RawRow | BadRow]:  # noqa: A002 - the name that settings give it
+def read_annotations(path: str, format: str) -> Iterator[RawRow | BadRow]:  # noqa: A002 - as in the settings
     """Yield the rows of an annotation file, which is held in memory as a whole.
 
     Args:

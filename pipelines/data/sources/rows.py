@@ -89,9 +89,11 @@ class RowBuilder:
 
 def _media(values: Mapping[str, Any]) -> tuple[str | None, bytes | None]:
     """The media reference and the file's content, at least one of them."""
-    given, data = values.get(schema.MEDIA), values.get(schema.MEDIA_BYTES)
+    given: Any = values.get(schema.MEDIA)
+    data: Any = values.get(schema.MEDIA_BYTES)
     if isinstance(given, dict):  # {bytes, path}, as Hugging Face datasets keep images
-        given, data = given.get("path"), given.get("bytes") if data is None else data
+        data = given.get("bytes") if data is None else data
+        given = given.get("path")
     elif isinstance(given, bytes) and data is None:
         given, data = None, given
     if given is not None and not isinstance(given, str):

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipelines.data import schema, storage
 from pipelines.data.batch import Failure
+from pipelines.data.media import MediaError
 from pipelines.data.names import nearest
 from pipelines.data.seen import SeenNames
 from pipelines.data.sources import annotations, delimited, folders, jsonl, parquet, webdataset, webvid
@@ -60,14 +61,13 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
     failures: list[Failure] = []
     num_bytes = 0
     for raw in _raw_rows(source):
+        if isinstance(raw, BadRow):
+            failures.append(_failure(source, raw, raw.error_class, raw.message, raw.media))
+            continue
         try:
-            if isinstance(raw, BadRow):
-                failures.append(_failure(source, raw.number, raw.place, raw.error_class, raw.message, raw.media))
-                continue
             row, name = builder.build(raw)
         except BadRowError as error:
-            media = raw.values.get(schema.MEDIA)
-            failures.append(_failure(source, raw.number, raw.place, error.error_class, error.message, media))
+            failures.append(_failure(source, raw, error.error_class, error.message, raw.values.get(schema.MEDIA)))
             continue
         rows.append((raw, row, name))
         num_bytes += len(row[schema.MEDIA_BYTES] or b"")
@@ -94,7 +94,7 @@ def _raw_rows(source: Source) -> Iterator[RawRow | BadRow]:
         raise
     except Exception as error:
         # Remote file systems raise their own types; on local disks anything but these is a fault of ours.
-        if storage.is_local(source.path) and not isinstance(error, OSError | UnicodeError | csv.Error):
+        if storage.is_local(source.path) and not isinstance(error, OSError | UnicodeError | csv.Error | MediaError):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -178,13 +178,13 @@ def _block(
             kept.append({**row, schema.SAMPLE_ID: sample_id})
         else:
             message = f"sample_id {sample_id!r} was used by an earlier row"
-            failures.append(_failure(source, raw.number, raw.place, "config", message, row[schema.MEDIA]))
+            failures.append(_failure(source, raw, "config", message, row[schema.MEDIA]))
     columns = {name: [row[name] for row in kept] for name in schema.MANIFEST_SCHEMA.names}
     return SourceBlock(pa.table(columns, schema=schema.MANIFEST_SCHEMA), failures)
 
 
-def _failure(source: Source, number: int, place: str, error_class: str, message: str, media: Any) -> Failure:
+def _failure(source: Source, raw: RawRow | BadRow, error_class: str, message: str, media: Any) -> Failure:
     name = source.name or source.path.rstrip("/").rpartition("/")[2]
     shown = media.encode("utf-8", "backslashreplace").decode() if isinstance(media, str) else None
-    text = " ".join(f"{place}: {message}".split()).encode("utf-8", "backslashreplace").decode()
-    return Failure(f"{name}:{number}", shown, "manifest", error_class, text[:400])
+    text = " ".join(f"{raw.place}: {message}".split()).encode("utf-8", "backslashreplace").decode()
+    return Failure(f"{name}:{raw.number}", shown, "manifest", error_class, text[:400])

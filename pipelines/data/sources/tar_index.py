@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipelines.data import storage
 from pipelines.data.media import ErrorClass
+from pipelines.data.retries import with_retries
 from pipelines.data.sources.text import decoded
 from qformer.errors import UserError
 
@@ -47,7 +48,7 @@ def walk_tar(uri: str) -> Iterator[TarMember]:
 
     Raises:
         UserError: If the tar is compressed.
-        OSError: If it cannot be read.
+        MediaError: If it cannot be read.
     """
     window = _Window(uri)
     _require_plain(uri, window.at(0, _BLOCK_BYTES))
@@ -134,16 +135,19 @@ class _Window:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self.size_bytes = storage.size_bytes(uri)
+        self.size_bytes = with_retries(uri, lambda: storage.size_bytes(uri))
         self._step = _LOCAL_WINDOW_BYTES if storage.is_local(uri) else _REMOTE_WINDOW_BYTES
         self._start, self._bytes = 0, b""
 
     def at(self, offset: int, length: int) -> bytes:
         """Bytes from `offset` on; fewer at the end of the file."""
         length = max(0, min(length, self.size_bytes - offset))
+        if not length:
+            return b""
         if not self._start <= offset <= offset + length <= self._start + len(self._bytes):
-            wanted = min(max(self._step, length), max(0, self.size_bytes - offset))
-            self._start, self._bytes = offset, storage.read_range(self._uri, offset, wanted) if wanted else b""
+            wanted = max(self._step, length)
+            self._start = offset
+            self._bytes = with_retries(self._uri, lambda: storage.read_range(self._uri, offset, wanted))
         return self._bytes[offset - self._start :][:length]
 
 
