@@ -24,7 +24,7 @@ from pipelines.data.manifest_files import manifest_files
 from pipelines.data.samples import Limits
 from pipelines.data.seen import SeenNames
 from pipelines.data.sources.raw import Source
-from pipelines.data.sources.source import SourceBlock, read_source
+from pipelines.data.sources.source import SourceBlock, check_source, read_source
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def _sources(settings: PrepareSettings) -> list[Source]:
                 raise UserError(f"two sources have the name {name!r}; give each its own")
             name = f"{name}-{len(sources)}"
         sources.append(Source(**{**source.model_dump(), "name": name}))
+        check_source(sources[-1])
     return sources
 
 
@@ -115,7 +116,7 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
                 found.add(block, corpus.with_tries(checked, earlier))
                 tell(found.num_rows, found.num_quarantined)
         num_tried, num_mended = found.num_rows, found.num_rows - found.num_quarantined
-        unread = corpus.manifest_failures(output)
+        unread = corpus.unread_failures(output)
         found.add_failures(unread)
         duplicates = found.append(output, drop_leaks=settings.drop_training_duplicates)
     summary = _summary(output, duplicates, settings)

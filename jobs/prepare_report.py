@@ -60,7 +60,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(show_header=False, width=min(console.width, _MAX_WIDTH), highlight=True)
+    if not console.is_terminal or console.width > _MAX_WIDTH:
+        console = Console(width=_MAX_WIDTH)
+    table = Table(show_header=False, highlight=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _lines(summary):
@@ -113,5 +115,5 @@ def _spreads(files: dict[str, Any], names: tuple[tuple[str, str], ...]) -> str:
     for name, unit in names:
         if spread := files.get(name):
             label = name.removesuffix("_s")
-            parts.append(f"{label} {spread['min']:g} to {spread['max']:g}{unit} (half up to {spread['median']:g})")
+            parts.append(f"{label} {spread['min']:g} to {spread['max']:g}{unit} (median {spread['median']:g})")
     return "; ".join(parts)

@@ -170,11 +170,15 @@ def quarantined_rows(output: str) -> Iterator[tuple[pa.Table, list[int]]]:
         yield block, [tries[name] for name in block[schema.SAMPLE_ID].to_pylist()]
 
 
-def manifest_failures(output: str) -> list[Failure]:
+def unread_failures(output: str) -> list[Failure]:
     """What was quarantined in a written corpus before any file was read: only a change of the source can mend it."""
     failures: list[Failure] = []
     for block in _read(storage.join(output, QUARANTINE_FILE)):
-        failures += quarantine.from_table(block.filter(pc.equal(block[schema.STAGE], "manifest")))
+        names = block[schema.SAMPLE_ID]
+        # A run that was killed while it moved rows may have left them in more than one place.
+        elsewhere = _found(names, _read(storage.join(output, QUARANTINED_ROWS_FILE), [schema.SAMPLE_ID]))
+        elsewhere |= _found(names, iterate_rows(output, [schema.SAMPLE_ID]))
+        failures += [failure for failure in quarantine.from_table(block) if failure.sample_id not in elsewhere]
     return failures
 
 

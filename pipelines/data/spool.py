@@ -36,10 +36,7 @@ class Spool:
         Args:
             columns: Only these; None for all.
         """
-        if self._writer is not None:
-            self._writer.close()
-            self._file.flush()
-            self._writer = None
+        self._finish()
         self._file.seek(0)
         names = list(columns) if columns is not None else self._schema.names
         for batch in pq.ParquetFile(self._file).iter_batches(batch_size=_ROW_GROUP_ROWS, columns=names):
@@ -47,4 +44,11 @@ class Spool:
 
     def close(self) -> None:
         """Free the disk."""
+        self._finish()
         self._file.close()
+
+    def _finish(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._file.flush()
+            self._writer = None

@@ -1,5 +1,6 @@
 """Read any source as blocks of manifest rows, with what is wrong in it told row by row."""
 
+import contextlib
 import csv
 import itertools
 from collections.abc import Iterator, Mapping
@@ -78,18 +79,44 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
         yield _block(source, rows, failures, seen)
 
 
+def check_source(source: Source) -> None:
+    """Look at what can be wrong with a source before a row of it is read.
+
+    Raises:
+        UserError: If it does not exist, its format is unknown, or `columns` names none of ours.
+    """
+    if source.format not in ("auto", *FORMATS):
+        raise UserError(f"format {source.format!r} of {source.path} is unknown{nearest(source.format, FORMATS)}")
+    for name in source.columns:
+        if name not in _COLUMNS:
+            raise UserError(
+                f"source {source.path}: columns maps {name!r}, which is no column of ours{nearest(name, _COLUMNS)}"
+            )
+    with _told(source):
+        is_pattern = "{" in source.path and source.format in ("auto", "webdataset")
+        if not is_pattern and not storage.exists(source.path):
+            raise UserError(f"source {source.path} does not exist; check the path")
+
+
 def _own_folder(source: Source) -> str:
     is_folder = source.format == "folder" or storage.is_folder(source.path)
     return source.path if is_folder else storage.parent(source.path)
 
 
 def _raw_rows(source: Source) -> Iterator[RawRow | BadRow]:
-    """All rows, under our column names; whatever stops the reading is the user's to mend."""
-    try:
-        _check(source)
+    """All rows, under our column names."""
+    check_source(source)
+    with _told(source):
         known = source.format if source.format != "auto" else format_of(source.path)
         reader = _reader(source, known)
         yield from _renamed(reader, source) if known in _TABLES else reader
+
+
+@contextlib.contextmanager
+def _told(source: Source) -> Iterator[None]:
+    """Whatever stops the reading of a source is the user's to mend."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -122,19 +149,6 @@ def _reader(source: Source, known: str) -> Iterator[RawRow | BadRow]:
     if known == "webvid":
         return webvid.read_webvid(path)
     return annotations.read_annotations(path, "auto" if known == "annotations" else known)
-
-
-def _check(source: Source) -> None:
-    if source.format not in ("auto", *FORMATS):
-        raise UserError(f"format {source.format!r} of {source.path} is unknown{nearest(source.format, FORMATS)}")
-    for name in source.columns:
-        if name not in _COLUMNS:
-            raise UserError(
-                f"source {source.path}: columns maps {name!r}, which is no column of ours{nearest(name, _COLUMNS)}"
-            )
-    is_there = storage.exists(source.path)
-    if not is_there and not ("{" in source.path and source.format in ("auto", "webdataset")):
-        raise UserError(f"source {source.path} does not exist; check the path")
 
 
 def _renamed(rows: Iterator[RawRow | BadRow], source: Source) -> Iterator[RawRow | BadRow]:

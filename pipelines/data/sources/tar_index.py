@@ -61,7 +61,7 @@ def walk_tar(uri: str) -> Iterator[TarMember]:
             yield TarMember(f"byte {position}", position, 0, "corrupt", f"{error}; what follows cannot be found")
             return
         if found is None:
-            if position >= window.size_bytes:
+            if position == window.size_bytes:
                 logger.warning("%s has no end marker: it may have been cut between two members", uri)
             return
         member, position = found
