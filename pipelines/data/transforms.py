@@ -67,6 +67,22 @@ def fit(
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
+def cut(frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool = False) -> NDArray[np.uint8]:
+    """What `fit` makes of a picture that has been resized already: the middle, [3, height, width].
+
+    Args:
+        frame_HWC: RGB in any memory layout, of `resized_size`.
+        preprocessing: Target geometry.
+        flip: Mirror left and right.
+    """
+    height, width = frame_HWC.shape[:2]
+    left, top = round((width - preprocessing.width) / 2), round((height - preprocessing.height) / 2)
+    if left < 0 or top < 0:
+        return fit(Image.fromarray(np.ascontiguousarray(frame_HWC)), preprocessing, flip=flip)
+    part = frame_HWC[top : top + preprocessing.height, left : left + preprocessing.width]
+    return np.ascontiguousarray((part[:, ::-1] if flip else part).transpose(2, 0, 1))
+
+
 def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Width and height of the whole picture after the resize, before the crop."""
     if preprocessing.crop == "squash":

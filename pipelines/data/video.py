@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.data.clip import Clip, ClipRequest, SizeOf
 from pipelines.data.media import MediaError
 from pipelines.data.sampling import ClipFrames, choose_frames
-from pipelines.data.transforms import Box, augment, fit, resized_size
+from pipelines.data.transforms import Box, augment, cut, fit, resized_size
 from pipelines.data.video_backends import BACKENDS
 from pipelines.data.video_pyav import rotation_of
 from pipelines.data.video_survey import VideoSurvey, check_pixels, survey
@@ -115,7 +115,10 @@ class _Fitter:
         if self._plan is None:
             is_plain = request.seed is None
             self._plan = (None, False) if is_plain else augment(width, height, request.augmentation, request.seed or 0)
-        return fit(Image.fromarray(frame_HWC), request.preprocessing, *self._plan)
+        box, is_flipped = self._plan
+        if box is None and (width, height) == resized_size(width, height, request.preprocessing):
+            return cut(frame_HWC, request.preprocessing, is_flipped)
+        return fit(Image.fromarray(np.ascontiguousarray(frame_HWC)), request.preprocessing, box, is_flipped)
 
     def _smaller(self, width: int, height: int) -> tuple[int, int]:
         """The size that `fit` resizes to, where that is smaller; backends enlarge as they like."""

@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from pipelines.data.clip import SizeOf
@@ -42,15 +43,16 @@ class PyAVBackend:
         key frames that are none) all is decoded from the beginning, and each wanted time gets the frame that a
         player shows then.
         """
+        painter = _Painter(size_of, filter_name)
         num_done = 0
         if survey.is_exact:
             with contextlib.suppress(av.FFmpegError):
                 for index, frame in _selected(path, survey, indexes):
-                    yield index, _upright(frame, size_of, _INTERPOLATION[filter_name])
+                    yield index, painter.rgb(frame)
                     num_done += 1
         if num_done < len(indexes):
             for index, frame in _shown(path, survey, indexes):
-                yield index, _upright(frame, size_of, _INTERPOLATION[filter_name])
+                yield index, painter.rgb(frame)
 
 
 def rotation_of(path: str, survey: VideoSurvey) -> int:
@@ -63,17 +65,19 @@ def rotation_of(path: str, survey: VideoSurvey) -> int:
 
 def _selected(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
     """The wanted frames by their exact times; ends early when one does not come."""
-    keys = np.flatnonzero(survey.is_key)
+    keys = np.concatenate([[0], np.flatnonzero(survey.is_key)])
+    # The key frame that decoding of each wanted frame has to begin at, and how far that is from the one before.
+    starting = keys[np.searchsorted(keys, indexes, side="right") - 1]
+    skipped = starting - np.concatenate([[0], indexes[:-1]])
     with open_container(path) as container:
-        wanted = {int(time) for time in survey.starts[indexes]}
-        cursor = _Cursor(container, survey, wanted if survey.codec in _SKIPPING_CODECS else None)
-        position = 0
-        for index in indexes.tolist():
-            before = int(np.searchsorted(keys, index, side="right")) - 1
-            key = int(keys[before]) if before >= 0 else 0
-            if key - position > _MIN_JUMP_FRAMES:
-                cursor.jump(int(survey.starts[key]), is_far=key - position > _MIN_SEEK_FRAMES)
-            position = index
+        wanted = set(survey.starts[indexes].tolist())
+        # After these nothing more is wanted of what the decoder holds.
+        last_of_run = np.concatenate([skipped[1:] > _MIN_JUMP_FRAMES, [True]])
+        final = set(survey.starts[indexes[last_of_run]].tolist())
+        cursor = _Cursor(container, survey, wanted if survey.codec in _SKIPPING_CODECS else None, final)
+        for index, key, distance in zip(indexes.tolist(), starting.tolist(), skipped.tolist(), strict=True):
+            if distance > _MIN_JUMP_FRAMES:
+                cursor.jump(int(survey.starts[key]), is_far=distance > _MIN_SEEK_FRAMES)
             frame = cursor.at(int(survey.starts[index]))
             if frame is None or _time_of(frame) != survey.starts[index] or cursor.num_failed:
                 return
@@ -113,10 +117,14 @@ class _Cursor:
         container: Open file.
         survey: Of the file.
         wanted: Times of the frames to decode; others are left out where nothing refers to them. None decodes all.
+        final: Times of frames after which nothing is wanted but by a jump: they are had at once from the decoder,
+            which else gives a frame only when it has seen some more.
     """
 
-    def __init__(self, container: Any, survey: VideoSurvey, wanted: set[int] | None = None) -> None:
-        self._container, self._wanted = container, wanted
+    def __init__(
+        self, container: Any, survey: VideoSurvey, wanted: set[int] | None = None, final: Collection[int] = ()
+    ) -> None:
+        self._container, self._wanted, self._final = container, wanted, final
         self._stream = container.streams[survey.stream_index]
         # One thread: more are hardly faster on a clip, and each decode worker has its own CPU.
         self._stream.codec_context.thread_count = 1
@@ -166,24 +174,39 @@ class _Cursor:
                     context.skip_frame = skipped = left_out
             try:
                 yield from packet.decode()
+                if packet.pts in self._final:
+                    yield from context.decode(None)
+                    return
             except av.FFmpegError as error:
                 if isinstance(error, MemoryError):
                     raise
                 self.num_failed += 1
 
 
-def _upright(frame: Any, size_of: SizeOf | None, interpolation: str) -> NDArray[np.uint8]:
-    """RGB [H, W, 3], scaled and turned as the container says."""
-    turn = _clockwise(frame)
-    is_turned = turn % 180 != 0
-    scaling = {}
-    if size_of is not None:
-        # Scaled together with the conversion to RGB, before the turn.
-        width, height = size_of(*((frame.height, frame.width) if is_turned else (frame.width, frame.height)))
-        width, height = (height, width) if is_turned else (width, height)
-        scaling = {"width": width, "height": height, "interpolation": interpolation}
-    pixels = frame.to_ndarray(format="rgb24", **scaling)
-    return np.ascontiguousarray(np.rot90(pixels, k=-turn // 90), dtype=np.uint8)
+class _Painter:
+    """Makes upright RGB [H, W, 3] of decoded frames, scaled where that is asked for.
+
+    swscale does the scaling together with the conversion, measured at 0.4 ms for a 640x360 frame to 398x224, against
+    1.3 ms for converting and Pillow's bicubic; the pixels differ by 1.2 levels in the mean, for the colour planes are
+    interpolated too. Planar RGB is what it is fastest at, and the layout that the encoder wants.
+    """
+
+    def __init__(self, size_of: SizeOf | None, filter_name: str) -> None:
+        self._size_of, self._interpolation = size_of, _INTERPOLATION[filter_name]
+        self._reformatter = VideoReformatter()
+
+    def rgb(self, frame: Any) -> NDArray[np.uint8]:
+        turn = _clockwise(frame)
+        if self._size_of is None:
+            return np.rot90(frame.to_ndarray(format="rgb24"), k=-turn // 90)
+        width, height = frame.width, frame.height
+        # Scaled before the turn.
+        width, height = self._size_of(width, height) if turn % 180 == 0 else self._size_of(height, width)[::-1]
+        scaled = self._reformatter.reformat(
+            frame, width=width, height=height, format="gbrp", interpolation=self._interpolation, threads=1
+        )
+        planes = [np.frombuffer(scaled.planes[at], dtype=np.uint8).reshape(height, -1) for at in (2, 0, 1)]
+        return np.rot90(np.stack([plane[:, :width] for plane in planes]).transpose(1, 2, 0), k=-turn // 90)
 
 
 def _clockwise(frame: Any) -> int:
