@@ -17,10 +17,10 @@ from jobs.cluster_session import ray_session
 from jobs.prepare_report import print_summary, told_progress
 from jobs.settings import PrepareSettings
 from jobs.settings_loading import resolved_yaml
-from pipelines.data import corpus, quarantine, schema, storage
-from pipelines.data.corpus import Corpus
+from pipelines.data import preparation, quarantine, schema, storage
 from pipelines.data.duplicates import is_leak
 from pipelines.data.manifest_files import manifest_files
+from pipelines.data.preparation import Preparation
 from pipelines.data.samples import Limits
 from pipelines.data.seen import SeenNames
 from pipelines.data.sources.raw import Source
@@ -82,7 +82,7 @@ def _sources(settings: PrepareSettings) -> list[Source]:
 
 
 def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: str) -> dict[str, Any]:
-    with contextlib.closing(Corpus()) as found, told_progress() as tell:
+    with contextlib.closing(Preparation()) as found, told_progress() as tell:
 
         def rows() -> Iterator[pa.Table]:
             for block in blocks:
@@ -100,23 +100,23 @@ def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: s
 def _retry(settings: PrepareSettings) -> dict[str, Any]:
     """Try the quarantined files of an earlier run again."""
     output = settings.output
-    if not manifest_files(output) or not storage.exists(storage.join(output, corpus.QUARANTINED_ROWS_FILE)):
+    if not manifest_files(output) or not storage.exists(storage.join(output, preparation.QUARANTINED_ROWS_FILE)):
         raise UserError(f"output={output} holds no prepared manifest; run prepare without --retry-quarantined first")
     tries: dict[str, int] = {}
-    with contextlib.closing(Corpus()) as found, told_progress() as tell:
+    with contextlib.closing(Preparation()) as found, told_progress() as tell:
 
         def rows() -> Iterator[pa.Table]:
-            for block, counts in corpus.quarantined_rows(output):
+            for block, counts in preparation.quarantined_rows(output):
                 tries.update(zip(block[schema.SAMPLE_ID].to_pylist(), counts, strict=True))
                 yield block
 
         with ray_session(settings.ray):
             for block, checked in _probe(rows(), settings):
                 earlier = [tries.pop(name) for name in block[schema.SAMPLE_ID].to_pylist()]
-                found.add(block, corpus.with_tries(checked, earlier))
+                found.add(block, preparation.with_tries(checked, earlier))
                 tell(found.num_rows, found.num_quarantined)
         num_tried, num_mended = found.num_rows, found.num_rows - found.num_quarantined
-        unread = corpus.unread_failures(output)
+        unread = preparation.unread_failures(output)
         found.add_failures(unread)
         duplicates = found.append(output, drop_leaks=settings.drop_training_duplicates)
     summary = _summary(output, duplicates, settings)
@@ -162,7 +162,7 @@ def _summary(output: str, duplicates: pa.Table, settings: PrepareSettings) -> di
     leaks = pa.array(is_leak(duplicates), pa.bool_())
     within = duplicates.filter(pc.invert(leaks))[schema.SPLIT]
     return {
-        **corpus.summarise(output).to_dict(),
+        **preparation.summarise(output).to_dict(),
         "duplicates_within_split": {row["values"]: row["counts"] for row in pc.value_counts(within).to_pylist()},
         "training_rows_in_evaluation": pc.sum(leaks).as_py() or 0,
         "training_duplicates_dropped": settings.drop_training_duplicates,
@@ -184,14 +184,14 @@ def _tell(summary: dict[str, Any], settings: PrepareSettings) -> None:
             "%.1f %% of the rows are quarantined, more than max_quarantine_share allows training (%.1f %%); see %s",
             100 * quarantined / rows_in,
             100 * settings.max_quarantine_share,
-            storage.join(settings.output, corpus.QUARANTINE_FILE),
+            storage.join(settings.output, preparation.QUARANTINE_FILE),
         )
     if summary["training_rows_in_evaluation"] and not summary["training_duplicates_dropped"]:
         logger.warning(
             "%d training rows show the same bytes as evaluation rows, so that scores will be too good: see %s, or set "
             "drop_training_duplicates=true",
             summary["training_rows_in_evaluation"],
-            storage.join(settings.output, corpus.DUPLICATES_FILE),
+            storage.join(settings.output, preparation.DUPLICATES_FILE),
         )
     print(quarantine.accounting_line(rows_in, used, quarantined))
 

@@ -157,10 +157,10 @@ def test_quarantined_rows_are_tried_again(tmp_path, world, monkeypatch, capsys):
     # Killed after the manifest was written, and started again: nothing is there twice.
     (tmp_path / "folder" / "pipe.jpg").unlink()
     (tmp_path / "folder" / "pipe.jpg").write_bytes(jpeg((60, 0, 0)))
-    from pipelines.data.corpus import Corpus
+    from pipelines.data.preparation import Preparation
 
     with monkeypatch.context() as patch:
-        patch.setattr(Corpus, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Preparation, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             _prepare(output, world, retry_quarantined=True)
     assert "pipe.jpg" in _table(output, "manifest") and "pipe.jpg" in _table(output, "quarantine")

@@ -23,7 +23,7 @@ _USED_SCHEMA = pa.schema([*schema.MANIFEST_SCHEMA, *schema.FACTS_SCHEMA])
 _COUNTED = [schema.KIND, schema.SPLIT, schema.SOURCE, schema.CAPTIONS]
 
 
-class Corpus:
+class Preparation:
     """Takes checked rows and keeps them on disk; `write` or `append` makes files of them."""
 
     def __init__(self) -> None:
