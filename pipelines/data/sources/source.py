@@ -55,6 +55,7 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
     Raises:
         UserError: If the source cannot be read as a whole. What is wrong with single rows raises nothing.
     """
+    check_source(source)
     seen = seen if seen is not None else SeenNames()
     root = source.media_root or _own_folder(source)
     builder = RowBuilder(media_root=root, kind=source.kind, split=source.split, source=source.name)
@@ -105,7 +106,6 @@ def _own_folder(source: Source) -> str:
 
 def _raw_rows(source: Source) -> Iterator[RawRow | BadRow]:
     """All rows, under our column names."""
-    check_source(source)
     with _told(source):
         known = source.format if source.format != "auto" else format_of(source.path)
         reader = _reader(source, known)
