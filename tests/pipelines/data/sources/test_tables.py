@@ -57,6 +57,30 @@ def test_csv_with_lists_of_captions_and_instructions(tmp_path):
     assert [row["instructions"] for row in rows] == [["what?"], []]
 
 
+@pytest.mark.parametrize(
+    ("captions", "instruction", "expected"),
+    [
+        (["red", "two"], "what is there", (["red", "two"], ["what is there"])),  # one for all
+        (["red", "two"], ["which colour ", "how many"], (["red", "two"], ["which colour", "how many"])),
+        (["red", "  ", "two"], ["a", "b", "c"], (["red", "two"], ["a", "c"])),  # an empty answer takes its question
+        (["red", "two"], ["", "how many"], (["red", "two"], ["", "how many"])),
+        (["red"], [""], (["red"], [])),
+        (["red"], None, (["red"], [])),
+    ],
+)
+@pytest.mark.parametrize("column", ["instruction", "instructions"])
+def test_instructions_stay_with_their_captions(tmp_path, column, captions, instruction, expected):
+    ((row,), _) = read(_jsonl(tmp_path, [{"media": "a.jpg", "captions": captions, column: instruction}]))
+    assert (row["captions"], row["instructions"]) == expected
+
+
+def test_csv_with_a_list_of_instructions(tmp_path):
+    path = _csv(
+        tmp_path, 'media,captions,instructions\na.jpg,"[""1"", ""2""]","[""one?"", ""two?""]"\nb.jpg,3,three?\n'
+    )
+    assert [row["instructions"] for row in read(path)[0]] == [["one?", "two?"], ["three?"]]
+
+
 def test_parquet_with_bytes(tmp_path):
     pq.write_table(pa.table({"id": [7], "picture": [jpeg()]}), tmp_path / "a.parquet")
     ((row,), _) = read(tmp_path / "a.parquet", columns={"sample_id": "id", "media_bytes": "picture"})
