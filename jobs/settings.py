@@ -17,18 +17,25 @@ class Settings(BaseModel):
 
 
 class SourceSettings(Settings):
-    """One place rows come from: a table (Parquet, JSONL, CSV), or a folder of media files."""
+    """One place rows come from."""
 
     path: str
-    """File or folder, local path or fsspec URI. Relative media paths are taken from this file's folder."""
-    format: Literal["auto", "parquet", "jsonl", "csv", "folder"] = "auto"
+    """File or folder, local path or fsspec URI (s3://bucket/…); of tar shards also a pattern shard-{000..127}.tar.
+    Relative media paths are taken from this file's folder."""
+    format: Literal[
+        "auto", "parquet", "jsonl", "csv", "folder", "coco", "karpathy", "lavis", "webvid", "webdataset"
+    ] = "auto"
+    """auto tells by the name, and by what JSON and CSV files hold."""
     columns: dict[str, str] = {}
-    """Our column name -> the table's own, e.g. {media: image}. A missing sample_id becomes the media path."""
+    """Our column name -> the table's own, e.g. {media: image}; of tar shards a member's extension or a key of the
+    .json member. A missing sample_id becomes the media path."""
     media_root: str = ""
-    """Folder that relative media paths start from, when it is not the table's own."""
+    """Folder that relative media paths start from, when it is not the table's own; they may not leave it."""
     kind: Literal["auto", "image", "video"] = "auto"
     split: str = "train"
-    """Split of rows that name none."""
+    """Split of rows that name none. All splits but "train" are for evaluation."""
+    name: str = ""
+    """What the column `source` says of its rows; "" for the last part of the path."""
 
 
 class LimitSettings(Settings):
@@ -209,11 +216,17 @@ class PrepareSettings(Settings):
 
     sources: list[SourceSettings] = Field(min_length=1)
     output: str
-    """Folder for manifest.parquet, quarantine.parquet and summary.json."""
+    """Folder for manifest, quarantine.parquet, probe.parquet, duplicates.parquet and summary.json."""
     num_frames: int = Field(default=8, ge=1)
     limits: LimitSettings = LimitSettings()
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
+    drop_training_duplicates: bool = False
+    """Quarantine training rows whose media has the same bytes as an evaluation row's; false only warns."""
+    dry_run: int = Field(default=0, ge=0)
+    """Rows to try of each source, chosen at random, writing nothing; 0: the real run."""
+    retry_quarantined: bool = False
+    """Try the quarantined files of `output` again and move those that can be read now into the manifest."""
     decode_workers: int = Field(default=2, ge=1)
     ray: RaySettings = RaySettings()
 
