@@ -92,7 +92,12 @@ def read_info(folder: Path) -> BridgeInfo:
     file = folder / INFO_FILE
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
-    info = BridgeInfo.from_json(file.read_text())
+    try:
+        info = BridgeInfo.from_json(file.read_text())
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(file)!r} is damaged ({error}); use an earlier checkpoint") from error
     language = None if info.language is None else _resolved(folder, info.language)
     return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language)
 
