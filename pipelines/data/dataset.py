@@ -110,7 +110,7 @@ def build_segment(
         epochs=epochs,
         seed=seed,
         world_size=world_size,
-        augmentation=source.augmentation,
+        is_random=source.is_random,
         steps_per_block=block_steps(sample_bytes * -(-batches.shape[1] // world_size)),
     )
     operator = ReadFeatures if isinstance(source, FeatureCache) else DecodeRows

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pipelines.data import schema
 from pipelines.data.batch import AUGMENTATION_SEED, IMAGE_ID, RANK, STEP
 from pipelines.data.order import PADDING, augmentation_seed, caption_index, rank_rows
-from pipelines.data.transforms import Augmentation
 
 _INPUT_COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
 
@@ -27,7 +26,7 @@ def training_blocks(
     epochs: NDArray[np.int64],
     seed: int,
     world_size: int,
-    augmentation: Augmentation,
+    is_random: bool,
     steps_per_block: int,
 ) -> list[pa.Table]:
     """Tables of a few steps of one rank each, dealt to the ranks in turn: rank 0, rank 1, ..., rank 0, ...
@@ -39,10 +38,10 @@ def training_blocks(
         epochs: [steps] each step's epoch, 0-based; chooses captions and augmentations.
         seed: Of the run.
         world_size: Number of ranks.
-        augmentation: When active, rows get seeds to draw it from.
+        is_random: Whether rows get seeds, to draw their frames and augmentations from.
         steps_per_block: Micro-batches of a table; the last table of each rank may hold fewer.
     """
-    micro_batches = _micro_batches(manifest, batches, first_step, epochs, seed, world_size, augmentation)
+    micro_batches = _micro_batches(manifest, batches, first_step, epochs, seed, world_size, is_random)
     groups = [micro_batches[at : at + steps_per_block] for at in range(0, len(batches), steps_per_block)]
     return [
         pa.concat_tables([step[rank] for step in group]).combine_chunks()
@@ -63,7 +62,7 @@ def _micro_batches(
     epochs: NDArray[np.int64],
     seed: int,
     world_size: int,
-    augmentation: Augmentation,
+    is_random: bool,
 ) -> list[list[pa.Table]]:
     """Tables [step][rank]."""
     tables = []
@@ -79,7 +78,7 @@ def _micro_batches(
             names, texts = kept[schema.SAMPLE_ID].to_pylist(), kept[schema.CAPTIONS].to_pylist()
             for name, choices in zip(names, texts, strict=True):
                 captions.append(choices[caption_index(seed, epoch, name, len(choices))] if choices else "")
-                seeds.append(augmentation_seed(seed, epoch, name) if augmentation.is_active else None)
+                seeds.append(augmentation_seed(seed, epoch, name) if is_random else None)
             if (rows == PADDING).any():
                 kept, captions = _blanked(kept, rows == PADDING, kind, captions)
             ranks.append(_block(kept, captions, seeds, first_step + offset, rank))

@@ -7,14 +7,13 @@ from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.order import PADDING, caption_index
 from pipelines.data.plan import block_steps, evaluation_blocks, training_blocks
 from pipelines.data.quarantine import accounting_line, from_table, to_table
-from pipelines.data.transforms import Augmentation
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest, write_clip
 
 
 def _blocks(table, batches, **options):
     defaults = {"first_step": 5, "epochs": np.zeros(len(batches), dtype=np.int64), "seed": 0, "world_size": 2}
     return training_blocks(
-        table, np.array(batches), **{**defaults, "augmentation": Augmentation(), "steps_per_block": 2, **options}
+        table, np.array(batches), **{**defaults, "is_random": False, "steps_per_block": 2, **options}
     )
 
 
@@ -76,7 +75,7 @@ def test_each_step_has_its_epochs_captions(tmp_path):
 def test_augmentation_seeds_are_drawn_only_when_used(tmp_path):
     table = image_manifest(tmp_path, 2)
     (plain,) = _blocks(table, [[0, 1]], world_size=1)
-    (drawn,) = _blocks(table, [[0, 1]], world_size=1, augmentation=Augmentation(horizontal_flip=True))
+    (drawn,) = _blocks(table, [[0, 1]], world_size=1, is_random=True)
     assert plain["augmentation_seed"].null_count == 2
     assert len(set(drawn["augmentation_seed"].to_pylist())) == 2
 
