@@ -105,7 +105,7 @@ class TorchCodecBackend:
         decoder = decoders.VideoDecoder(
             path, stream_index=survey.stream_index, dimension_order="NHWC", num_ffmpeg_threads=1
         )
-        batch = decoder.get_frames_at(indexes=indexes.tolist())
+        batch = decoder.get_frames_at(indexes.tolist())
         starts_s = batch.pts_seconds.numpy() - float(survey.starts[0]) * survey.unit_s
         if not np.allclose(starts_s, survey.starts_s[indexes], rtol=0, atol=_TIME_TOLERANCE_S):
             raise BackendError("torchcodec sees other frame times")

@@ -116,3 +116,17 @@ def test_quarantine_tables_keep_failures(tmp_path):
     assert quarantined[schema.EPOCH].to_pylist() == [3]
     assert from_table(quarantined) == batch.failures
     assert accounting_line(1000, 990, 10) == "rows in 1000 = rows used 990 + rows quarantined 10"
+
+
+def test_repeated_frames_are_marked(tmp_path):
+    """Two frames where four are wanted: two of the four only repeat; a failed row keeps all, for its row is masked."""
+    clip = write_clip(tmp_path / "a.mp4", [50, 150])
+    table = manifest(
+        [
+            {"sample_id": "short", "media": str(clip), "kind": "video"},
+            {"sample_id": "gone", "media": str(tmp_path / "gone.mp4"), "kind": "video"},
+        ]
+    )
+    batch = unpack(DecodeRows(DECODE)(evaluation_blocks(table, 2)[0]))
+    assert batch.is_valid.tolist() == [True, False]
+    assert batch.frame_valid.tolist() == [[True, False, True, False], [True] * 4]
