@@ -25,6 +25,7 @@ from pipelines.data.order import PADDING
 from pipelines.data.plan import evaluation_blocks, training_blocks
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.token_codec import decode_tokens, encode_tokens
+from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 from tests.pipelines.data.builders import image_manifest, manifest, write_clip
 
@@ -60,7 +61,7 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
 
 def _training_blocks(table, batches):
     options = {"first_step": 0, "epochs": np.zeros(len(batches), dtype=np.int64), "seed": 0, "world_size": 1}
-    return training_blocks(table, np.array(batches), **options, is_random=False, steps_per_block=4)
+    return training_blocks(table, np.array(batches), **options, augmentation=Augmentation(), steps_per_block=4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8), ("int8", 0.5 / 127)])
