@@ -13,6 +13,7 @@ from jobs.cli import find_user_error, run_job
 from jobs.cluster_session import ray_session, require_resources
 from jobs.settings import ServeSettings
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.sampling import Sampling
 from pipelines.serving.config import ServingConfig
 from qformer.errors import UserError
 
@@ -78,6 +79,7 @@ def serving_config(settings: ServeSettings) -> ServingConfig:
         decode=DecodeSettings(
             preprocessing=info.preprocessing,
             num_frames=info.num_frames,
+            sampling=Sampling.from_dict(info.sampling),
             limits=Limits(**settings.limits.model_dump()),
         ),
         max_body_bytes=settings.max_body_bytes,
