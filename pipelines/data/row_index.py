@@ -32,7 +32,7 @@ PARTS_FOLDER, INDEX_FILE = "manifest", "index.parquet"
 _FILE, _ROWS = "file", "rows"
 _UNREAD = (schema.SPLIT, schema.LICENCE)
 """Columns that nobody asks rows for."""
-_KEPT_FOOTER_BYTES = 16 * 1024**2
+_KEPT_FOOTER_BYTES = 8 * 1024**2
 """Of parsed footers; in memory they take some six times as much."""
 _KEPT_GROUP_BYTES = 64 * 1024**2
 _STREAMED_ROWS = 8192
