@@ -1,16 +1,23 @@
-import json
+import importlib.util
 import os
 import threading
 import time
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data import video_pyav, video_survey
+from pipelines.data.clip import BACKEND_NAMES, ClipRequest
 from pipelines.data.media import MediaError
-from pipelines.data.video import ClipRequest, read_clip
+from pipelines.data.sampling import Sampling
+from pipelines.data.video import read_clip
+from pipelines.data.video_backends import BACKENDS
 from pipelines.data.video_pool import VideoPool
-from tests.pipelines.data.builders import PREPROCESSING, write_clip
+from pipelines.data.video_pyav import PyAVBackend
+from pipelines.data.video_survey import open_container, survey
+from tests.pipelines.data.builders import PREPROCESSING, jpeg, write_clip
 
 GIB = 1024**3
 LEVEL_TOLERANCE = 4
@@ -18,6 +25,10 @@ LEVEL_TOLERANCE = 4
 MEAN_TOLERANCE = 4.0
 """Levels; worst measured 3.8, on an odd size whose middle column belongs to no quadrant. 10-bit and HDR get three times
 that, for their conversion to 8 bits is a matter of taste."""
+
+
+INSTALLED = [name for name in ("pyav", "decord") if importlib.util.find_spec(name.removeprefix("py"))]
+"""Torchcodec loads torch and wants an FFmpeg of its own; its test is apart."""
 
 
 def _request(**changes) -> ClipRequest:
@@ -28,8 +39,8 @@ def _levels(clip_TCHW) -> list[float]:
     return clip_TCHW.mean(axis=(1, 2, 3)).tolist()
 
 
-def _shown(path, use_decord, **changes) -> list[float]:
-    return _levels(read_clip(str(path), _request(**changes), use_decord))
+def _shown(path, backend, **changes) -> list[float]:
+    return _levels(read_clip(str(path), _request(**changes), [backend]).pixels)
 
 
 @pytest.fixture
@@ -39,50 +50,50 @@ def pool():
     made.close()
 
 
-@pytest.mark.parametrize("use_decord", [True, False])
-def test_frames_are_segment_centres(tmp_path, use_decord):
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_frames_are_segment_centres(tmp_path, backend):
     path = write_clip(tmp_path / "clip.mp4", [20 * i for i in range(12)])
-    assert _shown(path, use_decord) == pytest.approx([20, 80, 140, 200], abs=LEVEL_TOLERANCE)
-    assert _shown(path, use_decord, num_frames=1) == pytest.approx([120], abs=LEVEL_TOLERANCE)
+    assert _shown(path, backend) == pytest.approx([20, 80, 140, 200], abs=LEVEL_TOLERANCE)
+    assert _shown(path, backend, num_frames=1) == pytest.approx([120], abs=LEVEL_TOLERANCE)
 
 
-@pytest.mark.parametrize("use_decord", [True, False])
-def test_frames_are_chosen_by_time_not_by_index(tmp_path, use_decord):
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_frames_are_chosen_by_time_not_by_index(tmp_path, backend):
     """Five quick frames, then three that each stay for a second."""
     path = write_clip(tmp_path / "vfr.mkv", [10, 30, 50, 70, 90, 150, 190, 230], [0, 1, 2, 3, 4, 10, 20, 30])
-    assert _shown(path, use_decord, num_frames=3) == pytest.approx([90, 150, 190], abs=LEVEL_TOLERANCE)
+    assert _shown(path, backend, num_frames=3) == pytest.approx([90, 150, 190], abs=LEVEL_TOLERANCE)
 
 
-@pytest.mark.parametrize("use_decord", [True, False])
-def test_a_part_of_a_clip(tmp_path, use_decord):
+@pytest.mark.parametrize("backend", INSTALLED)
+def test_a_part_of_a_clip(tmp_path, backend):
     path = write_clip(tmp_path / "clip.mp4", [10 * i for i in range(20)])
-    part = _shown(path, use_decord, num_frames=2, start_s=1.0, end_s=1.4)
+    part = _shown(path, backend, num_frames=2, start_s=1.0, end_s=1.4)
     assert part == pytest.approx([110, 130], abs=LEVEL_TOLERANCE)
-    beyond = _shown(path, use_decord, num_frames=1, start_s=1.0, end_s=99.0)
+    beyond = _shown(path, backend, num_frames=1, start_s=1.0, end_s=99.0)
     assert beyond == pytest.approx([150], abs=LEVEL_TOLERANCE)
     with pytest.raises(MediaError, match="start_s=5"):
-        read_clip(str(path), _request(start_s=5.0), use_decord)
+        read_clip(str(path), _request(start_s=5.0))
 
 
 def test_far_frames_are_sought(tmp_path):
     path = write_clip(tmp_path / "long.mp4", [(7 * i) % 250 for i in range(400)])
-    assert _shown(path, False) == pytest.approx([(7 * i) % 250 for i in (50, 150, 250, 350)], abs=LEVEL_TOLERANCE)
+    assert _shown(path, "pyav") == pytest.approx([(7 * i) % 250 for i in (50, 150, 250, 350)], abs=LEVEL_TOLERANCE)
 
 
 def test_one_frame_is_repeated(tmp_path):
-    assert _shown(write_clip(tmp_path / "one.mp4", [77]), False) == pytest.approx([77] * 4, abs=LEVEL_TOLERANCE)
+    assert _shown(write_clip(tmp_path / "one.mp4", [77]), "pyav") == pytest.approx([77] * 4, abs=LEVEL_TOLERANCE)
 
 
 def test_a_gif_is_a_clip(tmp_path):
     frames = [Image.new("RGB", (40, 30), (level, level, level)) for level in (0, 80, 160, 240)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    assert _shown(tmp_path / "a.gif", True) == pytest.approx([0, 80, 160, 240], abs=LEVEL_TOLERANCE)
+    assert _shown(tmp_path / "a.gif", "pyav") == pytest.approx([0, 80, 160, 240], abs=LEVEL_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["-dash.mp4", "with space and é.mp4", "percent%03d.mp4", "a:b.mp4"])
 def test_odd_names(tmp_path, pool, name):
     path = write_clip(tmp_path / name, [100] * 3)
-    assert pool.read_clip(_request(), path=str(path)).shape == (4, 3, 32, 32)
+    assert pool.read_clip(_request(), path=str(path)).pixels.shape == (4, 3, 32, 32)
 
 
 def test_a_playlist_opens_no_other_file(tmp_path, pool):
@@ -96,9 +107,11 @@ def test_a_playlist_opens_no_other_file(tmp_path, pool):
 
 def test_bytes_decode_as_files_do(tmp_path, pool):
     path = write_clip(tmp_path / "clip.mp4", [20 * i for i in range(12)])
-    assert np.array_equal(
-        pool.read_clip(_request(), path=str(path)), pool.read_clip(_request(), data=path.read_bytes())
+    from_path, from_bytes = (
+        pool.read_clip(_request(), path=str(path)),
+        pool.read_clip(_request(), data=path.read_bytes()),
     )
+    assert np.array_equal(from_path.pixels, from_bytes.pixels)
 
 
 def test_a_hanging_child_is_killed_at_the_deadline(tmp_path):
@@ -120,7 +133,7 @@ def test_a_dead_child_is_replaced(tmp_path, pool):
     pool.read_clip(_request(), path=path)
     first = pool.child_pids()
     os.kill(first[0], 9)
-    assert pool.read_clip(_request(), path=path).shape == (4, 3, 32, 32)
+    assert pool.read_clip(_request(), path=path).pixels.shape == (4, 3, 32, 32)
     assert pool.child_pids() != first
 
 
@@ -144,18 +157,7 @@ def test_a_file_that_kills_every_decoder_is_corrupt(tmp_path, pool):
         killer.join()
     assert (caught.value.error_class, caught.value.tries) == ("corrupt", 2)
     good = write_clip(tmp_path / "clip.mp4", [100] * 3)
-    assert pool.read_clip(_request(), path=str(good)).shape == (4, 3, 32, 32)
-
-
-def test_memory_is_limited(tmp_path):
-    path = write_clip(tmp_path / "large.mp4", [100] * 3, size=2048)
-    pool = VideoPool(timeout_s=20, memory_bytes=700 * 1024**2)
-    try:
-        pool.read_clip(_request(num_frames=1), path=str(write_clip(tmp_path / "small.mp4", [100])))
-        with pytest.raises(MediaError):
-            pool.read_clip(_request(preprocessing=_huge()), path=str(path))
-    finally:
-        pool.close()
+    assert pool.read_clip(_request(), path=str(good)).pixels.shape == (4, 3, 32, 32)
 
 
 def _huge():
@@ -187,40 +189,162 @@ def test_the_child_loads_neither_torch_nor_ray(tmp_path, pool):
     assert "libtorch" not in mapped and "_raylet" not in mapped
 
 
-@pytest.mark.parametrize("use_decord", [True, False])
-def test_real_clips(test_data_dir, pool, use_decord):
-    """The first frame has the colours that ffmpeg saw, so also the right rotation and stream."""
-    # PyAV is safe in this process; decord, which is tried first, is not.
-    read = pool.read_clip if use_decord else lambda request, path: read_clip(path, request, use_decord=False)
-    request = _request(preprocessing=_square(), num_frames=1, end_s=0.001)
-    wrong, num_rotated = {}, 0
-    records = json.loads((test_data_dir / "MANIFEST.json").read_text())["records"]
-    for record in (record for record in records if record["kind"] == "video"):
-        truth = record["ground_truth"]
-        try:
-            clip = read(request, path=str(test_data_dir / record["path"]))
-            verdict = _colour_problem(clip[0], truth)
-            num_rotated += truth["streams"][0]["rotation_cw_deg"] != 0
-        except MediaError as error:
-            verdict = f"fails: {error}"
-        if truth["expected"] in ("must_fail", "no_video_stream"):
-            if verdict is None or not verdict.startswith("fails"):
-                wrong[record["path"]] = "decoded"
-        elif verdict is not None:
-            wrong[record["path"]] = verdict
-    assert wrong == {} and num_rotated >= 6
+def test_memory_beyond_the_ceiling_is_too_large(tmp_path):
+    """The limit is the child's own, so that no file can take the machine's memory."""
+    pool = VideoPool(timeout_s=20, memory_bytes=700 * 1024**2)
+    try:
+        path = write_clip(tmp_path / "clip.mp4", [100] * 3)
+        with pytest.raises(MediaError) as caught:
+            pool.read_clip(_request(preprocessing=_huge()), path=str(path))
+        assert caught.value.error_class in ("too_large", "corrupt")
+        assert pool.read_clip(_request(), path=str(path)).pixels.shape == (4, 3, 32, 32)
+    finally:
+        pool.close()
 
 
-def _square():
-    values = {**PREPROCESSING.to_dict(), "crop": "squash", "height": 64, "width": 64}
-    return type(PREPROCESSING).from_dict(values)
+def test_a_picture_renamed_is_no_video(tmp_path):
+    """Decoders would show it as a clip of one frame."""
+    (tmp_path / "a.mp4").write_bytes(jpeg())
+    (tmp_path / "b.mp4").write_bytes(b"just some text\n" * 50)
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(MediaError) as caught:
+            read_clip(str(tmp_path / name), _request())
+        assert caught.value.error_class == "unsupported"
 
 
-def _colour_problem(frame_CHW, truth) -> str | None:
-    if truth["streams"][0]["display_width"] < 8:
-        return None  # a single pixel has no quadrants
-    half = frame_CHW.shape[1] // 2
-    quadrants = [frame_CHW[:, y : y + half, x : x + half].mean(axis=(1, 2)) for y in (0, half) for x in (0, half)]
-    worst = float(np.abs(np.array(quadrants) - np.array(truth["mean_rgb_quadrants_first"])).max())
-    is_deep = "10" in (truth["streams"][0]["pix_fmt"] or "")
-    return None if worst <= MEAN_TOLERANCE * (3 if is_deep else 1) else f"colours differ by {worst:.1f}"
+def test_a_cut_file_is_corrupt(tmp_path):
+    content = write_clip(tmp_path / "clip.mp4", [20 * i for i in range(12)]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(MediaError) as caught:
+        read_clip(str(tmp_path / "cut.mp4"), _request())
+    assert caught.value.error_class == "corrupt"
+
+
+def test_damage_is_not_decoded_silently(tmp_path):
+    """Packets of zeroes: other decoders repeat a frame for each, without a word."""
+    path = write_clip(tmp_path / "clip.mp4", [(7 * i) % 250 for i in range(60)])
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"mdat") + 4
+    size = int.from_bytes(content[begin - 8 : begin - 4], "big") - 8
+    content[begin + size // 4 : begin + 3 * size // 4] = bytes(3 * size // 4 - size // 4)
+    path.write_bytes(content)
+    with pytest.raises(MediaError) as caught:
+        read_clip(str(path), _request(num_frames=8))
+    assert caught.value.error_class == "corrupt"
+
+
+def test_absurd_durations_are_corrupt(tmp_path):
+    ten_days = 10 * 24 * 3600 * 10
+    path = write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days])
+    with pytest.raises(MediaError, match="10 days") as caught:
+        read_clip(str(path), _request())
+    assert caught.value.error_class == "corrupt"
+
+
+def test_a_long_video_is_not_decoded_whole(tmp_path):
+    """Ten hours, a frame every ten seconds, a key frame every twenty frames: a few groups are decoded."""
+    path, count = tmp_path / "long.mp4", 3600
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "1", "g": "20", "preset": "ultrafast"}
+        for index in range(count):
+            level = index * 250 // count
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, dtype=np.uint8), format="rgb24")
+            frame.pts = 10 * index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    found = survey(str(path), 10**6)
+    assert found.duration_s == 36_000
+    decoded = _levels(read_clip(str(path), _request()).pixels)
+    assert decoded == pytest.approx([31, 93, 156, 218], abs=LEVEL_TOLERANCE)
+    with open_container(str(path)) as container:
+        cursor = video_pyav._Cursor(container, found)
+        cursor.jump(int(found.starts[1800]), is_far=True)
+        assert video_pyav._time_of(cursor.at(int(found.starts[1805]))) == found.starts[1805]
+        assert cursor.num_packets < 40
+
+
+def test_large_files_are_surveyed_by_their_index(tmp_path, monkeypatch):
+    levels = [(7 * i) % 250 for i in range(400)]
+    path = write_clip(tmp_path / "large.mp4", levels)
+    exact = survey(str(path), 10**6)
+    monkeypatch.setattr(video_survey, "_INDEXED_BYTES", 0)
+    indexed = survey(str(path), 10**6)
+    assert exact.is_exact and not indexed.is_exact
+    assert indexed.starts_s.tolist() == exact.starts_s.tolist()
+    assert _shown(path, "pyav") == pytest.approx([levels[i] for i in (50, 150, 250, 350)], abs=LEVEL_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx265"), ("a.webm", "libvpx"), ("a.mp4", "mpeg4"), ("a.mpg", "mpeg2video")],
+)
+def test_leaving_frames_out_changes_none(tmp_path, name, codec):
+    """The wanted frames are those of decoding everything, bit for bit, whatever refers to what."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    picture = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.options = {"g": "30", "bf": "3"} if codec != "libvpx" else {"g": "30"}
+        for index in range(100):
+            at = index % 32
+            shown = np.ascontiguousarray(picture[at : at + 64, 32 - at : 96 - at])
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        whole = {frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)}
+    found = survey(str(path), 10**6)
+    wanted = np.array([0, 1, 7, 17, 29, 30, 33, 58, 71, 99])
+    picked = dict(PyAVBackend().frames_at(str(path), found, wanted, None, "bilinear"))
+    assert sorted(picked) == wanted.tolist()
+    if found.is_exact:  # else all is decoded
+        assert [index for index, _ in video_pyav._selected(str(path), found, wanted)] == wanted.tolist()
+    for index, frame in picked.items():
+        assert np.array_equal(frame, whole[int(found.starts[index])])
+
+
+def test_the_next_backend_is_tried(tmp_path, monkeypatch):
+    """One that cannot be used makes place for the next; a verdict on the file is final."""
+    path = str(write_clip(tmp_path / "clip.mp4", [100] * 3))
+
+    class Broken(PyAVBackend):
+        name = "broken"
+        error: Exception = RuntimeError("no FFmpeg")
+
+        def frames_at(self, *arguments):
+            raise self.error
+
+    monkeypatch.setitem(BACKENDS, "broken", Broken())
+    assert _levels(read_clip(path, _request(), ["broken", "pyav"]).pixels) == pytest.approx([100] * 4, abs=4)
+    with pytest.raises(MediaError, match="broken: RuntimeError no FFmpeg"):
+        read_clip(path, _request(), ["broken"])
+    monkeypatch.setattr(Broken, "error", MediaError("corrupt", "damaged"))
+    with pytest.raises(MediaError, match="damaged"):
+        read_clip(path, _request(), ["broken", "pyav"])
+
+
+def test_all_backends_are_there():
+    assert tuple(BACKENDS) == BACKEND_NAMES
+
+
+def test_key_frames_and_random_segments_of_a_file(tmp_path):
+    path = str(write_clip(tmp_path / "clip.mp4", [10 * i for i in range(20)]))
+    keys = read_clip(path, _request(num_frames=6, sampling=Sampling(strategy="key_frames")))
+    assert _levels(keys.pixels) == pytest.approx([0, 50, 100, 150, 150, 150], abs=LEVEL_TOLERANCE)
+    assert keys.frame_valid.tolist() == [True] * 4 + [False] * 2
+    draws = [read_clip(path, _request(sampling=Sampling(strategy="random_segment"), seed=seed)) for seed in (1, 1, 2)]
+    assert np.array_equal(draws[0].pixels, draws[1].pixels) and not np.array_equal(draws[0].pixels, draws[2].pixels)
+
+
+def test_facts(tmp_path, pool):
+    path = str(write_clip(tmp_path / "clip.mp4", [10 * i for i in range(20)]))
+    assert pool.read_clip(_request(), path=path).facts is None
+    facts = pool.read_clip(_request(wants_facts=True), path=path).facts
+    assert (facts.codec, facts.width, facts.height, facts.num_frames) == ("h264", 64, 64, 20)
+    assert facts.duration_s == pytest.approx(2.0) and facts.fps == pytest.approx(10.0)
+    assert (facts.rotation_deg, facts.has_audio) == (0, False)
