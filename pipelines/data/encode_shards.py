@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.batch import SampleBatch, unpack
 from pipelines.data.features import FeatureSpec, write_shard
+from pipelines.data.quarantine import require_readable
 from pipelines.data.token_codec import TokenDtype
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
 from qformer.errors import UserError
@@ -74,6 +75,7 @@ class EncodeShards:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Write a shard; return one row about it: rows, failures, bytes."""
         batch = unpack(block)
+        require_readable(batch.failures)
         try:
             size_bytes = write_shard(self._folder, batch, self._tokens(batch), self._spec.dtype)
         except ValueError as error:
