@@ -67,6 +67,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
             decode=DecodeSettings(
                 preprocessing=spec.preprocessing,
                 num_frames=data.num_frames,
+                sampling=data.sampling.build(),
                 limits=Limits(**data.limits.model_dump()),
             ),
             frames_per_pass=settings.frames_per_pass,

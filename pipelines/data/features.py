@@ -28,7 +28,6 @@ from pipelines.data import schema, storage
 from pipelines.data.batch import Failure, ImageRows, SampleBatch, pack
 from pipelines.data.plan import image_ids
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, encode_tokens, raw_width
-from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
@@ -123,8 +122,8 @@ class FeatureCache:
 
     folder: str
     spec: FeatureSpec
-    augmentation: Augmentation = Augmentation()
-    """Never active: cached features are of the plain picture."""
+    is_random: bool = False
+    """Never: cached features are of the plain picture and of frames chosen without chance."""
 
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample."""
