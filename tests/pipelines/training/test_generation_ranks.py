@@ -54,8 +54,8 @@ def joined_batch():
     instructions = ["", "a small", "above large red triangle", "", "", "left"]
     tokens = np.random.default_rng(3).standard_normal((6, 2, 7, 24), dtype=np.float32)
     is_valid = np.array([True, True, True, False, True, True])
-    names = [f"s{row}" for row in range(6)]
-    return SampleBatch(0, 0, names, captions, np.arange(6), is_valid, tokens, [], instructions)
+    names, is_real = [f"s{row}" for row in range(6)], np.ones((6, 2), dtype=np.bool_)
+    return SampleBatch(0, 0, names, captions, np.arange(6), is_valid, tokens, [], is_real, instructions)
 
 
 def part(batch, rows):
