@@ -15,6 +15,8 @@ from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.manifest import MANIFEST_FILE, read_source, write_table
 from pipelines.data.samples import Limits
+from pipelines.data.stage_costs import StageCosts
+from pipelines.data.stage_report import Pool, stage_table
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ def _probe(rows: pa.Table, settings: PrepareSettings) -> tuple[pa.Table, pa.Tabl
     # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
     from pipelines.data.dataset import probe
 
-    told_at_s = time.monotonic()
+    begun_s = told_at_s = time.monotonic()
+    costs = StageCosts()
 
     def tell(done: int, total: int, failed: int) -> None:
         nonlocal told_at_s
@@ -70,13 +73,19 @@ def _probe(rows: pa.Table, settings: PrepareSettings) -> tuple[pa.Table, pa.Tabl
             told_at_s = time.monotonic()
             logger.info("checked %d of %d rows, %d quarantined", done, total, failed)
 
-    return probe(
+    used, quarantined = probe(
         rows,
         num_frames=settings.num_frames,
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
         on_progress=tell,
+        on_costs=costs.add,
     )
+    workers, seconds = settings.decode_workers, costs.seconds()
+    pool = Pool(name="decode workers", setting="decode_workers", workers=workers, seconds=seconds)
+    wall_s = time.monotonic() - begun_s
+    print(stage_table([pool], wall_s=wall_s, rows=len(rows), fetched_bytes=costs.fetched_bytes))
+    return used, quarantined
 
 
 def _summary(rows: pa.Table, used: pa.Table, quarantined: pa.Table) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipelines.data.batch import Failure
 from pipelines.data.features import FeatureCache, locate, open_cache
 from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.stage_report import run_table
 from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
@@ -46,6 +47,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     _check(settings, len(manifest))
     cache = open_cache(data.features) if data.features else None
     if cache:
+        cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
         manifest = locate(manifest, cache)
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
     if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
@@ -64,6 +66,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
         summary["load_report"],
     )
     logger.info("run folder %s; curves: tensorboard --logdir %s", settings.output, settings.output)
+    print(run_table(summary["stages"], workers=settings.workers, decode_workers=settings.decode_workers))
     print(summary["accounting"])
     return summary
 
@@ -168,7 +171,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     run.assert_frozen()
     if log:
         log.close()
-    return _summary(run, accounting, settings, start_step, log.records if log else [])
+    stages = loop.times.combined(run.encode.seconds)
+    return _summary(run, accounting, settings, start_step, log.records if log else [], stages)
 
 
 def _loop_settings(arguments: dict[str, Any]) -> "LoopSettings":
@@ -296,6 +300,7 @@ def _summary(
     settings: TrainSettings,
     start_step: int,
     records: list[dict[str, float]],
+    stages: dict[str, float],
 ) -> dict[str, Any]:
     return {
         "stage": settings.stage,
@@ -312,6 +317,7 @@ def _summary(
         "trainable_names": run.trainable_names,
         "frozen_sha256": run.fingerprints,
         "last": records[-1] if records else {},
+        "stages": stages,
     }
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.data import schema
+from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, cost_columns, summed
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
 
 STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
@@ -48,6 +49,8 @@ class SampleBatch:
     """uint8 pixels [B, T, C, H, W]; or, out of a feature cache, the frozen encoder's tokens [B, T, P, V] in float16 or
     float32. T is 1 for images. A batch holds one kind."""
     failures: list[Failure]
+    costs: StageCosts = field(default_factory=StageCosts)
+    """Of these rows together."""
 
 
 class ImageRows:
@@ -71,13 +74,16 @@ class ImageRows:
         self.flat[self.offsets[row] : self.offsets[row + 1]] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def pack(rows: pa.Table, images: ImageRows, failures: list[Failure | None]) -> pa.Table:
+def pack(
+    rows: pa.Table, images: ImageRows, failures: Sequence[Failure | None], costs: Sequence[StageCosts]
+) -> pa.Table:
     """Join rows with their images into one Arrow table, without copying the images.
 
     Args:
         rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media and caption.
         images: Of these rows.
         failures: One entry a row, None where it was decoded (or is padding).
+        costs: One entry a row.
     """
     buffers = [None, pa.py_buffer(images.offsets), pa.py_buffer(images.flat)]
     return pa.table(
@@ -87,6 +93,7 @@ def pack(rows: pa.Table, images: ImageRows, failures: list[Failure | None]) -> p
             schema.ERROR_CLASS: [failure and failure.error_class for failure in failures],
             schema.MESSAGE: [failure and failure.message for failure in failures],
             schema.TRIES: [failure and failure.tries for failure in failures],
+            **cost_columns(costs),
             _CODEC: [images.codec] * len(rows),
             _SHAPE: images.shapes,
             _VALUES: pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers),
@@ -127,6 +134,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         is_valid=np.array(is_valid, dtype=np.bool_),
         images=_images(table),
         failures=failures,
+        costs=summed(table),
     )
 
 
@@ -158,6 +166,7 @@ _PACKED_SCHEMA = pa.schema(
         (schema.ERROR_CLASS, pa.string()),
         (schema.MESSAGE, pa.string()),
         (schema.TRIES, pa.int32()),
+        *COST_COLUMNS.items(),
         (_CODEC, pa.string()),
         (_SHAPE, pa.list_(pa.int32())),
         (_VALUES, pa.large_binary()),

@@ -16,22 +16,21 @@ from ray.util.annotations import RayDeprecationWarning
 from pipelines.data import quarantine, schema
 from pipelines.data.batch import Failure, SampleBatch, split_steps, unpack
 from pipelines.data.decode_rows import CheckRows, DecodeRows
-from pipelines.data.features import FeatureCache, FeatureSpec, ReadFeatures, finished_shard, write_index
+from pipelines.data.features import FeatureCache, ReadFeatures
 from pipelines.data.plan import block_steps, evaluation_blocks, training_blocks
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.stage_costs import StageCosts, summed
 from qformer.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from pipelines.data.encode_shards import EncoderChoice
 
 _PROBE_ROWS = 32
-_SHARD_PIXEL_BYTES = 64 * 1024**2
-"""Pixels that one shard of a feature cache is made of: what a decode actor hands to an encoder actor at a time."""
-_MAX_SHARD_ROWS = 4096
 _PREFETCHED_BATCHES = 2
 _MAX_RESTARTS = 3
 """How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
 _MAX_TASK_RETRIES = 2
+_CHECKED = (schema.SAMPLE_ID, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
 _PROBE_PREPROCESSING = Preprocessing(
     height=32,
     width=32,
@@ -163,58 +162,53 @@ def map_blocks(
     yield from mapped.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def write_features(
-    manifest: pa.Table,
+def measure_features(
+    blocks: list[pa.Table], *, choice: "EncoderChoice", decode: DecodeSettings, frames_per_pass: int, use_gpu: bool
+) -> list[StageCosts]:
+    """Decode and encode a few blocks in one task, writing nothing; see `encode_shards.measure_rows`."""
+    # Loads torch, which the other jobs' drivers do without.
+    from pipelines.data.encode_shards import measure_rows
+
+    task = ray.remote(measure_rows).options(num_gpus=1 if use_gpu else 0, max_retries=_MAX_TASK_RETRIES)
+    return list(ray.get(task.remote(choice, decode, frames_per_pass, "cuda" if use_gpu else "cpu", blocks)))
+
+
+def encode_features(
+    shards: list[pa.Table],
     *,
     folder: str,
     choice: "EncoderChoice",
-    spec: FeatureSpec,
     decode: DecodeSettings,
     frames_per_pass: int,
     workers: int,
     decode_workers: int,
     use_gpu: bool,
-    on_progress: Callable[[int, int], None],
-) -> pa.Table:
-    """Encode what the cache lacks of `manifest`, and finish it.
+) -> Iterator[pa.Table]:
+    """Write shards of a feature cache.
 
     Args:
-        manifest: Rows with unique sample ids.
-        folder: Of the cache; shards that are there with the same rows stay as they are.
+        shards: Of `features.shard_blocks`, those that are missing.
+        folder: Of the cache.
         choice: The encoder.
-        spec: What it makes.
         decode: How files become pixels.
         frames_per_pass: See `EncodeShards`.
         workers: Encoder actors.
         decode_workers: Decode actors.
         use_gpu: One GPU for each encoder actor.
-        on_progress: Called with (rows done, bytes written) after each shard.
 
-    Returns:
-        The cache's index: sample_id, feature_shard, feature_row, and error_class where a row failed.
+    Yields:
+        What `EncodeShards` returns about each, as they are done.
     """
-    # Loads torch, which the other jobs' drivers do without.
     from pipelines.data.encode_shards import EncodeShards
 
-    largest = max(map(decode.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
-    shards = evaluation_blocks(manifest, int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS)))
-    wanted = [block for shard, block in enumerate(shards) if not finished_shard(folder, shard, block)]
-    done, written = len(manifest) - sum(map(len, wanted)), 0
-    on_progress(done, written)
-    if wanted:
-        dataset = _mapped(wanted, DecodeRows, decode, decode_workers)
-        arguments = {
-            "choice": choice,
-            "folder": folder,
-            "frames_per_pass": frames_per_pass,
-            "device": "cuda" if use_gpu else "cpu",
-        }
-        for table in map_blocks(dataset, EncodeShards, arguments, workers=workers, use_gpu=use_gpu):
-            done, written = done + pc.sum(table["rows"]).as_py(), written + pc.sum(table["bytes"]).as_py()
-            on_progress(done, written)
-    index = write_index(folder, len(shards))
-    assert len(index) == len(manifest), f"{len(manifest)} rows went in but {len(index)} came out"
-    return index
+    arguments = {
+        "choice": choice,
+        "folder": folder,
+        "frames_per_pass": frames_per_pass,
+        "device": "cuda" if use_gpu else "cpu",
+    }
+    dataset = _mapped(shards, DecodeRows, decode, decode_workers)
+    yield from map_blocks(dataset, EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
 
 
 def to_batch(block: pa.Table) -> SampleBatch:
@@ -229,6 +223,7 @@ def probe(
     limits: Limits,
     decode_workers: int,
     on_progress: Callable[[int, int, int], None] | None = None,
+    on_costs: Callable[[StageCosts], None] | None = None,
 ) -> tuple[pa.Table, pa.Table]:
     """Decode every row once to learn which can be used.
 
@@ -238,6 +233,7 @@ def probe(
         limits: What one file may cost.
         decode_workers: Actors that decode.
         on_progress: Called with (rows done, rows in all, rows failed) after each block.
+        on_costs: Called with each block's costs.
 
     Returns:
         The rows that can be used, in their order, and the quarantine table. Together they are all rows: of rows
@@ -261,7 +257,9 @@ def probe(
         for row in checked.filter(pc.is_valid(checked[schema.STAGE])).to_pylist():
             name = row[schema.SAMPLE_ID]
             failed.add(name)
-            failures.append(Failure(media=media_of[name], **row))
+            failures.append(Failure(media=media_of[name], **{column: row[column] for column in _CHECKED}))
+        if on_costs is not None:
+            on_costs(summed(checked))
         done += len(checked)
         if on_progress is not None:
             on_progress(done, len(table), len(failures))

@@ -13,6 +13,7 @@ from pipelines.data import storage
 from pipelines.data.decode import decode_image
 from pipelines.data.media import MediaError
 from pipelines.data.schema import IMAGE, KINDS, VIDEO
+from pipelines.data.stage_costs import StageCosts
 from pipelines.data.transforms import Augmentation, augment, fit
 from pipelines.data.video import ClipRequest
 from pipelines.data.video_pool import VideoPool
@@ -81,6 +82,7 @@ class SampleDecoder:
         start_s: float | None = None,
         end_s: float | None = None,
         augmentation_seed: int | None = None,
+        costs: StageCosts | None = None,
     ) -> NDArray[np.uint8]:
         """Fetch and decode one sample.
 
@@ -91,6 +93,7 @@ class SampleDecoder:
             start_s: Beginning of the clip in seconds after the video's first frame; None: the beginning.
             end_s: Exclusive end of the clip in the same seconds; None: the end.
             augmentation_seed: Draws crop and flip; None leaves the picture as it is.
+            costs: Gets what this sample took added; None measures for nobody.
 
         Returns:
             uint8 [T, 3, height, width]; T is 1 for an image.
@@ -100,28 +103,31 @@ class SampleDecoder:
         """
         if kind not in KINDS:
             raise MediaError("config", f"kind {kind!r} is neither {IMAGE!r} nor {VIDEO!r}", stage="manifest")
+        costs = StageCosts() if costs is None else costs
         if data is None and not media:
             raise MediaError("config", "neither media nor bytes are given", stage="manifest")
         if data is not None and len(data) > self.settings.limits.max_bytes:
             raise MediaError("too_large", f"{len(data)} bytes exceed the limit", stage="read")
         if kind == VIDEO:
-            return self._decode_video(media, data, start_s, end_s, augmentation_seed)
-        return self._decode_image(data if data is not None else self._read(str(media)), augmentation_seed)
+            return self._decode_video(media, data, start_s, end_s, augmentation_seed, costs)
+        return self._decode_image(data if data is not None else self._read(str(media), costs), augmentation_seed, costs)
 
     def close(self) -> None:
         """End the video children."""
         self.videos.close()
 
-    def _decode_image(self, data: bytes, augmentation_seed: int | None) -> NDArray[np.uint8]:
+    def _decode_image(self, data: bytes, augmentation_seed: int | None, costs: StageCosts) -> NDArray[np.uint8]:
         settings, preprocessing = self.settings, self.settings.preprocessing
         is_plain = augmentation_seed is None or not settings.augmentation.random_resized_crop
         # A random crop enlarges a part of the picture, so that it wants all the pixels there are.
         target = max(preprocessing.resize_short_side, preprocessing.height, preprocessing.width)
-        image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
+        with costs.measure("decode"):
+            image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
         box, is_flipped = None, False
         if augmentation_seed is not None:
             box, is_flipped = augment(image.width, image.height, settings.augmentation, augmentation_seed)
-        return fit(image, preprocessing, box, is_flipped)[None]
+        with costs.measure("transform"):
+            return fit(image, preprocessing, box, is_flipped)[None]
 
     def _decode_video(
         self,
@@ -130,6 +136,7 @@ class SampleDecoder:
         start_s: float | None,
         end_s: float | None,
         augmentation_seed: int | None,
+        costs: StageCosts,
     ) -> NDArray[np.uint8]:
         request = ClipRequest(
             preprocessing=self.settings.preprocessing,
@@ -142,15 +149,23 @@ class SampleDecoder:
         )
         if data is None and storage.is_local(str(media)):
             # The child reads local files itself: large ones are never copied through memory.
-            return self.videos.read_clip(request, path=self._checked_path(str(media)))
-        return self.videos.read_clip(request, data=data if data is not None else self._read(str(media)))
+            path, content = self._checked_path(str(media), costs), b""
+        else:
+            path, content = None, data if data is not None else self._read(str(media), costs)
+        with costs.measure("decode"):
+            return self.videos.read_clip(request, path=path, data=content)
 
-    def _read(self, media: str) -> bytes:
-        return _with_retries(media, lambda: storage.read_bytes(media, self.settings.limits.max_bytes))
+    def _read(self, media: str, costs: StageCosts) -> bytes:
+        with costs.measure("fetch"):
+            data = _with_retries(media, lambda: storage.read_bytes(media, self.settings.limits.max_bytes))
+        costs.fetched_bytes += len(data)
+        return data
 
-    def _checked_path(self, media: str) -> str:
+    def _checked_path(self, media: str, costs: StageCosts) -> str:
         path = storage.local_path(media)
-        size_bytes = _with_retries(media, lambda: storage.require_regular(path)).st_size
+        with costs.measure("fetch"):
+            size_bytes = _with_retries(media, lambda: storage.require_regular(path)).st_size
+        costs.fetched_bytes += size_bytes
         if size_bytes > self.settings.limits.max_bytes:
             raise MediaError("too_large", f"{size_bytes} bytes exceed the limit", stage="read")
         if size_bytes == 0:

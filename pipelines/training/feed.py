@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.data.features import FeatureCache
 from pipelines.data.order import batches_per_epoch, epoch_order
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.schema import KIND, KINDS
+from pipelines.training.data_metrics import DataMetrics
 
 SEGMENT_STEPS = 512
 """Steps planned as one dataset: enough to hide its start, few enough that planning takes seconds at most."""
@@ -94,6 +96,7 @@ def rank_batches(
         source: How files become pixels, or the feature cache to read instead.
     """
     ready: queue.Queue[SampleBatch | BaseException | None] = queue.Queue(maxsize=PREFETCHED_BATCHES)
+    metrics = DataMetrics("train", rank)
 
     def fetch() -> None:
         try:
@@ -109,7 +112,13 @@ def rank_batches(
             ready.put(error)
 
     threading.Thread(target=fetch, name="batch-feed", daemon=True).start()
-    while (item := ready.get()) is not None:
+    while True:
+        begun_s = time.perf_counter()
+        item = ready.get()
+        if item is None:
+            return
         if isinstance(item, BaseException):
             raise item
+        metrics.waited(time.perf_counter() - begun_s, queue_depth=ready.qsize())
+        metrics.count(item.costs, rows_used=int(item.is_valid.sum()), rows_quarantined=len(item.failures))
         yield item

@@ -11,6 +11,7 @@ from pipelines.data import schema, storage
 from pipelines.data.batch import split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.encode_shards import EncoderChoice, EncodeShards
+from pipelines.data.feature_spec import write_spec
 from pipelines.data.features import (
     FeatureCache,
     ReadFeatures,
@@ -19,7 +20,6 @@ from pipelines.data.features import (
     open_cache,
     write_index,
     write_shard,
-    write_spec,
 )
 from pipelines.data.order import PADDING
 from pipelines.data.plan import evaluation_blocks, training_blocks
