@@ -8,7 +8,7 @@ which eight frames are used. Memory is that of all processes at their peak.
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -101,6 +101,15 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
     return content
 
 
+def size_bytes(uri: str) -> int:
+    """Size of a file.
+
+    Raises:
+        OSError: If it is missing or (locally) not a regular file.
+    """
+    return require_regular(local_path(uri)).st_size if is_local(uri) else _size_bytes(uri)
+
+
 def open_regular(uri: str) -> BinaryIO:
     """Like `open_input`, but refuses local pipes and devices, whose opening or reading may never end."""
     if is_local(uri):
@@ -142,6 +151,15 @@ def write_bytes(uri: str, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_file(uri: str) -> None:
+    """Delete a file that is there."""
+    if is_local(uri):
+        os.unlink(local_path(uri))
+    else:
+        filesystem, path = _filesystem(uri)
+        filesystem.rm_file(path)
 
 
 def write_text(uri: str, text: str) -> None:
