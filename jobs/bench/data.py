@@ -1,8 +1,8 @@
 """The data plane against torch DataLoaders and Ray's own readers: images/s, clips/s, and memory.
 
-Both sides read the same files (warm in the page cache) and make the same tensors in batches of 32, on two cores with two
-decoding processes each, and are timed in a steady state, in turns. Clips are 10 s of 640x360 H.264 at 30 frames/s, of
-which eight frames are used. Memory is that of all processes at their peak.
+Both sides read the same files (warm in the page cache) and make the same tensors in batches of 32, on two cores with
+two decoding processes each, and are timed in a steady state, in turns. Clips are 10 s of 640x360 H.264 at 30 frames/s,
+of which eight frames are used. Memory is that of all processes at their peak.
 """
 
 import os
