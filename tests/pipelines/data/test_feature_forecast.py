@@ -58,7 +58,7 @@ def test_measured_rows_scale_to_all():
     images, clips = measured_blocks(shards)
     assert len(images) == len(clips) == 16
     # Spread evenly: the first and the last row of the kind are among them.
-    assert images[schema.SAMPLE_ID].to_pylist()[:: 15] == ["i0", "i1599"]
+    assert images[schema.SAMPLE_ID].to_pylist()[::15] == ["i0", "i1599"]
     costs = [StageCosts(decode_s=0.16, encode_s=0.8), StageCosts(fetch_s=0.1, decode_s=1.5, encode_s=1.6)]
     expected = forecast(shards, VIT_G, list(zip((images, clips), costs, strict=True)), decode_workers=2, workers=1)
     assert expected.decode_s == pytest.approx((100 * 0.16 + 25 * 1.6) / 2)

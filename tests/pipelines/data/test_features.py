@@ -23,7 +23,7 @@ from pipelines.data.features import (
 )
 from pipelines.data.order import PADDING
 from pipelines.data.plan import evaluation_blocks, training_blocks
-from pipelines.data.samples import DecodeSettings
+from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.token_codec import decode_tokens, encode_tokens
 from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
@@ -160,6 +160,26 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path, encoder):
         dataclasses.replace(spec, num_frames=8).require_same(spec)
     with pytest.raises(UserError, match=f"weights: {spec.weights[:12]}… in the cache"):
         dataclasses.replace(spec, weights="0" * 64).require_same(spec)
+
+
+def test_the_fingerprint_covers_all_that_decides_pixels(encoder):
+    """A new field of DecodeSettings must enter FeatureSpec, or be named as one without effect: both fail here."""
+    spec = encoder[1]
+    decode = DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames)
+    spec.require_decoding(decode)
+    spec.require_decoding(dataclasses.replace(decode, limits=Limits(max_pixels=5)))
+    with pytest.raises(UserError, match="num_frames: 4 in the cache, 5 here"):
+        spec.require_decoding(dataclasses.replace(decode, num_frames=5))
+    other = dataclasses.replace(spec.preprocessing, crop="squash")
+    with pytest.raises(UserError, match="preprocessing: .* in the cache"):
+        spec.require_decoding(dataclasses.replace(decode, preprocessing=other))
+
+
+def test_a_forgotten_field_of_decoding_fails_loudly(encoder, monkeypatch):
+    longer = dataclasses.make_dataclass("DecodeSettings", [("gamma", float, 2.2)], bases=(DecodeSettings,), frozen=True)
+    monkeypatch.setattr("pipelines.data.feature_spec.DecodeSettings", longer)
+    with pytest.raises(TypeError, match="DecodeSettings.gamma decides what a sample looks like"):
+        encoder[1].require_decoding(longer(preprocessing=encoder[1].preprocessing, num_frames=4))
 
 
 def test_shards_lie_on_any_filesystem(tmp_path, encoder):
