@@ -10,6 +10,7 @@ from jobs.cli import run_job
 from jobs.settings import CaptionSettings
 from pipelines.data import storage
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.retries import classify
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
 from qformer.bridge import Captioner, load_captioner
 from qformer.errors import UserError
@@ -57,7 +58,7 @@ def caption_file(captioner: Captioner, decoder: SampleDecoder, path: str, max_ne
     Raises:
         MediaError: If the file cannot be used.
     """
-    pixels = decoder.decode(kind=_kind(path), media=path)
+    pixels = decoder.decode(kind=_kind(path), media=path).pixels
     return captioner.caption(torch.tensor(pixels)[None], max_new_tokens=max_new_tokens)[0]
 
 
@@ -67,7 +68,7 @@ def _kind(path: str) -> str:
         with storage.open_regular(path) as file:
             kind = sniff_kind(file.read(SNIFFED_BYTES))
     except OSError as error:
-        raise MediaError("config", f"{type(error).__name__}: {error}", stage="read") from error
+        raise classify(error, path) from error
     kind = kind or kind_of_name(path)
     if kind is None:
         raise MediaError("unsupported", "neither content nor name is that of an image or a video")

@@ -102,7 +102,7 @@ def _encode(
     progress: "_Progress",
 ) -> None:
     """Forecast, write the missing shards, and tell where the time went."""
-    options = {"choice": choice, "decode": decode, "frames_per_pass": settings.frames_per_pass}
+    options: dict[str, Any] = {"choice": choice, "decode": decode, "frames_per_pass": settings.frames_per_pass}
     with ray_session(settings.ray):
         # Loads Ray, whose environment the session has to set first.
         from pipelines.data.dataset import encode_features, measure_features
@@ -165,7 +165,7 @@ class _Progress:
     def table(self, settings: FeaturesSettings) -> str:
         """Where the time went."""
         seconds = self.costs.seconds()
-        encoding = {stage: seconds.pop(stage) for stage in ("encode", "write") if stage in seconds}
+        encoding = {stage: seconds.pop(stage) for stage in list(seconds) if stage in ("encode", "write")}
         pools = [
             Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds=seconds),
             Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds=encoding),

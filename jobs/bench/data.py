@@ -195,7 +195,7 @@ def _difference(other: Peer, read: Read, paths: Sequence[str], kind: str) -> flo
     for path in paths:
         theirs = other.read(read, path)
         assert not isinstance(theirs, str), theirs
-        mine: NDArray[np.uint8] = decoder.decode(kind=kind, media=path)
+        mine: NDArray[np.uint8] = decoder.decode(kind=kind, media=path).pixels
         gaps.append(np.abs(mine.astype(np.int16) - theirs.reshape(mine.shape).astype(np.int16)).mean())
     decoder.close()
     return float(np.mean(gaps))

@@ -35,7 +35,7 @@ def picture(photos: list[Image.Image], seed: int, size: tuple[int, int]) -> Imag
     photo = photos[seed % len(photos)]
     share = rng.uniform(0.7, 1.0)
     width, height = int(photo.width * share), int(photo.height * share)
-    left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
+    left, top = int(rng.integers(photo.width - width + 1)), int(rng.integers(photo.height - height + 1))
     enlarged = photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
     # An enlarged photograph lacks the grain of a real one, and grain is what large JPEGs hold most of.
     grain = rng.normal(0, 4, (size[1], size[0], 1)).astype(np.float32)

@@ -131,7 +131,7 @@ def _galleries(output: Path) -> dict[str, list[GalleryItem]]:
 
         def item(sample_id: str, lines: list[str], ok: bool) -> GalleryItem:
             row = manifest[sample_id]
-            frames = list(decoder.decode(kind=row["kind"], media=row["media"]).transpose(0, 2, 3, 1))
+            frames = list(decoder.decode(kind=row["kind"], media=row["media"]).pixels.transpose(0, 2, 3, 1))
             return GalleryItem(title=sample_id, frames=[_enlarged(frame) for frame in frames], lines=lines, ok=ok)
 
         predictions = pq.read_table(output / "captions" / "predictions.parquet").to_pylist()

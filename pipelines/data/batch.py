@@ -15,7 +15,7 @@ from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, cost_columns, s
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
 
 STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
-_VALUES, _SHAPE, _CODEC = "values", "shape", "codec"
+_VALUES, _SHAPE, _CODEC, _FRAME_VALID = "values", "shape", "codec", "frame_valid"
 PIXELS: Final = "pixels"
 
 
@@ -49,6 +49,8 @@ class SampleBatch:
     """uint8 pixels [B, T, C, H, W]; or, out of a feature cache, the frozen encoder's tokens [B, T, P, V] in float16 or
     float32. T is 1 for images. A batch holds one kind."""
     failures: list[Failure]
+    frame_valid: NDArray[np.bool_]
+    """[B, T] False where a frame only repeats another of its clip; all True where `is_valid` is False."""
     costs: StageCosts = field(default_factory=StageCosts)
     """Of these rows together."""
 
@@ -67,6 +69,8 @@ class ImageRows:
         sizes = [math.prod(shape) * item_bytes for shape in shapes]
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])
         self.flat = np.zeros(int(self.offsets[-1]), dtype=np.uint8)
+        self.frame_valid = [[True] * shape[0] for shape in shapes]
+        """Of each row, which of its frames are no repetitions."""
 
     def __setitem__(self, row: int, values: NDArray[Any]) -> None:
         assert list(values.shape) == self.shapes[row], f"row {row}: {values.shape}, not {self.shapes[row]}"
@@ -96,6 +100,7 @@ def pack(
             **cost_columns(costs),
             _CODEC: [images.codec] * len(rows),
             _SHAPE: images.shapes,
+            _FRAME_VALID: images.frame_valid,
             _VALUES: pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers),
         },
         schema=_PACKED_SCHEMA,
@@ -133,6 +138,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         image_ids=np.array(table[IMAGE_ID].to_numpy(), dtype=np.int64),
         is_valid=np.array(is_valid, dtype=np.bool_),
         images=_images(table),
+        frame_valid=np.array(table[_FRAME_VALID].to_pylist(), dtype=np.bool_),
         failures=failures,
         costs=summed(table),
     )
@@ -169,6 +175,7 @@ _PACKED_SCHEMA = pa.schema(
         *COST_COLUMNS.items(),
         (_CODEC, pa.string()),
         (_SHAPE, pa.list_(pa.int32())),
+        (_FRAME_VALID, pa.list_(pa.bool_())),
         (_VALUES, pa.large_binary()),
     ]
 )

@@ -56,12 +56,14 @@ class RankStream:
         """Yield the batches as they come to be.
 
         Raises:
+            UserError: If storage refuses to be read.
             RuntimeError: If Ray Data dealt a block to the wrong rank or out of turn, or lost one.
         """
         step = self.first_step
         tables = self.blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCHED_BATCHES)
         for table in (part for block in tables for part in split_steps(block)):
             batch = unpack(table)
+            quarantine.require_readable(batch.failures)
             if (batch.step, batch.rank) != (step, self.rank):
                 raise RuntimeError(f"rank {self.rank} expected step {step}, got step {batch.step} of rank {batch.rank}")
             yield batch
@@ -254,12 +256,14 @@ def probe(
     failed: set[str] = set()
     done = len(failures)
     for checked in _results(blocks, settings, decode_workers):
-        for row in checked.filter(pc.is_valid(checked[schema.STAGE])).to_pylist():
+        failed_here = checked.filter(pc.is_valid(checked[schema.STAGE])).select(_CHECKED)
+        for row in failed_here.to_pylist():
             name = row[schema.SAMPLE_ID]
             failed.add(name)
-            failures.append(Failure(media=media_of[name], **{column: row[column] for column in _CHECKED}))
+            failures.append(Failure(media=media_of[name], **row))
         if on_costs is not None:
             on_costs(summed(checked))
+        quarantine.require_readable(failures)
         done += len(checked)
         if on_progress is not None:
             on_progress(done, len(table), len(failures))

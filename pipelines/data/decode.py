@@ -1,18 +1,26 @@
 """Image bytes to an upright RGB picture, by Pillow."""
 
 import contextlib
+import functools
+import importlib.util
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipelines.data.media import SNIFFED_BYTES, MediaError, sniff_kind
+from pipelines.data.facts import MediaFacts
+from pipelines.data.media import HEIC_BRANDS, SNIFFED_BYTES, MediaError, sniff_kind
+from pipelines.data.schema import IMAGE, VIDEO
 
 # Closed list: Pillow's other plugins run programs (EPS) or read formats that no corpus has.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "MPO", "ICO", "AVIF", "HEIF", "PPM")
 _WHITE = (255, 255, 255, 255)
+_LYING_ORIENTATIONS = (5, 6, 7, 8)
+_CLOCKWISE_DEG = {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}
+"""By EXIF orientation; 4, 5 and 7 are mirrored besides."""
 
 
 def decode_image(data: bytes, max_pixels: int, min_side: int | None = None) -> Image.Image:
@@ -31,32 +39,70 @@ def decode_image(data: bytes, max_pixels: int, min_side: int | None = None) -> I
     Raises:
         MediaError: "corrupt", "unsupported" or "too_large".
     """
+    with _opened(data, max_pixels) as image:
+        if min_side is not None:
+            image.draft(None, (min_side, min_side))
+        image.load()
+        # A malformed EXIF block says nothing about the pixels: the picture stays as it is.
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def image_facts(data: bytes, max_pixels: int) -> MediaFacts:
+    """Tell what a picture's header says, without decoding pixels.
+
+    Raises:
+        MediaError: As `decode_image`.
+    """
+    with _opened(data, max_pixels) as image:
+        orientation = 1
+        with contextlib.suppress(Exception):
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # Of a TIFF, Pillow tells the upright size, and turns it when it loads the pixels.
+        is_lying = orientation in _LYING_ORIENTATIONS and image.format != "TIFF"
+        width, height = image.size[::-1] if is_lying else image.size
+        turn = _CLOCKWISE_DEG.get(orientation, 0)
+        return MediaFacts(codec=str(image.format).lower(), width=width, height=height, rotation_deg=turn)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An opened picture of at most `max_pixels`; all that goes wrong with it becomes a MediaError."""
     try:
         with Image.open(io.BytesIO(data), formats=_available_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise MediaError("too_large", f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
-            if min_side is not None:
-                image.draft(None, (min_side, min_side))
-            image.load()
-            # A malformed EXIF block says nothing about the pixels: the picture stays as it is.
-            with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            yield image
     except MediaError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
         raise MediaError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
-        is_damaged = not data or sniff_kind(data[:SNIFFED_BYTES]) is not None
-        what = "damaged image header" if is_damaged else "not an image of a known format"
-        raise MediaError("corrupt" if is_damaged else "unsupported", f"{what}, {len(data)} bytes") from error
+        raise _unidentified(data) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged input
-        raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error
+        is_bomb = "ecompressed data too large" in str(error)
+        raise MediaError("too_large" if is_bomb else "corrupt", f"{type(error).__name__}: {error}") from error
 
 
+def _unidentified(data: bytes) -> MediaError:
+    head = data[:SNIFFED_BYTES]
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
+        return MediaError("unsupported", "HEIC needs the package pillow-heif, which is not installed")
+    kind = sniff_kind(head)
+    is_gif = head.startswith(b"GIF8")  # a clip elsewhere, but an image can be made of it
+    if kind == VIDEO and not is_gif:
+        return MediaError("unsupported", "the content is a video, not an image")
+    if kind == IMAGE or is_gif or not data:
+        return MediaError("corrupt", f"damaged image header, {len(data)} bytes")
+    return MediaError("unsupported", f"not an image of a known format, {len(data)} bytes")
+
+
+@functools.cache
 def _available_formats() -> tuple[str, ...]:
-    # Idempotent; HEIF is there only when its plugin was registered by the application.
     Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

@@ -1,5 +1,7 @@
 """Decode one block of rows; the operator that Ray Data runs, itself free of Ray."""
 
+from typing import Any, NamedTuple
+
 import pyarrow as pa
 
 from pipelines.data import schema
@@ -36,30 +38,23 @@ class DecodeRows:
         images = ImageRows(shapes)
         return pack(rows, images, *self.fill(rows, images))
 
-    def fill(self, rows: pa.Table, images: ImageRows | None) -> tuple[list[Failure | None], list[StageCosts]]:
-        """Decode rows into `images` (or nowhere, to check them); say which failed, and what each cost."""
+    def fill(self, rows: pa.Table, images: ImageRows) -> tuple[list[Failure | None], list[StageCosts]]:
+        """Decode rows into `images`; say which failed, and what each cost."""
         has_seeds = AUGMENTATION_SEED in rows.column_names
         seeds = rows[AUGMENTATION_SEED].to_pylist() if has_seeds else [None] * len(rows)
-        columns = [rows[name].to_pylist() for name in _COLUMNS]
         failures: list[Failure | None] = []
         costs = [StageCosts() for _ in range(len(rows))]
-        for row, (sample_id, media, data, kind, start_s, end_s) in enumerate(zip(*columns, strict=True)):
+        for row, sample in enumerate(_samples(rows)):
             failure = None
-            if sample_id:
+            if sample.sample_id:
                 try:
-                    clip = self._decoder.decode(
-                        kind=kind,
-                        media=media,
-                        data=data,
-                        start_s=start_s,
-                        end_s=end_s,
-                        augmentation_seed=seeds[row],
-                        costs=costs[row],
-                    )
-                    if images is not None:
-                        images[row] = clip
+                    clip = self._decoder.decode(**sample.arguments, seed=seeds[row], costs=costs[row])
+                    images[row] = clip.pixels
+                    images.frame_valid[row] = clip.frame_valid.tolist()
                 except MediaError as error:
-                    failure = Failure(sample_id, media, error.stage, error.error_class, error.message, error.tries)
+                    failure = Failure(
+                        sample.sample_id, sample.media, error.stage, error.error_class, error.message, error.tries
+                    )
             failures.append(failure)
         return failures, costs
 
@@ -69,25 +64,65 @@ class DecodeRows:
 
 
 class CheckRows:
-    """Decodes a block of rows and keeps only the failures, as quarantine rows.
+    """Decodes a block of rows and tells what each file is, and why it cannot be used where it cannot.
 
     Args:
         settings: How files become pixels.
     """
 
     def __init__(self, settings: DecodeSettings) -> None:
-        self._rows = DecodeRows(settings)
+        self._decoder = SampleDecoder(settings)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return one row for each input row: its id, its error or nulls, and what it cost."""
-        failures, costs = self._rows.fill(rows, None)
+        """Return one row for each input row, in order.
+
+        Columns: the sample id; `stage`, `error_class`, `message` and `tries` of what went wrong, or nulls; and those
+        of `schema.FACTS_SCHEMA`. Of them `size_bytes` and `content_hash` (blake2b of the file's bytes, 128 bits,
+        hexadecimal) are there as soon as the file could be read, also when it could not be decoded; the others
+        (`facts.MediaFacts`: codec, size as shown, duration, frame rate, frames, rotation, whether it has sound) only
+        when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
+        part of it. Then `stage_costs.COST_COLUMNS`.
+        """
+        costs = [StageCosts() for _ in range(len(rows))]
+        samples = zip(_samples(rows), costs, strict=True)
+        checked = [self._decoder.check(**sample.arguments, costs=cost) for sample, cost in samples]
+        errors = [one.error for one in checked]
+        facts = [
+            {
+                schema.SIZE_BYTES: one.size_bytes,
+                schema.CONTENT_HASH: one.content_hash,
+                **(one.facts.to_dict() if one.facts else {}),
+            }
+            for one in checked
+        ]
+        told = pa.Table.from_pylist(facts, schema=schema.FACTS_SCHEMA)
         return pa.table(
             {
                 schema.SAMPLE_ID: rows[schema.SAMPLE_ID],
-                schema.STAGE: pa.array([f and f.stage for f in failures], pa.string()),
-                schema.ERROR_CLASS: pa.array([f and f.error_class for f in failures], pa.string()),
-                schema.MESSAGE: pa.array([f and f.message for f in failures], pa.string()),
-                schema.TRIES: pa.array([f and f.tries for f in failures], pa.int32()),
+                schema.STAGE: pa.array([e and e.stage for e in errors], pa.string()),
+                schema.ERROR_CLASS: pa.array([e and e.error_class for e in errors], pa.string()),
+                schema.MESSAGE: pa.array([e and e.message for e in errors], pa.string()),
+                schema.TRIES: pa.array([e and e.tries for e in errors], pa.int32()),
+                **{name: told[name] for name in told.column_names},
                 **cost_columns(costs),
             }
         )
+
+
+class _Sample(NamedTuple):
+    sample_id: str
+    media: str | None
+    data: bytes | None
+    kind: str
+    start_s: float | None
+    end_s: float | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `SampleDecoder.decode` and `check`."""
+        return {name: value for name, value in self._asdict().items() if name != "sample_id"}
+
+
+def _samples(rows: pa.Table) -> list[_Sample]:
+    columns = [rows[name].to_pylist() for name in _COLUMNS]
+    return [_Sample(*values) for values in zip(*columns, strict=True)]

@@ -13,7 +13,9 @@ from pipelines.data.batch import SampleBatch, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.features import write_shard
+from pipelines.data.quarantine import require_readable
 from pipelines.data.samples import DecodeSettings
+from pipelines.data.sampling import Sampling
 from pipelines.data.stage_costs import StageCosts, cost_columns
 from pipelines.data.token_codec import TokenDtype, encode_tokens
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
@@ -30,6 +32,7 @@ class EncoderChoice:
     precision: Literal["fp32", "bf16"]
     num_frames: int
     dtype: TokenDtype
+    sampling: Sampling = Sampling()
     image_size: int | None = None
     """Side of the encoder's input in pixels when not its own."""
 
@@ -54,6 +57,7 @@ class EncoderChoice:
             precision=self.precision,
             preprocessing=encoder.preprocessing,
             num_frames=self.num_frames,
+            sampling=self.sampling,
             num_tokens=encoder.num_tokens,
             width=encoder.width,
             dtype=self.dtype,
@@ -79,6 +83,7 @@ class EncodeShards:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Write a shard; return one row about it: rows, failed rows, bytes, and the costs of all stages."""
         batch = unpack(block)
+        require_readable(batch.failures)
         try:
             with batch.costs.measure("encode"):
                 tokens = self.tokens(batch)

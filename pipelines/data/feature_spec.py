@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from pipelines.data import schema, storage
 from pipelines.data.samples import DecodeSettings
+from pipelines.data.sampling import Sampling
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, raw_width
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
 SPEC_FILE = "features.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WITHOUT_EFFECT = ("limits", "augmentation")
 """Of `DecodeSettings`: limits decide which rows fail, not what the others look like; a cache is never augmented."""
 
@@ -31,6 +32,7 @@ class FeatureSpec:
     precision: Literal["fp32", "bf16"]
     preprocessing: Preprocessing
     num_frames: int
+    sampling: Sampling
     num_tokens: int
     width: int
     dtype: TokenDtype
@@ -48,7 +50,11 @@ class FeatureSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
         """Rebuild from `to_dict` output or its JSON."""
-        return cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
+        preprocessing, sampling = (
+            Preprocessing.from_dict(values["preprocessing"]),
+            Sampling.from_dict(values["sampling"]),
+        )
+        return cls(**{**values, "preprocessing": preprocessing, "sampling": sampling})
 
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample in the cache."""
@@ -80,8 +86,13 @@ class FeatureSpec:
 
         Raises:
             TypeError: If `DecodeSettings` has a field that decides pixels and is no field here.
-            UserError: If one differs.
+            UserError: If one differs, or frames would be drawn anew in every epoch.
         """
+        if decode.sampling.is_random:
+            raise UserError(
+                f"sampling.strategy={decode.sampling.strategy!r} draws other frames in every epoch, and a feature cache "
+                "holds one choice; take 'uniform', or train on pixels"
+            )
         for field in dataclasses.fields(DecodeSettings):
             if field.name in _WITHOUT_EFFECT:
                 continue
@@ -129,4 +140,4 @@ def write_spec(folder: str, spec: FeatureSpec) -> None:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return f"{text[:12]}…" if len(text) > 40 else text
+    return f"{text[:12]}…" if len(text) > 60 else text

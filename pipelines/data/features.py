@@ -50,6 +50,7 @@ _SHARD_SCHEMA = pa.schema(
         (schema.SAMPLE_ID, pa.string()),
         ("shape", pa.list_(pa.int32())),
         ("tokens", pa.large_binary()),
+        ("frame_valid", pa.list_(pa.bool_())),
         (schema.STAGE, pa.string()),
         (schema.ERROR_CLASS, pa.string()),
         (schema.MESSAGE, pa.string()),
@@ -118,13 +119,14 @@ def write_shard(folder: str, batch: SampleBatch, tokens: list[NDArray[np.float32
     failures = {failure.sample_id: failure for failure in batch.failures}
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SHARD_SCHEMA) as writer:
-        for name, values in zip(batch.sample_ids, tokens, strict=True):
+        for name, values, frame_valid in zip(batch.sample_ids, tokens, batch.frame_valid.tolist(), strict=True):
             raw = None if values is None else encode_tokens(values, dtype)
             failure = failures.get(name)
             row = {
                 schema.SAMPLE_ID: name,
                 "shape": None if raw is None else list(raw.shape),
                 "tokens": None if raw is None else raw.tobytes(),
+                "frame_valid": frame_valid,
                 **{column: failure and getattr(failure, column) for column in _FAILURE_COLUMNS},
             }
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=_SHARD_SCHEMA))
@@ -209,6 +211,7 @@ class ReadFeatures:
                     values = np.frombuffer(stored["tokens"][0].as_buffer(), dtype=RAW_DTYPES[self._spec.dtype])
                     with costs[row].measure("fetch"):  # a mapped file is read when its bytes are touched
                         images[row] = values.reshape(stored["shape"][0].as_py())
+                    images.frame_valid[row] = stored["frame_valid"][0].as_py()
                     costs[row].fetched_bytes = values.nbytes
             failures.append(failure)
         return pack(rows, images, failures, costs)

@@ -30,7 +30,8 @@ _IMAGE_MAGIC = (
     b"\0\0\1\0",
 )
 _VIDEO_MAGIC = (b"GIF8", b"\x1aE\xdf\xa3", b"FLV\1", b"\0\0\1\xba", b"\0\0\1\xb3", b"OggS", b"\x30\x26\xb2\x75")
-_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+_IMAGE_BRANDS = (b"avif", b"avis", *HEIC_BRANDS)
 
 
 class MediaError(Exception):

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
+from qformer.errors import UserError
 
 
 def to_table(failures: Iterable[Failure], epoch: int = 0) -> pa.Table:
@@ -34,6 +35,19 @@ def from_table(table: pa.Table) -> list[Failure]:
     """Rebuild failures from quarantine rows; the epoch is left out."""
     columns = (schema.SAMPLE_ID, schema.MEDIA, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
     return [Failure(*(row[name] for name in columns)) for row in table.to_pylist()]
+
+
+def require_readable(failures: Iterable[Failure]) -> None:
+    """Stop the run where storage refuses to be read: a mistake in permissions or settings, which every row shares.
+
+    Rows that are wrong themselves (class "config" at another stage) do not stop it.
+
+    Raises:
+        UserError: With what was refused and what to do.
+    """
+    for failure in failures:
+        if failure.error_class == "config" and failure.stage == "read":
+            raise UserError(f"sample {failure.sample_id!r} cannot be read: {failure.message}")
 
 
 def accounting_line(rows_in: int, used: int, quarantined: int) -> str:

@@ -1,7 +1,6 @@
 """One sample's bytes to pixels; training, evaluation, the caption job and serving all decode by this class."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,18 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data import storage
-from pipelines.data.decode import decode_image
+from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
+from pipelines.data.decode import decode_image, image_facts
+from pipelines.data.facts import MediaFacts, content_hash
 from pipelines.data.media import MediaError
+from pipelines.data.retries import with_retries
+from pipelines.data.sampling import Sampling
 from pipelines.data.schema import IMAGE, KINDS, VIDEO
 from pipelines.data.stage_costs import StageCosts
 from pipelines.data.transforms import Augmentation, augment, fit
-from pipelines.data.video import ClipRequest
 from pipelines.data.video_pool import VideoPool
 from qformer.preprocessing import Preprocessing
 
 ValueT = TypeVar("ValueT")
-_READ_TRIES = 3
-_RETRY_PAUSE_S = 0.5
 _DRAFT_FACTOR = 2
 """JPEGs are decoded to at least this many times the resize's target; the filter hides the rest."""
 
@@ -31,7 +31,7 @@ class Limits:
     """What one media file may cost."""
 
     max_bytes: int = 2 * 1024**3
-    max_pixels: int = 100_000_000
+    max_pixels: int = 90_000_000
     """Width x height of an image or frame."""
     video_timeout_s: float = 30.0
     video_memory_bytes: int = 4 * 1024**3
@@ -43,10 +43,17 @@ class DecodeSettings:
 
     preprocessing: Preprocessing
     num_frames: int = 8
-    """Frames sampled uniformly from a video; an image is one frame."""
+    """Frames sampled from a video; an image is one frame."""
+    sampling: Sampling = Sampling()
+    """How the frames are chosen; random only for samples decoded with a seed."""
     limits: Limits = Limits()
     augmentation: Augmentation = Augmentation()
-    """Applied only to samples decoded with an augmentation seed."""
+    """Applied only to samples decoded with a seed."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a seed changes what a sample decodes to."""
+        return self.augmentation.is_active or self.sampling.is_random
 
     def num_frames_of(self, kind: str) -> int:
         """Frames that `kind` decodes to."""
@@ -55,6 +62,25 @@ class DecodeSettings:
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample's pixels."""
         return self.num_frames_of(kind) * 3 * self.preprocessing.height * self.preprocessing.width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What checking one sample told; each part is None where it could not be had."""
+
+    error: MediaError | None = None
+    size_bytes: int | None = None
+    content_hash: str | None = None
+    """See `facts.content_hash`: of the whole file, also where the sample is a part of it."""
+    facts: MediaFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A local file that a child may read itself, or a file's content."""
+
+    path: str | None
+    data: bytes
 
 
 class SampleDecoder:
@@ -81,9 +107,9 @@ class SampleDecoder:
         data: bytes | None = None,
         start_s: float | None = None,
         end_s: float | None = None,
-        augmentation_seed: int | None = None,
+        seed: int | None = None,
         costs: StageCosts | None = None,
-    ) -> NDArray[np.uint8]:
+    ) -> Clip:
         """Fetch and decode one sample.
 
         Args:
@@ -92,103 +118,161 @@ class SampleDecoder:
             data: The file's content.
             start_s: Beginning of the clip in seconds after the video's first frame; None: the beginning.
             end_s: Exclusive end of the clip in the same seconds; None: the end.
-            augmentation_seed: Draws crop and flip; None leaves the picture as it is.
-            costs: Gets what this sample took added; None measures for nobody.
-
-        Returns:
-            uint8 [T, 3, height, width]; T is 1 for an image.
+            seed: Draws frames, crop and flip; None leaves nothing to chance.
+            costs: Gets what this sample took added; None: nobody wants to know.
 
         Raises:
             MediaError: If the sample cannot be used. Nothing else, whatever the file holds.
         """
-        if kind not in KINDS:
-            raise MediaError("config", f"kind {kind!r} is neither {IMAGE!r} nor {VIDEO!r}", stage="manifest")
         costs = StageCosts() if costs is None else costs
-        if data is None and not media:
-            raise MediaError("config", "neither media nor bytes are given", stage="manifest")
-        if data is not None and len(data) > self.settings.limits.max_bytes:
-            raise MediaError("too_large", f"{len(data)} bytes exceed the limit", stage="read")
-        if kind == VIDEO:
-            return self._decode_video(media, data, start_s, end_s, augmentation_seed, costs)
-        return self._decode_image(data if data is not None else self._read(str(media), costs), augmentation_seed, costs)
+        source = self._source(kind, media, data, costs)
+        return self._decode(kind, media, source, start_s, end_s, seed, costs, wants_facts=False)
+
+    def check(
+        self,
+        *,
+        kind: str,
+        media: str | None = None,
+        data: bytes | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        costs: StageCosts | None = None,
+    ) -> Checked:
+        """Decode one sample, as `decode` without seed does, to learn whether it can be used and what it is."""
+        costs = StageCosts() if costs is None else costs
+        size_bytes = fingerprint = None
+        try:
+            source = self._source(kind, media, data, costs)
+            with costs.measure("fetch"):
+                size_bytes, fingerprint = self._fingerprint(media, source)
+            clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
+            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts)
+        except MediaError as error:
+            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint)
+
+    def waveform(
+        self,
+        *,
+        sample_rate_hz: int,
+        media: str | None = None,
+        data: bytes | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> NDArray[np.float32] | None:
+        """Fetch a video and decode its first audio track to mono.
+
+        Args:
+            sample_rate_hz: Of the result.
+            media: Path or URI; not read when `data` is given.
+            data: The file's content.
+            start_s: Beginning in seconds after the first video frame; None: the beginning.
+            end_s: Exclusive end in the same seconds; None: the end.
+
+        Returns:
+            float32 [samples] within [-1, 1]; None when the file has no audio track.
+
+        Raises:
+            MediaError: If the sound cannot be used.
+        """
+        source = self._source(VIDEO, media, data, StageCosts())
+        request = WaveformRequest(sample_rate_hz=sample_rate_hz, start_s=start_s, end_s=end_s)
+        max_pixels = self.settings.limits.max_pixels
+        return self._retried(
+            media,
+            source,
+            lambda: self.videos.read_waveform(request, max_pixels=max_pixels, path=source.path, data=source.data),
+        )
 
     def close(self) -> None:
         """End the video children."""
         self.videos.close()
 
-    def _decode_image(self, data: bytes, augmentation_seed: int | None, costs: StageCosts) -> NDArray[np.uint8]:
+    def _decode(
+        self,
+        kind: str,
+        media: str | None,
+        source: _Source,
+        start_s: float | None,
+        end_s: float | None,
+        seed: int | None,
+        costs: StageCosts,
+        *,
+        wants_facts: bool,
+    ) -> Clip:
+        settings = self.settings
+        if kind == IMAGE:
+            facts = image_facts(source.data, settings.limits.max_pixels) if wants_facts else None
+            return Clip(self._decode_image(source.data, seed, costs), np.ones(1, dtype=np.bool_), facts)
+        request = ClipRequest(
+            preprocessing=settings.preprocessing,
+            num_frames=settings.num_frames,
+            max_pixels=settings.limits.max_pixels,
+            sampling=settings.sampling,
+            start_s=start_s,
+            end_s=end_s,
+            augmentation=settings.augmentation,
+            seed=seed,
+            wants_facts=wants_facts,
+        )
+        with costs.measure("decode"):
+            return self._retried(
+                media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data)
+            )
+
+    def _decode_image(self, data: bytes, seed: int | None, costs: StageCosts) -> NDArray[np.uint8]:
         settings, preprocessing = self.settings, self.settings.preprocessing
-        is_plain = augmentation_seed is None or not settings.augmentation.random_resized_crop
+        is_plain = seed is None or not settings.augmentation.random_resized_crop
         # A random crop enlarges a part of the picture, so that it wants all the pixels there are.
         target = max(preprocessing.resize_short_side, preprocessing.height, preprocessing.width)
         with costs.measure("decode"):
             image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
         box, is_flipped = None, False
-        if augmentation_seed is not None:
-            box, is_flipped = augment(image.width, image.height, settings.augmentation, augmentation_seed)
+        if seed is not None:
+            box, is_flipped = augment(image.width, image.height, settings.augmentation, seed)
         with costs.measure("transform"):
             return fit(image, preprocessing, box, is_flipped)[None]
 
-    def _decode_video(
-        self,
-        media: str | None,
-        data: bytes | None,
-        start_s: float | None,
-        end_s: float | None,
-        augmentation_seed: int | None,
-        costs: StageCosts,
-    ) -> NDArray[np.uint8]:
-        request = ClipRequest(
-            preprocessing=self.settings.preprocessing,
-            num_frames=self.settings.num_frames,
-            max_pixels=self.settings.limits.max_pixels,
-            start_s=start_s,
-            end_s=end_s,
-            augmentation=self.settings.augmentation,
-            augmentation_seed=augmentation_seed,
-        )
-        if data is None and storage.is_local(str(media)):
+    def _source(self, kind: str, media: str | None, data: bytes | None, costs: StageCosts) -> _Source:
+        if kind not in KINDS:
+            raise MediaError("config", f"kind {kind!r} is neither {IMAGE!r} nor {VIDEO!r}", stage="manifest")
+        max_bytes = self.settings.limits.max_bytes
+        if data is not None:
+            if len(data) > max_bytes:
+                raise MediaError("too_large", f"{len(data)} bytes exceed the limit of {max_bytes}", stage="read")
+            costs.fetched_bytes += len(data)
+            return _Source(None, data)
+        if not media:
+            raise MediaError("config", "neither media nor bytes are given", stage="manifest")
+        if kind == VIDEO and storage.is_local(media):
             # The child reads local files itself: large ones are never copied through memory.
-            path, content = self._checked_path(str(media), costs), b""
-        else:
-            path, content = None, data if data is not None else self._read(str(media), costs)
-        with costs.measure("decode"):
-            return self.videos.read_clip(request, path=path, data=content)
-
-    def _read(self, media: str, costs: StageCosts) -> bytes:
+            return _Source(self._checked_path(media, costs), b"")
         with costs.measure("fetch"):
-            data = _with_retries(media, lambda: storage.read_bytes(media, self.settings.limits.max_bytes))
-        costs.fetched_bytes += len(data)
-        return data
+            content = with_retries(media, lambda: storage.read_bytes(media, max_bytes))
+        costs.fetched_bytes += len(content)
+        return _Source(None, content)
 
     def _checked_path(self, media: str, costs: StageCosts) -> str:
-        path = storage.local_path(media)
+        path, max_bytes = storage.local_path(media), self.settings.limits.max_bytes
         with costs.measure("fetch"):
-            size_bytes = _with_retries(media, lambda: storage.require_regular(path)).st_size
+            size_bytes = with_retries(media, lambda: storage.require_regular(path)).st_size
         costs.fetched_bytes += size_bytes
-        if size_bytes > self.settings.limits.max_bytes:
-            raise MediaError("too_large", f"{size_bytes} bytes exceed the limit", stage="read")
+        if size_bytes > max_bytes:
+            raise MediaError("too_large", f"{size_bytes} bytes exceed the limit of {max_bytes}", stage="read")
         if size_bytes == 0:
             raise MediaError("corrupt", "the file is empty")
-        if not os.access(path, os.R_OK):
-            raise MediaError("config", "no permission to read it", stage="read")
         return path
 
+    def _fingerprint(self, media: str | None, source: _Source) -> tuple[int, str]:
+        if source.path is None:
+            return len(source.data), content_hash(source.data)
+        path = source.path
 
-def _with_retries(media: str, read: Callable[[], ValueT]) -> ValueT:
-    """Call `read`, again after failures that may pass; what stays an error becomes a MediaError."""
-    for attempt in range(1, _READ_TRIES + 1):
-        try:
-            return read()
-        except FileNotFoundError as error:
-            raise MediaError("missing", f"no file at {media}", stage="read", tries=attempt) from error
-        except storage.FileTooLargeError as error:
-            raise MediaError("too_large", str(error), stage="read", tries=attempt) from error
-        except (IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError) as error:
-            raise MediaError("config", f"{type(error).__name__}: {error}", stage="read", tries=attempt) from error
-        except Exception as error:  # remote file systems raise their own types
-            if attempt == _READ_TRIES or storage.is_local(media):
-                message = f"{type(error).__name__}: {error}"
-                raise MediaError("transient", message, stage="read", tries=attempt) from error
-            time.sleep(_RETRY_PAUSE_S * attempt)
-    raise AssertionError("unreachable: the last try returns or raises")
+        def read() -> tuple[int, str]:
+            with storage.open_regular(path) as file:
+                return os.fstat(file.fileno()).st_size, content_hash(file)
+
+        return with_retries(str(media), read)
+
+    def _retried(self, media: str | None, source: _Source, read: Callable[[], ValueT]) -> ValueT:
+        """Call `read`, again while the child has transient trouble with a local file."""
+        return read() if source.path is None else with_retries(str(media), read)

@@ -1,10 +1,115 @@
 """Which moments of a clip are looked at."""
 
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
+Strategy = Literal["uniform", "random_segment", "head_tail", "fps", "key_frames", "times"]
+
 _ROUNDING_S = 1e-6
 """A time that falls on a frame's start shows that frame, also when a division rounded it down."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the frames of a clip are chosen. What is random is so in training alone, where there is a seed."""
+
+    strategy: Strategy = "uniform"
+    """uniform: centres of equal segments. random_segment: a random moment of each (TSN); without seed uniform.
+    head_tail: half of the frames at random moments of the clip's first half, the others of the second (Video-LLaMA);
+    without seed the centres of equal segments of each. fps: uniform, at most `fps` a second. key_frames: those of the
+    codec, which are cheapest to decode. times: at `times_s`."""
+    fps: float | None = None
+    """Of the strategy "fps"."""
+    times_s: tuple[float, ...] = ()
+    """Of the strategy "times": ascending seconds after the clip's start."""
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: If strategy and values do not go together.
+        """
+        if (self.strategy == "fps") != (self.fps is not None) or (self.fps is not None and not self.fps > 0):
+            raise ValueError(f"sampling.strategy={self.strategy!r} with fps={self.fps}; give fps > 0 with 'fps' alone")
+        is_ascending = all(a < b for a, b in zip(self.times_s, self.times_s[1:], strict=False))
+        if (self.strategy == "times") != bool(self.times_s) or not is_ascending or min(self.times_s, default=0) < 0:
+            raise ValueError(
+                f"sampling.strategy={self.strategy!r} with times_s={list(self.times_s)}; "
+                "give ascending times from 0 on with 'times' alone"
+            )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a seed changes the choice."""
+        return self.strategy in ("random_segment", "head_tail")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Sampling":
+        """Rebuild from `dataclasses.asdict` output or its JSON."""
+        return cls(**{**values, "times_s": tuple(values["times_s"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipFrames:
+    """The frames there are to choose from."""
+
+    starts_s: NDArray[np.float64]
+    """Ascending presentation times of all frames of the file, the first at 0; gaps may vary."""
+    is_key: NDArray[np.bool_]
+    """Of each frame, whether it is a key frame."""
+    start_s: float
+    """Beginning of the clip."""
+    end_s: float
+    """Its exclusive end."""
+
+
+def choose_frames(
+    sampling: Sampling, frames: ClipFrames, count: int, seed: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Choose `count` frames.
+
+    Where there are fewer, frames are repeated; a repeated frame counts as valid once.
+
+    Args:
+        sampling: How.
+        frames: Of the file.
+        count: How many.
+        seed: The draw is a function of it alone; None draws nothing.
+
+    Returns:
+        Ascending frame indexes [count], and which of them are valid.
+
+    Raises:
+        ValueError: If the clip is empty, or no moment that was asked for lies in it.
+    """
+    times_s = _times(sampling, frames, count, seed)
+    indexes = frames_at(times_s, frames.starts_s)
+    indexes = np.concatenate([indexes, np.repeat(indexes[-1:], count - len(indexes))])
+    is_valid = np.concatenate([[True], np.diff(indexes) > 0])
+    return indexes, is_valid
+
+
+def _times(sampling: Sampling, frames: ClipFrames, count: int, seed: int | None) -> NDArray[np.float64]:
+    start_s, end_s = frames.start_s, frames.end_s
+    rng = None if seed is None else random.Random(f"{seed}/frames")
+    match sampling.strategy:
+        case "uniform":
+            return uniform_times(start_s, end_s, count)
+        case "random_segment":
+            return segment_times(start_s, end_s, count, rng)
+        case "head_tail":
+            return head_tail_times(start_s, end_s, count, rng)
+        case "fps":
+            return capped_times(start_s, end_s, count, sampling.fps or 1.0)
+        case "key_frames":
+            return key_times(frames, count)
+        case "times":
+            return explicit_times(start_s, end_s, count, sampling.times_s)
 
 
 def uniform_times(start_s: float, end_s: float, count: int) -> NDArray[np.float64]:
@@ -19,6 +124,53 @@ def uniform_times(start_s: float, end_s: float, count: int) -> NDArray[np.float6
         raise ValueError(f"cannot take {count} times from {start_s} s to {end_s} s")
     centres = np.arange(count, dtype=np.float64) + 0.5
     return np.asarray(start_s + centres * ((end_s - start_s) / count), dtype=np.float64)
+
+
+def segment_times(start_s: float, end_s: float, count: int, rng: random.Random | None) -> NDArray[np.float64]:
+    """A random moment of each of `count` equal segments (TSN, arXiv:1608.00859); their centres without `rng`."""
+    centres_s = uniform_times(start_s, end_s, count)
+    if rng is None:
+        return centres_s
+    offsets = np.array([rng.random() - 0.5 for _ in range(count)])
+    return np.asarray(centres_s + offsets * ((end_s - start_s) / count), dtype=np.float64)
+
+
+def head_tail_times(start_s: float, end_s: float, count: int, rng: random.Random | None) -> NDArray[np.float64]:
+    """Half of the times from the first half, the rest from the second; an odd one goes to the first."""
+    middle_s, num_head = (start_s + end_s) / 2, (count + 1) // 2
+    parts = [(start_s, middle_s, num_head), (middle_s, end_s, count - num_head)]
+    if rng is None:
+        return np.concatenate([uniform_times(*part) for part in parts if part[2]])
+    return np.array([time for low, high, n in parts for time in sorted(rng.uniform(low, high) for _ in range(n))])
+
+
+def capped_times(start_s: float, end_s: float, count: int, fps: float) -> NDArray[np.float64]:
+    """Uniform times, at most `count` and at most `fps` a second; at least one."""
+    wanted = int((end_s - start_s) * fps + _ROUNDING_S)
+    return uniform_times(start_s, end_s, max(1, min(count, wanted)))
+
+
+def key_times(frames: ClipFrames, count: int) -> NDArray[np.float64]:
+    """Starts of the clip's key frames, evenly thinned to `count`; the clip's middle where it has none."""
+    is_inside = (frames.starts_s >= frames.start_s - _ROUNDING_S) & (frames.starts_s < frames.end_s - _ROUNDING_S)
+    keys_s = frames.starts_s[frames.is_key & is_inside]
+    if len(keys_s) == 0:
+        return uniform_times(frames.start_s, frames.end_s, 1)
+    if len(keys_s) <= count:
+        return keys_s
+    return keys_s[((np.arange(count) + 0.5) * len(keys_s) / count).astype(np.int64)]
+
+
+def explicit_times(start_s: float, end_s: float, count: int, times_s: tuple[float, ...]) -> NDArray[np.float64]:
+    """The first `count` of the given times after `start_s` that lie in the clip.
+
+    Raises:
+        ValueError: If none does.
+    """
+    inside = [start_s + time for time in times_s if start_s + time < end_s][:count]
+    if not inside:
+        raise ValueError(f"none of the times {list(times_s)} lies in a clip from {start_s:g} s to {end_s:g} s")
+    return np.array(inside, dtype=np.float64)
 
 
 def frames_at(times_s: NDArray[np.float64], frame_starts_s: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -28,6 +28,33 @@ MESSAGE = "message"
 TRIES = "tries"
 EPOCH = "epoch"
 
+SIZE_BYTES = "size_bytes"
+CONTENT_HASH = "content_hash"
+CODEC = "codec"
+WIDTH = "width"
+HEIGHT = "height"
+DURATION_S = "duration_s"
+FPS = "fps"
+NUM_FRAMES = "num_frames"
+ROTATION_DEG = "rotation_deg"
+HAS_AUDIO = "has_audio"
+
+FACTS_SCHEMA = pa.schema(
+    [
+        pa.field(SIZE_BYTES, pa.int64()),
+        pa.field(CONTENT_HASH, pa.string()),
+        pa.field(CODEC, pa.string()),
+        pa.field(WIDTH, pa.int32()),
+        pa.field(HEIGHT, pa.int32()),
+        pa.field(DURATION_S, pa.float64()),
+        pa.field(FPS, pa.float64()),
+        pa.field(NUM_FRAMES, pa.int32()),
+        pa.field(ROTATION_DEG, pa.int32()),
+        pa.field(HAS_AUDIO, pa.bool_()),
+    ]
+)
+"""What `decode_rows.CheckRows` tells of each file beside its error; see `facts.MediaFacts`."""
+
 MANIFEST_SCHEMA = pa.schema(
     [
         pa.field(SAMPLE_ID, pa.string(), nullable=False),

@@ -23,6 +23,10 @@ class FileTooLargeError(OSError):
     """The file exceeds the caller's byte limit."""
 
 
+class NotRegularFileError(OSError):
+    """A folder, pipe, socket or device, where a file is wanted."""
+
+
 def is_local(uri: str) -> bool:
     """Whether `uri` is a path of this machine (plain, or file://)."""
     return "://" not in uri or uri.startswith("file://")
@@ -122,14 +126,12 @@ def require_regular(path: str) -> os.stat_result:
 
     Raises:
         FileNotFoundError: If nothing is there.
-        IsADirectoryError: If it is a folder.
-        OSError: If it is a pipe, socket or device.
+        NotRegularFileError: If it is something else.
     """
     status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(f"{path} is a folder")
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is not a regular file")
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise NotRegularFileError(f"{path} is {what}, not a file")
     return status
 
 

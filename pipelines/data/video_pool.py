@@ -11,9 +11,13 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
+from pipelines.data.facts import MediaFacts
 from pipelines.data.media import MediaError
-from pipelines.data.video import ClipRequest
-from pipelines.data.video_wire import receive, send
+from pipelines.data.video_wire import receive, send, widen
+
+FIRST_BACKEND = "pyav"
+"""The backend that is asked first, so the one that a crash is put down to; see `video_backends.BACKENDS`."""
 
 # The child decodes strangers' files: it gets what it needs to run, and no credentials.
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -35,36 +39,64 @@ class VideoPool:
         for child in self._children:
             self._idle.put(child)
 
-    def read_clip(self, request: ClipRequest, *, path: str | None = None, data: bytes = b"") -> NDArray[np.uint8]:
+    def read_clip(self, request: ClipRequest, *, path: str | None = None, data: bytes = b"") -> Clip:
         """Decode sampled frames of one clip.
 
-        A crash is tried once more without decord, the decoder that is known to crash.
+        A crash is tried once more without the backend that is asked first.
 
         Args:
             request: What to make of it.
             path: Local file; None to decode `data`.
             data: The file's content.
 
-        Returns:
-            uint8 [num_frames, 3, height, width].
-
         Raises:
             MediaError: If the clip cannot be used, takes too long, or kills its decoder twice.
         """
-        header = {"request": request.to_dict(), "path": path, "timeout_s": self._timeout_s}
-        child = self._idle.get()
-        try:
-            for use_decord in (True, False):
-                reply = child.ask({**header, "use_decord": use_decord}, data, self._timeout_s)
-                if reply is not None:
-                    return _unpack(*reply)
-        finally:
-            self._idle.put(child)
-        raise MediaError("corrupt", "the decoder crashed twice on this file", tries=2)
+        header = {"task": "clip", "request": request.to_dict(), "path": path}
+        reply, payload = self._ask([{**header, "without": names} for names in ((), (FIRST_BACKEND,))], data)
+        pixels = np.frombuffer(payload, dtype=np.uint8).reshape(reply["shape"])
+        facts = None if reply["facts"] is None else MediaFacts(**reply["facts"])
+        return Clip(pixels=pixels, frame_valid=np.array(reply["frame_valid"], dtype=np.bool_), facts=facts)
+
+    def read_waveform(
+        self, request: WaveformRequest, *, max_pixels: int, path: str | None = None, data: bytes = b""
+    ) -> NDArray[np.float32] | None:
+        """Decode the first audio track to mono.
+
+        Args:
+            request: Sample rate and part.
+            max_pixels: Limit of width x height of the video frames.
+            path: Local file; None to decode `data`.
+            data: The file's content.
+
+        Returns:
+            float32 [samples], or None when there is no audio track; see `video_audio.read_waveform`.
+
+        Raises:
+            MediaError: If the sound cannot be used, takes too long, or kills its decoder twice.
+        """
+        header = {"task": "waveform", "request": request.to_dict(), "path": path, "max_pixels": max_pixels}
+        reply, payload = self._ask([header, header], data)
+        return np.frombuffer(payload, dtype=np.float32) if reply["has_audio"] else None
 
     def child_pids(self) -> list[int]:
         """Process ids of the living children."""
         return [child.pid for child in self._children if child.pid is not None]
+
+    def _ask(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Send one header after the other until a child survives it."""
+        child = self._idle.get()
+        try:
+            for header in headers:
+                reply = child.ask({**header, "timeout_s": self._timeout_s}, data, self._timeout_s)
+                if reply is not None:
+                    told, payload = reply
+                    if "error_class" in told:
+                        raise MediaError(told["error_class"], told["message"], stage=told["stage"])
+                    return told, payload
+        finally:
+            self._idle.put(child)
+        raise MediaError("corrupt", "the decoder crashed twice on this file", tries=len(headers))
 
     def close(self) -> None:
         """End the children. A later request starts new ones."""
@@ -128,16 +160,13 @@ class _Child:
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         # Every BLAS thread would reserve address space that counts against the child's memory limit.
         environment["OPENBLAS_NUM_THREADS"] = "1"
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pipelines.data.video_child", str(self._memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
         )
-
-
-def _unpack(header: dict[str, Any], payload: bytes) -> NDArray[np.uint8]:
-    if "error_class" in header:
-        raise MediaError(header["error_class"], header["message"])
-    return np.frombuffer(payload, dtype=np.uint8).reshape(header["shape"])
+        widen(cast(BinaryIO, process.stdin))
+        widen(cast(BinaryIO, process.stdout))
+        return process

@@ -1,10 +1,22 @@
 """How a parent process and its video child talk: length-prefixed JSON, then raw bytes. Never pickle."""
 
+import contextlib
+import fcntl
 import json
 import struct
 from typing import Any, BinaryIO
 
 _LENGTHS = struct.Struct("<IQ")
+_PIPE_BYTES = 1024**2
+"""A clip passes in a few pieces instead of one for every 64 KiB; unprivileged processes may have no more."""
+_SET_PIPE_BYTES = getattr(fcntl, "F_SETPIPE_SZ", None)
+
+
+def widen(stream: BinaryIO) -> None:
+    """Let a pipe hold more, where the system allows it."""
+    if _SET_PIPE_BYTES is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(stream.fileno(), _SET_PIPE_BYTES, _PIPE_BYTES)
 
 
 def send(stream: BinaryIO, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:

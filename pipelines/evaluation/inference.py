@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure, SampleBatch
+from pipelines.data.quarantine import require_readable
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def collect(tables: Iterable[pa.Table], num_rows: int) -> tuple[pa.Table, list[F
 
     Returns:
         The rows with results (sample_id and the model's columns), and the failures of all others.
+
+    Raises:
+        UserError: If storage refuses to be read.
     """
     results: list[pa.Table] = []
     failures: list[Failure] = []
@@ -52,6 +56,7 @@ def collect(tables: Iterable[pa.Table], num_rows: int) -> tuple[pa.Table, list[F
         is_bad = pc.is_valid(table[schema.ERROR_CLASS])
         bad = table.filter(is_bad).select([schema.SAMPLE_ID, *_FAILURE_COLUMNS])
         failures += [Failure(**row) for row in bad.to_pylist()]
+        require_readable(failures)
         results.append(table.filter(pc.invert(is_bad)).drop_columns(list(_FAILURE_COLUMNS)))
         num_done += table.num_rows
         logger.info("evaluated %d of %d rows", num_done, num_rows)

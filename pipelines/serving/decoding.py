@@ -46,7 +46,8 @@ class DecodePool:
         """
         task = functools.partial(self._decoder.decode, kind=upload.kind, data=upload.data)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, task)
+            clip = await asyncio.get_running_loop().run_in_executor(self._threads, task)
+            return clip.pixels
         except MediaError as error:
             status, kind = REFUSALS[error.error_class]
             raise ApiError(status, kind, f"the {upload.kind} cannot be used: {error.message}") from None

@@ -8,6 +8,7 @@ import yaml
 from jobs import cli
 from jobs.clean_features import CleanFeaturesSettings, main
 from pipelines.data.feature_spec import FeatureSpec, write_spec
+from pipelines.data.sampling import Sampling
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
@@ -21,6 +22,7 @@ SPEC = FeatureSpec(
         height=32, width=32, resize_short_side=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
     ),
     num_frames=4,
+    sampling=Sampling(),
     num_tokens=3,
     width=2,
     dtype="fp16",

@@ -94,8 +94,8 @@ def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path):
     decoder = SampleDecoder(DECODE)  # what the service and the caption job decode with
     for row, media in enumerate(table[schema.MEDIA].to_pylist()):
         by_path, by_bytes = (
-            decoder.decode(kind="image", media=media),
-            decoder.decode(kind="image", data=Path(media).read_bytes()),
+            decoder.decode(kind="image", media=media).pixels,
+            decoder.decode(kind="image", data=Path(media).read_bytes()).pixels,
         )
         np.testing.assert_array_equal(by_path, trained.images[row])
         np.testing.assert_array_equal(by_bytes, trained.images[row])

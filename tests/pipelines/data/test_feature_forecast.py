@@ -12,6 +12,7 @@ from pipelines.data.feature_forecast import forecast, measured_blocks
 from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.features import shard_blocks, write_shard
 from pipelines.data.samples import DecodeSettings
+from pipelines.data.sampling import Sampling
 from pipelines.data.stage_costs import StageCosts
 from pipelines.data.stage_report import size
 from tests.pipelines.data.builders import DECODE, PREPROCESSING, image_manifest, manifest
@@ -23,6 +24,7 @@ VIT_G = FeatureSpec(
     precision="fp32",
     preprocessing=PREPROCESSING,
     num_frames=8,
+    sampling=Sampling(),
     num_tokens=257,
     width=1408,
     dtype="fp16",
@@ -44,7 +46,9 @@ def test_an_image_of_vit_g_takes_707_kib():
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
 def test_files_are_as_large_as_forecast(tmp_path, dtype):
     names = [f"s{n}" for n in range(3)]
-    batch = SampleBatch(0, 0, names, [""] * 3, np.arange(3), np.ones(3, bool), np.zeros((3, 1)), [])
+    batch = SampleBatch(
+        0, 0, names, [""] * 3, np.arange(3), np.ones(3, bool), np.zeros((3, 1)), [], np.ones((3, 1), bool)
+    )
     tokens = [np.random.default_rng(n).standard_normal((1, 257, 1408)).astype(np.float32) for n in range(3)]
     write_shard(str(tmp_path), batch, tokens, dtype)
     found = sum(path.stat().st_size for path in tmp_path.iterdir())

