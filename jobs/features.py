@@ -110,7 +110,7 @@ def _encode(
 
         small = measured_blocks(missing)
         costs = measure_features(small, **options, use_gpu=settings.use_gpu) if small else []
-        pools = {"decode_workers": settings.decode_workers, "workers": settings.workers}
+        pools: dict[str, Any] = {"decode_workers": settings.decode_workers, "workers": settings.workers}
         _tell(forecast(missing, spec, list(zip(small, costs, strict=True)), **pools), output)
         metrics = DataMetrics("features")
         progress.begin()
