@@ -8,6 +8,10 @@ PACKAGES := qformer pipelines jobs cluster
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
+# The environment is installed without bytecode, and what is used gets it on first import. Where this variable forbids
+# that, each of a job's dozen processes would compile torch and Ray anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all lint format bench clean distclean
 
@@ -15,8 +19,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "error: $(PYTHON) is older than 3.11; name another: make PYTHON=python3.12 …" >&2; exit 2; }
+	@$(PYTHON) -c 'import platform, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) or \
+	    (platform.system(), platform.machine()) != ("Linux", "x86_64"))' || \
+	    { echo "error: the locks hold wheels for Python 3.11 and 3.12 on Linux x86_64, and $(PYTHON) is another; name" \
+	    "one: make PYTHON=python3.12 …, or see The environment in CONTRIBUTING.md" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@lock="$(LOCK)"; torch="$$(grep -o '^torch==[^ ]*' requirements.lock)"; \
 	if [ -z "$$lock" ]; then \
@@ -38,7 +44,7 @@ test: $(STAMP) ## the tests, without the long drills
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(STAMP) ## all tests that this machine can run
-	@$(BIN)/python -m pytest -m "not network" $(ARGS)
+	@$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -52,8 +58,8 @@ format: $(STAMP) ## rewrite the code in the project's format
 bench: $(STAMP) ## every benchmark (ARGS=--json for machine-readable last lines)
 	@$(BIN)/python -m jobs.bench $(ARGS)
 
-clean: ## remove runs and caches, keep .venv
-	@rm -rf runs demo-out demo-out-full build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the demo's output and caches, keep .venv and runs
+	@rm -rf demo-out demo-out-full build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -1,4 +1,4 @@
-"""Caption image and video files with a stage-2 checkpoint, in this process."""
+"""Caption image and video files with a stage-2 checkpoint, or ask it about them, in this process."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_
 from pipelines.data.retries import classify
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
 from qformer.bridge import Captioner, load_captioner
+from qformer.config import GenerationSettings
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def main(settings: CaptionSettings) -> int:
     try:
         for path in settings.media:
             try:
-                print(f"{path}\t{caption_file(captioner, decoder, path, settings.max_new_tokens)}", flush=True)
+                text = caption_file(captioner, decoder, path, settings.generation, settings.instruction)
+                print(f"{path}\t{text}", flush=True)
             except MediaError as error:
                 print(f"{path}: {error}", file=sys.stderr, flush=True)
                 num_failed += 1
@@ -52,14 +54,16 @@ def main(settings: CaptionSettings) -> int:
     return 1 if num_failed else 0
 
 
-def caption_file(captioner: Captioner, decoder: SampleDecoder, path: str, max_new_tokens: int) -> str:
-    """Caption one file.
+def caption_file(
+    captioner: Captioner, decoder: SampleDecoder, path: str, generation: GenerationSettings, instruction: str = ""
+) -> str:
+    """Caption one file, or answer an instruction about it.
 
     Raises:
         MediaError: If the file cannot be used.
     """
     pixels = decoder.decode(kind=_kind(path), media=path).pixels
-    return captioner.caption(torch.tensor(pixels)[None], max_new_tokens=max_new_tokens)[0]
+    return captioner.answer(torch.tensor(pixels)[None], [instruction], generation)[0]
 
 
 def _kind(path: str) -> str:

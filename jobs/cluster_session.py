@@ -46,7 +46,8 @@ def ray_session(settings: RaySettings, *, include_dashboard: bool = False) -> It
     """Have Ray initialised inside the `with` block.
 
     Joins `settings.address`, else the cluster named by RAY_ADDRESS (as under `ray job submit`), else starts a
-    cluster in this machine that listens on loopback only. An already initialised Ray is used and left alone.
+    cluster in this machine: its dashboard listens on loopback only, the rest wants a token. An already initialised
+    Ray is used and left alone.
 
     Args:
         settings: Address, or the size of the cluster to start.

@@ -12,11 +12,12 @@ from jobs.cli import run_job
 from jobs.cluster_session import ray_session
 from jobs.settings import EvaluateSettings
 from jobs.settings_loading import resolved_yaml
-from pipelines.data import quarantine, storage
+from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
 from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
 from qformer.bridge import BridgeInfo
+from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
     """Evaluate, and write into `output`: settings.yaml, the results, quarantine.parquet and summary.json.
 
     Stage 1 writes retrieval.json (recall by kind) and retrieval.parquet (one row an image); stage 2 writes
-    predictions.parquet (sample_id, kind, prediction, references).
+    predictions.parquet (sample_id, kind, instruction, prediction, references).
 
     Returns:
         The summary: stage, checkpoint, rows_in, rows_used, rows_quarantined, and "retrieval" after stage 1.
@@ -76,18 +77,31 @@ def _caption(
 ) -> tuple[list[Failure], dict[str, Any]]:
     from pipelines.evaluation.caption import caption_manifest
 
+    _require_one_instruction(manifest)
     result = caption_manifest(
         manifest,
         checkpoint=checkpoint,
         decode=decode_settings(settings, info),
         batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
+        generation=settings.generation,
         workers=settings.workers,
         decode_workers=settings.decode_workers,
         use_gpu=settings.use_gpu,
     )
     write_table(result.predictions, storage.join(settings.output, "predictions.parquet"))
     return result.failures, {}
+
+
+def _require_one_instruction(manifest: pa.Table) -> None:
+    """A row gets one answer; which of several questions it should be for, only the user knows."""
+    columns = (manifest[name].to_pylist() for name in (schema.SAMPLE_ID, schema.INSTRUCTIONS))
+    several = [(name, texts) for name, texts in zip(*columns, strict=True) if len(set(texts)) > 1]
+    if several:
+        name, texts = several[0]
+        raise UserError(
+            f"data.manifest: {len(several)} rows ask more than one question, first {name!r} with {len(texts)}; "
+            "write a row for each question, with a sample_id of its own"
+        )
 
 
 def _retrieve(

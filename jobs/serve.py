@@ -81,7 +81,7 @@ def serving_config(settings: ServeSettings) -> ServingConfig:
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         max_concurrent_requests=settings.max_concurrent_requests,
-        max_new_tokens=settings.max_new_tokens,
+        generation=settings.generation,
         max_batch_size=settings.max_batch_size,
         min_replicas=settings.min_replicas,
         max_replicas=settings.max_replicas,

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qformer.config import GenerationSettings, LoraConfig
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, and closed to unknown keys."""
@@ -62,11 +64,9 @@ class AugmentationSettings(Settings):
     """Off by default: a flip makes "left" and "right" in captions false."""
 
 
-class DataSettings(Settings):
-    """Rows to read and how they become pixels."""
+class PixelSettings(Settings):
+    """Which rows of a manifest to take, and how they become pixels."""
 
-    manifest: str
-    """A manifest as `qformer prepare` writes it, or any table with its columns."""
     split: str = "train"
     kind: Literal["image", "video"] | None = None
     """Take only images, or only videos; null takes both."""
@@ -76,9 +76,32 @@ class DataSettings(Settings):
     augmentation: AugmentationSettings = AugmentationSettings()
 
 
-class TrainDataSettings(DataSettings):
+class DataSettings(PixelSettings):
+    """Rows to read and how they become pixels."""
+
+    manifest: str
+    """A manifest as `qformer prepare` writes it, or any table with its columns."""
+
+
+class ManifestSettings(Settings):
+    """One manifest of a mixture."""
+
+    path: str
+    """As `data.manifest` of one manifest."""
+    weight: float | None = Field(default=None, gt=0)
+    """Rows of an epoch in proportion to the other manifests' weights; for `mixture: explicit` alone."""
+
+
+class TrainDataSettings(PixelSettings):
     """Rows to train on."""
 
+    manifest: str | list[ManifestSettings] = Field(min_length=1)
+    """A manifest as `qformer prepare` writes it, or any table with its columns; or a list of several, with `path` and
+    `weight`. The sample ids of several get the last parts of their manifest's path in front."""
+    mixture: Literal["proportional", "sqrt", "explicit"] = "proportional"
+    """How many rows of each manifest an epoch takes, which is as long as all manifests together: every row once; in
+    proportion to the square root of their rows; or to the weights. A manifest drawn less goes on in the next epoch
+    where it stopped; rows of one drawn more come again, after all its others came."""
     features: str | None = None
     """Folder of a feature cache (`qformer features`) to train on in place of pixels; fixes crop and frames."""
 
@@ -102,17 +125,6 @@ class QFormerSettings(Settings):
     """Less memory for about a third more work: layers are computed again in the backward pass."""
 
 
-class LoraSettings(Settings):
-    """Low-rank updates of the language model, trained beside the bridge; the model's own weights stay as they are."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    """The update is scaled by alpha / rank."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: tuple[str, ...] = ("q_proj", "v_proj", "c_attn", "q", "v")
-    """Last part of the names of the layers to update; the default fits OPT, Llama, Qwen, GPT-2 and T5."""
-
-
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
@@ -132,12 +144,12 @@ class ModelSettings(Settings):
     max_text_tokens: int = Field(default=32, ge=4)
     """Longest caption and longest prompt; longer ones lose their last words, and are counted."""
     prompt: str = ""
-    """Text put before every caption in stage 2, not counted in the loss."""
+    """Text put before every caption in stage 2, not counted in the loss; rows with an instruction bring their own."""
     qformer_reads_prompt: bool = False
-    """Stage 2: give the prompt to the Q-Former as well as to the language model (InstructBLIP)."""
+    """Stage 2: give prompt or instruction to the Q-Former as well as to the language model (InstructBLIP)."""
     freeze_qformer: bool = False
     """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
-    lora: LoraSettings | None = None
+    lora: LoraConfig | None = None
     """Stage 2: also train low-rank updates of the language model; null: it stays as it is."""
     qformer: QFormerSettings = QFormerSettings()
     qformer_init: str | None = None
@@ -176,6 +188,8 @@ class TrainSettings(Settings):
     workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
     log_every: int = Field(default=10, gt=0)
     seed: int = 0
@@ -235,7 +249,7 @@ class EvaluateSettings(Settings):
     batch_size: int = Field(default=64, gt=0)
     rerank_top_k: int = Field(default=32, ge=0)
     """Candidates per query that the ITM head scores again; 0 ranks by ITC alone."""
-    max_new_tokens: int = Field(default=32, gt=0)
+    generation: GenerationSettings = GenerationSettings()
     workers: int = Field(default=1, ge=1)
     """Model actors."""
     decode_workers: int = Field(default=1, ge=1)
@@ -250,7 +264,9 @@ class CaptionSettings(Settings):
     media: list[str] = Field(min_length=1)
     num_frames: int | None = Field(default=None, ge=1)
     """null: as in training."""
-    max_new_tokens: int = Field(default=32, gt=0)
+    instruction: str = ""
+    """Question or instruction about every file; empty: the prompt of training."""
+    generation: GenerationSettings = GenerationSettings()
     limits: LimitSettings = LimitSettings()
 
 
@@ -265,7 +281,7 @@ class ServeSettings(Settings):
     max_concurrent_requests: int = Field(default=32, ge=1)
     """Requests in work at a time; more are answered 503. Bounds the memory that bodies may take."""
     request_timeout_s: float = Field(default=60.0, gt=0)
-    max_new_tokens: int = Field(default=32, gt=0)
+    generation: GenerationSettings = GenerationSettings()
     max_batch_size: int = Field(default=8, ge=1)
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=2, ge=1)

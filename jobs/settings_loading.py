@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -128,7 +129,7 @@ def _describe(
     dotted = ".".join(keys)
     origin = _origin(keys, config, assignments)
     match details["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             return f"{origin}: unknown key {dotted!r}; {_suggestion(model, keys)}"
         case "missing":
             place = f"write `{keys[-1]}: …` in {config}" if config else "give a --config file"
@@ -174,16 +175,18 @@ def _suggestion(model: type[Settings], keys: tuple[str, ...]) -> str:
     return f"valid keys{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
 
 
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
+def _dotted_keys(model: type[Any], prefix: str = "") -> Iterator[str]:
+    for name, annotation in get_type_hints(model).items():
+        if name == "model_config":
+            continue
         yield prefix + name
-        for nested in _models_in(field.annotation):
+        for nested in _models_in(annotation):
             yield from _dotted_keys(nested, f"{prefix}{name}.")
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def _models_in(annotation: Any) -> Iterator[type[Any]]:
     """Settings classes named by an annotation: itself, or inside `X | None`, `list[X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
         yield annotation
         return
     for part in get_args(annotation):

@@ -1,6 +1,7 @@
 """`qformer train`: one stage of training into one run folder."""
 
-import hashlib
+import functools
+import itertools
 import json
 import logging
 import sys
@@ -17,7 +18,10 @@ from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
 from pipelines.data.features import FeatureCache, locate, open_cache
-from pipelines.data.manifest import read_manifest, write_table
+from pipelines.data.manifest import write_table
+from pipelines.data.mixture import Corpus, open_corpus
+from pipelines.data.order import Order
+from pipelines.data.row_index import streamed
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.stage_report import run_table
 from pipelines.data.transforms import Augmentation
@@ -43,27 +47,28 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     """
     settings = with_absolute_paths(settings)
     data = settings.data
-    manifest = read_manifest(data.manifest, data.split, needs_captions=True, kind=data.kind)
-    _check(settings, len(manifest))
+    corpus = open_corpus(_manifests(settings), split=data.split, kind=data.kind)
+    order = Order(corpus.streams(data.mixture), settings.seed, settings.batch_size)
+    _check(settings, order.rows_per_epoch)
     cache = open_cache(data.features) if data.features else None
     if cache:
         cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
-        manifest = locate(manifest, cache)
+        corpus = corpus.in_memory(functools.partial(locate, cache=cache))
     storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
     if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
-        _learn_tokenizer(settings, manifest)
-    summary = _launch(settings, manifest, cache)
+        _learn_tokenizer(settings, corpus)
+    summary = _launch(settings, corpus, order, cache)
     failures = [(value.pop("epoch"), Failure(**value)) for value in summary.pop("failures")]
     tables = [quarantine.to_table([failure], epoch) for epoch, failure in failures] or [quarantine.to_table([])]
     write_table(pa.concat_tables(tables), storage.join(settings.output, QUARANTINE_FILE))
     storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
     parameters, names = summary["trainable_parameters"], summary["trainable_names"]
     logger.info(
-        "trained %d parameters in %d tensors, listed in %s; %s",
+        "trained %d parameters in %d tensors, listed in %s; %d texts were cut",
         parameters,
         len(names),
         SUMMARY_FILE,
-        summary["load_report"],
+        summary["texts_truncated"],
     )
     logger.info("run folder %s; curves: tensorboard --logdir %s", settings.output, settings.output)
     print(run_table(summary["stages"], workers=settings.workers, decode_workers=settings.decode_workers))
@@ -71,22 +76,17 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     return summary
 
 
-def _launch(settings: TrainSettings, manifest: pa.Table, cache: FeatureCache | None) -> dict[str, Any]:
+def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: FeatureCache | None) -> dict[str, Any]:
     """Run `train_worker` on every rank and return the first rank's result."""
     with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
         import ray
 
-        from pipelines.training.feed import BatchFeed, steps_per_epoch
+        from pipelines.training.feed import BatchFeed
         from pipelines.training.launch import launch
 
         actor = ray.remote(BatchFeed).options(num_cpus=0)
-        feed = actor.remote(
-            manifest,
-            global_batch=settings.batch_size,
-            total_steps=settings.steps,
-            seed=settings.seed,
-            decode_workers=settings.decode_workers,
-        )
+        rows = ray.put(corpus)
+        feed = actor.remote(order, [rows], total_steps=settings.steps, decode_workers=settings.decode_workers)
         try:
             return launch(
                 train_worker,
@@ -94,9 +94,9 @@ def _launch(settings: TrainSettings, manifest: pa.Table, cache: FeatureCache | N
                     "settings": settings.model_dump(),
                     "feed": feed,
                     "cache": cache,
-                    "order": _order_fingerprint(settings, manifest),
-                    "rows": len(manifest),
-                    "steps_per_epoch": steps_per_epoch(manifest, settings.batch_size),
+                    "order": f"{order.fingerprint}/{corpus.fingerprint}/{settings.stage}",
+                    "rows": order.rows_per_epoch,
+                    "steps_per_epoch": order.steps_per_epoch,
                 },
                 workers=settings.workers,
                 use_gpu=settings.use_gpu,
@@ -138,9 +138,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         seed=settings.seed,
         init_from=settings.init_from,
         features=cache.spec if cache else None,
+        is_compiled=settings.compile,
     )
     optim = settings.optim
     optimizer = build_optimizer(run.stage.trainables, weight_decay=optim.weight_decay, betas=optim.betas)
+    if rank() == 0:
+        arguments["board"].say.remote(f"weights {run.load_report}")
     accounting, start_step = Accounting(), 0
     newest = _newest_checkpoint(settings.output)
     if newest is not None:
@@ -225,12 +228,20 @@ def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> De
     )
 
 
+def _manifests(settings: TrainSettings) -> list[tuple[str, float | None]]:
+    """Path and weight of each manifest."""
+    manifest = settings.data.manifest
+    if isinstance(manifest, str):
+        return [(manifest, None)]
+    return [(one.path, one.weight) for one in manifest]
+
+
 def _check(settings: TrainSettings, num_rows: int) -> None:
     """Refuse what cannot work before any worker starts."""
     if settings.batch_size > num_rows:
         raise UserError(
             f"batch_size={settings.batch_size} is larger than the {num_rows} rows of split {settings.data.split!r} in "
-            f"{settings.data.manifest!r}; lower it"
+            f"{', '.join(path for path, _ in _manifests(settings))}; lower it"
         )
     if settings.batch_size < settings.workers:
         raise UserError(
@@ -256,9 +267,9 @@ def _check(settings: TrainSettings, num_rows: int) -> None:
         storage.require_unused(settings.output, "output")
 
 
-def _learn_tokenizer(settings: TrainSettings, manifest: pa.Table) -> None:
+def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
     """Learn the vocabulary once per run; a resumed run keeps its own."""
-    from qformer.text import learn_text_tokenizer
+    from pipelines.training.vocabulary import learn_text_tokenizer
 
     folder = _tokenizer_folder(settings)
     if storage.exists(folder):
@@ -268,7 +279,8 @@ def _learn_tokenizer(settings: TrainSettings, manifest: pa.Table) -> None:
             f"model.tokenizer='corpus' needs a local output, not {settings.output!r}; learn it in a local run and "
             "give that run's tokenizer folder"
         )
-    captions = (text for texts in manifest[schema.CAPTIONS].to_pylist() for text in texts)
+    tables = itertools.chain.from_iterable(streamed(source.rows) for source in corpus.sources)
+    captions = (text for table in tables for texts in table[schema.CAPTIONS].to_pylist() for text in texts)
     learn_text_tokenizer(captions, Path(storage.local_path(folder)))
 
 
@@ -286,14 +298,6 @@ def _newest_checkpoint(output: str) -> str | None:
         return None
 
 
-def _order_fingerprint(settings: TrainSettings, manifest: pa.Table) -> str:
-    """Digest of all that decides which sample is seen at which step."""
-    digest = hashlib.sha256(f"{settings.seed}/{settings.batch_size}/{settings.stage}/".encode())
-    for name in manifest[schema.SAMPLE_ID].to_pylist():
-        digest.update(name.encode("utf-8", errors="surrogatepass") + b"\0")
-    return digest.hexdigest()
-
-
 def _summary(
     run: "TrainingRun",
     accounting: "Accounting",
@@ -309,7 +313,7 @@ def _summary(
         "accounting": accounting.line,
         "rows_in": accounting.rows_in,
         "rows_used": accounting.rows_used,
-        "rows_quarantined": len(accounting.quarantined),
+        "rows_quarantined": accounting.rows_quarantined,
         "texts_truncated": run.num_truncated(),
         "failures": list(accounting.quarantined.values()),
         "load_report": run.load_report,

@@ -7,7 +7,7 @@ Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image token
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from qformer.errors import UserError
-from qformer.preprocessing import Interpolation, Preprocessing
+from qformer.lora import own_weights
+from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 
 RANDOM_WEIGHTS_SEED = 0
-_PIL_INTERPOLATIONS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class VisionEncoder(nn.Module):
@@ -156,7 +156,7 @@ def _load_timm_vision(name: str, pretrained: bool, image_size: int | None) -> tu
             # Convolutional encoders have no positions and take any size.
             model = timm.create_model(source, pretrained=pretrained, num_classes=0)
     except Exception as error:
-        raise _model_error(setting, name, error, timm.list_models()) from error
+        raise model_error(setting, name, error, timm.list_models()) from error
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"model.vision: {name!r} offers no intermediate layers; choose a ViT or another timm encoder")
     config = timm.data.resolve_model_data_config(model)
@@ -177,58 +177,9 @@ def _load_transformers_vision(name: str, pretrained: bool, image_size: int | Non
             model = AutoModel.from_config(AutoConfig.from_pretrained(name))
         values, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except Exception as error:
-        raise _model_error("model.vision", name, error, []) from error
+        raise model_error("model.vision", name, error, []) from error
     # A two-tower model such as CLIP keeps its image side apart.
     return getattr(model, "vision_model", model), transformers_preprocessing(values, image_size)
-
-
-def transformers_preprocessing(values: dict[str, Any], image_size: int | None = None) -> Preprocessing:
-    """Translate a Hugging Face image processor's preprocessor_config.json into the contract.
-
-    Raises:
-        UserError: If the file lacks what the contract needs.
-    """
-    size, crop = values.get("size"), values.get("crop_size") if values.get("do_center_crop") else None
-    if isinstance(size, int):
-        size = {"shortest_edge": size} if crop else {"height": size, "width": size}
-    if isinstance(crop, int):
-        crop = {"height": crop, "width": crop}
-    if not size or "image_mean" not in values or "image_std" not in values:
-        raise UserError(
-            f"model.vision: preprocessor_config.json needs size, image_mean and image_std, has {sorted(values)}"
-        )
-    target = crop or size
-    height, width = (target.get(side) or target["shortest_edge"] for side in ("height", "width"))
-    short_side = size.get("shortest_edge") or min(size["height"], size["width"])
-    if image_size is not None:
-        short_side, height, width = (
-            max(round(short_side * image_size / min(height, width)), image_size),
-            image_size,
-            image_size,
-        )
-    return Preprocessing(
-        height=height,
-        width=width,
-        resize_short_side=short_side,
-        interpolation=_PIL_INTERPOLATIONS[values.get("resample", 2)],
-        crop="center" if crop or "shortest_edge" in size else "squash",
-        mean=tuple(values["image_mean"]),
-        std=tuple(values["image_std"]),
-    )
-
-
-def timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """Translate timm's data configuration into the contract."""
-    _, height, width = config["input_size"]
-    return Preprocessing(
-        height=height,
-        width=width,
-        resize_short_side=max(int(min(height, width) / config.get("crop_pct", 1.0)), height, width),
-        interpolation=config.get("interpolation", "bicubic"),
-        crop="squash" if config.get("crop_mode") == "squash" else "center",
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
 
 
 def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
@@ -249,64 +200,38 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.
         model_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
         model = model_class.from_pretrained(name, dtype=dtype)
     except Exception as error:
-        raise _model_error("model.language", name, error, []) from error
+        raise model_error("model.language", name, error, []) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.language: the tokenizer of {name!r} has no end token; set eos_token in its config")
     return model.requires_grad_(False).eval(), tokenizer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BertWeights:
-    """A BERT's tensors by Hugging Face's names, and what the names do not tell."""
+def require_finite(tokens_BFPV: Tensor, is_valid_B: Tensor, sample_ids: Sequence[str] = ()) -> None:
+    """Name the samples whose features cannot be used.
 
-    weights: dict[str, Tensor]
-    vocab_size: int
-    num_heads: int
-    layer_norm_eps: float
-    activation: str
-    max_positions: int
-    has_lm_head: bool
-
-
-def load_bert(name: str) -> BertWeights:
-    """Read any Hugging Face BERT, with or without its masked-LM head.
+    Args:
+        tokens_BFPV: From the frozen encoder, or a cache of it.
+        is_valid_B: False for samples that do not count.
+        sample_ids: Their names; without, rows are numbered.
 
     Raises:
-        UserError: If it cannot be loaded, or is another architecture.
+        ValueError: If a valid sample's features hold NaN or infinity.
     """
-    import_torchvision()
-    from transformers import AutoConfig, BertForMaskedLM, BertModel
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "bert":
-            raise UserError(
-                f"model.qformer_init: {name!r} is a {config.model_type}; only a BERT has a Q-Former's shape"
-            )
-        has_lm_head = (config.architectures or ["BertModel"])[0] in ("BertForMaskedLM", "BertForPreTraining")
-        bert_class = BertForMaskedLM if has_lm_head else BertModel
-        model, told = bert_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _model_error("model.qformer_init", name, error, []) from error
-    # What the files lack, the library fills with random values: they are not the BERT's.
-    weights = {key: tensor for key, tensor in model.state_dict().items() if key not in told["missing_keys"]}
-    return BertWeights(
-        weights=weights,
-        vocab_size=config.vocab_size,
-        num_heads=config.num_attention_heads,
-        layer_norm_eps=config.layer_norm_eps,
-        activation=config.hidden_act,
-        max_positions=config.max_position_embeddings,
-        has_lm_head=has_lm_head,
-    )
+    bad_B = is_valid_B & ~tokens_BFPV.isfinite().flatten(1).all(dim=1)
+    rows = bad_B.nonzero().flatten().tolist()
+    if rows:
+        names = [sample_ids[row] if sample_ids else f"row {row}" for row in rows]
+        raise ValueError(
+            f"NaN or infinity in the encoder's features of {len(rows)} of {len(bad_B)} samples: "
+            f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; run the encoder with precision=fp32 (and "
+            "rebuild a feature cache so), or take these files out"
+        )
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of all weights, to show that a frozen model did not move."""
+    """SHA-256 over names and bytes of a model's own weights (not LoRA's), to show that a frozen model did not move."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(own_weights(module).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -354,7 +279,7 @@ def _is_folder_name(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).is_dir()
 
 
-def _model_error(setting: str, name: str, error: Exception, known: list[str]) -> UserError:
+def model_error(setting: str, name: str, error: Exception, known: list[str]) -> UserError:
     """One line that says whether the name is wrong or the hub out of reach."""
     import difflib
 

@@ -19,11 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qformer.backbones import VisionEncoder, load_language, load_vision
-from qformer.config import QFormerConfig
+from qformer.backbones import VisionEncoder, load_language, load_vision, require_finite
+from qformer.config import GenerationSettings, LoraConfig, QFormerConfig
 from qformer.errors import UserError
-from qformer.language import GenerationSettings, LanguageModel, build_language_model
-from qformer.lora import Lora, LoraConfig
+from qformer.language import LanguageModel, build_language_model
+from qformer.lora import Lora
 from qformer.preprocessing import Preprocessing
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
@@ -118,14 +118,12 @@ def load_weights(trainables: nn.Module, folder: Path) -> None:
         UserError: If names or shapes differ, naming the first.
     """
     weights, own = read_weights(folder), trainables.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
-        place = "the checkpoint lacks" if name in own else "the model has no"
-        raise UserError(f"{str(folder)!r}: {place} {name!r}; the model settings differ from the checkpoint's")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
+    for name in sorted(own.keys() | weights.keys()):
+        theirs, ours = (tuple(t[name].shape) if name in t else "absent" for t in (weights, own))
+        if theirs != ours:
             raise UserError(
-                f"{str(folder)!r}: {name} is {tuple(tensor.shape)} in the checkpoint but {tuple(own[name].shape)} in "
-                "the model; the model settings differ from the checkpoint's"
+                f"{str(folder)!r}: {name} is {theirs} in the checkpoint but {ours} in the model; the model settings "
+                "differ from the checkpoint's"
             )
     trainables.load_state_dict(weights)
 
@@ -154,9 +152,9 @@ class Retriever:
         Returns:
             query_embeds_BNE, L2-normalised float32 (N = F * Q), and the encoder's image_tokens_BFPV for `match`.
         """
-        tokens_BFPV = self.encoder(pixels_BFCYX.to(self._device))
+        tokens_BFPV = _features(self.encoder, pixels_BFCYX.to(self._device))
         qformer = self.stage1.qformer
-        image = qformer.image_key_values(self.stage1.vision_norm(tokens_BFPV.float()).flatten(0, 1))
+        image = qformer.image_key_values(self.stage1.vision_norm(tokens_BFPV).flatten(0, 1))
         hidden_GQD = qformer.forward_queries(image).hidden_BQD
         return self.stage1.embed_queries(hidden_GQD, tokens_BFPV.shape[1]), tokens_BFPV
 
@@ -212,48 +210,40 @@ class Captioner:
         self.language, self.tokenizer = language, tokenizer
         self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
 
-    def caption(self, pixels_BFCYX: Tensor, max_new_tokens: int = 32) -> list[str]:
-        """Greedy captions of images or clips, after the prompt of training.
-
-        Args:
-            pixels_BFCYX: uint8, prepared by `preprocessing`.
-            max_new_tokens: Longest answer in tokens.
-        """
-        prompts = [self.info.prompt] * len(pixels_BFCYX)
-        return self.answer(pixels_BFCYX, prompts, GenerationSettings(max_new_tokens=max_new_tokens))
-
     @torch.no_grad()
     def answer(
-        self, pixels_BFCYX: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+        self,
+        pixels_BFCYX: Tensor,
+        instructions: Sequence[str] | None = None,
+        settings: GenerationSettings | None = None,
     ) -> list[str]:
-        """Answers to one prompt an image or clip.
+        """Captions, or answers to one instruction an image or clip.
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
-            prompts: Of any lengths; an instruction-aware Q-Former reads them too.
+            instructions: Of any lengths; an instruction-aware Q-Former reads them too. None, or "" among them, takes
+                the prompt of training.
             settings: Greedy by default.
 
         Raises:
-            ValueError: If the encoder's features are not finite, or prompts and images differ in number.
+            ValueError: If the encoder's features are not finite, or instructions and images differ in number.
         """
+        prompts = [text or self.info.prompt for text in instructions or [""] * len(pixels_BFCYX)]
         if len(prompts) != len(pixels_BFCYX):
-            raise ValueError(f"{len(prompts)} prompts for {len(pixels_BFCYX)} images; give one each")
+            raise ValueError(f"{len(prompts)} instructions for {len(pixels_BFCYX)} images; give one each")
         device = self.stage2.language_projection.weight.device
-        tokens_BFPV = self.encoder(pixels_BFCYX.to(device)).float()
-        if not torch.isfinite(tokens_BFPV).all():
-            raise ValueError(f"encoder {self.info.vision!r} gave NaN or inf; run it in fp32, or check its weights")
-        prefix_BNL = self.stage2(tokens_BFPV, *instruction_inputs(self.tokenizer, prompts, device))
-        return self.language.generate(prefix_BNL, prompts, settings)
+        inputs = [_features(self.encoder, pixels_BFCYX.to(device))]
+        if self.tokenizer is not None:
+            ids_BT, mask_BT, _ = self.tokenizer.encode(prompts)
+            inputs += [ids_BT.to(device), mask_BT.to(device)]
+        return self.language.generate(self.stage2(*inputs), prompts, settings)
 
 
-def instruction_inputs(
-    tokenizer: TextTokenizer | None, prompts: Sequence[str], device: torch.device
-) -> tuple[Tensor, ...]:
-    """What `Stage2.forward` takes beside the image: ids and mask for a Q-Former that reads prompts, else nothing."""
-    if tokenizer is None:
-        return ()
-    text = tokenizer.encode(prompts)
-    return text.input_ids_BT.to(device), text.is_text_BT.to(device)
+def _features(encoder: VisionEncoder, pixels_BFCYX: Tensor) -> Tensor:
+    """The encoder's tokens_BFPV, float32, all of them finite."""
+    tokens_BFPV = encoder(pixels_BFCYX).float()
+    require_finite(tokens_BFPV, tokens_BFPV.new_ones(len(tokens_BFPV), dtype=torch.bool))
+    return tokens_BFPV
 
 
 def load_retriever(folder: Path, device: str = "cpu") -> Retriever:

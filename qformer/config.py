@@ -1,4 +1,4 @@
-"""Shapes of the Q-Former."""
+"""What is built and how it generates: shapes of the Q-Former, low-rank updates, generation. Free of torch."""
 
 from dataclasses import dataclass
 
@@ -61,3 +61,65 @@ class QFormerConfig:
     def has_cross_attention(self, layer: int) -> bool:
         """Whether layer `layer` (0-based) cross-attends to the image."""
         return layer % self.cross_attention_frequency == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Size and place of a language model's low-rank updates (LoRA, arXiv:2106.09685, section 4.1).
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "c_attn", "q", "v")
+    """Last part of the names of the layers to update; query and value of OPT, Llama, Qwen, GPT-2 and T5."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(
+                f"LoRA needs rank >= 1, alpha > 0 and dropout in [0, 1), got rank={self.rank}, alpha={self.alpha}, "
+                f"dropout={self.dropout}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSettings:
+    """How text is generated: greedy by default, beam search with `num_beams` > 1, nucleus sampling with `top_p`.
+
+    Raises:
+        ValueError: If a value is out of its range, or would have no effect beside the others.
+    """
+
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    """Exponent of the length that beam scores are divided by; below 0 favours short texts."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens whose probabilities sum to this; null does not sample."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Of the sampling."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and num_beams={self.num_beams} must be at least 1; raise them"
+            )
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; leave it out for greedy or beam search")
+        if self.top_p is not None and self.num_beams > 1:
+            raise ValueError(f"top_p={self.top_p} samples, num_beams={self.num_beams} searches; set one of them")
+        if self.temperature <= 0 or self.repetition_penalty <= 0:
+            raise ValueError(
+                f"temperature={self.temperature} and repetition_penalty={self.repetition_penalty} must be positive"
+            )
+        if self.temperature != 1.0 and self.top_p is None:
+            raise ValueError(f"temperature={self.temperature} changes sampling alone; set top_p too (1.0: all tokens)")
+        if self.length_penalty != 1.0 and self.num_beams == 1:
+            raise ValueError(f"length_penalty={self.length_penalty} ranks beams; set num_beams above 1 too")

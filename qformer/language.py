@@ -17,45 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from qformer.config import GenerationSettings
 from qformer.errors import UserError
 
 IGNORED = -100
 """Label that no loss counts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationSettings:
-    """How text is generated: greedy by default, beam search with `num_beams` > 1, nucleus sampling with `top_p`.
-
-    Raises:
-        ValueError: If a value is out of its range, or sampling is mixed with beams.
-    """
-
-    max_new_tokens: int = 32
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    """Exponent of the length that beam scores are divided by; below 0 favours short texts."""
-    top_p: float | None = None
-    """Sample from the smallest set of tokens whose probabilities sum to this; null does not sample."""
-    temperature: float = 1.0
-    """Divides the logits before sampling."""
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    """Of the sampling."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} and num_beams={self.num_beams} must be at least 1; raise them"
-            )
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; leave it out for greedy or beam search")
-        if self.top_p is not None and self.num_beams > 1:
-            raise ValueError(f"top_p={self.top_p} samples, num_beams={self.num_beams} searches; set one of them")
-        if self.temperature <= 0 or self.repetition_penalty <= 0:
-            raise ValueError(
-                f"temperature={self.temperature} and repetition_penalty={self.repetition_penalty} must be positive"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,17 @@ Rows are packed (see `attention`): padding is never computed, whatever length th
 Reference: BLIP-2 (arXiv:2301.12597), section 3.1; LAVIS `Qformer.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
+from qformer.attention import Attention, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
+from qformer.layers import Kept, QFormerLayers
 from qformer.masks import causal_mask_after_queries, joint_mask, padding_mask
 
 INITIAL_STD = 0.02
@@ -39,118 +39,6 @@ class PackedText(NamedTuple):
     position_M: Tensor
     is_text_BT: Tensor
     """Cut to the longest text."""
-
-
-class Kept(NamedTuple):
-    """The rows that are read of the last layer: it computes no others."""
-
-    chosen: Tensor
-    """Indexes into the packed rows."""
-    rows: Rows
-
-
-class QFormerLayer(nn.Module):
-    """Self-attention (shared), cross-attention (queries only), and one feed-forward each for queries and text."""
-
-    def __init__(self, config: QFormerConfig, *, has_cross_attention: bool) -> None:
-        super().__init__()
-        width, heads, dropout, eps = (
-            config.hidden_size,
-            config.num_heads,
-            config.dropout,
-            config.layer_norm_eps,
-        )
-        self.attention = Attention(width, heads, key_width=width, dropout=dropout, eps=eps)
-        self.cross_attention = (
-            Attention(width, heads, key_width=config.encoder_width, dropout=dropout, eps=eps)
-            if has_cross_attention
-            else None
-        )
-        self.query_ffn = FeedForward(width, config.intermediate_size, dropout=dropout, eps=eps)
-        self.text_ffn = (
-            FeedForward(width, config.intermediate_size, dropout=dropout, eps=eps) if config.has_text_branch else None
-        )
-
-    def forward(
-        self,
-        hidden_ND: Tensor,
-        rows: Rows,
-        mask: Tensor | None,
-        image: Sequence[Part],
-        past: KeyValue | None,
-        kept: Kept | None,
-    ) -> tuple[Tensor, KeyValue]:
-        """Run one layer over queries and text (either may be absent).
-
-        Args:
-            hidden_ND: All query rows, then all text rows.
-            rows: Their layout.
-            mask: Self-attention mask, True where allowed.
-            image: What the query rows cross-attend to; empty where the layer has no cross-attention.
-            past: Cached query keys and values that the rows also see (ITG).
-            kept: Rows to compute; None computes all. All are attended to in any case.
-
-        Returns:
-            Hidden states [N, D] and this layer's self-attention keys and values (without `past`).
-        """
-        own = self.attention.packed_key_value(hidden_ND, rows)
-        if kept is not None:
-            hidden_ND, rows = hidden_ND.index_select(0, kept.chosen), kept.rows
-        seen = own if past is None else past.concatenate(own, dim=2)
-        hidden_ND = self.attention(hidden_ND, [Part(rows, seen, mask)])
-        query_ND, text_MD = hidden_ND[: rows.num_query_rows], hidden_ND[rows.num_query_rows :]
-        outputs = []
-        if rows.num_queries:
-            if self.cross_attention is not None and image:
-                query_ND = self.cross_attention(query_ND, image)
-            outputs.append(self.query_ffn(query_ND))
-        if rows.length > rows.num_queries:
-            assert self.text_ffn is not None, "text rows in a Q-Former without text branch"
-            outputs.append(self.text_ffn(text_MD))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), own
-
-
-class QFormerLayers(nn.ModuleList):
-    """All layers in turn: the part that does the work, and the region to compile.
-
-    `layers.compile(fullgraph=True)` compiles it without graph breaks. What depends on the data (packing the text,
-    drawing and fetching negatives) happens outside and comes in as tensors.
-    """
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__(
-            QFormerLayer(config, has_cross_attention=config.has_cross_attention(i)) for i in range(config.num_layers)
-        )
-        self.is_checkpointed = config.activation_checkpointing
-
-    def __iter__(self) -> Iterator[QFormerLayer]:
-        return cast(Iterator[QFormerLayer], super().__iter__())
-
-    def forward(
-        self,
-        hidden_ND: Tensor,
-        rows: Rows,
-        mask: Tensor | None = None,
-        image: Sequence[Sequence[Part]] | None = None,
-        past: Sequence[KeyValue] | None = None,
-        kept: Kept | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """As `QFormerLayer.forward`; `image` and `past` hold an entry a layer, `kept` concerns the last."""
-        cache = []
-        for i, layer in enumerate(self):
-            arguments = (
-                rows,
-                mask,
-                () if image is None else image[i],
-                None if past is None else past[i],
-                kept if i == len(self) - 1 else None,
-            )
-            if self.is_checkpointed and torch.is_grad_enabled():
-                hidden_ND, own = checkpoint(layer, hidden_ND, *arguments, use_reentrant=False)
-            else:
-                hidden_ND, own = layer(hidden_ND, *arguments)
-            cache.append(own)
-        return hidden_ND, cache
 
 
 class QFormer(nn.Module):
@@ -186,18 +74,37 @@ class QFormer(nn.Module):
         Raises:
             ValueError: If the image tokens are not of the configured encoder width.
         """
-        self.check_width(image_BPV)
+        self.check_image(image_BPV, "BPV")
         return [
             layer.cross_attention.key_value(image_BPV) if layer.cross_attention is not None else None
             for layer in self.layers
         ]
 
-    def check_width(self, image_V: Tensor) -> None:
-        """Raise a ValueError if the last dimension is not the configured encoder width."""
-        if image_V.shape[-1] != self.config.encoder_width:
+    def check_image(self, image_V: Tensor, dimensions: str) -> None:
+        """Refuse image tokens that are no floating-point tensor of `dimensions` ("BPV", "BFPV") and the encoder width.
+
+        Raises:
+            ValueError: Naming both sides.
+        """
+        width = self.config.encoder_width
+        if image_V.dim() != len(dimensions) or image_V.shape[-1] != width or not image_V.is_floating_point():
             raise ValueError(
-                f"image tokens are {image_V.shape[-1]} wide but the Q-Former was built for "
-                f"encoder_width={self.config.encoder_width}; use the encoder it was trained with"
+                f"image tokens are {image_V.dtype} {tuple(image_V.shape)} but the Q-Former takes floating "
+                f"[{', '.join(dimensions[:-1])}, {width}] (encoder_width={width}); use the encoder it was trained with "
+                "(model.vision), and give an image one frame"
+            )
+
+    def check_text(self, input_ids_BT: Tensor, is_text_BT: Tensor) -> None:
+        """Refuse text that is not integer ids [B, T] with a mask of the same shape.
+
+        Raises:
+            ValueError: Naming both sides.
+        """
+        ids, mask = input_ids_BT, is_text_BT
+        if ids.is_floating_point() or ids.dim() != 2 or ids.shape != mask.shape:
+            raise ValueError(
+                f"text ids are {ids.dtype} {tuple(ids.shape)} and their mask is {tuple(mask.shape)}; both must be "
+                "[B, T], the ids integers"
             )
 
     def forward_queries(self, image: Sequence[KeyValue | None]) -> QueryOutput:
@@ -319,13 +226,17 @@ class QFormer(nn.Module):
         """
         item_M, position_M = is_text_BT.nonzero(as_tuple=True)
         ids_M = input_ids_BT[item_M, position_M]
-        length, highest = (int(position_M.max()) + 1, int(ids_M.max())) if len(ids_M) else (1, 0)
+        length = int(position_M.max()) + 1 if len(ids_M) else 1
+        low, high = map(int, ids_M.aminmax()) if len(ids_M) else (0, 0)
         if length > self.config.max_positions:
-            raise ValueError(f"text of {length} tokens exceeds max_positions={self.config.max_positions}")
-        if highest >= self.config.vocab_size:
             raise ValueError(
-                f"token id {highest} is outside the Q-Former's vocabulary of vocab_size={self.config.vocab_size}; "
-                "use the tokenizer it was built for"
+                f"text of {length} tokens exceeds max_positions={self.config.max_positions}; "
+                "lower model.max_text_tokens"
+            )
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids reach from {low} to {high}, outside the Q-Former's vocabulary of "
+                f"vocab_size={self.config.vocab_size}; use the tokenizer it was trained with (model.tokenizer)"
             )
         return PackedText(ids_M, item_M, position_M, is_text_BT[:, :length])
 

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qformer.errors import UserError
+
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode = Literal["center", "squash"]
+PIL_INTERPOLATIONS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,3 +63,52 @@ class Preprocessing:
         kept = dict(values)
         kept["mean"], kept["std"] = tuple(kept["mean"]), tuple(kept["std"])
         return cls(**kept)
+
+
+def transformers_preprocessing(values: dict[str, Any], image_size: int | None = None) -> Preprocessing:
+    """Translate a Hugging Face image processor's preprocessor_config.json into the contract.
+
+    Raises:
+        UserError: If the file lacks what the contract needs.
+    """
+    size, crop = values.get("size"), values.get("crop_size") if values.get("do_center_crop") else None
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if crop else {"height": size, "width": size}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    if not size or "image_mean" not in values or "image_std" not in values:
+        raise UserError(
+            f"model.vision: preprocessor_config.json needs size, image_mean and image_std, has {sorted(values)}"
+        )
+    target = crop or size
+    height, width = (target.get(side) or target["shortest_edge"] for side in ("height", "width"))
+    short_side = size.get("shortest_edge") or min(size["height"], size["width"])
+    if image_size is not None:
+        short_side, height, width = (
+            max(round(short_side * image_size / min(height, width)), image_size),
+            image_size,
+            image_size,
+        )
+    return Preprocessing(
+        height=height,
+        width=width,
+        resize_short_side=short_side,
+        interpolation=PIL_INTERPOLATIONS[values.get("resample", 2)],
+        crop="center" if crop or "shortest_edge" in size else "squash",
+        mean=tuple(values["image_mean"]),
+        std=tuple(values["image_std"]),
+    )
+
+
+def timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """Translate timm's data configuration into the contract."""
+    _, height, width = config["input_size"]
+    return Preprocessing(
+        height=height,
+        width=width,
+        resize_short_side=max(int(min(height, width) / config.get("crop_pct", 1.0)), height, width),
+        interpolation=config.get("interpolation", "bicubic"),
+        crop="squash" if config.get("crop_mode") == "squash" else "center",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )

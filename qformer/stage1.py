@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer.attention import KeyValue
+from qformer.backbones import require_finite
 from qformer.config import QFormerConfig
 from qformer.distributed import fetch_rows, gather, rank, world_size
 from qformer.model import QFormer
@@ -119,7 +120,8 @@ class Stage1(nn.Module):
         itc = (itc_i2t + itc_t2i) / 2
         total = itc + itm + itg
         if not total.isfinite():
-            _name_bad_features(batch)
+            # Only then, so that a healthy run does not look; where features are finite the weights are to blame.
+            require_finite(batch.image_BFPV, batch.is_valid_B, batch.sample_ids)
         return Stage1Losses(total, itc, itm, itg)
 
     def embed_queries(self, hidden_GQD: Tensor, frames: int) -> Tensor:
@@ -204,38 +206,14 @@ class Stage1(nn.Module):
 
     def _check(self, batch: Stage1Batch) -> None:
         """Refuse a batch that does not fit the model or itself."""
-        image, ids, mask = batch.image_BFPV, batch.input_ids_BT, batch.is_text_BT
-        if image.dim() != 4 or not image.is_floating_point():
-            raise ValueError(
-                f"image_BFPV is {image.dtype} {tuple(image.shape)}, stage 1 takes floating-point encoder tokens "
-                "[B, F, P, V]; give an image one frame"
-            )
-        self.qformer.check_width(image)
-        if ids.is_floating_point() or ids.dim() != 2 or ids.shape != mask.shape:
-            raise ValueError(
-                f"input_ids_BT is {ids.dtype} {tuple(ids.shape)} and is_text_BT {tuple(mask.shape)}; both must be "
-                "[B, T], the ids integers"
-            )
+        image = batch.image_BFPV
+        self.qformer.check_image(image, "BFPV")
+        self.qformer.check_text(batch.input_ids_BT, batch.is_text_BT)
         for name in ("input_ids_BT", "image_ids_B", "is_valid_B"):
             if len(getattr(batch, name)) != len(image):
                 raise ValueError(
                     f"image_BFPV has {len(image)} samples but {name} {len(getattr(batch, name))}; give every sample one"
                 )
-
-
-def _name_bad_features(batch: Stage1Batch) -> None:
-    """Raise if a loss that is not finite comes from the features; else the weights are to blame, and the loop stops.
-
-    Looking only then costs nothing in a healthy run.
-    """
-    bad_B = batch.is_valid_B & ~batch.image_BFPV.isfinite().flatten(1).all(dim=1)
-    rows = bad_B.nonzero().flatten().tolist()
-    if rows:
-        names = [batch.sample_ids[row] for row in rows] if batch.sample_ids else [f"row {row}" for row in rows]
-        raise ValueError(
-            f"the encoder's features hold NaN or infinity for {', '.join(names[:8])} ({len(names)} of {len(bad_B)} "
-            "samples); look at these files, or run the frozen encoder in fp32"
-        )
 
 
 def _join_frames(cached: KeyValue, frames: int) -> KeyValue:

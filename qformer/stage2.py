@@ -72,7 +72,8 @@ class Stage2(nn.Module):
             ValueError: If the image tokens are not floating [B, F, P, V] of the encoder's width, ids lie outside the
                 vocabulary, or instruction and text branch do not come together.
         """
-        config, frames = self.qformer.config, self._require_image(image_BFPV)
+        self.qformer.check_image(image_BFPV, "BFPV")
+        config, frames = self.qformer.config, image_BFPV.shape[1]
         tokens_GPV = self.vision_norm(image_BFPV).flatten(0, 1)
         image = self.qformer.image_key_values(tokens_GPV)
         if (instruction_ids_BT is None) == config.has_text_branch:
@@ -83,30 +84,12 @@ class Stage2(nn.Module):
         if instruction_ids_BT is None or is_instruction_BT is None:
             hidden_GQD = self.qformer.forward_queries(image).hidden_BQD
         else:
-            self._require_ids(instruction_ids_BT, len(image_BFPV))
+            self.qformer.check_text(instruction_ids_BT, is_instruction_BT)
+            if len(instruction_ids_BT) != len(image_BFPV):
+                raise ValueError(
+                    f"{len(instruction_ids_BT)} instructions for {len(image_BFPV)} images; give every image one"
+                )
             ids_GT = instruction_ids_BT.repeat_interleave(frames, 0)
             is_text_GT = is_instruction_BT.repeat_interleave(frames, 0)
             hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT)
         return self.language_projection(hidden_GQD).unflatten(0, (-1, frames)).flatten(1, 2)
-
-    def _require_image(self, image_BFPV: Tensor) -> int:
-        """Return F."""
-        width = self.qformer.config.encoder_width
-        if image_BFPV.dim() != 4 or image_BFPV.shape[-1] != width or not image_BFPV.is_floating_point():
-            raise ValueError(
-                f"image tokens are {image_BFPV.dtype} {tuple(image_BFPV.shape)} but the Q-Former takes floating "
-                f"[B, F, P, {width}] (encoder_width={width}); use the encoder it was trained with"
-            )
-        return image_BFPV.shape[1]
-
-    def _require_ids(self, ids_BT: Tensor, batch: int) -> None:
-        size = self.qformer.config.vocab_size
-        if ids_BT.is_floating_point() or len(ids_BT) != batch:
-            raise ValueError(
-                f"instruction ids are {ids_BT.dtype} {tuple(ids_BT.shape)} for {batch} images; give int64 [{batch}, T]"
-            )
-        if ids_BT.numel() and (int(ids_BT.min()) < 0 or int(ids_BT.max()) >= size):
-            raise ValueError(
-                f"instruction ids reach {int(ids_BT.max())} (smallest {int(ids_BT.min())}) but the Q-Former's "
-                f"vocabulary is vocab_size={size}; use the tokenizer it was trained with (model.tokenizer)"
-            )

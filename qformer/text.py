@@ -1,9 +1,9 @@
-"""Text of stage 1: any Hugging Face tokenizer with [CLS], [SEP] and padding, or a vocabulary learned from captions.
+"""Text of the Q-Former: any Hugging Face tokenizer with [CLS], [SEP] and padding, and [DEC].
 
 Dimensions: B batch, T text tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qformer.errors import UserError
 
-CORPUS_VOCABULARY = 30_000
 DEC_TOKEN = "[DEC]"
 
 
@@ -85,31 +84,3 @@ def load_text_tokenizer(name: str, max_tokens: int) -> TextTokenizer:
             f"({str(error).strip().splitlines()[0][:200]})"
         ) from error
     return TextTokenizer(tokenizer, max_tokens)
-
-
-def learn_text_tokenizer(captions: Iterable[str], folder: Path) -> None:
-    """Learn a lower-case WordPiece vocabulary from captions and save it as a BERT tokenizer.
-
-    Raises:
-        UserError: If there is no text to learn from.
-    """
-    from qformer.backbones import import_torchvision
-
-    import_torchvision()
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
-
-    learner = BertWordPieceTokenizer(lowercase=True)
-    learner.train_from_iterator(captions, vocab_size=CORPUS_VOCABULARY, min_frequency=1, show_progress=False)
-    if learner.get_vocab_size() <= 5:
-        raise UserError("model.tokenizer: 'corpus' found no words in the captions; check data.manifest")
-    folder.mkdir(parents=True, exist_ok=True)
-    learner.save(str(folder / "tokenizer.json"))
-    BertTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(str(folder))
-
-
-def pad_text(input_ids_BT: Tensor, is_text_BT: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Pad a batch on the right to `length`, so that ranks can exchange rows of equal shape."""
-    extra = length - input_ids_BT.shape[1]
-    pad = torch.nn.functional.pad
-    return pad(input_ids_BT, (0, extra)), pad(is_text_BT, (0, extra))

@@ -32,15 +32,6 @@ def goldens_dir() -> Path:
     return _shared_folder("QFORMER_GOLDENS", "../shared/goldens")
 
 
-def pytest_collection_modifyitems(items):
-    """Leave GPU tests out unless they are demanded: a machine may have a GPU that is in use."""
-    if os.environ.get("QFORMER_TEST_GPU") == "1":
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="set QFORMER_TEST_GPU=1 to run GPU tests"))
-
-
 @pytest.fixture(autouse=True)
 def _restored_random_state():
     """No test changes what another draws."""

@@ -1,13 +1,15 @@
 """Random checkpoints small enough to load in a test: real models, real files, nothing learned."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 
-from qformer.backbones import import_torchvision, load_vision
+from qformer.backbones import import_torchvision, load_language, load_vision
 from qformer.bridge import BridgeInfo, save_bridge
-from qformer.config import QFormerConfig
+from qformer.config import LoraConfig, QFormerConfig
+from qformer.lora import Lora
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer
@@ -21,29 +23,34 @@ LANGUAGE_WIDTH = 32
 
 def write_stage1(folder: Path) -> Path:
     """A retriever's checkpoint folder."""
-    import_torchvision()
-    from transformers import PreTrainedTokenizerFast
-
     torch.manual_seed(1)
-    tokenizer = TextTokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
-            pad_token="[PAD]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-            unk_token="[UNK]",
-        ),
-        16,
-    )
+    tokenizer = text_tokenizer()
     return _write(folder, 1, Stage1(_config(tokenizer.vocab_size)), tokenizer, None)
 
 
-def write_stage2(folder: Path) -> Path:
+def text_tokenizer() -> TextTokenizer:
+    """The Q-Former's own, of whole words."""
+    import_torchvision()
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[CLS] $A [SEP]"),
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+    )
+    return TextTokenizer(tokenizer, 16)
+
+
+def write_stage2(folder: Path, lora: LoraConfig | None = None) -> Path:
     """A captioner's checkpoint folder, its language model beside it."""
     torch.manual_seed(2)
     language = folder.with_name(folder.name + "-language")
     _write_language(language)
-    return _write(folder, 2, Stage2(_config(0), language_width=LANGUAGE_WIDTH), None, str(language))
+    updates = None if lora is None else Lora(load_language(str(language))[0], lora)
+    stage2 = Stage2(_config(0), language_width=LANGUAGE_WIDTH, lora=updates)
+    return _write(folder, 2, stage2, None, str(language), lora)
 
 
 def _config(vocab_size: int) -> QFormerConfig:
@@ -60,13 +67,13 @@ def _config(vocab_size: int) -> QFormerConfig:
     )
 
 
-def _write(folder, stage, trainables, tokenizer, language) -> Path:
+def _write(folder, stage, trainables, tokenizer, language, lora=None) -> Path:
     for parameter in trainables.parameters():
         # Fresh weights are so small that every picture would look alike to the model.
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     folder.mkdir(parents=True)
     info = info_of(stage, _config(trainables.qformer.config.vocab_size), language)
-    save_bridge(folder, info, trainables, tokenizer)
+    save_bridge(folder, dataclasses.replace(info, lora=lora), trainables, tokenizer)
     (folder / "complete.json").write_text(json.dumps({"step": 3}))
     return folder
 

@@ -25,6 +25,9 @@ from jobs.bench.result import BenchResult
 from jobs.cluster_session import ray_session
 from jobs.settings import RaySettings
 from pipelines.data import schema
+from pipelines.data.mixture import Corpus, Source
+from pipelines.data.order import Order
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from qformer.preprocessing import Preprocessing
 
@@ -162,24 +165,20 @@ def _our_seconds(paths: list[str], kind: str, batch_size: int, window: Window) -
 
 
 def our_batches(paths: list[str], kind: str, batch_size: int) -> Any:
-    """Our batches of these files, in order, through Ray Data as training reads them."""
+    """Our batches of these files, in the order of training, through Ray Data as training reads them."""
+    import ray
+
     from pipelines.data.dataset import build_segment
 
-    table = _manifest(paths, kind)
-    order = np.arange(len(paths), dtype=np.int64).reshape(-1, batch_size)
-    for start in range(0, len(order), SEGMENT_STEPS):
-        batches = order[start : start + SEGMENT_STEPS]
-        (stream,) = build_segment(
-            table,
-            batches,
-            first_step=start,
-            epochs=np.zeros(len(batches), dtype=np.int64),
-            seed=0,
-            world_size=1,
-            source=DECODE,
-            decode_workers=WORKERS,
-        )
+    corpus = Corpus([Source("bench", TableRows(_manifest(paths, kind)))])
+    order, rows = Order(corpus.streams("proportional"), 0, batch_size), ray.put(corpus)
+    step = 0
+    while step < order.steps_per_epoch:
+        end = min(step + SEGMENT_STEPS, order.steps_per_epoch)
+        options = {"first_step": step, "end_step": end, "world_size": 1}
+        (stream,) = build_segment(order, rows, **options, source=DECODE, decode_workers=WORKERS)
         yield from stream
+        step += stream.num_steps
 
 
 def _checked(batches: Any) -> Any:

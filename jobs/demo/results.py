@@ -57,6 +57,11 @@ def show(table: Sequence[ResultRow], seconds: dict[str, float]) -> None:
     console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
 
 
+def exit_code(table: Sequence[ResultRow]) -> int:
+    """0 when every bar is met, 1 otherwise."""
+    return 1 if any(row.ok is False for row in table) else 0
+
+
 def write(output: Path, table: Sequence[ResultRow]) -> None:
     """Write report.html: the table, loss curves, captions and retrieval examples with their pictures."""
     curves: dict[str, list[tuple[int, float]]] = {}

@@ -12,6 +12,7 @@ from jobs.demo.pairs import write_retrieval_pairs
 from jobs.demo.settings import DemoSettings
 from jobs.demo.steps import Steps
 from jobs.demo.world import write_world
+from jobs.serve import require_free_port
 from jobs.settings import (
     DataSettings,
     EvaluateSettings,
@@ -26,6 +27,7 @@ from jobs.settings import (
 )
 
 MODELS = Path(__file__).parent / "models"
+LOOPBACK = "127.0.0.1"
 NUM_FRAMES = 4
 NUM_RETRIEVAL_PAIRS = 200
 TRAINING_STEPS = ("stage1", "stage2", "retrieval", "captions", "served")
@@ -46,6 +48,9 @@ def main(settings: DemoSettings) -> int:
     steps = Steps(Path(demo.output).absolute())
     if demo.retrain:
         steps.forget(*TRAINING_STEPS)
+    if not steps.is_done("served"):
+        # Better told now than after all the training.
+        require_free_port(LOOPBACK, demo.port)
     world = steps.folder("world")
     steps.run("world", demo.world.model_dump(), lambda: write_world(world, **demo.world.model_dump()))
     # One Ray for all jobs: each of them would otherwise wait for its own to start.
@@ -54,10 +59,9 @@ def main(settings: DemoSettings) -> int:
     table = results.measure(steps.output, min_whole_caption=demo.min_whole_caption)
     results.show(table, steps.seconds)
     results.write(steps.output, table)
-    ok = all(row.ok is not False for row in table)
     print(f"\nreport: {steps.output / 'report.html'}")
     print(f"next: qformer serve --set checkpoint={steps.folder('stage2')}   (then drop your own image at it with curl)")
-    return 0 if ok else 1
+    return results.exit_code(table)
 
 
 def _run_jobs(steps: Steps, settings: DemoSettings) -> None:

@@ -17,8 +17,8 @@ MOTIONS = ("moving sideways", "moving up and down", "blinking", "staying still")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 # Each colour once; stepping by two spreads the shapes. These pairs occur in no training data of any model.
 HELD_OUT = tuple((colour, SHAPES[2 * index % len(SHAPES)]) for index, colour in enumerate(COLOURS))
-SINGLE_SHARE = 0.35
-"""Share of one-thing scenes among images; low, because only 64 of them are not held out."""
+SINGLE_SHARE = 0.5
+"""Share of one-thing scenes among training images."""
 
 
 @dataclass(frozen=True, slots=True)

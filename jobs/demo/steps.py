@@ -14,6 +14,7 @@ from qformer.errors import UserError
 
 STATE_FILE = "demo.json"
 CODE_FOLDERS = ("qformer", "pipelines", "jobs")
+MODELS_FOLDER = "jobs/demo/models"
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ class Steps:
             work: Does the step.
             after: Steps whose results it uses.
         """
-        upstream = [self._keys.get(step, "") for step in after]
-        key = hashlib.sha256(json.dumps([name, inputs, upstream, _code_digest()], sort_keys=True).encode()).hexdigest()
+        key = self._key(name, inputs, after)
         if self._keys.get(name) == key:
             logger.info("%s: unchanged, reused", name)
             return
@@ -70,6 +70,10 @@ class Steps:
         self._keys[name], self._seconds[name] = key, time.perf_counter() - begun
         logger.info("%s: done in %.0f s", name, self._seconds[name])
         self._save()
+
+    def is_done(self, name: str) -> bool:
+        """Whether the step ran before; `run` may still find that its inputs changed."""
+        return name in self._keys
 
     def forget(self, *names: str) -> None:
         """Delete steps, so that they run again."""
@@ -83,14 +87,18 @@ class Steps:
         """How long each step took when it ran."""
         return dict(self._seconds)
 
+    def _key(self, name: str, inputs: Any, after: tuple[str, ...]) -> str:
+        upstream = [self._keys.get(step, "") for step in after]
+        return hashlib.sha256(json.dumps([name, inputs, upstream, _code_digest()], sort_keys=True).encode()).hexdigest()
+
     def _save(self) -> None:
         (self.output / STATE_FILE).write_text(json.dumps({"keys": self._keys, "seconds": self._seconds}, indent=2))
 
 
 def _code_digest() -> str:
-    """Digest of the project's own sources: changed code makes every step run again."""
+    """Digest of the project's own sources and shipped models: when they change, every step runs again."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
-    for folder in CODE_FOLDERS:
-        for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
+    files = [file for folder in CODE_FOLDERS for file in sorted((root / folder).rglob("*.py"))]
+    for file in [*files, *sorted(file for file in (root / MODELS_FOLDER).rglob("*") if file.is_file())]:
+        digest.update(file.read_bytes())
     return digest.hexdigest()

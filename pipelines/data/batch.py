@@ -51,6 +51,8 @@ class SampleBatch:
     failures: list[Failure]
     frame_valid: NDArray[np.bool_]
     """[B, T] False where a frame only repeats another of its clip; all True where `is_valid` is False."""
+    instructions: Sequence[str] = ()
+    """What each caption answers; "" where the run's own prompt serves, () where it serves all."""
     costs: StageCosts = field(default_factory=StageCosts)
     """Of these rows together."""
 
@@ -84,7 +86,7 @@ def pack(
     """Join rows with their images into one Arrow table, without copying the images.
 
     Args:
-        rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media and caption.
+        rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media, caption and instruction.
         images: Of these rows.
         failures: One entry a row, None where it was decoded (or is padding).
         costs: One entry a row.
@@ -135,6 +137,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         rank=table[RANK][0].as_py(),
         sample_ids=sample_ids,
         captions=table[schema.CAPTION].to_pylist(),
+        instructions=table[schema.INSTRUCTION].to_pylist(),
         image_ids=np.array(table[IMAGE_ID].to_numpy(), dtype=np.int64),
         is_valid=np.array(is_valid, dtype=np.bool_),
         images=_images(table),
@@ -159,7 +162,7 @@ def _raw_dtype(codec: Literal["pixels"] | TokenDtype) -> np.dtype[Any]:
     return np.dtype(np.uint8) if codec == PIXELS else RAW_DTYPES[codec]
 
 
-_CARRIED = (STEP, RANK, schema.SAMPLE_ID, schema.MEDIA, schema.CAPTION, IMAGE_ID)
+_CARRIED = (STEP, RANK, schema.SAMPLE_ID, schema.MEDIA, schema.CAPTION, schema.INSTRUCTION, IMAGE_ID)
 _PACKED_SCHEMA = pa.schema(
     [
         (STEP, pa.int64()),
@@ -167,6 +170,7 @@ _PACKED_SCHEMA = pa.schema(
         (schema.SAMPLE_ID, pa.string()),
         (schema.MEDIA, pa.string()),
         (schema.CAPTION, pa.string()),
+        (schema.INSTRUCTION, pa.string()),
         (IMAGE_ID, pa.int64()),
         (schema.STAGE, pa.string()),
         (schema.ERROR_CLASS, pa.string()),

@@ -1,7 +1,8 @@
 """Wires the pure parts into Ray Data: training segments, evaluation, features, the probe. The only Ray import here."""
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from numpy.typing import NDArray
 from ray.util.annotations import RayDeprecationWarning
 
 from pipelines.data import quarantine, schema
 from pipelines.data.batch import Failure, SampleBatch, split_steps, unpack
 from pipelines.data.decode_rows import CheckRows, DecodeRows
 from pipelines.data.features import FeatureCache, ReadFeatures
-from pipelines.data.plan import block_steps, evaluation_blocks, training_blocks
+from pipelines.data.order import Order
+from pipelines.data.plan import (
+    RowLookup,
+    block_steps,
+    evaluation_blocks,
+    failed,
+    training_blocks,
+    without_caption,
+)
+from pipelines.data.row_index import Rows
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.stage_costs import StageCosts, summed
 from qformer.preprocessing import Preprocessing
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
 
 _PROBE_ROWS = 32
 _PREFETCHED_BATCHES = 2
+_SEGMENT_BLOCKS = 2048
+"""Most input blocks of one dataset: Ray handles all of them before the first comes out."""
 _MAX_RESTARTS = 3
 """How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
 _MAX_TASK_RETRIES = 2
@@ -72,13 +83,35 @@ class RankStream:
             raise RuntimeError(f"rank {self.rank} got {step - self.first_step} of {self.num_steps} steps")
 
 
+class _Planned:
+    """Looks planned rows up and hands them to a decode operator, in one actor.
+
+    Args:
+        rows: Of the `mixture.Corpus`, which all actors of a machine share.
+        seed: Of the run.
+        operator: `DecodeRows` or its twin.
+        source: The operator's settings.
+    """
+
+    def __init__(
+        self, rows: ray.ObjectRef, seed: int, operator: type[Any], source: DecodeSettings | FeatureCache
+    ) -> None:
+        self._look_up = RowLookup(ray.get(rows), seed=seed, augmentation=source.augmentation)
+        self._decode = operator(source)
+
+    def __call__(self, plan: pa.Table) -> pa.Table:
+        rows = self._look_up(plan)
+        is_bad = without_caption(rows)
+        decoded: pa.Table = self._decode(rows)
+        return failed(decoded, is_bad, "the row has no caption") if is_bad.any() else decoded
+
+
 def build_segment(
-    manifest: pa.Table,
-    batches: NDArray[np.int64],
+    order: Order,
+    rows: ray.ObjectRef,
     *,
     first_step: int,
-    epochs: NDArray[np.int64],
-    seed: int,
+    end_step: int,
     world_size: int,
     source: DecodeSettings | FeatureCache,
     decode_workers: int,
@@ -89,53 +122,50 @@ def build_segment(
     blocks they read.
 
     Args:
-        manifest: All rows; with a cache as `features.locate` returned them.
-        batches: Rows of `order.epoch_order` [steps, global batch].
-        first_step: Number of the first of these steps in the run.
-        epochs: [steps] each step's epoch, 0-based; chooses captions and augmentations.
-        seed: Of the run.
+        order: Of the run.
+        rows: Its `mixture.Corpus`, put into Ray's object store; with a cache, as `features.locate` returned them.
+        first_step: First of the steps.
+        end_step: Exclusive end. Many blocks in one dataset make its start slow; where that matters they end sooner.
         world_size: Number of ranks.
         source: How files become pixels, or the cache to read instead.
-        decode_workers: Actors that decode or read, one CPU each.
+        decode_workers: Actors that look up and decode or read, one CPU each.
 
     Returns:
-        One stream a rank.
+        One stream a rank; how far they go stands in `RankStream.num_steps`.
     """
-    sample_bytes = max(map(source.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
+    sample_bytes = max(map(source.row_bytes, order.kinds))
+    steps_per_block = block_steps(sample_bytes * -(-order.global_batch // world_size))
+    most = max(1, _SEGMENT_BLOCKS // world_size) * steps_per_block
+    steps = np.arange(first_step, min(end_step, first_step + most))
     blocks = training_blocks(
-        manifest,
-        batches,
-        first_step=first_step,
-        epochs=epochs,
-        seed=seed,
-        world_size=world_size,
-        augmentation=source.augmentation,
-        steps_per_block=block_steps(sample_bytes * -(-batches.shape[1] // world_size)),
+        order.at(steps), first_step=first_step, world_size=world_size, steps_per_block=steps_per_block
     )
     operator = ReadFeatures if isinstance(source, FeatureCache) else DecodeRows
-    dataset = _mapped(blocks, operator, source, decode_workers)
+    dataset = _mapped(blocks, _Planned, (rows, order.seed, operator, source), decode_workers)
     # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
     splits = dataset.streaming_split(world_size, equal=False)
-    return [RankStream(split, rank, first_step, len(batches)) for rank, split in enumerate(splits)]
+    return [RankStream(split, rank, first_step, len(steps)) for rank, split in enumerate(splits)]
 
 
-def evaluation_dataset(
-    manifest: pa.Table, *, batch_size: int, decode: DecodeSettings, decode_workers: int
-) -> ray.data.Dataset:
-    """Decoded blocks with every row exactly once and one kind a block.
+def evaluation_datasets(
+    rows: Rows, *, batch_size: int, decode: DecodeSettings, decode_workers: int
+) -> Iterator[ray.data.Dataset]:
+    """Decoded blocks with every row exactly once and one kind a block, in one dataset or several.
 
-    Follow it with `.map_batches(ModelActor, batch_size=None, batch_format="pyarrow")`, and `to_batch` inside.
+    Follow it with `map_blocks`, and `to_batch` inside. The rows of a dataset are read when the one before is done.
     """
-    return _mapped(evaluation_blocks(manifest, batch_size), DecodeRows, decode, decode_workers)
+    blocks = evaluation_blocks(rows, batch_size)
+    while some := list(itertools.islice(blocks, _SEGMENT_BLOCKS)):
+        yield _mapped(some, DecodeRows, (decode,), decode_workers)
 
 
 def map_blocks(
-    dataset: ray.data.Dataset, operator: type, arguments: Mapping[str, Any], *, workers: int, use_gpu: bool
+    datasets: Iterable[ray.data.Dataset], operator: type, arguments: Mapping[str, Any], *, workers: int, use_gpu: bool
 ) -> Iterator[pa.Table]:
     """Send every block through a pool of model actors.
 
     Args:
-        dataset: From `evaluation_dataset`.
+        datasets: From `evaluation_datasets`, one after the other.
         operator: Callable class from a block to a table.
         arguments: Constructor arguments of `operator`.
         workers: Number of actors.
@@ -144,24 +174,25 @@ def map_blocks(
     Yields:
         What the actors return, in no particular order.
     """
-    # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
-    # fill it; the inner method takes blocks as they are.
-    apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
-    with warnings.catch_warnings():
-        # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        mapped = apply(
-            operator,
-            fn_constructor_kwargs=dict(arguments),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_gpus=1 if use_gpu else None,
-            # Without end by default: a model that crashes on one block would be started again for ever.
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=_MAX_TASK_RETRIES,
-        )
-    yield from mapped.iter_batches(batch_size=None, batch_format="pyarrow")
+    for dataset in datasets:
+        # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
+        # fill it; the inner method takes blocks as they are.
+        apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
+        with warnings.catch_warnings():
+            # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            mapped = apply(
+                operator,
+                fn_constructor_kwargs=dict(arguments),
+                batch_format="pyarrow",
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_gpus=1 if use_gpu else None,
+                # Without end by default: a model that crashes on one block would be started again for ever.
+                max_restarts=_MAX_RESTARTS,
+                max_task_retries=_MAX_TASK_RETRIES,
+            )
+        yield from mapped.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def measure_features(
@@ -209,12 +240,12 @@ def encode_features(
         "frames_per_pass": frames_per_pass,
         "device": "cuda" if use_gpu else "cpu",
     }
-    dataset = _mapped(shards, DecodeRows, decode, decode_workers)
-    yield from map_blocks(dataset, EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
+    dataset = _mapped(shards, DecodeRows, (decode,), decode_workers)
+    yield from map_blocks([dataset], EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
 
 
 def to_batch(block: pa.Table) -> SampleBatch:
-    """Turn a block of `evaluation_dataset` into arrays; `step` is then the block's number."""
+    """Turn a block of `evaluation_datasets` into arrays; `step` is then the block's number."""
     return unpack(block)
 
 
@@ -275,18 +306,21 @@ def probe(
 
 def _results(blocks: list[pa.Table], settings: DecodeSettings, decode_workers: int) -> Iterator[pa.Table]:
     if blocks:
-        dataset = _mapped(blocks, CheckRows, settings, min(decode_workers, len(blocks)))
+        dataset = _mapped(blocks, CheckRows, (settings,), min(decode_workers, len(blocks)))
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _mapped(blocks: list[pa.Table], operator: type[Any], settings: Any, decode_workers: int) -> ray.data.Dataset:
+def _mapped(
+    blocks: list[pa.Table], operator: type[Any], arguments: tuple[Any, ...], decode_workers: int
+) -> ray.data.Dataset:
     """Run an operator over blocks, one output block for each input block, in order."""
     with warnings.catch_warnings():
         # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = ray.data.from_arrow(blocks).map_batches(
+        # Not `from_arrow`, which starts a task for every block to learn its schema.
+        dataset = ray.data.from_blocks(blocks).map_batches(
             operator,
-            fn_constructor_args=(settings,),
+            fn_constructor_args=arguments,
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=decode_workers),

@@ -90,8 +90,8 @@ class FeatureSpec:
         """
         if decode.sampling.is_random:
             raise UserError(
-                f"sampling.strategy={decode.sampling.strategy!r} draws other frames in every epoch, and a feature cache "
-                "holds one choice; take 'uniform', or train on pixels"
+                f"sampling.strategy={decode.sampling.strategy!r} draws other frames in every epoch, and a cache holds "
+                "one choice; take 'uniform', or train on pixels"
             )
         for field in dataclasses.fields(DecodeSettings):
             if field.name in _WITHOUT_EFFECT:

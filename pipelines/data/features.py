@@ -24,6 +24,7 @@ from pipelines.data import schema, storage
 from pipelines.data.batch import Failure, ImageRows, SampleBatch, pack
 from pipelines.data.feature_spec import FeatureSpec, read_spec
 from pipelines.data.plan import evaluation_blocks, image_ids
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.stage_costs import StageCosts
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, encode_tokens
@@ -89,7 +90,8 @@ def open_cache(folder: str) -> FeatureCache:
 def shard_blocks(manifest: pa.Table, decode: DecodeSettings) -> list[pa.Table]:
     """Cut a manifest into the rows of each shard, in the form that `DecodeRows` takes; equal for equal input."""
     largest = max(map(decode.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
-    return evaluation_blocks(manifest, int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS)))
+    rows_per_shard = int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS))
+    return list(evaluation_blocks(TableRows(manifest), rows_per_shard))
 
 
 def finished_shard(folder: str, shard: int, rows: pa.Table) -> bool:
@@ -204,7 +206,9 @@ class ReadFeatures:
             if name:
                 with costs[row].measure("fetch"):
                     stored = self._shard(shard).get_batch(place)
-                assert stored[schema.SAMPLE_ID][0].as_py() == name, f"shard {shard} row {place} is not {name!r}"
+                # The rows of a mixture have their source's name in front.
+                own = stored[schema.SAMPLE_ID][0].as_py()
+                assert name == own or name.endswith(f"/{own}"), f"shard {shard} row {place} is not {name!r}"
                 if stored[schema.STAGE][0].is_valid:
                     failure = Failure(name, media, *(stored[column][0].as_py() for column in _FAILURE_COLUMNS))
                 else:

@@ -18,6 +18,7 @@ MANIFEST_FILE = "manifest.parquet"
 """Name of the manifest in a folder that `prepare` wrote."""
 _DEFAULT_SPLIT = "train"
 _COLUMNS = schema.MANIFEST_SCHEMA.names
+_SINGULAR = {schema.CAPTION: schema.CAPTIONS, schema.INSTRUCTION: schema.INSTRUCTIONS}
 
 
 def read_manifest(
@@ -99,7 +100,7 @@ def write_table(table: pa.Table, uri: str) -> None:
 
 
 def _check_names(columns: Mapping[str, str], path: str) -> None:
-    allowed = [*_COLUMNS, schema.CAPTION]
+    allowed = [*_COLUMNS, *_SINGULAR]
     for name in columns:
         if name not in allowed:
             raise UserError(f"source {path}: columns maps {name!r}, which is no column of ours{nearest(name, allowed)}")
@@ -123,7 +124,7 @@ def _folder_columns(path: str) -> Columns:
 def _canonical(found: Columns, columns: Mapping[str, str], path: str) -> Columns:
     """Rename a table's columns to ours and drop the others."""
     renamed: Columns = {}
-    for ours in (*_COLUMNS, schema.CAPTION):
+    for ours in (*_COLUMNS, *_SINGULAR):
         theirs = columns.get(ours, ours)
         if theirs in found:
             renamed[ours] = found[theirs]
@@ -134,9 +135,9 @@ def _canonical(found: Columns, columns: Mapping[str, str], path: str) -> Columns
             f"{path} has no column {schema.MEDIA!r} (or {schema.MEDIA_BYTES!r}) but "
             f"{', '.join(sorted(found)) or 'none'}; name it with columns: {{{schema.MEDIA}: ITS_NAME}}"
         )
-    if schema.CAPTIONS not in renamed and schema.CAPTION in renamed:
-        renamed[schema.CAPTIONS] = renamed[schema.CAPTION]
-    renamed.pop(schema.CAPTION, None)
+    for one, several in _SINGULAR.items():
+        if one in renamed:
+            renamed.setdefault(several, renamed.pop(one))
     return renamed
 
 
@@ -146,6 +147,10 @@ def _build(found: Columns, root: str, kind: str, split: str, path: str) -> pa.Ta
     given = [_text(media) for media in found.get(schema.MEDIA, blank)]
     data = list(found.get(schema.MEDIA_BYTES, blank))
     media = [None if name is None else _absolute(name, root) for name in given]
+    texts = [
+        _paired(*pair, path)
+        for pair in zip(found.get(schema.CAPTIONS, blank), found.get(schema.INSTRUCTIONS, blank), strict=True)
+    ]
     splits = [_text(value) or split for value in found.get(schema.SPLIT, blank)]
     return pa.table(
         {
@@ -153,7 +158,8 @@ def _build(found: Columns, root: str, kind: str, split: str, path: str) -> pa.Ta
             schema.MEDIA: media,
             schema.MEDIA_BYTES: data,
             schema.KIND: _kinds(found.get(schema.KIND, blank), media, data, kind, path),
-            schema.CAPTIONS: [_captions(value, path) for value in found.get(schema.CAPTIONS, blank)],
+            schema.CAPTIONS: [captions for captions, _ in texts],
+            schema.INSTRUCTIONS: [instructions for _, instructions in texts],
             schema.START_S: [_seconds(value, schema.START_S, path) for value in found.get(schema.START_S, blank)],
             schema.END_S: [_seconds(value, schema.END_S, path) for value in found.get(schema.END_S, blank)],
             schema.SPLIT: splits,
@@ -212,11 +218,24 @@ def _sniffed(media: str | None, data: bytes | None) -> str | None:
         return None  # the probe reports the file
 
 
-def _captions(value: Any, path: str) -> list[str]:
+def _paired(captions: Any, instructions: Any, path: str) -> tuple[list[str], list[str]]:
+    """Captions that say something, and the instruction of each; one instruction serves all, none is no text."""
+    answers, questions = _texts(captions, schema.CAPTIONS, path), _texts(instructions, schema.INSTRUCTIONS, path)
+    if len(questions) > 1 and len(questions) != len(answers):
+        raise UserError(
+            f"{path}: a row has {len(answers)} {schema.CAPTIONS} but {len(questions)} {schema.INSTRUCTIONS}, "
+            f"{questions[0][:60]!r} first; give one for all captions, or one for each"
+        )
+    if len(questions) > 1:
+        questions = [question for question, answer in zip(questions, answers, strict=True) if answer]
+    return [answer for answer in answers if answer], questions if any(questions) else []
+
+
+def _texts(value: Any, column: str, path: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: column {schema.CAPTIONS!r} holds {str(value)[:60]!r}; give a text or a list of texts")
-    return [text.strip() for text in texts if text.strip()]
+        raise UserError(f"{path}: column {column!r} holds {str(value)[:60]!r}; give a text or a list of texts")
+    return [text.strip() for text in texts]
 
 
 def _seconds(value: Any, column: str, path: str) -> float | None:

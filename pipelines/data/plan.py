@@ -1,7 +1,8 @@
-"""Make the small tables that the decode operator turns into pixels."""
+"""Tables of row numbers that say what is decoded when, and the look-up that turns them into rows to decode."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -10,45 +11,58 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema
 from pipelines.data.batch import AUGMENTATION_SEED, IMAGE_ID, RANK, STEP
-from pipelines.data.order import PADDING, augmentation_seed, caption_index, rank_rows
+from pipelines.data.order import PADDING, Batches, augmentation_seed, caption_index, rank_columns
+from pipelines.data.row_index import Rows
 from pipelines.data.transforms import Augmentation
 
 _INPUT_COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
+_ROW, _VISIT = "row", "visit"
 
 _BLOCK_BYTES = 4 * 1024**2
 _MAX_BLOCK_STEPS = 8
 
 
-def training_blocks(
-    manifest: pa.Table,
-    batches: NDArray[np.int64],
-    *,
-    first_step: int,
-    epochs: NDArray[np.int64],
-    seed: int,
-    world_size: int,
-    augmentation: Augmentation,
-    steps_per_block: int,
-) -> list[pa.Table]:
-    """Tables of a few steps of one rank each, dealt to the ranks in turn: rank 0, rank 1, ..., rank 0, ...
+class Numbered(Protocol):
+    """Rows that can be taken by number."""
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """The rows of these numbers, in this order."""
+
+
+def training_blocks(batches: Batches, *, first_step: int, world_size: int, steps_per_block: int) -> list[pa.Table]:
+    """Plans of a few steps of one rank each, dealt to the ranks in turn: rank 0, rank 1, ..., rank 0, ...
 
     Args:
-        manifest: All rows.
-        batches: Row indexes [steps, global batch], -1 for padding.
+        batches: Of consecutive steps.
         first_step: Number of the first of these steps in the run.
-        epochs: [steps] each step's epoch, 0-based; chooses captions and augmentations.
-        seed: Of the run.
         world_size: Number of ranks.
-        augmentation: When active, rows get seeds to draw it from.
         steps_per_block: Micro-batches of a table; the last table of each rank may hold fewer.
+
+    Returns:
+        Tables for `RowLookup`: step, rank, kind, row number and visit; `PADDING` where a rank's share is not full.
     """
-    micro_batches = _micro_batches(manifest, batches, first_step, epochs, seed, world_size, augmentation)
-    groups = [micro_batches[at : at + steps_per_block] for at in range(0, len(batches), steps_per_block)]
-    return [
-        pa.concat_tables([step[rank] for step in group]).combine_chunks()
-        for group in groups
-        for rank in range(world_size)
-    ]
+    num_steps, global_batch = batches.rows_SG.shape
+    columns_RC = rank_columns(global_batch, world_size)
+    kind_codes = np.array([schema.KINDS.index(kind) for kind in batches.kinds], dtype=np.int8)
+    kinds = pa.array(schema.KINDS, pa.string())
+    blocks = []
+    for start in range(0, num_steps, steps_per_block):
+        steps = np.arange(start, min(start + steps_per_block, num_steps))
+        for rank, columns_C in enumerate(columns_RC):
+            rows_SC = np.where(columns_C == PADDING, PADDING, batches.rows_SG[steps][:, columns_C])
+            width = len(columns_C)
+            blocks.append(
+                pa.table(
+                    {
+                        STEP: np.repeat(first_step + steps, width),
+                        RANK: np.full(rows_SC.size, rank, dtype=np.int32),
+                        schema.KIND: pa.DictionaryArray.from_arrays(np.repeat(kind_codes[steps], width), kinds),
+                        _ROW: rows_SC.ravel(),
+                        _VISIT: batches.visits_SG[steps][:, columns_C].ravel(),
+                    }
+                )
+            )
+    return blocks
 
 
 def block_steps(micro_batch_bytes: int) -> int:
@@ -56,51 +70,69 @@ def block_steps(micro_batch_bytes: int) -> int:
     return int(np.clip(_BLOCK_BYTES // max(1, micro_batch_bytes), 1, _MAX_BLOCK_STEPS))
 
 
-def _micro_batches(
-    manifest: pa.Table,
-    batches: NDArray[np.int64],
-    first_step: int,
-    epochs: NDArray[np.int64],
-    seed: int,
-    world_size: int,
-    augmentation: Augmentation,
-) -> list[list[pa.Table]]:
-    """Tables [step][rank]."""
-    tables = []
-    for offset, (batch, step_epoch) in enumerate(zip(batches, epochs, strict=True)):
-        epoch = int(step_epoch)
-        # A rank may get nothing but padding; it still needs the kind, which decides the number of frames.
-        kind = manifest[schema.KIND][int(batch[batch != PADDING][0])].as_py()
-        ranks = []
-        for rank, rows in enumerate(rank_rows(batch, world_size)):
-            captions: list[str] = []
-            seeds: list[int | None] = []
-            kept = manifest.take(pa.array(np.where(rows == PADDING, 0, rows)))
-            names, texts = kept[schema.SAMPLE_ID].to_pylist(), kept[schema.CAPTIONS].to_pylist()
-            for name, choices in zip(names, texts, strict=True):
-                captions.append(choices[caption_index(seed, epoch, name, len(choices))] if choices else "")
-                seeds.append(augmentation_seed(seed, epoch, name) if augmentation.is_active else None)
-            if (rows == PADDING).any():
-                kept, captions = _blanked(kept, rows == PADDING, kind, captions)
-            ranks.append(_block(kept, captions, seeds, first_step + offset, rank))
-        tables.append(ranks)
-    return tables
+class RowLookup:
+    """Turns a plan of `training_blocks` into the rows that a decode operator wants.
+
+    Args:
+        rows: The corpus.
+        seed: Of the run; with a row's visit and id it chooses caption and augmentation.
+        augmentation: When active, rows get seeds to draw it from.
+    """
+
+    def __init__(self, rows: Numbered, *, seed: int, augmentation: Augmentation) -> None:
+        self._rows, self._seed, self._augmentation = rows, seed, augmentation
+
+    def __call__(self, plan: pa.Table) -> pa.Table:
+        """Look one block up; padding has no id, no media and no caption, but the batch's kind."""
+        numbers = plan[_ROW].to_numpy()
+        is_padding = numbers == PADDING
+        found = self._rows.take(numbers[~is_padding])
+        # A null index makes a row of nulls.
+        places = pa.array(np.cumsum(~is_padding) - 1, mask=is_padding)
+        kept = found.take(places)
+        kept = _replaced(kept, schema.SAMPLE_ID, pc.fill_null(kept[schema.SAMPLE_ID], ""))
+        kept = _replaced(kept, schema.KIND, plan[schema.KIND].cast(pa.string()))
+        captions, instructions, seeds = [], [], []
+        columns = (kept[schema.SAMPLE_ID], kept[schema.CAPTIONS], kept[schema.INSTRUCTIONS], plan[_VISIT])
+        for name, choices, questions, visit in zip(*(column.to_pylist() for column in columns), strict=True):
+            index = caption_index(self._seed, visit, name, len(choices)) if choices else 0
+            captions.append(choices[index] if choices else "")
+            instructions.append(_instruction(questions, index))
+            is_drawn = self._augmentation.is_active and name
+            seeds.append(augmentation_seed(self._seed, visit, name) if is_drawn else None)
+        return _block(kept, captions, instructions, seeds, plan[STEP], plan[RANK])
 
 
-def evaluation_blocks(manifest: pa.Table, batch_size: int) -> list[pa.Table]:
+def without_caption(rows: pa.Table) -> NDArray[np.bool_]:
+    """Which rows of `RowLookup` are no padding but have no caption: nothing can be learnt from them."""
+    has_text = pc.greater(pc.binary_length(rows[schema.CAPTION]), 0)
+    return np.asarray(pc.and_(pc.not_equal(rows[schema.SAMPLE_ID], ""), pc.invert(has_text)))
+
+
+def failed(decoded: pa.Table, is_bad: NDArray[np.bool_], message: str) -> pa.Table:
+    """Mark rows of a decoded block as failed for what their manifest says."""
+    failure = {schema.STAGE: "manifest", schema.ERROR_CLASS: "config", schema.MESSAGE: message, schema.TRIES: 1}
+    for name, value in failure.items():
+        scalar = pa.scalar(value, decoded.schema.field(name).type)
+        decoded = _replaced(decoded, name, pc.if_else(pa.array(is_bad), scalar, decoded[name]))
+    return decoded
+
+
+def evaluation_blocks(rows: Rows, batch_size: int) -> Iterator[pa.Table]:
     """Every row once, in the manifest's order within its kind, in tables of one kind and at most `batch_size` rows.
 
-    The step column numbers the tables; captions are left empty, for evaluation wants all of them.
+    The step column numbers the tables; captions are left empty, for evaluation wants all of them. A row with several
+    instructions gets its first; `jobs.evaluate` refuses such rows. A table is read when it is asked for.
     """
-    kinds = np.asarray(manifest[schema.KIND].to_pylist())
-    blocks: list[pa.Table] = []
-    for kind in schema.KINDS:
-        rows = np.flatnonzero(kinds == kind)
-        for start in range(0, len(rows), batch_size):
-            kept = manifest.take(pa.array(rows[start : start + batch_size]))
-            count = len(kept)
-            blocks.append(_block(kept, [""] * count, [None] * count, len(blocks), 0))
-    return blocks
+    number = first = 0
+    for count in rows.counts.values():
+        for start in range(first, first + count, batch_size):
+            kept = rows.take(np.arange(start, min(start + batch_size, first + count)))
+            steps, ranks = pa.array([number] * len(kept), pa.int64()), pa.array([0] * len(kept), pa.int32())
+            instructions = [_instruction(questions, 0) for questions in kept[schema.INSTRUCTIONS].to_pylist()]
+            yield _block(kept, [""] * len(kept), instructions, [None] * len(kept), steps, ranks)
+            number += 1
+        first += count
 
 
 def image_ids(rows: pa.Table) -> list[int]:
@@ -114,32 +146,32 @@ def image_ids(rows: pa.Table) -> list[int]:
     return ids
 
 
-def _block(kept: pa.Table, captions: list[str], seeds: Sequence[int | None], step: int, rank: int) -> pa.Table:
-    count = len(kept)
-    block = kept.select(_carried(kept))
+def _instruction(questions: list[str] | None, index: int) -> str:
+    """The instruction that belongs to caption `index`; "" where the row has none."""
+    return questions[index if len(questions) > 1 else 0] if questions else ""
+
+
+def _block(
+    kept: pa.Table,
+    captions: list[str],
+    instructions: list[str],
+    seeds: Sequence[int | None],
+    steps: pa.ChunkedArray,
+    ranks: pa.ChunkedArray,
+) -> pa.Table:
+    # Where features lie is known only where they were located.
+    located = (name for name in schema.FEATURE_COLUMNS if name in kept.column_names)
+    block = kept.select([*_INPUT_COLUMNS, *located])
     return (
         block.append_column(schema.CAPTION, pa.array(captions, pa.string()))
+        .append_column(schema.INSTRUCTION, pa.array(instructions, pa.string()))
         .append_column(IMAGE_ID, pa.array(image_ids(block), pa.int64()))
         .append_column(AUGMENTATION_SEED, pa.array(seeds, pa.int64()))
-        .append_column(STEP, pa.array([step] * count, pa.int64()))
-        .append_column(RANK, pa.array([rank] * count, pa.int32()))
+        .append_column(STEP, steps)
+        .append_column(RANK, ranks)
         .combine_chunks()
     )
 
 
-def _blanked(
-    kept: pa.Table, is_padding: NDArray[np.bool_], kind: str, captions: list[str]
-) -> tuple[pa.Table, list[str]]:
-    """Empty the padding rows: no id, no media, no caption, but the batch's kind."""
-    columns = {}
-    for name in _carried(kept):
-        blank = {schema.SAMPLE_ID: "", schema.KIND: kind}.get(name)
-        scalar = pa.scalar(blank, kept.schema.field(name).type)
-        columns[name] = pc.if_else(pa.array(~is_padding), kept[name], scalar)
-    texts = ["" if is_blank else text for text, is_blank in zip(captions, is_padding, strict=True)]
-    return pa.table(columns, schema=kept.select(_carried(kept)).schema), texts
-
-
-def _carried(manifest: pa.Table) -> list[str]:
-    """Columns that the operator needs; where features lie only when they were located."""
-    return [*_INPUT_COLUMNS, *(name for name in schema.FEATURE_COLUMNS if name in manifest.column_names)]
+def _replaced(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, column)

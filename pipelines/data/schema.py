@@ -7,6 +7,8 @@ MEDIA = "media"
 MEDIA_BYTES = "media_bytes"
 KIND = "kind"
 CAPTIONS = "captions"
+INSTRUCTIONS = "instructions"
+"""What each caption answers: one text for all captions, or one for each; none where a run's own prompt serves."""
 START_S = "start_s"
 END_S = "end_s"
 SPLIT = "split"
@@ -14,6 +16,8 @@ LICENCE = "licence"
 
 CAPTION = "caption"
 """Accepted in place of `captions` when a table has one caption a row."""
+INSTRUCTION = "instruction"
+"""Accepted in place of `instructions`."""
 
 IMAGE = "image"
 VIDEO = "video"
@@ -62,6 +66,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field(MEDIA_BYTES, pa.large_binary()),
         pa.field(KIND, pa.string(), nullable=False),
         pa.field(CAPTIONS, pa.list_(pa.string()), nullable=False),
+        pa.field(INSTRUCTIONS, pa.list_(pa.string()), nullable=False),
         pa.field(START_S, pa.float64()),
         pa.field(END_S, pa.float64()),
         pa.field(SPLIT, pa.string(), nullable=False),

@@ -78,18 +78,16 @@ def _read_csv(path: str) -> Columns:
         rows = list(reader)
         names = reader.fieldnames or []
     columns: Columns = {name: [row[name] for row in rows] for name in names}
-    if schema.CAPTIONS in columns:
-        columns[schema.CAPTIONS] = [_json_list(text, path) for text in columns[schema.CAPTIONS]]
+    for name in {schema.CAPTIONS, schema.INSTRUCTIONS} & columns.keys():
+        columns[name] = [_json_list(text, name, path) for text in columns[name]]
     return columns
 
 
-def _json_list(text: str | None, path: str) -> Any:
-    """A CSV cell of captions: a JSON list when it looks like one, else one caption."""
+def _json_list(text: str | None, column: str, path: str) -> Any:
+    """A CSV cell of texts: a JSON list when it looks like one, else one text."""
     if not text or not text.lstrip().startswith("["):
         return text or None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: column {schema.CAPTIONS!r} holds {text[:60]!r}, no JSON list ({error.msg})"
-        ) from error
+        raise UserError(f"{path}: column {column!r} holds {text[:60]!r}, no JSON list ({error.msg})") from error

@@ -1,4 +1,4 @@
-"""Captions of every row of a manifest, by a stage-2 checkpoint."""
+"""Captions of every row of a manifest, or answers to the rows' instructions, by a stage-2 checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +8,13 @@ import torch
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
-from pipelines.data.dataset import evaluation_dataset, map_blocks, to_batch
+from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.storage import local_folder
 from pipelines.evaluation.inference import answers, collect
 from qformer.bridge import load_captioner
+from qformer.config import GenerationSettings
 
 PREDICTION = "prediction"
 REFERENCES = "references"
@@ -23,7 +25,8 @@ class Captions:
     """What captioning a manifest gave."""
 
     predictions: pa.Table
-    """sample_id, kind, prediction, references (list of strings), in the manifest's order."""
+    """sample_id, kind, instruction, prediction, references (list of strings), in the manifest's order. The instruction
+    is "" where the prompt of training served."""
     failures: list[Failure]
     """The rows without a prediction."""
 
@@ -31,18 +34,20 @@ class Captions:
 class CaptionBlocks:
     """Actor: decoded blocks in, captions out."""
 
-    def __init__(self, checkpoint: str, device: str, max_new_tokens: int) -> None:
+    def __init__(self, checkpoint: str, device: str, generation: GenerationSettings) -> None:
         self._captioner = load_captioner(local_folder(checkpoint), device=device)
-        self._max_new_tokens = max_new_tokens
+        self._generation = generation
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Caption the valid rows of one block."""
+        """Caption the valid rows of one block, or answer their instructions."""
         batch = to_batch(block)
+        instructions = [text for text, valid in zip(batch.instructions, batch.is_valid, strict=True) if valid]
         captions: list[str] = []
         if batch.is_valid.any():
             pixels = torch.from_numpy(batch.images[batch.is_valid])
-            captions = self._captioner.caption(pixels, max_new_tokens=self._max_new_tokens)
-        return answers(batch, {PREDICTION: pa.array(captions, pa.string())})
+            captions = self._captioner.answer(pixels, instructions, self._generation)
+        results = {schema.INSTRUCTION: instructions, PREDICTION: captions}
+        return answers(batch, {name: pa.array(texts, pa.string()) for name, texts in results.items()})
 
 
 def caption_manifest(
@@ -51,7 +56,7 @@ def caption_manifest(
     checkpoint: str,
     decode: DecodeSettings,
     batch_size: int,
-    max_new_tokens: int,
+    generation: GenerationSettings,
     workers: int,
     decode_workers: int,
     use_gpu: bool,
@@ -63,26 +68,31 @@ def caption_manifest(
         checkpoint: Folder or URI of a stage-2 checkpoint.
         decode: How files become pixels.
         batch_size: Rows of one pass.
-        max_new_tokens: Longest caption in tokens.
+        generation: How captions are generated.
         workers: Model actors.
         decode_workers: Decode actors.
         use_gpu: One GPU for each model actor.
     """
-    dataset = evaluation_dataset(manifest, batch_size=batch_size, decode=decode, decode_workers=decode_workers)
+    datasets = evaluation_datasets(
+        TableRows(manifest), batch_size=batch_size, decode=decode, decode_workers=decode_workers
+    )
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,
         "device": "cuda" if use_gpu else "cpu",
-        "max_new_tokens": max_new_tokens,
+        "generation": generation,
     }
-    tables = map_blocks(dataset, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
+    tables = map_blocks(datasets, CaptionBlocks, arguments, workers=workers, use_gpu=use_gpu)
     results, failures = collect(tables, manifest.num_rows)
-    found = dict(zip(results[schema.SAMPLE_ID].to_pylist(), results[PREDICTION].to_pylist(), strict=True))
+    found = {row[schema.SAMPLE_ID]: row for row in results.to_pylist()}
     used = manifest.filter(pa.array([name in found for name in manifest[schema.SAMPLE_ID].to_pylist()]))
     predictions = pa.table(
         {
             schema.SAMPLE_ID: used[schema.SAMPLE_ID],
             schema.KIND: used[schema.KIND],
-            PREDICTION: pa.array([found[name] for name in used[schema.SAMPLE_ID].to_pylist()], pa.string()),
+            **{
+                column: pa.array([found[name][column] for name in used[schema.SAMPLE_ID].to_pylist()], pa.string())
+                for column in (schema.INSTRUCTION, PREDICTION)
+            },
             REFERENCES: used[schema.CAPTIONS],
         }
     )

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
-from pipelines.data.dataset import evaluation_dataset, map_blocks, to_batch
+from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.storage import local_folder
 from pipelines.evaluation.gallery import Gallery, build_galleries
@@ -134,8 +135,10 @@ def retrieve(
     }
 
     def answer(rows: pa.Table, model: type, more: dict[str, Any]) -> tuple[pa.Table, list[Failure]]:
-        dataset = evaluation_dataset(rows, batch_size=batch_size, decode=decode, decode_workers=decode_workers)
-        tables = map_blocks(dataset, model, arguments | more, workers=workers, use_gpu=use_gpu)
+        datasets = evaluation_datasets(
+            TableRows(rows), batch_size=batch_size, decode=decode, decode_workers=decode_workers
+        )
+        tables = map_blocks(datasets, model, arguments | more, workers=workers, use_gpu=use_gpu)
         return collect(tables, rows.num_rows)
 
     compared, failures = answer(manifest, CompareBlocks, {})

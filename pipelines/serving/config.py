@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipelines.data.samples import DecodeSettings
+from qformer.config import GenerationSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class ServingConfig:
     """A request's whole time: upload, decoding, waiting and generation."""
     max_concurrent_requests: int = 32
     """Requests in work per ingress replica; bounds the memory of bodies. More are told to come again."""
-    max_new_tokens: int = 32
+    generation: GenerationSettings = GenerationSettings()
     max_batch_size: int = 8
     """Samples captioned in one pass of the model."""
     batch_wait_s: float = 0.01

@@ -11,6 +11,7 @@ from ray import serve
 from pipelines.data.storage import local_folder
 from pipelines.serving.config import ServingConfig
 from qformer.bridge import Captioner, load_captioner
+from qformer.config import GenerationSettings
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,9 @@ class GenerationError(RuntimeError):
     """The model failed on one sample."""
 
 
-def caption_samples(captioner: Captioner, samples: list[np.ndarray], max_new_tokens: int) -> list[str | None]:
+def caption_samples(
+    captioner: Captioner, samples: list[np.ndarray], generation: GenerationSettings
+) -> list[str | None]:
     """Caption samples of mixed length; samples of equal shape share a pass.
 
     A group that fails is tried again sample by sample, so that one sample cannot fail its neighbours.
@@ -27,7 +30,7 @@ def caption_samples(captioner: Captioner, samples: list[np.ndarray], max_new_tok
     Args:
         captioner: The model.
         samples: uint8 [T, 3, H, W] each.
-        max_new_tokens: Limit of a caption's length.
+        generation: How captions are generated.
 
     Returns:
         One caption for each sample in order; None where the model failed on it.
@@ -38,22 +41,22 @@ def caption_samples(captioner: Captioner, samples: list[np.ndarray], max_new_tok
     captions: list[str | None] = [None] * len(samples)
     for group in places.values():
         try:
-            answers: list[str | None] = [*_caption(captioner, [samples[place] for place in group], max_new_tokens)]
+            answers: list[str | None] = [*_caption(captioner, [samples[place] for place in group], generation)]
         except Exception:
             logger.exception("captioning %d samples failed; trying them one by one", len(group))
-            answers = [_caption_alone(captioner, samples[place], max_new_tokens) for place in group]
+            answers = [_caption_alone(captioner, samples[place], generation) for place in group]
         for place, answer in zip(group, answers, strict=True):
             captions[place] = answer
     return captions
 
 
-def _caption(captioner: Captioner, samples: list[np.ndarray], max_new_tokens: int) -> list[str]:
-    return captioner.caption(torch.from_numpy(np.stack(samples)), max_new_tokens=max_new_tokens)
+def _caption(captioner: Captioner, samples: list[np.ndarray], generation: GenerationSettings) -> list[str]:
+    return captioner.answer(torch.from_numpy(np.stack(samples)), settings=generation)
 
 
-def _caption_alone(captioner: Captioner, sample: np.ndarray, max_new_tokens: int) -> str | None:
+def _caption_alone(captioner: Captioner, sample: np.ndarray, generation: GenerationSettings) -> str | None:
     try:
-        return _caption(captioner, [sample], max_new_tokens)[0]
+        return _caption(captioner, [sample], generation)[0]
     except Exception:
         logger.exception("captioning a sample of shape %s failed", sample.shape)
         return None
@@ -65,7 +68,7 @@ class CaptionModel:
     def __init__(self, config: ServingConfig) -> None:
         device = "cuda" if config.use_gpu else "cpu"
         self._captioner = load_captioner(local_folder(config.checkpoint), device=device)
-        self._max_new_tokens = config.max_new_tokens
+        self._generation = config.generation
         self._generate.set_max_batch_size(config.max_batch_size)
         self._generate.set_batch_wait_timeout_s(config.batch_wait_s)
 
@@ -90,4 +93,4 @@ class CaptionModel:
     @serve.batch  # type: ignore[untyped-decorator]
     async def _generate(self, samples: list[np.ndarray]) -> list[str | None]:
         # In a thread, so that health checks and new requests are answered during generation.
-        return await asyncio.to_thread(caption_samples, self._captioner, samples, self._max_new_tokens)
+        return await asyncio.to_thread(caption_samples, self._captioner, samples, self._generation)

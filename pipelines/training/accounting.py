@@ -14,12 +14,17 @@ from qformer.errors import UserError
 
 @dataclass(slots=True)
 class Accounting:
-    """Counts row visits (a row counts once an epoch) on this rank and, after `combine`, over all ranks."""
+    """Counts row visits on this rank and, after `combine`, over all ranks.
+
+    A row is visited once an epoch; more often only where a mixture's weights draw its source more than once.
+    """
 
     rows_in: int = 0
     rows_used: int = 0
+    rows_quarantined: int = 0
     quarantined: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Failures of all ranks so far, keyed by epoch and sample id."""
+    """Failures of all ranks so far, keyed by epoch and sample id: a row that fails at two visits of an epoch is one
+    entry, and counts twice in `rows_quarantined`."""
     _fresh: list[tuple[int, Failure]] = field(default_factory=list)
     _fresh_in: int = 0
     _fresh_used: int = 0
@@ -39,6 +44,7 @@ class Accounting:
         for rows_in, rows_used, failures in parts:
             self.rows_in += rows_in
             self.rows_used += rows_used
+            self.rows_quarantined += len(failures)
             for epoch, failure in failures:
                 self.quarantined[f"{epoch}/{failure.sample_id}"] = {"epoch": epoch, **dataclasses.asdict(failure)}
         self._fresh, self._fresh_in, self._fresh_used = [], 0, 0
@@ -59,14 +65,15 @@ class Accounting:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"rows_in": self.rows_in, "rows_used": self.rows_used, "quarantined": self.quarantined}
+        counts = {"rows_in": self.rows_in, "rows_used": self.rows_used, "rows_quarantined": self.rows_quarantined}
+        return {**counts, "quarantined": self.quarantined}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Accounting":
         """Inverse of `state`."""
-        return cls(state["rows_in"], state["rows_used"], dict(state["quarantined"]))
+        return cls(**{**state, "quarantined": dict(state["quarantined"])})
 
     @property
     def line(self) -> str:
         """The accounting line of the combined counts."""
-        return accounting_line(self.rows_in, self.rows_used, len(self.quarantined))
+        return accounting_line(self.rows_in, self.rows_used, self.rows_quarantined)

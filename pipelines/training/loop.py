@@ -149,6 +149,6 @@ class Loop:
             "gradient_norm": float(gradient_norm),
             "samples_per_s": mean_of_ranks(samples) * world_size() / max(elapsed_s, 1e-9),
             "data_wait_share": mean_of_ranks(waited_s) / max(elapsed_s, 1e-9),
-            "rows_quarantined": float(len(self.accounting.quarantined)),
+            "rows_quarantined": float(self.accounting.rows_quarantined),
             **self.times.window(),
         }

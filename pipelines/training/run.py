@@ -18,12 +18,13 @@ from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
-from qformer.config import QFormerConfig
+from qformer.config import LoraConfig, QFormerConfig
+from qformer.conversion.bert import start_from_bert
+from qformer.conversion.initialisation import start_stage2
 from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
-from qformer.initialisation import start_from_bert, start_stage2
 from qformer.language import build_language_model
-from qformer.lora import Lora, LoraConfig
+from qformer.lora import Lora
 from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
@@ -69,6 +70,7 @@ class TrainingRun:
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
         init_from: Run or checkpoint of stage 1 or 2 whose Q-Former starts stage 2; None starts from fresh weights, or
             from the BERT that `choice` names.
+        is_compiled: Compile the Q-Former's layers; names and bytes of the weights stay as they are.
 
     Raises:
         UserError: If a backbone cannot be loaded, or settings and checkpoint do not fit.
@@ -83,6 +85,7 @@ class TrainingRun:
         seed: int,
         init_from: str | None,
         features: FeatureSpec | None = None,
+        is_compiled: bool = False,
     ) -> None:
         frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.choice = choice
@@ -99,6 +102,8 @@ class TrainingRun:
         else:
             self.stage = self._generation_stage(self.encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
+        if is_compiled:
+            self.stage.trainables.qformer.layers.compile(fullgraph=True)
 
     @property
     def trainable_names(self) -> list[str]:

@@ -8,21 +8,23 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 from pipelines.data.batch import SampleBatch
-from qformer.bridge import instruction_inputs
+from qformer.backbones import require_finite
 from qformer.distributed import mean_over_ranks, world_size
+from qformer.errors import UserError
 from qformer.language import LanguageModel
 from qformer.stage1 import Stage1, Stage1Batch, sampling_generator
 from qformer.stage2 import Stage2
-from qformer.text import TextTokenizer, pad_text
+from qformer.text import TextTokenizer
 
 
 class Stage(Protocol):
     """One stage of training."""
 
     num_truncated: int
-    """Texts of this rank that lost their last words so far."""
+    """Texts of this rank that lost their last words so far, an instruction once for each of its readers."""
 
     @property
     def trainables(self) -> nn.Module:
@@ -61,9 +63,11 @@ class RepresentationStage:
         device = self.trainables.temperature.device
         ids_BT, mask_BT, num_truncated = self.tokenizer.encode(batch.captions)
         self.num_truncated += num_truncated
-        ids_BT, mask_BT = pad_text(ids_BT, mask_BT, _longest_over_ranks(ids_BT.shape[1], device))
+        # Ranks exchange rows of text, which must be of one length.
+        extra = _longest_over_ranks(ids_BT.shape[1], device) - ids_BT.shape[1]
+        ids_BT, mask_BT = F.pad(ids_BT, (0, extra)), F.pad(mask_BT, (0, extra))
         inputs = Stage1Batch(
-            image_BFPV=require_finite(self.encode(batch), batch),
+            image_BFPV=self.encode(batch),
             input_ids_BT=ids_BT.to(device),
             is_text_BT=mask_BT.to(device),
             image_ids_B=torch.from_numpy(batch.image_ids).to(device),
@@ -82,11 +86,11 @@ class GenerationStage:
         trainables: On the same device.
         language: Frozen, on the same device.
         tokenizer: Of the Q-Former's text branch, where it reads the prompt.
-        prompt: Text before every caption.
+        prompt: Text before every caption whose sample brings no instruction of its own.
         max_tokens: Longest prompt and longest caption.
 
     Raises:
-        ValueError: If the prompt alone is longer.
+        UserError: If the prompt alone is longer.
     """
 
     def __init__(
@@ -103,35 +107,27 @@ class GenerationStage:
         self.trainables, self.num_truncated = trainables, 0
         self.prompt, self.max_tokens = prompt, max_tokens
         if language.tokenize([prompt], [""], max_tokens=max_tokens).num_truncated:
-            raise ValueError(f"model.prompt={prompt!r} is longer than max_text_tokens={max_tokens} tokens; raise that")
+            raise UserError(f"model.prompt={prompt!r} is longer than max_text_tokens={max_tokens} tokens; raise that")
 
     def losses(self, call: Callable[..., Any], batch: SampleBatch, step: int) -> dict[str, Tensor]:
         """The language-modelling loss."""
         device = self.trainables.language_projection.weight.device
-        prompts = [self.prompt] * len(batch.captions)
+        prompts = [text or self.prompt for text in batch.instructions or [""] * len(batch.captions)]
         texts = self.language.tokenize(prompts, batch.captions, max_tokens=self.max_tokens)
         self.num_truncated += texts.num_truncated
-        texts = texts.without_labels(torch.from_numpy(~batch.is_valid)).to(device)
-        tokens_BFPV = require_finite(self.encode(batch), batch)
-        prefix_BNL = call(tokens_BFPV, *instruction_inputs(self.tokenizer, prompts, device))
+        is_valid_B = torch.from_numpy(batch.is_valid)
+        texts = texts.without_labels(~is_valid_B).to(device)
+        tokens_BFPV = self.encode(batch)
+        require_finite(tokens_BFPV, is_valid_B.to(device), batch.sample_ids)
+        # Zeros in place of a masked sample's features: NaN there would live through a gradient of zero.
+        inputs = [tokens_BFPV.masked_fill(~is_valid_B.to(device)[:, None, None, None], 0.0)]
+        if self.tokenizer is not None:
+            instruction = self.tokenizer.encode(prompts)
+            self.num_truncated += instruction.num_truncated
+            inputs += [instruction.input_ids_BT.to(device), instruction.is_text_BT.to(device)]
+        prefix_BNL = call(*inputs)
         loss = mean_over_ranks(*self.language.loss(prefix_BNL, texts))
         return {"total": loss, "lm": loss}
-
-
-def require_finite(tokens_BFPV: Tensor, batch: SampleBatch) -> Tensor:
-    """Return the features, after a look at them.
-
-    Raises:
-        ValueError: If a valid sample's features hold NaN or inf, naming the samples.
-    """
-    is_bad_B = ~torch.isfinite(tokens_BFPV).flatten(1).all(dim=1).cpu() & torch.from_numpy(batch.is_valid)
-    if is_bad_B.any():
-        names = [name for name, is_bad in zip(batch.sample_ids, is_bad_B.tolist(), strict=True) if is_bad]
-        raise ValueError(
-            f"NaN or inf in the encoder's features of {len(names)} samples, first {names[:8]}, at step {batch.step}; "
-            "run the encoder with precision=fp32 (or rebuild the feature cache so), or take these samples out"
-        )
-    return tokens_BFPV
 
 
 def _longest_over_ranks(length: int, device: torch.device) -> int:

@@ -75,18 +75,24 @@ def read_metrics(output: str) -> list[dict[str, float]]:
 
 
 class ProgressBoard:
-    """Latest figures of a run: the first rank puts them, the driver reads them."""
+    """Latest figures of a run and what it has to say: the first rank puts them, the driver reads them."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
+        self.news: list[str] = []
 
     def put(self, values: dict[str, float]) -> None:
         """Replace the figures."""
         self.values = values
 
-    def latest(self) -> dict[str, float]:
-        """Figures of the last logged step."""
-        return self.values
+    def say(self, text: str) -> None:
+        """Have the driver print a line."""
+        self.news.append(text)
+
+    def read(self) -> tuple[dict[str, float], list[str]]:
+        """Figures of the last logged step, and the lines said since the last reading."""
+        news, self.news = self.news, []
+        return self.values, news
 
 
 @contextmanager
@@ -113,10 +119,14 @@ def describe(values: dict[str, float]) -> str:
 
 
 def _poll(board: Any) -> dict[str, float]:
+    """Print what was said, and return the figures."""
     try:
-        return ray.get(board.latest.remote(), timeout=10.0)
+        values, news = ray.get(board.read.remote(), timeout=10.0)
     except ray.exceptions.RayError:
         return {}  # a busy or ending cluster: the next poll tells
+    for text in news:
+        logger.info("%s", text)
+    return values
 
 
 def _show_lines(board: Any, total_steps: int, title: str, done: threading.Event) -> None:
@@ -128,6 +138,7 @@ def _show_lines(board: Any, total_steps: int, title: str, done: threading.Event)
         if values and values["step"] > shown_step:
             shown_step, shown_at = int(values["step"]), time.monotonic()
             logger.info("%s  step %d/%d  %s", title, shown_step, total_steps, describe(values))
+    _poll(board)  # a short run has said more than it was asked for
 
 
 def _show_bar(board: Any, total_steps: int, title: str, done: threading.Event) -> None:

@@ -7,27 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qformer.config import LoraConfig
 from qformer.conversion.bundle import read_tensors, reason_of
 from qformer.errors import UserError
-from qformer.preprocessing import Interpolation, Preprocessing
-
-_RESAMPLING: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+from qformer.lora import Lora
+from qformer.preprocessing import PIL_INTERPOLATIONS, Preprocessing, transformers_preprocessing
 
 
 def preprocessing_of(image_processor: Any) -> Preprocessing:
     """The contract of a BlipImageProcessor (resize straight to the size) or a CLIPImageProcessor (centre crop)."""
-    has_crop = bool(getattr(image_processor, "do_center_crop", None))
-    size = image_processor.crop_size if has_crop else image_processor.size
-    height, width = size["height"], size["width"]
-    return Preprocessing(
-        height=height,
-        width=width,
-        resize_short_side=image_processor.size["shortest_edge"] if has_crop else min(height, width),
-        interpolation=_RESAMPLING[int(image_processor.resample)],
-        crop="center" if has_crop else "squash",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
-    )
+    return transformers_preprocessing(image_processor.to_dict())
 
 
 def image_processor_for(contract: Preprocessing) -> Any:
@@ -35,15 +24,24 @@ def image_processor_for(contract: Preprocessing) -> Any:
     from transformers import BlipImageProcessor, CLIPImageProcessor
 
     size = {"height": contract.height, "width": contract.width}
-    resample = next(number for number, name in _RESAMPLING.items() if name == contract.interpolation)
+    resample = next(number for number, name in PIL_INTERPOLATIONS.items() if name == contract.interpolation)
     common = {"resample": resample, "image_mean": list(contract.mean), "image_std": list(contract.std)}
     if contract.crop == "squash":
         return BlipImageProcessor(size=size, **common)
     return CLIPImageProcessor(size={"shortest_edge": contract.resize_short_side}, crop_size=size, **common)
 
 
-def read_language(name: str, image_id: int, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_language(
+    name: str, image_id: int, tokenizer: Any, lora: LoraConfig | None, updates: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config of the language model, with a row for the placeholder token.
+
+    Args:
+        name: Hub name or folder.
+        image_id: Of the placeholder token.
+        tokenizer: The model's, with the placeholder.
+        lora: Updates to merge into the weights, if any: the layout has no place for them apart.
+        updates: Their tensors by `Lora`'s names.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -59,6 +57,10 @@ def read_language(name: str, image_id: int, tokenizer: Any) -> tuple[dict[str, T
         model.resize_token_embeddings(image_id + 1, mean_resizing=False)
         _copy_row(model, image_id, config.vocab_size, _silent_id(tokenizer))
     weights = model.state_dict()
+    if lora is not None:
+        adapters = Lora(model, lora)
+        adapters.load_state_dict(dict(updates))
+        weights = adapters.merge()
     if Path(name).is_dir():
         # transformers keeps single layers of fp16 models in fp32; the files' dtype is the truth.
         dtypes = {k: v.dtype for k, v in read_tensors(Path(name)).items()}

@@ -39,6 +39,7 @@ SIDE_FILE = "qformer.safetensors"
 _SIDE_KEY = "bridge.json"
 _VISION_FOLDER, _LANGUAGE_FOLDER = "vision", "language"
 _IMAGE_TOKEN = "<image>"
+_LORA = "lora."
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # saved by older versions, computed since
 
 
@@ -136,6 +137,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> ConversionReport:
         if (layout.stage, layout.has_text_branch) == (info.stage, info.qformer.has_text_branch)
     )
     weights = read_weights(checkpoint)
+    updates = {name: weights.pop(name) for name in [name for name in weights if name.startswith(_LORA)]}
     placed, without_place = to_peer(weights, layout.table)
     for name in sorted(without_place):
         if not name.startswith(layout.into_side_file):
@@ -152,7 +154,8 @@ def export_huggingface(checkpoint: Path, output: Path) -> ConversionReport:
     image_id = processor.tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
     text_config: dict[str, Any] = {}
     if layout.has_language_model:
-        language, text_config = read_language(cast(str, info.language), image_id, processor.tokenizer)
+        bare = {name.removeprefix(_LORA): tensor for name, tensor in updates.items()}
+        language, text_config = read_language(cast(str, info.language), image_id, processor.tokenizer, info.lora, bare)
         placed |= {f"language_model.{name}": tensor for name, tensor in language.items()}
     settings: dict[str, Any] = {
         "vision_config": vision_config,
@@ -168,8 +171,11 @@ def export_huggingface(checkpoint: Path, output: Path) -> ConversionReport:
     model_class = getattr(transformers, layout.architecture)
     write_model(model_class, model_class.config_class(**settings), placed, output)
     processor.save_pretrained(output)
-    _write_side(output, info, without_place)
+    # Merged updates are no longer beside the language model: a re-import must not attach them again.
+    _write_side(output, dataclasses.replace(info, lora=None), without_place)
     notes = [f"into the side file {SIDE_FILE}: {len(without_place)} tensors that the layout has no place for"]
+    if updates:
+        notes.append(f"merged into the language model: LoRA, {len(updates)} tensors")
     eps = vision_config["layer_norm_eps"]
     if eps != info.qformer.vision_norm_eps:
         notes.append(_eps_note(encoder, info.qformer, weights, eps))

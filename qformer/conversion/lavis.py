@@ -1,8 +1,9 @@
-"""LAVIS checkpoints (BLIP-2 stage 1, stage 2 with OPT or T5) into ours.
+"""LAVIS checkpoints (BLIP-2 stage 1, stage 2 with OPT or T5, InstructBLIP with Vicuna or T5) into ours.
 
 LAVIS saves what it trained: the Q-Former, the vision norm, the projection. The backbones are named by the user; where
 a fine-tuned ViT lies in the file it becomes the imported checkpoint's own encoder.
-Sources: LAVIS `blip2_qformer.py`, `blip2_opt.py`, `blip2_t5.py`, `eva_vit.py`; goldens' README.
+Sources: LAVIS `blip2_qformer.py`, `blip2_opt.py`, `blip2_t5.py`, `blip2_vicuna_instruct.py`, `eva_vit.py`; goldens'
+README.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridge import BESIDE, BridgeInfo
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, complete, own_state, read_tensors, shown
-from qformer.conversion.names import LAVIS, LAVIS_OPT, LAVIS_T5, Table, from_peer
+from qformer.conversion.names import LAVIS, LAVIS_LLM, LAVIS_OPT, LAVIS_T5, Table, from_peer
 from qformer.conversion.vision import write_timm_vit
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
@@ -30,7 +31,7 @@ VISION_FOLDER = "vision"
 _BERT_HEAD_WIDTH = 64
 _LN_VISION_EPS = 1e-5
 _VISION_PREFIX = "visual_encoder."
-_LANGUAGE_PREFIXES = ("opt_model.", "t5_model.")
+_LANGUAGE_PREFIXES = ("opt_model.", "t5_model.", "llm_model.")
 _BUFFERS = ("Qformer.bert.embeddings.position_ids",)
 # Copies of a tied parameter that a state dict lists a second time: name -> the original.
 _TIED = {
@@ -53,6 +54,7 @@ _KINDS = (
     _Kind(1, LAVIS, "vision_proj.weight"),
     _Kind(2, LAVIS_OPT, "opt_proj.weight"),
     _Kind(2, LAVIS_T5, "t5_proj.weight"),
+    _Kind(2, LAVIS_LLM, "llm_proj.weight"),
 )
 
 
@@ -65,7 +67,7 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
         options: Must name the encoder, and for stage 2 the language model.
 
     Raises:
-        UserError: If the file is none of the three kinds, a backbone is not named or has another width, or tensors
+        UserError: If the file is none of these kinds, a backbone is not named or has another width, or tensors
             mismatch in a way that `options` do not allow.
     """
     weights = read_tensors(source)
@@ -106,7 +108,7 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
         max_text_tokens=options.max_text_tokens,
         prompt=options.prompt,
     )
-    tokenizer = _tokenizer(source, config, options) if kind.stage == 1 else None
+    tokenizer = _tokenizer(source, config, options) if config.has_text_branch else None
     if tower:
         contract = _write_tower(tower, encoder, options.vision, output / VISION_FOLDER)
         note = (
@@ -132,9 +134,9 @@ def lavis_config(weights: Mapping[str, Tensor], num_heads: int | None) -> QForme
     def rows(name: str, otherwise: int) -> int:
         return weights[name].shape[0] if name in weights else otherwise
 
-    # A text branch is whole or absent: stage 2 files that keep stray embeddings are reported as unexpected.
-    is_stage1 = "vision_proj.weight" in weights
-    words = rows("Qformer.bert.embeddings.word_embeddings.weight", 0) if is_stage1 else 0
+    # A text branch is whole or absent: files that keep stray embeddings of one are reported as unexpected.
+    has_text_branch = f"{layer}.0.intermediate.dense.weight" in weights
+    words = rows("Qformer.bert.embeddings.word_embeddings.weight", 0) if has_text_branch else 0
     return QFormerConfig(
         encoder_width=weights[f"{layer}.{crossing[0]}.crossattention.self.key.weight"].shape[1],
         hidden_size=hidden,
@@ -144,6 +146,7 @@ def lavis_config(weights: Mapping[str, Tensor], num_heads: int | None) -> QForme
         num_queries=num_queries,
         cross_attention_frequency=crossing[1] - crossing[0] if len(crossing) > 1 else max(layers) + 1,
         vocab_size=words,
+        has_lm_head="vision_proj.weight" in weights,
         max_positions=rows("Qformer.bert.embeddings.position_embeddings.weight", 512),
         embed_dim=rows("vision_proj.weight", 256),
         vision_norm_eps=_LN_VISION_EPS,

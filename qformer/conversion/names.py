@@ -56,6 +56,7 @@ LAVIS: Table = {
 }
 LAVIS_OPT: Table = {**LAVIS, "language_projection": "opt_proj"}
 LAVIS_T5: Table = {**LAVIS, "language_projection": "t5_proj"}
+LAVIS_LLM: Table = {**LAVIS, "language_projection": "llm_proj"}
 
 _HF_COMMON: Table = {
     **_layers("qformer.encoder.layer", "attention"),

@@ -85,11 +85,13 @@ def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(ca
 
 
 @pytest.mark.parametrize("source", ["pixels", "features"])
-def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, cache, source, tmp_path):
+def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, cache, source, tmp_path, caplog):
+    caplog.set_level("INFO")
     data = settings(world, "x").data
     if source == "features":
         data = data.model_copy(update={"features": cache.output})
     summary = train.main(settings(world, tmp_path / "run", data=data))
+    assert "weights re-initialised: everything" in caplog.text and "0 texts were cut" in caplog.text
     # 10 steps of 30 rows: 6 steps an epoch (4 of images, 2 of clips), one of them not full.
     assert summary["rows_in"] == summary["rows_used"] + summary["rows_quarantined"]
     assert 250 <= summary["rows_in"] <= 280

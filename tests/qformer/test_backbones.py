@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from qformer.backbones import import_timm, import_torchvision, load_vision, transformers_preprocessing
+from qformer.backbones import import_timm, import_torchvision, load_vision
 from qformer.errors import UserError
+from qformer.preprocessing import transformers_preprocessing
 
 SHAPE = {
     "hidden_size": 32,

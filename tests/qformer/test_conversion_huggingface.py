@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipelines.data.transforms import fit
 from qformer.backbones import load_vision
 from qformer.bridge import load_captioner, load_retriever, read_info, read_weights
+from qformer.config import GenerationSettings, LoraConfig
 from qformer.conversion.bundle import ImportOptions, write_bundle
 from qformer.conversion.huggingface import SIDE_FILE, export_huggingface, import_huggingface
 from qformer.conversion.vision import write_timm_vit
@@ -119,7 +120,7 @@ def test_stock_generates_our_tokens(folders, name, prompt, tmp_path):
     imported(stock, tmp_path / "ours", ImportOptions(prompt=prompt))
     export_huggingface(tmp_path / "ours", tmp_path / "exported")
     batch = pixels(6)
-    captions = load_captioner(tmp_path / "ours").caption(batch, max_new_tokens=8)
+    captions = load_captioner(tmp_path / "ours").answer(batch, settings=GenerationSettings(max_new_tokens=8))
     model = stock_class.from_pretrained(tmp_path / "exported")
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")
     inputs = {"pixel_values": stock_pixels(processor, batch)}
@@ -238,11 +239,13 @@ def test_the_side_file_is_not_read_by_stock(folders):
     }  # fmt: skip
 
 
-def test_a_checkpoint_of_ours_runs_in_stock(tmp_path):
-    """Trained here: an encoder cut at its second-to-last block, Llama without a placeholder token, LAVIS' eps."""
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3, targets=("q_proj", "up_proj"))], ids=["plain", "lora"])
+def test_a_checkpoint_of_ours_runs_in_stock(tmp_path, lora):
+    """Trained here: an encoder cut at its second-to-last block, Llama without a placeholder token, LAVIS' eps; LoRA,
+    for which the layout has no place, is merged into the language model."""
     from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-    folder = write_stage2(tmp_path / "ours")
+    folder = write_stage2(tmp_path / "ours", lora)
     captioner = load_captioner(folder)
     # A fresh encoder's tokens are so small that the eps alone would decide; trained ones are of the order of 1.
     tuned = tmp_path / "vision"
@@ -262,14 +265,21 @@ def test_a_checkpoint_of_ours_runs_in_stock(tmp_path):
     ids = model.generate(stock_pixels(processor, pictures), max_new_tokens=12, do_sample=False)
     start = info["qformer"]["num_queries"] + 1
     texts = [t.strip() for t in processor.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
-    captions = captioner.caption(batch, max_new_tokens=12)
+    captions = captioner.answer(batch, settings=GenerationSettings(max_new_tokens=12))
     assert captions == texts and len(set(captions)) > 1
     effect = eps_effect(report.notes)
     assert 0 < effect < 1e-4, effect
     again = imported(tmp_path / "exported", tmp_path / "again", ImportOptions())
-    assert_same_files(folder / "bridge.safetensors", tmp_path / "again" / "bridge.safetensors")
+    if lora is None:
+        assert_same_files(folder / "bridge.safetensors", tmp_path / "again" / "bridge.safetensors")
+    else:
+        assert "merged into the language model: LoRA, 8 tensors" in report.notes
+        without = GenerationSettings(max_new_tokens=12)
+        captioner.stage2.lora.detach()
+        assert captioner.answer(batch, settings=without) != captions
+    assert again.info.lora is None
     assert again.info.prompt == info["prompt"] and again.info.qformer.vision_norm_eps == 1e-5
-    assert load_captioner(tmp_path / "again").caption(batch, max_new_tokens=12) == captions
+    assert load_captioner(tmp_path / "again").answer(batch, settings=GenerationSettings(max_new_tokens=12)) == captions
 
 
 def test_a_retriever_of_ours_runs_in_stock(tmp_path):

@@ -94,6 +94,26 @@ def test_the_imported_stage_1_answers(goldens_dir, tmp_path, options):
     assert retriever.stage1.dec_id == facts["dec_bos_token_id"]
 
 
+@pytest.mark.parametrize("projection", ["llm_proj", "t5_proj"])
+def test_instructblip_keeps_its_text_branch(goldens_dir, tmp_path, options, projection):
+    """Its file is stage 1's Q-Former without heads, and a projection."""
+    heads = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.")
+    whole = load_file(goldens_dir / "stage1_weights.safetensors")
+    weights = {name: tensor for name, tensor in whole.items() if not name.startswith(heads)}
+    hidden = weights["query_tokens"].shape[-1]
+    weights |= {f"{projection}.weight": torch.randn(40, hidden), f"{projection}.bias": torch.randn(40)}
+    save_file(weights, tmp_path / "instruct.safetensors")
+    bundle = import_lavis(tmp_path / "instruct.safetensors", tmp_path / "ours", options)
+    write_bundle(tmp_path / "ours", bundle)
+    info, written = read_info(tmp_path / "ours"), read_weights(tmp_path / "ours")
+    assert info.stage == 2 and info.qformer.has_text_branch and not info.qformer.has_lm_head
+    assert bundle.tokenizer.vocab_size == info.qformer.vocab_size == 201 and not bundle.report.fresh
+    load_weights(Stage2(info.qformer, language_width=40), tmp_path / "ours")
+    expected = our_weights(goldens_dir / "stage1_weights.safetensors")
+    assert torch.equal(written["language_projection.bias"], weights[f"{projection}.bias"])
+    assert all(torch.equal(v, expected[k]) for k, v in written.items() if not k.startswith("language_projection"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_stays(goldens_dir, tmp_path, options, dtype):
     weights = load_file(goldens_dir / "stage2_opt_weights.safetensors")

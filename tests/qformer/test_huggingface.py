@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qformer.backbones import import_torchvision
-from qformer.config import QFormerConfig
-from qformer.language import GenerationSettings, LanguageBatch, build_language_model
+from qformer.config import GenerationSettings, QFormerConfig
+from qformer.language import LanguageBatch, build_language_model
 from qformer.stage2 import Stage2
 from tests.qformer.test_language import SPECIAL, VOCABULARY, word_tokenizer
 

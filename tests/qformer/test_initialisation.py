@@ -7,10 +7,11 @@ import torch
 
 from qformer.backbones import import_torchvision
 from qformer.bridge import save_bridge
-from qformer.config import QFormerConfig
+from qformer.config import LoraConfig, QFormerConfig
+from qformer.conversion.bert import start_from_bert
+from qformer.conversion.initialisation import start_stage2
 from qformer.errors import UserError
-from qformer.initialisation import start_from_bert, start_stage2
-from qformer.lora import Lora, LoraConfig
+from qformer.lora import Lora
 from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2

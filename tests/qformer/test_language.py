@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from qformer.backbones import import_torchvision, weights_fingerprint
+from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
-from qformer.language import GenerationSettings, build_language_model
-from qformer.lora import Lora, LoraConfig
+from qformer.language import build_language_model
+from qformer.lora import Lora, own_weights
 from tests.tiny_checkpoints import WORDS, word_tokenizer
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -120,9 +121,11 @@ def test_lora_starts_as_no_change_and_trains_nothing_but_itself(language):
         assert losses[-1] < losses[0]
         assert all(p.abs().max() > 0 for p in lora.up.values())
         assert not torch.equal(language.logits(prefix, batch), plain)
-        assert all(p.grad is None and not p.requires_grad for p in language.parameters())
+        assert {id(p) for p in language.parameters() if p.requires_grad} == {id(p) for p in lora.parameters()}
+        assert weights_fingerprint(language) == fingerprint  # by the model's own names, updates attached
     finally:
         lora.detach()
+    assert all(p.grad is None and not p.requires_grad for p in language.parameters())
     assert weights_fingerprint(language) == fingerprint
     assert [name for name, _ in language.named_parameters()] == names
     assert torch.equal(language.logits(prefix, batch), plain)
@@ -137,12 +140,38 @@ def test_the_update_is_the_product_of_its_two_matrices():
         for up in lora.up.values():
             up.normal_(std=0.1)
     beside = language.logits(prefix, batch)
-    lora.detach()
-    with torch.no_grad():
-        for name, layer in language.model.named_modules():
-            if name.replace(".", "/") in lora.up:
-                layer.weight += 2.0 * (lora.up[name.replace(".", "/")] @ lora.down[name.replace(".", "/")]).T
+    weights = own_weights(language.model)
+    products = {name.replace("/", "."): 2.0 * (up @ lora.down[name]).T for name, up in lora.up.items()}
+    expected = {k: v + products.pop(k.removesuffix(".weight"), 0.0) for k, v in weights.items()}
+    assert not products
+    merged = lora.merge()
+    assert merged.keys() == weights.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
     torch.testing.assert_close(language.logits(prefix, batch), beside, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_of_the_updates_follows_the_bridge_not_the_language_model():
+    language = tiny_language("llama")
+    prefix, batch = soft_prompts(language, 1), language.tokenize(["red"], ["circle"], max_tokens=8)
+    lora = Lora(language.model, LoraConfig(rank=2, dropout=0.5))
+    with torch.no_grad():
+        for up in lora.up.values():
+            up.normal_()
+    assert not torch.equal(language.logits(prefix, batch), language.logits(prefix, batch))
+    lora.eval()
+    assert torch.equal(language.logits(prefix, batch), language.logits(prefix, batch))
+
+
+def test_updates_of_a_bf16_model_are_trained_in_fp32():
+    language = tiny_language("opt")
+    language.model.bfloat16()
+    lora = Lora(language.model, LoraConfig(rank=2))
+    assert {p.dtype for p in lora.parameters()} == {torch.float32}
+    prefix, batch = soft_prompts(language, 1), language.tokenize(["red"], ["circle"], max_tokens=8)
+    logits = language.logits(prefix, batch)
+    logits.float().sum().backward()
+    assert logits.dtype == torch.bfloat16 and all(p.grad.dtype == torch.float32 for p in lora.up.values())
 
 
 def test_a_wrong_lora_target_lists_the_layers():
@@ -157,6 +186,8 @@ def test_a_wrong_lora_target_lists_the_layers():
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": 0.9, "num_beams": 2}, "set one of them"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": 0.7}, "temperature=0.7 changes sampling alone; set top_p"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 ranks beams; set num_beams"),
     ],
 )
 def test_wrong_generation_settings_are_named(values, message):

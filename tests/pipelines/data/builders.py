@@ -49,7 +49,7 @@ def write_clip(path: Path, levels: list[int], frame_times: list[int] | None = No
 
 
 def manifest(rows: list[dict]) -> pa.Table:
-    defaults = {schema.CAPTIONS: ["a thing"], schema.SPLIT: "train", schema.KIND: schema.IMAGE}
+    defaults = {schema.CAPTIONS: ["a thing"], schema.INSTRUCTIONS: [], schema.SPLIT: "train", schema.KIND: schema.IMAGE}
     return pa.Table.from_pylist([{**defaults, **row} for row in rows], schema=schema.MANIFEST_SCHEMA)
 
 

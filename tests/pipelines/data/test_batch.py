@@ -46,6 +46,23 @@ def test_a_block_of_images_and_clips_travels_whole(tmp_path):
     assert (failure.sample_id, failure.stage, failure.error_class) == ("gone", "read", "missing")
 
 
+def test_each_sample_brings_the_instruction_of_its_caption(tmp_path):
+    """One for each caption, one for all, none; padding has none; over epochs every pair comes up."""
+    table = image_manifest(tmp_path, 3)
+    instructions = pa.array([["which", "where"], ["what"], []], pa.list_(pa.string()))
+    place = table.schema.get_field_index(schema.INSTRUCTIONS)
+    table = table.set_column(place, table.schema.field(place), instructions)
+    pairs = set()
+    for epoch in range(12):
+        (block,) = _blocks(table, [[0, 1, 2, PADDING]], world_size=1, epochs=np.array([epoch]))
+        batch = unpack(DecodeRows(DECODE)(block))
+        pairs.add((batch.captions[0], batch.instructions[0]))
+        assert batch.instructions[1:] == ["what", "", ""]
+    assert pairs == {("a0", "which"), ("b0", "where")}
+    (block,) = evaluation_blocks(table, 8)
+    assert unpack(DecodeRows(DECODE)(block)).instructions == ["which", "what", ""]
+
+
 def test_ranks_of_a_clip_batch_agree_on_the_number_of_frames(tmp_path):
     """Also a rank that gets nothing but padding: its tensors are gathered with the others'."""
     clip = write_clip(tmp_path / "c.mp4", [100] * 4)

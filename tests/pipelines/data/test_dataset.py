@@ -11,8 +11,10 @@ import pytest
 
 from pipelines.data import schema
 from pipelines.data.batch import SampleBatch
-from pipelines.data.dataset import build_segment, evaluation_dataset, probe, to_batch
-from pipelines.data.order import PADDING, epoch_order, rank_rows
+from pipelines.data.dataset import build_segment, evaluation_datasets, probe, to_batch
+from pipelines.data.mixture import Corpus, Source
+from pipelines.data.order import PADDING, Order, rank_columns
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import Limits, SampleDecoder
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
@@ -36,17 +38,17 @@ def _consume(streams, pauses_s) -> list[list[SampleBatch]]:
     return got
 
 
-def test_every_rank_gets_its_rows_in_order(tmp_path):
+def test_every_rank_gets_its_rows_in_order(tmp_path, ray_local):
     table = image_manifest(tmp_path, 45)
     (tmp_path / "7.jpg").unlink()
     (tmp_path / "9.jpg").write_bytes(b"no picture")
-    order = epoch_order(np.zeros(45, dtype=np.int64), seed=1, epoch=0, global_batch=4)
+    corpus = Corpus([Source("", TableRows(table))])
+    order = Order(corpus.streams("proportional"), 1, 4)
     streams = build_segment(
-        table,
         order,
-        first_step=100,
-        epochs=np.zeros(len(order), dtype=np.int64),
-        seed=1,
+        ray_local.put(corpus),
+        first_step=96,
+        end_step=108,
         world_size=2,
         source=DECODE,
         decode_workers=2,
@@ -55,8 +57,8 @@ def test_every_rank_gets_its_rows_in_order(tmp_path):
 
     names = table[schema.SAMPLE_ID].to_pylist()
     for rank, batches in enumerate(got):
-        assert [(batch.step, batch.rank) for batch in batches] == [(100 + s, rank) for s in range(len(order))]
-        expected = [rank_rows(batch, 2)[rank] for batch in order]
+        assert [(batch.step, batch.rank) for batch in batches] == [(96 + s, rank) for s in range(12)]
+        expected = order.at(np.arange(96, 108)).rows_SG[:, rank_columns(4, 2)[rank]]
         assert [batch.sample_ids for batch in batches] == [
             ["" if row == PADDING else names[row] for row in rows] for rows in expected
         ]
@@ -71,34 +73,39 @@ def test_every_rank_gets_its_rows_in_order(tmp_path):
 
 def test_evaluation_sees_every_row_once(tmp_path):
     table = image_manifest(tmp_path, 11)
-    dataset = evaluation_dataset(table, batch_size=4, decode=DECODE, decode_workers=1)
+    (dataset,) = evaluation_datasets(TableRows(table), batch_size=4, decode=DECODE, decode_workers=1)
     batches = [to_batch(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
     assert [len(batch.sample_ids) for batch in batches] == [4, 4, 3]
     assert [name for batch in batches for name in batch.sample_ids] == table[schema.SAMPLE_ID].to_pylist()
     assert all(batch.is_valid.all() for batch in batches)
 
 
-def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path):
+def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path, ray_local):
     """The preprocessing contract: one decoder, one geometry, whoever asks."""
     table = image_manifest(tmp_path, 4)
-    order = np.arange(4, dtype=np.int64)[None]
-    epochs = np.zeros(1, dtype=np.int64)
+    corpus = Corpus([Source("", TableRows(table))])
     (stream,) = build_segment(
-        table, order, first_step=0, epochs=epochs, seed=0, world_size=1, source=DECODE, decode_workers=1
+        Order(corpus.streams("proportional"), 0, 4),
+        ray_local.put(corpus),
+        first_step=0,
+        end_step=1,
+        world_size=1,
+        source=DECODE,
+        decode_workers=1,
     )
     (trained,) = list(stream)
-    dataset = evaluation_dataset(table, batch_size=4, decode=DECODE, decode_workers=1)
+    (dataset,) = evaluation_datasets(TableRows(table), batch_size=4, decode=DECODE, decode_workers=1)
     (evaluated,) = [to_batch(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
-    assert trained.sample_ids == evaluated.sample_ids
-    np.testing.assert_array_equal(trained.images, evaluated.images)
+    places = [trained.sample_ids.index(name) for name in evaluated.sample_ids]
+    np.testing.assert_array_equal(trained.images[places], evaluated.images)
     decoder = SampleDecoder(DECODE)  # what the service and the caption job decode with
     for row, media in enumerate(table[schema.MEDIA].to_pylist()):
         by_path, by_bytes = (
             decoder.decode(kind="image", media=media).pixels,
             decoder.decode(kind="image", data=Path(media).read_bytes()).pixels,
         )
-        np.testing.assert_array_equal(by_path, trained.images[row])
-        np.testing.assert_array_equal(by_bytes, trained.images[row])
+        np.testing.assert_array_equal(by_path, evaluated.images[row])
+        np.testing.assert_array_equal(by_bytes, evaluated.images[row])
     decoder.close()
 
 

@@ -21,8 +21,9 @@ from pipelines.data.features import (
     write_index,
     write_shard,
 )
-from pipelines.data.order import PADDING
-from pipelines.data.plan import evaluation_blocks, training_blocks
+from pipelines.data.order import PADDING, Batches
+from pipelines.data.plan import RowLookup, evaluation_blocks, training_blocks
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.sampling import Sampling
 from pipelines.data.token_codec import decode_tokens, encode_tokens
@@ -52,7 +53,7 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
     write_spec(str(folder), spec)
     decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     encode = EncodeShards(choice, str(folder), 2, "cpu")
-    blocks = evaluation_blocks(table, ROWS_PER_SHARD)
+    blocks = list(evaluation_blocks(TableRows(table), ROWS_PER_SHARD))
     for shard, block in enumerate(blocks):
         if not finished_shard(str(folder), shard, block):
             encode(decode(block))
@@ -61,8 +62,12 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
 
 
 def _training_blocks(table, batches):
-    options = {"first_step": 0, "epochs": np.zeros(len(batches), dtype=np.int64), "seed": 0, "world_size": 1}
-    return training_blocks(table, np.array(batches), **options, augmentation=Augmentation(), steps_per_block=4)
+    rows = TableRows(table)
+    rows_SG = np.array(batches)
+    kinds = [rows.take(row_G[:1])[schema.KIND][0].as_py() for row_G in rows_SG]
+    planned = Batches(rows_SG, np.zeros_like(rows_SG), kinds)
+    look_up = RowLookup(rows, seed=0, augmentation=Augmentation())
+    return [look_up(plan) for plan in training_blocks(planned, first_step=0, world_size=1, steps_per_block=4)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8), ("int8", 0.5 / 127)])
@@ -140,7 +145,7 @@ def test_a_changed_row_makes_its_shard_anew(tmp_path, encoder):
     rows = table.to_pylist()
     rows[0]["media"] = str(tmp_path / "1.jpg")
     changed = pa.Table.from_pylist(rows, schema=table.schema)
-    blocks = evaluation_blocks(changed, ROWS_PER_SHARD)
+    blocks = list(evaluation_blocks(TableRows(changed), ROWS_PER_SHARD))
     assert [finished_shard(folder, shard, block) for shard, block in enumerate(blocks)] == [False, True, True]
 
 
@@ -201,7 +206,7 @@ def test_shards_lie_on_any_filesystem(tmp_path, encoder):
 def test_write_shard_stores_failures_beside_tokens(tmp_path, encoder):
     table = _table(tmp_path)
     spec = encoder[1]
-    block = evaluation_blocks(table, 10)[0]
+    block = next(evaluation_blocks(TableRows(table), 10))
     decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     batch = unpack(decode(block))
     tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]

@@ -46,6 +46,31 @@ def test_csv_with_one_caption_a_row(tmp_path):
     assert [row["start_s"] for row in rows] == [None, None, 1.5]
 
 
+@pytest.mark.parametrize(
+    ("captions", "instruction", "expected"),
+    [
+        (["red", "two"], "what is there", (["red", "two"], ["what is there"])),  # one for all
+        (["red", "two"], ["which colour ", "how many"], (["red", "two"], ["which colour", "how many"])),
+        (["red", "  ", "two"], ["a", "b", "c"], (["red", "two"], ["a", "c"])),  # an empty answer takes its question
+        (["red", "two"], ["", "how many"], (["red", "two"], ["", "how many"])),
+        (["red"], ["", ""][:1], (["red"], [])),
+        (["red"], None, (["red"], [])),
+    ],
+)
+@pytest.mark.parametrize("column", ["instruction", "instructions"])
+def test_instructions_stay_with_their_captions(tmp_path, column, captions, instruction, expected):
+    path = _jsonl(tmp_path, [{"media": "a.jpg", "captions": captions, column: instruction}])
+    (row,) = read_source(path).to_pylist()
+    assert (row["captions"], row["instructions"]) == expected
+
+
+def test_csv_with_a_list_of_instructions(tmp_path):
+    path = _csv(
+        tmp_path, 'media,captions,instructions\na.jpg,"[""1"", ""2""]","[""one?"", ""two?""]"\nb.jpg,3,three?\n'
+    )
+    assert read_source(path)["instructions"].to_pylist() == [["one?", "two?"], ["three?"]]
+
+
 def test_csv_with_a_list_of_captions(tmp_path):
     path = _csv(tmp_path, 'media,captions\na.jpg,"[""one"", ""two""]"\nb.jpg,plain\n')
     assert read_source(path)[schema.CAPTIONS].to_pylist() == [["one", "two"], ["plain"]]
@@ -105,6 +130,12 @@ def test_a_written_manifest_is_read_again(tmp_path):
         (ROWS, {"columns": {"media": "imgae"}}, ["'imgae'", "'image'"]),
         (ROWS, {"columns": {"meda": "image"}}, ["'meda'", "'media'"]),
         ([{"media": "a.jpg", "kind": "vidio"}], {}, ["'vidio'", "'video'"]),
+        ([{"media": "a.jpg", "instruction": [1]}], {}, ["instructions", "[1]"]),
+        (
+            [{"media": "a.jpg", "captions": ["x"], "instruction": ["first", "second"]}],
+            {},
+            ["1 captions but 2 instructions", "'first'", "one for all captions, or one for each"],
+        ),
         ([{"media": "a.jpg", "captions": [1]}], {}, ["captions", "[1]"]),
         ([{"media": "a.mp4", "start_s": "soon"}], {}, ["start_s", "'soon'"]),
     ],

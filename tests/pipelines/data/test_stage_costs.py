@@ -7,6 +7,7 @@ import pytest
 from pipelines.data.batch import split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.plan import evaluation_blocks
+from pipelines.data.row_index import TableRows
 from pipelines.data.stage_costs import StageCosts
 from pipelines.data.stage_report import Pool, bottleneck, run_table, size, stage_table
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest, write_clip
@@ -25,7 +26,7 @@ def test_a_stage_that_fails_has_taken_its_time_too():
 def test_every_steps_costs_are_its_rows_own(tmp_path):
     table = image_manifest(tmp_path, 6)
     (tmp_path / "1.jpg").unlink()
-    (block,) = evaluation_blocks(table, 6)
+    (block,) = evaluation_blocks(TableRows(table), 6)
     steps = block.column_names.index("step")
     block = block.set_column(steps, "step", [[0, 0, 0, 1, 1, 1]])
     begun_s = time.perf_counter()
@@ -42,7 +43,8 @@ def test_every_steps_costs_are_its_rows_own(tmp_path):
 
 def test_a_clip_costs_decoding(tmp_path):
     path = write_clip(tmp_path / "c.mp4", [100] * 4)
-    (block,) = evaluation_blocks(manifest([{"sample_id": "c", "media": str(path), "kind": "video"}]), 1)
+    rows = TableRows(manifest([{"sample_id": "c", "media": str(path), "kind": "video"}]))
+    (block,) = evaluation_blocks(rows, 1)
     decode = DecodeRows(DECODE)
     costs = unpack(decode(block)).costs
     decode.close()

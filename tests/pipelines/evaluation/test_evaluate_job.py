@@ -11,6 +11,7 @@ from jobs.evaluate import main
 from jobs.settings import DataSettings, EvaluateSettings
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from qformer.bridge import load_captioner, load_retriever
+from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.media_files import jpeg_bytes, mp4_bytes
 from tests.tiny_checkpoints import NUM_FRAMES, write_stage1, write_stage2
@@ -32,7 +33,13 @@ def corpus(tmp_path_factory):
         (folder / f"{index}.mp4").write_bytes(mp4_bytes(index))
         rows.insert(
             2 * index,
-            {"sample_id": f"clip-{index}", "media": f"{index}.mp4", "kind": "video", "captions": [CAPTIONS[index]]},
+            {
+                "sample_id": f"clip-{index}",
+                "media": f"{index}.mp4",
+                "kind": "video",
+                "captions": [CAPTIONS[index]],
+                "instruction": "above a large triangle",
+            },
         )
     (folder / "broken.jpg").write_bytes(jpeg_bytes()[:2000])
     for name in ("broken", "missing"):
@@ -72,7 +79,8 @@ def assert_accounted(summary, output):
 
 def test_captions_of_every_row(ray_local, corpus, tmp_path, capsys):
     checkpoint = write_stage2(tmp_path / "stage2")
-    summary = evaluate(corpus, checkpoint, tmp_path / "out", max_new_tokens=8)
+    generation = GenerationSettings(max_new_tokens=8)
+    summary = evaluate(corpus, checkpoint, tmp_path / "out", generation=generation)
     assert_accounted(summary, tmp_path / "out")
     assert capsys.readouterr().out.strip() == summary["accounting"]
 
@@ -83,13 +91,22 @@ def test_captions_of_every_row(ray_local, corpus, tmp_path, capsys):
         {
             "sample_id": row["sample_id"],
             "kind": row["kind"],
-            "prediction": captioner.caption(sample[None], max_new_tokens=8)[0],
+            "instruction": row.get("instruction", ""),
+            "prediction": captioner.answer(sample[None], [row.get("instruction", "")], generation)[0],
             "references": row["captions"],
         }
         for row, sample in zip(good, pixels, strict=True)
     ]
     with pytest.raises(UserError, match="already used"):
         evaluate(corpus, checkpoint, tmp_path / "out")
+
+
+def test_a_row_with_several_questions_is_refused(corpus, tmp_path):
+    checkpoint, manifest = write_stage2(tmp_path / "stage2"), tmp_path / "manifest.jsonl"
+    row = {"media": str(corpus[0].parent / "0.jpg"), "split": "test", "captions": ["red", "small"]}
+    manifest.write_text(json.dumps({**row, "instruction": ["which colour", "which size"]}) + "\n")
+    with pytest.raises(UserError, match=r"1 rows ask more than one question.*with 2; write a row for each"):
+        evaluate((manifest, None), checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize("top_k", [pytest.param(0, marks=pytest.mark.slow), 3])

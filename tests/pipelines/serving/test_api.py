@@ -13,6 +13,7 @@ from pipelines.serving.api import CaptionService, build_http
 from pipelines.serving.config import ServingConfig
 from pipelines.serving.errors import ApiError
 from pipelines.serving.model import caption_samples
+from qformer.config import GenerationSettings
 from qformer.preprocessing import Preprocessing
 from tests.media_files import jpeg_bytes, mp4_bytes, png_bytes
 
@@ -163,7 +164,7 @@ class Captioner:
     def __init__(self):
         self.batches = []
 
-    def caption(self, pixels, max_new_tokens):
+    def answer(self, pixels, settings):
         self.batches.append(len(pixels))
         if (pixels.flatten(1).amax(dim=1) == 0).any():
             raise RuntimeError("black")
@@ -174,7 +175,7 @@ def test_one_bad_sample_does_not_fail_its_neighbours():
     captioner = Captioner()
     shapes_and_values = [(1, 5), (4, 6), (1, 0), (1, 7), (4, 8)]
     samples = [np.full((frames, 3, 2, 2), value, dtype=np.uint8) for frames, value in shapes_and_values]
-    answers = caption_samples(captioner, samples, 8)
+    answers = caption_samples(captioner, samples, GenerationSettings())
     assert answers == ["1 frames of 5", "4 frames of 6", None, "1 frames of 7", "4 frames of 8"]
     assert captioner.batches == [3, 1, 1, 1, 2]
 

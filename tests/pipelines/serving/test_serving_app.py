@@ -13,6 +13,7 @@ from jobs.settings import ServeSettings
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from pipelines.serving.client import ServiceError, request_caption
 from qformer.bridge import load_captioner
+from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.media_files import jpeg_bytes, mp4_bytes
 from tests.tiny_checkpoints import NUM_FRAMES, write_stage2
@@ -30,7 +31,12 @@ def url(ray_local, checkpoint):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = ServeSettings(checkpoint=str(checkpoint), port=port, max_body_bytes=MAX_BODY_BYTES, max_new_tokens=8)
+    settings = ServeSettings(
+        checkpoint=str(checkpoint),
+        port=port,
+        max_body_bytes=MAX_BODY_BYTES,
+        generation=GenerationSettings(max_new_tokens=8),
+    )
     with served(settings) as base_url:
         yield base_url
 
@@ -45,7 +51,7 @@ def offline(checkpoint, tmp_path_factory):
     def caption(name, data):
         path = folder / name
         path.write_bytes(data)
-        return caption_file(captioner, decoder, str(path), max_new_tokens=8)
+        return caption_file(captioner, decoder, str(path), GenerationSettings(max_new_tokens=8))
 
     yield caption
     decoder.close()

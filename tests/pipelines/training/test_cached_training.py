@@ -12,16 +12,17 @@ from pipelines.data.encode_shards import EncoderChoice, EncodeShards
 from pipelines.data.feature_spec import write_spec
 from pipelines.data.features import ReadFeatures, locate, open_cache, shard_blocks, write_index
 from pipelines.data.manifest import read_manifest
-from pipelines.data.order import epoch_order
-from pipelines.data.plan import training_blocks
+from pipelines.data.mixture import Corpus, Source
+from pipelines.data.order import Order
+from pipelines.data.plan import RowLookup, training_blocks
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.transforms import Augmentation
 from pipelines.training.accounting import Accounting
-from pipelines.training.feed import kind_codes
 from pipelines.training.loop import Loop
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import TrainingRun
-from qformer.text import learn_text_tokenizer
+from pipelines.training.vocabulary import learn_text_tokenizer
 from tests.pipelines.training.test_loop import MODELS, choice, settings
 
 SEED, BATCH, STEPS = 5, 8, 8
@@ -56,17 +57,18 @@ def _losses(world, stage, is_cached):
     manifest, decode_rows, cache, tokenizer = world
     rows = locate(manifest, cache) if is_cached else manifest
     operator = ReadFeatures(cache) if is_cached else decode_rows
-    order = epoch_order(kind_codes(manifest), SEED, 0, BATCH)[:STEPS]
-    epochs = np.zeros(len(order), dtype=np.int64)
-    options = {"first_step": 0, "seed": SEED, "world_size": 1, "steps_per_block": 1, "augmentation": Augmentation()}
-    blocks = training_blocks(rows, order, epochs=epochs, **options)
-    batches = (unpack(step) for block in blocks for step in split_steps(operator(block)))
+    corpus = Corpus([Source("world", TableRows(rows))])
+    order = Order(corpus.streams("proportional"), SEED, BATCH)
+    num_steps = min(STEPS, order.steps_per_epoch)
+    plans = training_blocks(order.at(np.arange(num_steps)), first_step=0, world_size=1, steps_per_block=1)
+    look_up = RowLookup(corpus, seed=SEED, augmentation=Augmentation())
+    batches = (unpack(step) for plan in plans for step in split_steps(operator(look_up(plan))))
     features = cache.spec if is_cached else None
     run = TrainingRun(
         choice(stage, tokenizer), torch.device("cpu"), precision="fp32", seed=SEED, init_from=None, features=features
     )
     optimizer, logged = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98)), []
-    changes = {"steps": len(order), "log_every": 1, "checkpoint_every": 1000, "rows_per_epoch": len(manifest)}
+    changes = {"steps": num_steps, "log_every": 1, "checkpoint_every": 1000, "rows_per_epoch": len(manifest)}
     loop = Loop(
         run.stage, run.stage.trainables, optimizer, Accounting(), settings(**changes), logged.append, lambda step: None
     )

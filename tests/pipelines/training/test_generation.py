@@ -12,11 +12,11 @@ from pipelines.data import storage
 from pipelines.training.accounting import Accounting
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import TrainingRun, choice_from
+from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner
+from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
-from qformer.language import GenerationSettings
-from qformer.lora import LoraConfig
-from qformer.text import learn_text_tokenizer, load_text_tokenizer
+from qformer.text import load_text_tokenizer
 from tests.pipelines.training.test_loop import CAPTIONS, MODELS, QFORMER, batches, choice, encoded, train
 from tests.qformer.test_language import tiny_language
 
@@ -93,13 +93,15 @@ def test_every_kind_learns_leaves_the_backbones_and_comes_back_from_its_checkpoi
     assert trained.keys() == loaded.keys() and all(torch.equal(trained[name], loaded[name]) for name in trained)
     assert (captioner.tokenizer is not None) == kind.startswith("instructed")
     pixels = torch.randint(0, 255, (3, 1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    together = captioner.caption(pixels, max_new_tokens=6)
-    assert together == [captioner.caption(pixels[i : i + 1], max_new_tokens=6)[0] for i in range(3)]
+    together = captioner.answer(pixels, settings=GenerationSettings(max_new_tokens=6))
+    assert together == [
+        captioner.answer(pixels[i : i + 1], settings=GenerationSettings(max_new_tokens=6))[0] for i in range(3)
+    ]
     prompts = ["a", "", "a small red"]
     settings = GenerationSettings(max_new_tokens=6, num_beams=2)
     answers = captioner.answer(pixels, prompts, settings)
     assert answers == [captioner.answer(pixels[i : i + 1], prompts[i : i + 1], settings)[0] for i in range(3)]
-    with pytest.raises(ValueError, match="2 prompts for 3 images"):
+    with pytest.raises(ValueError, match="2 instructions for 3 images"):
         captioner.answer(pixels, prompts[:2])
 
 
@@ -147,6 +149,39 @@ def test_the_instruction_is_not_in_the_loss_and_reaches_both_models(tokenizer, t
     assert run.stage.language.tokenizer.decode(counted) == "a small red circle"
 
 
+@torch.no_grad()
+def test_a_sample_brings_its_own_instruction(tokenizer, t5, stage1):
+    """Where it has one; the others take the prompt. Each sample's loss is that of a run with that prompt."""
+    chosen = kinds(tokenizer, t5)["instructed"]
+    run, batch = make_run(chosen, stage1), next(batches())
+    run.stage.trainables.eval()
+    instructions = ["what is in the picture", "a small", "", "a large blue"]
+    given = dataclasses.replace(batch, instructions=instructions)
+    together = run.stage.losses(run.stage.trainables, given, 0)["lm"]
+    total, count = 0.0, 0
+    for row, instruction in enumerate(instructions):
+        alone = make_run(dataclasses.replace(chosen, prompt=instruction or chosen.prompt), stage1)
+        alone.stage.trainables.eval()
+        is_valid = batch.is_valid & (np.arange(4) == row)
+        if not is_valid.any():
+            continue
+        one = dataclasses.replace(batch, is_valid=is_valid)
+        prompts, captions = [instruction or chosen.prompt], [batch.captions[row]]
+        tokens = int((alone.stage.language.tokenize(prompts, captions, max_tokens=16).labels_BT != -100).sum())
+        total += float(alone.stage.losses(alone.stage.trainables, one, 0)["lm"]) * tokens
+        count += tokens
+    assert float(together) == pytest.approx(total / count, rel=1e-4)
+    plain = run.stage.losses(run.stage.trainables, batch, 0)["lm"]
+    assert abs(float(plain) - float(together)) > 1e-4
+
+
+def test_a_long_instruction_is_cut_and_counted_for_each_reader(tokenizer, t5, stage1):
+    run, batch = make_run(kinds(tokenizer, t5)["instructed"], stage1), next(batches())
+    given = dataclasses.replace(batch, instructions=["a small red circle " * 9, "", "", ""])
+    run.stage.losses(run.stage.trainables, given, 0)
+    assert run.num_truncated() == 2
+
+
 def test_a_reading_qformer_keeps_the_words_of_stage_1(tokenizer, t5, stage1, tmp_path):
     """The tokenizer of init_from wins over the settings', whose ids mean other words."""
     learn_text_tokenizer(["entirely other words"], tmp_path / "other")
@@ -183,7 +218,7 @@ def test_features_that_are_not_finite_are_named_by_sample(stage, tokenizer):
     bad[1, 0, 0, 0], bad[2, 0, 3, 1], bad[3] = np.nan, np.inf, np.nan
     run.stage.encode = lambda batch: torch.from_numpy(batch.images).float()
     is_valid = np.array([True, True, True, False])  # a quarantined row's content does not matter
-    with pytest.raises(ValueError, match=r"features of 2 samples, first \['s1', 's2'\], at step 0"):
+    with pytest.raises(ValueError, match="features of 2 of 4 samples: s1, s2;"):
         batch = dataclasses.replace(good, images=bad, is_valid=is_valid)
         run.stage.losses(run.stage.trainables, batch, 0)
 
@@ -226,5 +261,12 @@ def test_another_resolution_is_saved_with_the_bridge(tokenizer, tmp_path):
              Accounting(), order="order", settings="stage: 2\n")  # fmt: skip
     captioner = load_captioner(newest(tmp_path / "two"))
     assert captioner.preprocessing == run.preprocessing
-    assert len(captioner.caption(torch.zeros(1, 1, 3, 96, 96, dtype=torch.uint8), max_new_tokens=2)) == 1
+    assert (
+        len(
+            captioner.answer(
+                torch.zeros(1, 1, 3, 96, 96, dtype=torch.uint8), settings=GenerationSettings(max_new_tokens=2)
+            )
+        )
+        == 1
+    )
     assert str(MODELS) in captioner.info.vision

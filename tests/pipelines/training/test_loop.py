@@ -15,9 +15,10 @@ from pipelines.training.accounting import Accounting
 from pipelines.training.loop import Loop, LoopSettings
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import ModelChoice, TrainingRun
+from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner, load_retriever, read_info
+from qformer.config import GenerationSettings
 from qformer.errors import UserError
-from qformer.text import learn_text_tokenizer
 
 MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
 CAPTIONS = ["a small red circle", "a large blue square", "a small green star", "a large yellow cross"]
@@ -124,6 +125,26 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, tokenizer, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_compiled_layers_train_to_the_same_weights(stage, tokenizer, tmp_path):
+    """With the real compiler; dropout off, whose draws differ. The checkpoint keeps its names."""
+    torch._dynamo.reset()
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    runs = []
+    for is_compiled in (False, True):
+        run = TrainingRun(
+            chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, is_compiled=is_compiled
+        )
+        # Two steps: later ones tell how rounding grows, not whether the compiler is right.
+        train(run, tmp_path / str(is_compiled), given=batches(), steps=2)
+        runs.append(run)
+    plain, compiled = (run.stage.trainables.state_dict() for run in runs)
+    assert plain.keys() == compiled.keys()
+    for name, tensor in compiled.items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
 def test_loss_falls_and_backbones_do_not_move(tokenizer, tmp_path):
     run = make_run(2, tokenizer)
     fingerprints = dict(run.fingerprints)
@@ -218,7 +239,7 @@ def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_pa
     pixels = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
     embeds, tokens = retriever.embed_image(pixels)
     assert embeds.shape == (2, 4, 16) and retriever.match(tokens, CAPTIONS[:2]).shape == (2,)
-    assert len(captioner.caption(pixels, max_new_tokens=3)) == 2
+    assert len(captioner.answer(pixels, settings=GenerationSettings(max_new_tokens=3))) == 2
     with pytest.raises(UserError, match="stage-1"):
         load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
 

@@ -1,0 +1,261 @@
+"""Manifests as numbered rows that can be taken in any order; the large ones without reading them.
+
+What `qformer prepare` writes into FOLDER/manifest is never held in memory:
+
+    part-{kind}-{split}-{n:05d}.parquet   rows of one kind and split, in row groups of about 1,024
+    index.parquet                         file, kind, split, rows of each part; written last
+
+Whoever takes rows reads the parts' footers and the row groups that hold the rows, and keeps the latest of both.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import posixpath
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.data import schema, storage
+from qformer.errors import UserError
+
+PARTS_FOLDER, INDEX_FILE = "manifest", "index.parquet"
+_FILE, _ROWS = "file", "rows"
+_UNREAD = (schema.SPLIT, schema.LICENCE)
+"""Columns that nobody asks rows for."""
+_KEPT_FOOTER_BYTES = 16 * 1024**2
+"""Of parsed footers; in memory they take some six times as much."""
+_KEPT_GROUP_BYTES = 64 * 1024**2
+_STREAMED_ROWS = 8192
+
+
+class Rows(Protocol):
+    """Numbered rows of a manifest: all of one kind, then all of the next, in the order of `schema.KINDS`."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each kind that there is."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest that changes when rows are added, dropped or moved."""
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """The rows of these numbers, in this order; may lack `schema.SPLIT` and `schema.LICENCE`."""
+
+
+def total(rows: Rows) -> int:
+    """How many rows there are."""
+    return sum(rows.counts.values())
+
+
+def streamed(rows: Rows) -> Iterator[pa.Table]:
+    """All rows in order, a few thousand at a time."""
+    count = total(rows)
+    for start in range(0, count, _STREAMED_ROWS):
+        yield rows.take(np.arange(start, min(count, start + _STREAMED_ROWS)))
+
+
+class TableRows:
+    """A manifest in memory.
+
+    Args:
+        table: Its rows, in any order.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        kinds = [table.filter(pc.equal(table[schema.KIND], kind)) for kind in schema.KINDS]
+        self.counts = {kind: len(part) for kind, part in zip(schema.KINDS, kinds, strict=True) if len(part)}
+        self._table = pa.concat_tables(kinds).combine_chunks()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of kinds and sample ids in their order."""
+        digest = hashlib.sha256(repr(self.counts).encode())
+        for name in self._table[schema.SAMPLE_ID].to_pylist():
+            digest.update(name.encode("utf-8", errors="surrogatepass") + b"\0")
+        return digest.hexdigest()
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """See `Rows`."""
+        return self._table.take(pa.array(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One Parquet file of the manifest."""
+
+    file: str
+    kind: str
+    num_rows: int
+    size_bytes: int
+
+
+class PartRows:
+    """A manifest in Parquet parts. Picklable; a copy starts with nothing read.
+
+    Args:
+        folder: That holds index and parts, local or URI.
+        split: Only its rows; None takes all.
+        kind: Only "image" or "video" rows; None takes both.
+
+    Raises:
+        UserError: If a part is missing, or no row is left.
+    """
+
+    def __init__(self, folder: str, split: str | None = None, kind: str | None = None) -> None:
+        # Decode actors on this machine have another working folder.
+        self.folder = storage.local_path(folder) if storage.is_local(folder) else folder
+        parts = _parts(self.folder, split, kind)
+        self._parts = [part for name in schema.KINDS for part in parts if part.kind == name]
+        self._ends = list(itertools.accumulate(part.num_rows for part in self._parts))
+        self.counts: dict[str, int] = {}
+        for part in self._parts:
+            self.counts[part.kind] = self.counts.get(part.kind, 0) + part.num_rows
+        self._forget()
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the parts' names, row counts and sizes."""
+        return hashlib.sha256(repr(self._parts).encode()).hexdigest()
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """See `Rows`.
+
+        Raises:
+            OSError: If a part cannot be read.
+        """
+        if not len(rows):
+            return self._group_of(0)[0].slice(0, 0)
+        order = np.argsort(rows, kind="stable")
+        ascending, pieces, at = rows[order], [], 0
+        while at < len(ascending):
+            group, first, end = self._group_of(int(ascending[at]))
+            begun, at = at, int(np.searchsorted(ascending, end))
+            pieces.append(group.take(pa.array(ascending[begun:at] - first)))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(pieces).take(pa.array(back))
+
+    def _group_of(self, row: int) -> tuple[pa.Table, int, int]:
+        """The row group that holds a row, the number of its first row, and its exclusive end."""
+        number = bisect.bisect_right(self._ends, row)
+        part = self._parts[number]
+        file, ends = self._footers.get(number) or self._opened(number)
+        first = self._ends[number] - part.num_rows
+        group = bisect.bisect_right(ends, row - first)
+        start = ends[group - 1] if group else 0
+        return self._groups.get((number, group)) or self._read(number, group, file), first + start, first + ends[group]
+
+    def _opened(self, number: int) -> tuple[pq.ParquetFile, list[int]]:
+        part = self._parts[number]
+        counted = _CountedFile(storage.join(self.folder, part.file), self)
+        file = pq.ParquetFile(pa.PythonFile(counted, mode="r"), pre_buffer=True)
+        footer = file.metadata
+        if footer.num_rows != part.num_rows:
+            raise UserError(
+                f"{part.file} in {self.folder} has {footer.num_rows} rows where {INDEX_FILE} says {part.num_rows}; "
+                "run `qformer prepare` again"
+            )
+        ends = list(itertools.accumulate(footer.row_group(group).num_rows for group in range(footer.num_row_groups)))
+        self._footers.put(number, (file, ends), footer.serialized_size)
+        return file, ends
+
+    def _read(self, number: int, group: int, file: pq.ParquetFile) -> pa.Table:
+        names = [name for name in file.schema_arrow.names if name not in _UNREAD]
+        table = file.read_row_group(group, columns=names, use_threads=False).combine_chunks()
+        self._groups.put((number, group), table, table.nbytes)
+        return table
+
+    def _forget(self) -> None:
+        self.bytes_read = 0
+        """By this object so far, footers included."""
+        self._footers, self._groups = _Latest(_KEPT_FOOTER_BYTES), _Latest(_KEPT_GROUP_BYTES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("folder", "counts", "_parts", "_ends")
+        return {name: value for name, value in vars(self).items() if name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+
+class _Latest:
+    """Keeps what was used last, up to a number of bytes, and always the newest."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._held_bytes = max_bytes, 0
+        self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        """What was put under `key`, None if it is gone."""
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key][0]
+
+    def put(self, key: Any, value: Any, size_bytes: int) -> None:
+        """Keep a new value."""
+        self._items[key] = value, size_bytes
+        self._held_bytes += size_bytes
+        while self._held_bytes > self._max_bytes and len(self._items) > 1:
+            self._held_bytes -= self._items.popitem(last=False)[1][1]
+
+
+class _CountedFile:
+    """A file as pyarrow reads it, adding up its bytes."""
+
+    def __init__(self, uri: str, rows: PartRows) -> None:
+        if storage.is_local(uri):
+            self._file: Any = open(storage.local_path(uri), "rb", buffering=0)  # noqa: SIM115 - closed by pyarrow
+        else:
+            # Row groups lie anywhere in the corpus: what fsspec would read ahead by default is never used.
+            self._file = fsspec.open(uri, "rb", cache_type="none").open()
+        self._rows = rows
+        self.closed = False
+
+    def read(self, size: int = -1) -> bytes:
+        content: bytes = self._file.read(size)
+        self._rows.bytes_read += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+
+def _parts(folder: str, split: str | None, kind: str | None) -> list[_Part]:
+    with storage.open_input(storage.join(folder, INDEX_FILE)) as file:
+        index = pq.read_table(file)
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    sizes = {posixpath.basename(name): found["size"] for name, found in filesystem.find(path, detail=True).items()}
+    parts, splits, kinds = [], set(), set()
+    for row in index.to_pylist():
+        splits.add(row[schema.SPLIT])
+        if row[_FILE] not in sizes:
+            raise UserError(f"manifest {folder} lacks {row[_FILE]}; run `qformer prepare` again")
+        if split in (None, row[schema.SPLIT]) and row[_ROWS]:
+            kinds.add(row[schema.KIND])
+            if kind in (None, row[schema.KIND]):
+                parts.append(_Part(row[_FILE], row[schema.KIND], row[_ROWS], sizes[row[_FILE]]))
+    if not kinds:
+        raise UserError(f"split {split!r} of {folder} is empty; it has {', '.join(sorted(splits)) or 'no rows'}")
+    if not parts:
+        raise UserError(f"{folder} holds no {kind}s in split {split!r}; change data.kind or data.split")
+    return parts

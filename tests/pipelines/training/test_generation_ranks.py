@@ -1,0 +1,97 @@
+"""Stage 2 under DDP: two gloo ranks have the losses and gradients of one process on the joined batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.data.batch import SampleBatch
+from pipelines.training.stages import GenerationStage
+from qformer.config import LoraConfig, QFormerConfig
+from qformer.distributed import mean_of_ranks
+from qformer.lora import Lora
+from qformer.stage2 import Stage2
+from tests.distributed import run_processes
+from tests.qformer.test_language import tiny_language
+from tests.tiny_checkpoints import text_tokenizer
+
+CONFIG = QFormerConfig(
+    encoder_width=24, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, num_queries=5, dropout=0.0
+)
+KINDS = {
+    "plain": {},
+    "lora": {"lora": LoraConfig(rank=2, dropout=0.0)},
+    "frozen": {"freeze_qformer": True},
+    "instructed": {"reads": True},
+    "instructed lora on t5": {"reads": True, "lora": LoraConfig(rank=2, dropout=0.0), "family": "t5"},
+}
+SHARE = 1e-4
+"""Largest difference of a gradient, as a share of its tensor's maximum: fp32 sums in another order."""
+
+
+def make_stage(family="llama", lora=None, freeze_qformer=False, reads=False):
+    """The same on every call: seeds are fixed on the way."""
+    language, tokenizer = tiny_language(family), text_tokenizer() if reads else None
+    torch.manual_seed(7)
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size, has_lm_head=False) if reads else CONFIG
+    updates = None if lora is None else Lora(language.model, lora)
+    stage2 = Stage2(config, language_width=language.width, freeze_qformer=freeze_qformer, lora=updates)
+    with torch.no_grad():
+        for parameter in stage2.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def encode(batch):
+        return torch.from_numpy(batch.images)
+
+    return GenerationStage(encode, stage2.train(), language, tokenizer, prompt="a", max_tokens=16)
+
+
+def joined_batch():
+    """Six samples of ragged captions and instructions; one is masked."""
+    captions = ["red", "a small blue circle left of green", "square", "", "large triangle still", "moving"]
+    instructions = ["", "a small", "above large red triangle", "", "", "left"]
+    tokens = np.random.default_rng(3).standard_normal((6, 2, 7, 24), dtype=np.float32)
+    is_valid = np.array([True, True, True, False, True, True])
+    names = [f"s{row}" for row in range(6)]
+    return SampleBatch(0, 0, names, captions, np.arange(6), is_valid, tokens, [], instructions)
+
+
+def part(batch, rows):
+    values = {name: getattr(batch, name)[rows] for name in ("sample_ids", "captions", "instructions")}
+    arrays = {name: getattr(batch, name)[rows] for name in ("image_ids", "is_valid", "images")}
+    return dataclasses.replace(batch, **values, **arrays)
+
+
+def gradients(stage):
+    return {name: p.grad for name, p in stage.trainables.named_parameters() if p.requires_grad}
+
+
+def ranks_equal_one(rank, world, folder):
+    for index, (kind, options) in enumerate(KINDS.items()):
+        stage = make_stage(**options)
+        call = DistributedDataParallel(stage.trainables)
+        loss = stage.losses(call, part(joined_batch(), slice(rank * 3, rank * 3 + 3)), 0)["total"]
+        loss.backward()
+        expected = torch.load(folder / f"{index}.pt")
+        assert mean_of_ranks(float(loss.detach())) == pytest.approx(expected["loss"], rel=1e-5), kind
+        found = gradients(stage)
+        assert found.keys() == expected["gradients"].keys()
+        for name, gradient in found.items():
+            difference = float((gradient - expected["gradients"][name]).abs().max())
+            # Some gradients are zero but for rounding: of a key's bias, which the softmax cancels.
+            allowed = SHARE * float(expected["gradients"][name].abs().max()) + 1e-6
+            assert difference < allowed, (kind, name, difference, allowed)
+
+
+def test_two_ranks_equal_one_process_on_the_joined_batch(tmp_path):
+    for index, (kind, options) in enumerate(KINDS.items()):
+        stage = make_stage(**options)
+        loss = stage.losses(stage.trainables, joined_batch(), 0)["total"]
+        loss.backward()
+        assert all(g is not None and g.abs().max() > 0 for g in gradients(stage).values()), kind
+        trained = {name.split(".")[0] for name in gradients(stage)}
+        assert ("lora" in trained) == ("lora" in options) and ("qformer" in trained) != ("freeze_qformer" in options)
+        torch.save({"loss": float(loss.detach()), "gradients": gradients(stage)}, tmp_path / f"{index}.pt")
+    run_processes(ranks_equal_one, 2, tmp_path)
