@@ -205,6 +205,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     overrides = list(arguments.overrides)
     if getattr(arguments, "resume", False):
         overrides.append("resume=true")
+    if getattr(arguments, "retry_quarantined", False):
+        overrides.append("retry_quarantined=true")
+    if getattr(arguments, "dry_run", None) is not None:
+        overrides.append(f"dry_run={arguments.dry_run}")
     if getattr(arguments, "media", None):
         # JSON is YAML, and quotes whatever a file name may hold.
         overrides.append(f"media={json.dumps(arguments.media, ensure_ascii=False)}")
@@ -234,6 +238,11 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
     if name == "features":
         parser.add_argument(
             "--clean", action="store_true", help=f"{CLEAN_FEATURES.summary}, as in: {CLEAN_FEATURES.example}"
+        )
+    if name == "prepare":
+        parser.add_argument("--dry-run", metavar="N", help="try N rows of each source and write nothing")
+        parser.add_argument(
+            "--retry-quarantined", action="store_true", help="try the quarantined files of `output` again"
         )
     if job.takes_media:
         parser.add_argument("media", nargs="*", metavar="FILE", help="image or video files")

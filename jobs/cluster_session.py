@@ -4,12 +4,14 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.settings import RaySettings
 from qformer.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MIN_LOCAL_CPUS = 4
 """Logical CPUs of a cluster started here: with fewer, decoding starves behind the trainers waiting for it."""
@@ -72,6 +74,34 @@ def ray_session(settings: RaySettings, *, include_dashboard: bool = False) -> It
         yield
     finally:
         ray.shutdown()
+
+
+def require_resources(settings: RaySettings, cpus: Mapping[str, int], gpus: Mapping[str, int]) -> None:
+    """Check that an initialised Ray has what a job will wait for.
+
+    Args:
+        settings: As given to `ray_session`.
+        cpus: CPUs that the job keeps, by the setting that asks for them.
+        gpus: Likewise.
+
+    Raises:
+        UserError: If a cluster started here has less. One that was joined may grow: there a warning is logged.
+    """
+    import ray
+
+    found = ray.cluster_resources()
+    for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+        needed, there = sum(wanted.values()), int(found.get(kind, 0))
+        if needed <= there:
+            continue
+        asked = " and ".join(f"{name}={count}" for name, count in wanted.items())
+        if settings.address or os.environ.get("RAY_ADDRESS"):
+            logger.warning("%s need %d %ss; the cluster has %d, so the job waits", asked, needed, kind, there)
+        else:
+            remedy = "lower them, raise ray.num_cpus" if kind == "CPU" else "set use_gpu=false"
+            raise UserError(
+                f"{asked} need {needed} {kind}s, this machine's Ray has {there}; {remedy}, or use a cluster"
+            )
 
 
 def _join(address: str) -> None:

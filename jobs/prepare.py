@@ -1,29 +1,41 @@
 """`qformer prepare`: check every row of the sources; write a manifest of the usable ones and a quarantine table."""
 
-import collections
+import contextlib
+import itertools
 import json
 import logging
+import random
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.cluster_session import ray_session
+from jobs.prepare_report import print_summary, told_progress
 from jobs.settings import PrepareSettings
 from jobs.settings_loading import resolved_yaml
-from pipelines.data import quarantine, schema, storage
-from pipelines.data.manifest import MANIFEST_FILE, read_source, write_table
+from pipelines.data import preparation, quarantine, schema, storage
+from pipelines.data.duplicates import is_leak
+from pipelines.data.manifest_files import manifest_files
+from pipelines.data.preparation import Preparation
 from pipelines.data.samples import Limits
-from pipelines.data.stage_costs import StageCosts
+from pipelines.data.seen import SeenNames
+from pipelines.data.sources.raw import Source
+from pipelines.data.sources.source import SourceBlock, check_source, read_source
+from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, summed
 from pipelines.data.stage_report import Pool, stage_table
+from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-QUARANTINE_FILE = "quarantine.parquet"
 SUMMARY_FILE = "summary.json"
 SETTINGS_FILE = "settings.yaml"
-_PROGRESS_EVERY_S = 5.0
+_SAMPLED_FROM_ROWS = 10_000
+"""A dry run takes its rows at random from so many of each source; reading a large one to its end takes long."""
 
 
 def main(settings: PrepareSettings) -> dict[str, Any]:
@@ -38,65 +50,160 @@ def main(settings: PrepareSettings) -> dict[str, Any]:
     Raises:
         UserError: If the output is in use or a source cannot be read. Bad media files raise nothing.
     """
+    if settings.retry_quarantined:
+        if settings.dry_run:
+            raise UserError("retry_quarantined and dry_run exclude each other; give one of them")
+        return _retry(settings)
+    sources = _sources(settings)
+    if settings.dry_run:
+        with tempfile.TemporaryDirectory(prefix="qformer-dry-run-") as folder:
+            summary = _prepare(settings, _sampled(sources, settings.dry_run), folder)
+        _tell(summary, settings)
+        print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were tried")
+        return summary
     storage.require_unused(settings.output, "output")
-    rows = pa.concat_tables([read_source(**source.model_dump()) for source in settings.sources])
-    logger.info("checking %d rows of %d sources", len(rows), len(settings.sources))
-    with ray_session(settings.ray):
-        used, quarantined = _probe(rows, settings)
-    summary = _summary(rows, used, quarantined)
-    storage.write_text(storage.join(settings.output, SETTINGS_FILE), resolved_yaml(settings))
-    write_table(used, storage.join(settings.output, MANIFEST_FILE))
-    write_table(quarantined, storage.join(settings.output, QUARANTINE_FILE))
-    storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
-    share = len(quarantined) / max(1, len(rows))
-    if share > settings.max_quarantine_share:
-        logger.warning(
-            "%.1f %% of the rows are quarantined, more than max_quarantine_share allows training (%.1f %%); see %s",
-            100 * share,
-            100 * settings.max_quarantine_share,
-            storage.join(settings.output, QUARANTINE_FILE),
-        )
-    print(quarantine.accounting_line(len(rows), len(used), len(quarantined)))
+    seen = SeenNames()
+    logger.info("checking %d sources", len(sources))
+    blocks = itertools.chain.from_iterable(read_source(source, seen) for source in sources)
+    summary = _prepare(settings, blocks, settings.output)
+    _finish(summary, settings)
     return summary
 
 
-def _probe(rows: pa.Table, settings: PrepareSettings) -> tuple[pa.Table, pa.Table]:
+def _sources(settings: PrepareSettings) -> list[Source]:
+    """The sources with names that tell them apart."""
+    sources: list[Source] = []
+    for source in settings.sources:
+        name = source.name or source.path.rstrip("/").rpartition("/")[2]
+        if any(name == other.name for other in sources):
+            if source.name:
+                raise UserError(f"two sources have the name {name!r}; give each its own")
+            name = f"{name}-{len(sources)}"
+        sources.append(Source(**{**source.model_dump(), "name": name}))
+        check_source(sources[-1])
+    return sources
+
+
+def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: str) -> dict[str, Any]:
+    with contextlib.closing(Preparation()) as found, told_progress() as tell:
+
+        def rows() -> Iterator[pa.Table]:
+            for block in blocks:
+                found.add_failures(block.failures)
+                yield block.rows
+
+        with ray_session(settings.ray):
+            for checked in _probe(rows(), settings):
+                found.add(*checked)
+                tell(found.num_rows, found.num_quarantined)
+        duplicates = found.write(output, drop_leaks=settings.drop_training_duplicates)
+    return _summary(output, duplicates, settings)
+
+
+def _retry(settings: PrepareSettings) -> dict[str, Any]:
+    """Try the quarantined files of an earlier run again."""
+    output = settings.output
+    if not manifest_files(output) or not storage.exists(storage.join(output, preparation.QUARANTINED_ROWS_FILE)):
+        raise UserError(f"output={output} holds no prepared manifest; run prepare without --retry-quarantined first")
+    tries: dict[str, int] = {}
+    with contextlib.closing(Preparation()) as found, told_progress() as tell:
+
+        def rows() -> Iterator[pa.Table]:
+            for block, counts in preparation.quarantined_rows(output):
+                tries.update(zip(block[schema.SAMPLE_ID].to_pylist(), counts, strict=True))
+                yield block
+
+        with ray_session(settings.ray):
+            for block, checked in _probe(rows(), settings):
+                earlier = [tries.pop(name) for name in block[schema.SAMPLE_ID].to_pylist()]
+                found.add(block, preparation.with_tries(checked, earlier))
+                tell(found.num_rows, found.num_quarantined)
+        num_tried, num_mended = found.num_rows, found.num_rows - found.num_quarantined
+        unread = preparation.unread_failures(output)
+        found.add_failures(unread)
+        duplicates = found.append(output, drop_leaks=settings.drop_training_duplicates)
+    summary = _summary(output, duplicates, settings)
+    _finish(summary, settings)
+    print(
+        f"tried {num_tried} quarantined rows again: {num_mended} can be used now; "
+        f"{len(unread)} more are wrong in their source, not in their files: mend it and prepare anew"
+    )
+    return summary
+
+
+def _probe(rows: Iterable[pa.Table], settings: PrepareSettings) -> Iterator[tuple[pa.Table, pa.Table]]:
     # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
-    from pipelines.data.dataset import probe
+    from jobs.prepare_probe import probe
 
-    begun_s = told_at_s = time.monotonic()
-    costs = StageCosts()
-
-    def tell(done: int, total: int, failed: int) -> None:
-        nonlocal told_at_s
-        if done == total or time.monotonic() - told_at_s > _PROGRESS_EVERY_S:
-            told_at_s = time.monotonic()
-            logger.info("checked %d of %d rows, %d quarantined", done, total, failed)
-
-    used, quarantined = probe(
+    costs, num_rows, begun_s = StageCosts(), 0, time.monotonic()
+    for block, checked in probe(
         rows,
         num_frames=settings.num_frames,
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
-        on_progress=tell,
-        on_costs=costs.add,
-    )
-    workers, seconds = settings.decode_workers, costs.seconds()
-    pool = Pool(name="decode workers", setting="decode_workers", workers=workers, seconds=seconds)
-    wall_s = time.monotonic() - begun_s
-    print(stage_table([pool], wall_s=wall_s, rows=len(rows), fetched_bytes=costs.fetched_bytes))
-    return used, quarantined
+    ):
+        costs.add(summed(checked))
+        num_rows += len(block)
+        yield block, checked.drop_columns(list(COST_COLUMNS))
+    workers, wall_s = settings.decode_workers, time.monotonic() - begun_s
+    pool = Pool(name="decode workers", setting="decode_workers", workers=workers, seconds=costs.seconds())
+    print(stage_table([pool], wall_s=wall_s, rows=num_rows, fetched_bytes=costs.fetched_bytes))
 
 
-def _summary(rows: pa.Table, used: pa.Table, quarantined: pa.Table) -> dict[str, Any]:
+def _sampled(sources: list[Source], count: int) -> Iterator[SourceBlock]:
+    """A few rows of each source, chosen at random among its first ones, with what was wrong among those."""
+    chance = random.Random(0)  # noqa: S311 - the same rows each time
+    seen = SeenNames()
+    for source in sources:
+        tables, failures, num_read = [schema.MANIFEST_SCHEMA.empty_table()], [], 0
+        for block in read_source(source, seen):
+            tables.append(block.rows)
+            failures += block.failures
+            num_read += len(block.rows)
+            if num_read >= max(_SAMPLED_FROM_ROWS, count):
+                break
+        rows = pa.concat_tables(tables)
+        chosen = sorted(chance.sample(range(len(rows)), min(count, len(rows))))
+        logger.info("%s: %d of the first %d rows", source.name, len(chosen), num_read + len(failures))
+        yield SourceBlock(rows.take(pa.array(chosen, pa.int64())), failures)
+
+
+def _summary(output: str, duplicates: pa.Table, settings: PrepareSettings) -> dict[str, Any]:
+    leaks = pa.array(is_leak(duplicates), pa.bool_())
+    within = duplicates.filter(pc.invert(leaks))[schema.SPLIT]
     return {
-        "rows_in": len(rows),
-        "rows_used": len(used),
-        "rows_quarantined": len(quarantined),
-        "used_by_kind": dict(collections.Counter(used[schema.KIND].to_pylist())),
-        "used_by_split": dict(collections.Counter(used[schema.SPLIT].to_pylist())),
-        "quarantined_by_error": dict(collections.Counter(quarantined[schema.ERROR_CLASS].to_pylist())),
+        **preparation.summarise(output).to_dict(),
+        "duplicates_within_split": {row["values"]: row["counts"] for row in pc.value_counts(within).to_pylist()},
+        "training_rows_in_evaluation": pc.sum(leaks).as_py() or 0,
+        "training_duplicates_dropped": settings.drop_training_duplicates,
     }
+
+
+def _finish(summary: dict[str, Any], settings: PrepareSettings) -> None:
+    output = settings.output
+    storage.write_text(storage.join(output, SETTINGS_FILE), resolved_yaml(settings))
+    storage.write_text(storage.join(output, SUMMARY_FILE), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    _tell(summary, settings)
+
+
+def _tell(summary: dict[str, Any], settings: PrepareSettings) -> None:
+    print_summary(summary)
+    rows_in, used, quarantined = (summary[f"rows_{name}"] for name in ("in", "used", "quarantined"))
+    if quarantined > settings.max_quarantine_share * max(1, rows_in):
+        logger.warning(
+            "%.1f %% of the rows are quarantined, more than max_quarantine_share allows training (%.1f %%); see %s",
+            100 * quarantined / rows_in,
+            100 * settings.max_quarantine_share,
+            storage.join(settings.output, preparation.QUARANTINE_FILE),
+        )
+    if summary["training_rows_in_evaluation"] and not summary["training_duplicates_dropped"]:
+        logger.warning(
+            "%d training rows show the same bytes as evaluation rows, so that scores will be too good: see %s, or set "
+            "drop_training_duplicates=true",
+            summary["training_rows_in_evaluation"],
+            storage.join(settings.output, preparation.DUPLICATES_FILE),
+        )
+    print(quarantine.accounting_line(rows_in, used, quarantined))
 
 
 if __name__ == "__main__":

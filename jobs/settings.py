@@ -1,10 +1,13 @@
 """Settings of every job: pydantic v2 models, frozen, unknown keys refused with the nearest valid key."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qformer.config import GenerationSettings, LoraConfig
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -14,18 +17,25 @@ class Settings(BaseModel):
 
 
 class SourceSettings(Settings):
-    """One place rows come from: a table (Parquet, JSONL, CSV), or a folder of media files."""
+    """One place rows come from."""
 
     path: str
-    """File or folder, local path or fsspec URI. Relative media paths are taken from this file's folder."""
-    format: Literal["auto", "parquet", "jsonl", "csv", "folder"] = "auto"
+    """File or folder, local path or fsspec URI (s3://bucket/…); of tar shards also a pattern shard-{000..127}.tar.
+    Relative media paths are taken from this file's folder."""
+    format: Literal[
+        "auto", "parquet", "jsonl", "csv", "folder", "coco", "karpathy", "lavis", "webvid", "webdataset"
+    ] = "auto"
+    """auto tells by the name, and by what JSON and CSV files hold."""
     columns: dict[str, str] = {}
-    """Our column name -> the table's own, e.g. {media: image}. A missing sample_id becomes the media path."""
+    """Our column name -> the table's own, e.g. {media: image}; of tar shards a member's extension or a key of the
+    .json member. A missing sample_id becomes the media path."""
     media_root: str = ""
-    """Folder that relative media paths start from, when it is not the table's own."""
+    """Folder that relative media paths start from, when it is not the table's own; they may not leave it."""
     kind: Literal["auto", "image", "video"] = "auto"
     split: str = "train"
-    """Split of rows that name none."""
+    """Split of rows that name none. All splits but "train" are for evaluation."""
+    name: str = ""
+    """What the column `source` says of its rows; "" for the last part of the path."""
 
 
 class LimitSettings(Settings):
@@ -50,7 +60,7 @@ class RaySettings(Settings):
 
     address: str | None = None
     """Address of a running cluster; null takes the environment's RAY_ADDRESS, else starts a cluster here."""
-    num_cpus: int | None = None
+    num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a cluster started here; null: all, at least 4, lest training starve decoding."""
 
 
@@ -58,7 +68,7 @@ class AugmentationSettings(Settings):
     """Random changes of training images, keyed by (seed, epoch, sample id)."""
 
     random_resized_crop: bool = False
-    crop_scale: tuple[float, float] = (0.5, 1.0)
+    crop_scale: tuple[Share, Share] = (0.5, 1.0)
     """Smallest and largest share of the image's area kept by the crop."""
     horizontal_flip: bool = False
     """Off by default: a flip makes "left" and "right" in captions false."""
@@ -165,7 +175,7 @@ class OptimSettings(Settings):
     min_learning_rate: float = Field(default=1e-5, ge=0)
     warmup_steps: int = Field(default=2000, ge=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     clip_norm: float = Field(default=1.0, gt=0)
 
 
@@ -192,8 +202,8 @@ class TrainSettings(Settings):
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
     log_every: int = Field(default=10, gt=0)
-    seed: int = 0
-    max_failures: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    max_failures: int = Field(default=0, ge=0)
     """How often Ray Train may restart the workers after a crash."""
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Training stops when more than this share of an epoch's rows is quarantined."""
@@ -206,11 +216,17 @@ class PrepareSettings(Settings):
 
     sources: list[SourceSettings] = Field(min_length=1)
     output: str
-    """Folder for manifest.parquet, quarantine.parquet and summary.json."""
+    """Folder for manifest, quarantine.parquet, probe.parquet, duplicates.parquet and summary.json."""
     num_frames: int = Field(default=8, ge=1)
     limits: LimitSettings = LimitSettings()
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
+    drop_training_duplicates: bool = False
+    """Quarantine training rows whose media has the same bytes as an evaluation row's; false only warns."""
+    dry_run: int = Field(default=0, ge=0)
+    """Rows to try of each source, chosen at random, writing nothing; 0: the real run."""
+    retry_quarantined: bool = False
+    """Try the quarantined files of `output` again and move those that can be read now into the manifest."""
     decode_workers: int = Field(default=2, ge=1)
     ray: RaySettings = RaySettings()
 

@@ -6,17 +6,17 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from jobs.cli import run_job
-from jobs.cluster_session import ray_session
+from jobs.cluster_session import ray_session, require_resources
+from jobs.run_folder import QUARANTINE_FILE, newest_checkpoint, run_folder
 from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
-from pipelines.data import quarantine, schema, storage
-from pipelines.data.batch import Failure
+from jobs.train_checks import check, manifests
+from pipelines.data import schema, storage
 from pipelines.data.features import FeatureCache, locate, open_cache
 from pipelines.data.manifest import write_table
 from pipelines.data.mixture import Corpus, open_corpus
@@ -29,11 +29,14 @@ from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pipelines.data.batch import SampleBatch
     from pipelines.training.accounting import Accounting
-    from pipelines.training.loop import LoopSettings
+    from pipelines.training.loop import Loop, LoopSettings
     from pipelines.training.run import TrainingRun
 
-TOKENIZER_FOLDER, SUMMARY_FILE, QUARANTINE_FILE = "tokenizer", "summary.json", "quarantine.parquet"
+TOKENIZER_FOLDER, SUMMARY_FILE = "tokenizer", "summary.json"
 LEARN_TOKENIZER = "corpus"
 
 logger = logging.getLogger(__name__)
@@ -47,20 +50,19 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     """
     settings = with_absolute_paths(settings)
     data = settings.data
-    corpus = open_corpus(_manifests(settings), split=data.split, kind=data.kind)
+    corpus = open_corpus(manifests(settings), split=data.split, kind=data.kind)
     order = Order(corpus.streams(data.mixture), settings.seed, settings.batch_size)
-    _check(settings, order.rows_per_epoch)
+    check(settings, order.rows_per_epoch)
     cache = open_cache(data.features) if data.features else None
     if cache:
         cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
         corpus = corpus.in_memory(functools.partial(locate, cache=cache))
-    storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
-    if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
-        _learn_tokenizer(settings, corpus)
-    summary = _launch(settings, corpus, order, cache)
-    failures = [(value.pop("epoch"), Failure(**value)) for value in summary.pop("failures")]
-    tables = [quarantine.to_table([failure], epoch) for epoch, failure in failures] or [quarantine.to_table([])]
-    write_table(pa.concat_tables(tables), storage.join(settings.output, QUARANTINE_FILE))
+    with run_folder(settings):
+        if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
+            _learn_tokenizer(settings, corpus)
+        summary = _launch(settings, corpus, order, cache)
+        if "mistake" in summary:
+            raise UserError(summary["mistake"])
     storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
     parameters, names = summary["trainable_parameters"], summary["trainable_names"]
     logger.info(
@@ -79,6 +81,11 @@ def main(settings: TrainSettings) -> dict[str, Any]:
 def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: FeatureCache | None) -> dict[str, Any]:
     """Run `train_worker` on every rank and return the first rank's result."""
     with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
+        require_resources(
+            settings.ray,
+            {"workers": settings.workers, "decode_workers": settings.decode_workers},
+            gpus={"workers": settings.workers} if settings.use_gpu else {},
+        )
         import ray
 
         from pipelines.training.feed import BatchFeed
@@ -110,20 +117,48 @@ def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: Featur
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Train on one rank; the first rank's return value is the run's summary."""
-    import torch
+    """Train on one rank; the first rank's return value is the run's summary.
+
+    A mistake of the user is returned as {"mistake": message}: raised, it would be tried again `max_failures` times.
+    """
+    from pipelines.training.accounting import TooManyQuarantinedError
+    from pipelines.training.telemetry import RunLog
+    from qformer.distributed import any_text, rank
+
+    settings, mistake = TrainSettings.model_validate(arguments["settings"]), None
+    try:
+        run, optimizer, accounting, start_step = _built(arguments, settings)
+    except UserError as error:
+        mistake = str(error)
+    # Other ranks may have come through, and would wait for this one.
+    if (mistake := any_text(mistake)) is not None:
+        return {"mistake": mistake}
+    log = RunLog(settings.output, arguments["board"], start_step) if rank() == 0 else None
+    try:
+        loop = _loop(arguments, settings, run, optimizer, accounting, log.write if log else _ignore)
+        loop.run(_batches(arguments, settings, run, start_step), start_step)
+        run.assert_frozen()
+    except TooManyQuarantinedError as error:  # raised by all ranks at the same step
+        mistake = str(error)
+    finally:
+        if log:
+            log.close()
+            write_table(accounting.table(), storage.join(settings.output, QUARANTINE_FILE))
+    if mistake is not None:
+        return {"mistake": mistake}
+    stages = loop.times.combined(run.encode.seconds)
+    return _summary(run, accounting, settings, start_step, log.records if log else [], stages)
+
+
+def _built(arguments: dict[str, Any], settings: TrainSettings) -> "tuple[TrainingRun, Optimizer, Accounting, int]":
+    """The run as it starts or goes on: model, optimizer, rows so far, steps done."""
     from ray.train.torch import get_device
 
     from pipelines.training.accounting import Accounting
-    from pipelines.training.feed import rank_batches
-    from pipelines.training.loop import Loop
     from pipelines.training.optim import build_optimizer
     from pipelines.training.run import TrainingRun, choice_from
-    from pipelines.training.telemetry import RunLog
-    from qformer.distributed import rank, world_size
+    from qformer.distributed import rank
 
-    settings, order = TrainSettings.model_validate(arguments["settings"]), arguments["order"]
-    device = get_device()
     choice = choice_from(
         settings.model.model_dump(),
         stage=settings.stage,
@@ -133,7 +168,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     cache: FeatureCache | None = arguments["cache"]
     run = TrainingRun(
         choice,
-        device,
+        get_device(),
         precision=settings.precision,
         seed=settings.seed,
         init_from=settings.init_from,
@@ -144,38 +179,55 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     optimizer = build_optimizer(run.stage.trainables, weight_decay=optim.weight_decay, betas=optim.betas)
     if rank() == 0:
         arguments["board"].say.remote(f"weights {run.load_report}")
-    accounting, start_step = Accounting(), 0
-    newest = _newest_checkpoint(settings.output)
-    if newest is not None:
-        state = run.restore(newest, optimizer, order=order)
-        accounting, start_step = Accounting.from_state(state.accounting), state.step
-    trainables: torch.nn.Module = run.stage.trainables
-    if world_size() > 1:
-        devices = [device.index] if device.type == "cuda" else None
-        trainables = torch.nn.parallel.DistributedDataParallel(trainables, device_ids=devices)
-    log = RunLog(settings.output, arguments["board"], start_step) if rank() == 0 else None
+    newest = newest_checkpoint(settings.output)
+    if newest is None:
+        return run, optimizer, Accounting(), 0
+    state = run.restore(newest, optimizer, order=arguments["order"])
+    return run, optimizer, Accounting.from_state(state.accounting), state.step
 
-    def save(done: int) -> None:
-        if rank() == 0:
-            run.save(settings.output, done, optimizer, accounting, order=order, settings=resolved_yaml(settings))
 
-    batches = rank_batches(
+def _batches(
+    arguments: dict[str, Any], settings: TrainSettings, run: "TrainingRun", start_step: int
+) -> "Iterator[SampleBatch]":
+    from pipelines.training.feed import rank_batches
+    from qformer.distributed import rank, world_size
+
+    return rank_batches(
         arguments["feed"],
         start_step=start_step,
         total_steps=settings.steps,
         rank=rank(),
         world_size=world_size(),
-        source=cache or decode_settings(settings, run.preprocessing),
+        source=arguments["cache"] or decode_settings(settings, run.preprocessing),
     )
-    loop = Loop(
-        run.stage, trainables, optimizer, accounting, _loop_settings(arguments), log.write if log else _ignore, save
-    )
-    loop.run(batches, start_step)
-    run.assert_frozen()
-    if log:
-        log.close()
-    stages = loop.times.combined(run.encode.seconds)
-    return _summary(run, accounting, settings, start_step, log.records if log else [], stages)
+
+
+def _loop(
+    arguments: dict[str, Any],
+    settings: TrainSettings,
+    run: "TrainingRun",
+    optimizer: "Optimizer",
+    accounting: "Accounting",
+    log: Callable[[dict[str, float]], None],
+) -> "Loop":
+    import torch
+    from ray.train.torch import get_device
+
+    from pipelines.training.loop import Loop
+    from qformer.distributed import rank, world_size
+
+    trainables: torch.nn.Module = run.stage.trainables
+    if world_size() > 1:
+        device = get_device()
+        devices = [device.index] if device.type == "cuda" else None
+        trainables = torch.nn.parallel.DistributedDataParallel(trainables, device_ids=devices)
+
+    def save(done: int) -> None:
+        if rank() == 0:
+            order = arguments["order"]
+            run.save(settings.output, done, optimizer, accounting, order=order, settings=resolved_yaml(settings))
+
+    return Loop(run.stage, trainables, optimizer, accounting, _loop_settings(arguments), log, save)
 
 
 def _loop_settings(arguments: dict[str, Any]) -> "LoopSettings":
@@ -228,45 +280,6 @@ def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> De
     )
 
 
-def _manifests(settings: TrainSettings) -> list[tuple[str, float | None]]:
-    """Path and weight of each manifest."""
-    manifest = settings.data.manifest
-    if isinstance(manifest, str):
-        return [(manifest, None)]
-    return [(one.path, one.weight) for one in manifest]
-
-
-def _check(settings: TrainSettings, num_rows: int) -> None:
-    """Refuse what cannot work before any worker starts."""
-    if settings.batch_size > num_rows:
-        raise UserError(
-            f"batch_size={settings.batch_size} is larger than the {num_rows} rows of split {settings.data.split!r} in "
-            f"{', '.join(path for path, _ in _manifests(settings))}; lower it"
-        )
-    if settings.batch_size < settings.workers:
-        raise UserError(
-            f"batch_size={settings.batch_size} gives some of the {settings.workers} workers nothing; raise it"
-        )
-    augmentation = settings.data.augmentation
-    if settings.data.features and (augmentation.random_resized_crop or augmentation.horizontal_flip):
-        raise UserError(
-            "data.features holds the encoder's view of the plain picture, so data.augmentation cannot change it; "
-            "leave one of them out"
-        )
-    if settings.stage == 2 and settings.model.language is None:
-        raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
-    if settings.stage == 1 and settings.init_from is not None:
-        raise UserError(f"init_from={settings.init_from!r} belongs to stage 2; to go on with stage 1 use --resume")
-    if settings.init_from is not None:
-        storage.newest_checkpoint(settings.init_from)
-    if settings.resume:
-        if not storage.exists(settings.output):
-            raise UserError(f"resume: {settings.output} does not exist; start the run without --resume")
-        logger.info("resuming from %s", _newest_checkpoint(settings.output) or "the start: no checkpoint yet")
-    else:
-        storage.require_unused(settings.output, "output")
-
-
 def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
     """Learn the vocabulary once per run; a resumed run keeps its own."""
     from pipelines.training.vocabulary import learn_text_tokenizer
@@ -290,14 +303,6 @@ def _tokenizer_folder(settings: TrainSettings) -> str:
     return storage.join(settings.output, TOKENIZER_FOLDER)
 
 
-def _newest_checkpoint(output: str) -> str | None:
-    """Newest checkpoint of this run, also one written before a restart of the workers; None before the first."""
-    try:
-        return storage.newest_checkpoint(output)
-    except UserError:
-        return None
-
-
 def _summary(
     run: "TrainingRun",
     accounting: "Accounting",
@@ -315,7 +320,6 @@ def _summary(
         "rows_used": accounting.rows_used,
         "rows_quarantined": accounting.rows_quarantined,
         "texts_truncated": run.num_truncated(),
-        "failures": list(accounting.quarantined.values()),
         "load_report": run.load_report,
         "trainable_parameters": sum(p.numel() for p in run.stage.trainables.parameters() if p.requires_grad),
         "trainable_names": run.trainable_names,

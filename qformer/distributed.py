@@ -132,3 +132,12 @@ def mean_of_ranks(value: float) -> float:
     if world_size() > 1:
         distributed.all_reduce(figure)
     return float(figure) / world_size()
+
+
+def any_text(text: str | None) -> str | None:
+    """The first text that any rank brings, None when none does; every rank must call."""
+    texts: list[str | None] = [text]
+    if world_size() > 1:
+        texts = [None] * world_size()
+        distributed.all_gather_object(texts, text)
+    return next((found for found in texts if found is not None), None)

@@ -230,4 +230,4 @@ def _join_frames(cached: KeyValue, frames: int) -> KeyValue:
 def sampling_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Randomness of one step's hard negatives on this rank: a function of (seed, step, rank) alone."""
     generator = torch.Generator(device=device)
-    return generator.manual_seed((seed * 1_000_003 + step) * 65_537 + rank())
+    return generator.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)

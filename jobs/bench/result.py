@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,9 +20,11 @@ class BenchResult:
     """Raw wall-clock seconds, one entry per measured thing."""
     ratios: Mapping[str, float]
     """The figures that matter, e.g. peer's seconds / ours; above 1 we are faster."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """What is done in a time, the unit at the end of the name: "encode images/s"."""
 
     def __post_init__(self) -> None:
-        for name, value in {**self.seconds, **self.ratios}.items():
+        for name, value in {**self.seconds, **self.ratios, **self.rates}.items():
             if not 0 < value < float("inf"):
                 raise ValueError(f"benchmark {self.bench}: {name}={value} is no positive number")
 
@@ -45,9 +47,10 @@ def _processor() -> str:
 
 
 def as_table(result: BenchResult) -> str:
-    """Aligned columns: the raw seconds, then the ratios."""
+    """Aligned columns: the raw seconds, then the ratios, then the rates."""
     rows = [(name, f"{value:.3f} s") for name, value in result.seconds.items()]
     rows += [(name, f"{value:.2f} x") for name, value in result.ratios.items()]
+    rows += [(name, f"{value:.1f}") for name, value in result.rates.items()]
     name_width = max((len(name) for name, _ in rows), default=0)
     value_width = max((len(value) for _, value in rows), default=0)
     lines = [f"{name:<{name_width}}  {value:>{value_width}}" for name, value in rows]
@@ -62,5 +65,6 @@ def as_json(result: BenchResult, hardware: str) -> str:
             "hardware": hardware,
             "seconds": dict(result.seconds),
             "ratios": dict(result.ratios),
+            **({"rates": dict(result.rates)} if result.rates else {}),
         }
     )

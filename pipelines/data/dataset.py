@@ -1,21 +1,20 @@
-"""Wires the pure parts into Ray Data: training segments, evaluation, features, the probe. The only Ray import here."""
+"""Wires the pure parts into Ray Data: training segments, evaluation, features. The only Ray import here."""
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from pipelines.data import quarantine, schema
-from pipelines.data.batch import Failure, SampleBatch, split_steps, unpack
-from pipelines.data.decode_rows import CheckRows, DecodeRows
+from pipelines.data import quarantine
+from pipelines.data.batch import SampleBatch, split_steps, unpack
+from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.features import FeatureCache, ReadFeatures
 from pipelines.data.order import Order
 from pipelines.data.plan import (
@@ -27,30 +26,18 @@ from pipelines.data.plan import (
     without_caption,
 )
 from pipelines.data.row_index import Rows
-from pipelines.data.samples import DecodeSettings, Limits
-from pipelines.data.stage_costs import StageCosts, summed
-from qformer.preprocessing import Preprocessing
+from pipelines.data.samples import DecodeSettings
+from pipelines.data.stage_costs import StageCosts
 
 if TYPE_CHECKING:
     from pipelines.data.encode_shards import EncoderChoice
 
-_PROBE_ROWS = 32
 _PREFETCHED_BATCHES = 2
 _SEGMENT_BLOCKS = 2048
 """Most input blocks of one dataset: Ray handles all of them before the first comes out."""
 _MAX_RESTARTS = 3
 """How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
 _MAX_TASK_RETRIES = 2
-_CHECKED = (schema.SAMPLE_ID, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
-_PROBE_PREPROCESSING = Preprocessing(
-    height=32,
-    width=32,
-    resize_short_side=32,
-    interpolation="nearest",
-    crop="squash",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,67 +236,6 @@ def to_batch(block: pa.Table) -> SampleBatch:
     return unpack(block)
 
 
-def probe(
-    table: pa.Table,
-    *,
-    num_frames: int,
-    limits: Limits,
-    decode_workers: int,
-    on_progress: Callable[[int, int, int], None] | None = None,
-    on_costs: Callable[[StageCosts], None] | None = None,
-) -> tuple[pa.Table, pa.Table]:
-    """Decode every row once to learn which can be used.
-
-    Args:
-        table: Manifest rows.
-        num_frames: Frames sampled of each video.
-        limits: What one file may cost.
-        decode_workers: Actors that decode.
-        on_progress: Called with (rows done, rows in all, rows failed) after each block.
-        on_costs: Called with each block's costs.
-
-    Returns:
-        The rows that can be used, in their order, and the quarantine table. Together they are all rows: of rows
-        with the same sample id all but the first are quarantined.
-    """
-    first = _is_first(table[schema.SAMPLE_ID].to_pylist())
-    unique = table.filter(pa.array(first))
-    failures = [
-        Failure(name, media, "manifest", "config", "sample_id was used by an earlier row")
-        for name, media, is_first in zip(
-            table[schema.SAMPLE_ID].to_pylist(), table[schema.MEDIA].to_pylist(), first, strict=True
-        )
-        if not is_first
-    ]
-    media_of = dict(zip(unique[schema.SAMPLE_ID].to_pylist(), unique[schema.MEDIA].to_pylist(), strict=True))
-    settings = DecodeSettings(preprocessing=_PROBE_PREPROCESSING, num_frames=num_frames, limits=limits)
-    blocks = [unique.slice(start, _PROBE_ROWS) for start in range(0, len(unique), _PROBE_ROWS)]
-    failed: set[str] = set()
-    done = len(failures)
-    for checked in _results(blocks, settings, decode_workers):
-        failed_here = checked.filter(pc.is_valid(checked[schema.STAGE])).select(_CHECKED)
-        for row in failed_here.to_pylist():
-            name = row[schema.SAMPLE_ID]
-            failed.add(name)
-            failures.append(Failure(media=media_of[name], **row))
-        if on_costs is not None:
-            on_costs(summed(checked))
-        quarantine.require_readable(failures)
-        done += len(checked)
-        if on_progress is not None:
-            on_progress(done, len(table), len(failures))
-    is_used = [name not in failed for name in unique[schema.SAMPLE_ID].to_pylist()]
-    used, quarantined = unique.filter(pa.array(is_used, pa.bool_())), quarantine.to_table(failures)
-    assert done == len(table) == len(used) + len(quarantined), "probe lost rows"
-    return used, quarantined
-
-
-def _results(blocks: list[pa.Table], settings: DecodeSettings, decode_workers: int) -> Iterator[pa.Table]:
-    if blocks:
-        dataset = _mapped(blocks, CheckRows, (settings,), min(decode_workers, len(blocks)))
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
 def _mapped(
     blocks: list[pa.Table], operator: type[Any], arguments: tuple[Any, ...], decode_workers: int
 ) -> ray.data.Dataset:
@@ -335,12 +261,3 @@ def _mapped(
 
 def _bounded_retries() -> dict[str, Any]:
     return {"max_restarts": _MAX_RESTARTS, "max_task_retries": _MAX_TASK_RETRIES}
-
-
-def _is_first(names: list[str]) -> list[bool]:
-    seen: set[str] = set()
-    first = []
-    for name in names:
-        first.append(name not in seen)
-        seen.add(name)
-    return first

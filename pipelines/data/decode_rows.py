@@ -1,5 +1,6 @@
 """Decode one block of rows; the operator that Ray Data runs, itself free of Ray."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow as pa
 from pipelines.data import schema
 from pipelines.data.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
 from pipelines.data.media import MediaError
-from pipelines.data.samples import DecodeSettings, SampleDecoder
+from pipelines.data.samples import Checked, DecodeSettings, SampleDecoder
 from pipelines.data.stage_costs import StageCosts, cost_columns
 
 _COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
@@ -83,30 +84,37 @@ class CheckRows:
         when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
         part of it. Then `stage_costs.COST_COLUMNS`.
         """
-        costs = [StageCosts() for _ in range(len(rows))]
-        samples = zip(_samples(rows), costs, strict=True)
-        checked = [self._decoder.check(**sample.arguments, costs=cost) for sample, cost in samples]
-        errors = [one.error for one in checked]
-        facts = [
-            {
-                schema.SIZE_BYTES: one.size_bytes,
-                schema.CONTENT_HASH: one.content_hash,
-                **(one.facts.to_dict() if one.facts else {}),
-            }
-            for one in checked
-        ]
-        told = pa.Table.from_pylist(facts, schema=schema.FACTS_SCHEMA)
-        return pa.table(
-            {
-                schema.SAMPLE_ID: rows[schema.SAMPLE_ID],
-                schema.STAGE: pa.array([e and e.stage for e in errors], pa.string()),
-                schema.ERROR_CLASS: pa.array([e and e.error_class for e in errors], pa.string()),
-                schema.MESSAGE: pa.array([e and e.message for e in errors], pa.string()),
-                schema.TRIES: pa.array([e and e.tries for e in errors], pa.int32()),
-                **{name: told[name] for name in told.column_names},
-                **cost_columns(costs),
-            }
-        )
+        return told(rows, [self._decoder.check(**sample.arguments) for sample in _samples(rows)])
+
+
+def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:
+    """Make the table that `CheckRows` returns.
+
+    Args:
+        rows: What was checked.
+        checked: What was found of each.
+    """
+    errors = [one.error for one in checked]
+    facts = [
+        {
+            schema.SIZE_BYTES: one.size_bytes,
+            schema.CONTENT_HASH: one.content_hash,
+            **(one.facts.to_dict() if one.facts else {}),
+        }
+        for one in checked
+    ]
+    columns = pa.Table.from_pylist(facts, schema=schema.FACTS_SCHEMA)
+    return pa.table(
+        {
+            schema.SAMPLE_ID: rows[schema.SAMPLE_ID],
+            schema.STAGE: pa.array([e and e.stage for e in errors], pa.string()),
+            schema.ERROR_CLASS: pa.array([e and e.error_class for e in errors], pa.string()),
+            schema.MESSAGE: pa.array([e and e.message for e in errors], pa.string()),
+            schema.TRIES: pa.array([e and e.tries for e in errors], pa.int32()),
+            **{name: columns[name] for name in columns.column_names},
+            **cost_columns(one.costs for one in checked),
+        }
+    )
 
 
 class _Sample(NamedTuple):

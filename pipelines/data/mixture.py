@@ -121,9 +121,10 @@ def open_corpus(
 
 
 def _opened(path: str, split: str, kind: str | None) -> Rows:
-    parts = storage.join(path, PARTS_FOLDER)
-    if storage.is_folder(path) and storage.exists(storage.join(parts, INDEX_FILE)):
-        return PartRows(parts, split, kind)
+    if storage.is_folder(path):
+        for folder in (storage.join(path, PARTS_FOLDER), path):
+            if storage.exists(storage.join(folder, INDEX_FILE)):
+                return PartRows(folder, split, kind)
     return TableRows(read_manifest(path, split, needs_captions=True, kind=kind))
 
 

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data import storage
+from pipelines.data import members, storage
 from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
 from pipelines.data.decode import decode_image, image_facts
 from pipelines.data.facts import MediaFacts, content_hash
@@ -73,6 +73,7 @@ class Checked:
     content_hash: str | None = None
     """See `facts.content_hash`: of the whole file, also where the sample is a part of it."""
     facts: MediaFacts | None = None
+    costs: StageCosts = field(default_factory=StageCosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +137,18 @@ class SampleDecoder:
         data: bytes | None = None,
         start_s: float | None = None,
         end_s: float | None = None,
-        costs: StageCosts | None = None,
     ) -> Checked:
         """Decode one sample, as `decode` without seed does, to learn whether it can be used and what it is."""
-        costs = StageCosts() if costs is None else costs
         size_bytes = fingerprint = None
+        costs = StageCosts()
         try:
             source = self._source(kind, media, data, costs)
             with costs.measure("fetch"):
                 size_bytes, fingerprint = self._fingerprint(media, source)
             clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
-            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts)
+            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
         except MediaError as error:
-            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint)
+            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
 
     def waveform(
         self,
@@ -243,7 +243,7 @@ class SampleDecoder:
             return _Source(None, data)
         if not media:
             raise MediaError("config", "neither media nor bytes are given", stage="manifest")
-        if kind == VIDEO and storage.is_local(media):
+        if kind == VIDEO and storage.is_local(media) and members.parse(media) is None:
             # The child reads local files itself: large ones are never copied through memory.
             return _Source(self._checked_path(media, costs), b"")
         with costs.measure("fetch"):

@@ -13,15 +13,20 @@ START_S = "start_s"
 END_S = "end_s"
 SPLIT = "split"
 LICENCE = "licence"
+SOURCE = "source"
+"""Name of the source that a row came from; mixtures weigh sources by it."""
 
 CAPTION = "caption"
 """Accepted in place of `captions` when a table has one caption a row."""
 INSTRUCTION = "instruction"
 """Accepted in place of `instructions`."""
+SINGULAR = {CAPTION: CAPTIONS, INSTRUCTION: INSTRUCTIONS}
 
 IMAGE = "image"
 VIDEO = "video"
 KINDS = (IMAGE, VIDEO)
+TRAIN = "train"
+"""The split that is trained on; every other one is for evaluation."""
 
 FEATURE_SHARD, FEATURE_ROW = FEATURE_COLUMNS = ("feature_shard", "feature_row")
 """Where a row's features lie in a feature cache; only in tables that `features.locate` returned."""
@@ -71,6 +76,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field(END_S, pa.float64()),
         pa.field(SPLIT, pa.string(), nullable=False),
         pa.field(LICENCE, pa.string()),
+        pa.field(SOURCE, pa.string()),
     ]
 )
 
@@ -85,3 +91,35 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field(EPOCH, pa.int32(), nullable=False),
     ]
 )
+
+PROBE_SCHEMA = pa.schema(
+    [
+        *(MANIFEST_SCHEMA.field(name) for name in (SAMPLE_ID, MEDIA, KIND, SPLIT, SOURCE, START_S, END_S)),
+        *FACTS_SCHEMA,
+    ]
+)
+"""What `prepare` found of each row's file, one row for each of the manifest."""
+
+DUPLICATE_OF, DUPLICATE_OF_SPLIT = "duplicate_of", "duplicate_of_split"
+
+DUPLICATES_SCHEMA = pa.schema(
+    [
+        pa.field(SAMPLE_ID, pa.string(), nullable=False),
+        pa.field(SPLIT, pa.string(), nullable=False),
+        pa.field(MEDIA, pa.string()),
+        pa.field(DUPLICATE_OF, pa.string(), nullable=False),
+        pa.field(DUPLICATE_OF_SPLIT, pa.string(), nullable=False),
+        pa.field(CONTENT_HASH, pa.string(), nullable=False),
+    ]
+)
+"""Rows whose media has the same bytes as an earlier row's other file, or as a row's of another split."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field(KIND, pa.string(), nullable=False),
+        pa.field(SPLIT, pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+    ]
+)
+"""The part files of a manifest too large for one file."""

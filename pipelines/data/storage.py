@@ -1,16 +1,19 @@
 """Files on local disks and on anything fsspec speaks (s3://, gs://, memory:// ...)."""
 
+import contextlib
 import os
 import posixpath
 import re
 import stat
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
 
+from pipelines.data import members
 from qformer.errors import UserError
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -21,6 +24,10 @@ _CHECKPOINT_NAME = re.compile(r"step-\d{8}")
 
 class FileTooLargeError(OSError):
     """The file exceeds the caller's byte limit."""
+
+
+class CutFileError(OSError):
+    """The file ends before the bytes that were asked for."""
 
 
 class NotRegularFileError(OSError):
@@ -88,12 +95,21 @@ def open_input(uri: str) -> BinaryIO:
 
 
 def read_bytes(uri: str, max_bytes: int) -> bytes:
-    """Read a whole file.
+    """Read a whole file, or the member of a tar shard that `members` spells.
 
     Raises:
         FileTooLargeError: If it holds more than `max_bytes`; nothing is read then.
+        CutFileError: If a member's shard ends before the member does.
         OSError: If it is missing, unreadable or (locally) not a regular file.
     """
+    member = members.parse(uri)
+    if member is not None:
+        if member.length > max_bytes:
+            raise FileTooLargeError(f"{member.length} bytes exceed the limit of {max_bytes}")
+        content = read_range(member.shard, member.offset, member.length)
+        if len(content) < member.length:
+            raise CutFileError(f"the shard ends {member.length - len(content)} bytes before its member does")
+        return content
     with open_regular(uri) as file:
         size_bytes = os.fstat(file.fileno()).st_size if is_local(uri) else _size_bytes(uri)
         if size_bytes > max_bytes:
@@ -103,6 +119,25 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise FileTooLargeError(f"more than the limit of {max_bytes} bytes")
     return content
+
+
+def read_range(uri: str, offset: int, length: int) -> bytes:
+    """Read `length` bytes from `offset` on; fewer where the file ends sooner, none behind its end.
+
+    Raises:
+        OSError: If it is missing, unreadable or (locally) not a regular file.
+    """
+    if is_local(uri):
+        with open_regular(uri) as file:
+            file.seek(offset)
+            return file.read(length)
+    filesystem, path = _filesystem(uri)
+    try:
+        return bytes(filesystem.cat_file(path, start=offset, end=offset + length))
+    except Exception:  # stores have their own errors for a range behind the end
+        if offset >= int(filesystem.size(path) or 0):
+            return b""
+        raise
 
 
 def size_bytes(uri: str) -> int:
@@ -137,22 +172,38 @@ def require_regular(path: str) -> os.stat_result:
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file; on local disks a reader sees either the old content or the new, never a part."""
+    with open_output(uri) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_output(uri: str) -> Iterator[BinaryIO]:
+    """Open a file for writing piece by piece; on local disks it appears under its name only when it is whole."""
     if not is_local(uri):
         with fsspec.open(uri, "wb") as file:
-            file.write(content)
+            yield cast(BinaryIO, file)
         return
     path = local_path(uri)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def move_file(uri: str, target: str) -> None:
+    """Give a file another name of the same file system, replacing what has that name."""
+    if is_local(uri):
+        os.replace(local_path(uri), local_path(target))
+    else:
+        filesystem, path = _filesystem(uri)
+        filesystem.mv(path, _filesystem(target)[1])
 
 
 def remove_file(uri: str) -> None:

@@ -121,6 +121,8 @@ class _Child:
         Raises:
             MediaError: "timeout".
         """
+        if self._process is not None and self._process.poll() is not None:
+            self.kill()  # it was ended while it waited, which is nothing that this file did
         process = self._process or self._start()
         self._process = process
         is_late = threading.Event()

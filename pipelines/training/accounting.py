@@ -1,15 +1,25 @@
 """Which rows a run used and which it quarantined: rows in = rows used + rows quarantined, for the surviving steps."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from torch import distributed
 
+from pipelines.data import quarantine
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.quarantine import accounting_line
 from qformer.distributed import world_size
 from qformer.errors import UserError
+
+_SIGMAS, _MIN_FAILURES = 3.0, 4
+"""How far beyond the allowed share the rows seen so far must be, so that a corpus just below it is not stopped."""
+
+
+class TooManyQuarantinedError(UserError):
+    """The run's data is going bad; every rank raises it at the same step."""
 
 
 @dataclass(slots=True)
@@ -53,15 +63,28 @@ class Accounting:
         """Stop a run whose data is going bad.
 
         Raises:
-            UserError: If more than `max_share` of the epoch's rows are quarantined already.
+            TooManyQuarantinedError: If more than `max_share` of the epoch's rows are quarantined already, if the rows
+                seen so far tell that it will come to that, or if no row at all could be used.
         """
         count = sum(1 for failure in self.quarantined.values() if failure["epoch"] == epoch)
-        if count > max_share * rows_per_epoch:
+        expected = max_share * self.rows_in
+        is_hopeless = self.rows_quarantined > expected + _SIGMAS * math.sqrt(expected) + _MIN_FAILURES
+        nothing_used = self.rows_in > 0 and self.rows_used == 0
+        if count > max_share * rows_per_epoch or is_hopeless or nothing_used:
             reasons = sorted({failure["error_class"] for failure in self.quarantined.values()})
-            raise UserError(
-                f"{count} of {rows_per_epoch} rows of epoch {epoch} are quarantined ({', '.join(reasons)}), more than "
-                f"max_quarantine_share={max_share:g}; see quarantine.parquet, run `qformer prepare`, or raise the share"
+            raise TooManyQuarantinedError(
+                f"{count} of {rows_per_epoch} rows of epoch {epoch} are quarantined ({', '.join(reasons)}; "
+                f"{self.line}), more than max_quarantine_share={max_share:g} allows; see quarantine.parquet in the run "
+                "folder, run `qformer prepare`, or raise the share"
             )
+
+    def table(self) -> pa.Table:
+        """The quarantine table of the run."""
+        tables = [quarantine.to_table([])]
+        for values in self.quarantined.values():
+            failure = Failure(**{name: value for name, value in values.items() if name != "epoch"})
+            tables.append(quarantine.to_table([failure], values["epoch"]))
+        return pa.concat_tables(tables)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

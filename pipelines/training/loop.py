@@ -111,7 +111,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same.
-        torch.manual_seed((settings.seed * 1_000_003 + step) * 65_537 + rank())
+        torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
         with self._autocast():
             losses = self.stage.losses(self.call, batch, step)
         losses["total"].backward()

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.bench.hf_stage1 import HuggingFaceStage1, their_name
+from jobs.bench.stage1 import Case, make_batch, measure
+from jobs.bench.stage1_flops import step_flops
 from qformer.config import QFormerConfig
 from qformer.objectives import Negatives
 from qformer.stage1 import Stage1, Stage1Batch
@@ -43,3 +47,34 @@ def test_the_reference_schedule_has_our_losses_and_gradients(attention):
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[their_name(name)].grad, **CLOSE, msg=name)
+
+
+def test_operations_are_those_that_torch_counts():
+    """Without the products that the backward computes again, which are no useful work."""
+    case = Case(config=CONFIG, image_tokens=7, batch=4)
+    batch, negatives = make_batch(case, [9, 4, 7, 5], seed=0)
+    model = Stage1(CONFIG)
+    lengths = batch.is_text_BT.sum(dim=1)
+    expected = step_flops(CONFIG, lengths.tolist(), lengths[negatives.text_B].tolist(), 7)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch, negatives=negatives)
+    # ITC's similarities, batch x batch, are the only products that are left out.
+    assert counter.get_total_flops() == pytest.approx(expected / 3, rel=0.01)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch, negatives=negatives).total.backward()
+    assert expected <= counter.get_total_flops() < 1.1 * expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiler", "is_bf16"), [("eager", False), ("aot_eager", True)])
+def test_the_way_of_the_gpu_runs_at_a_tiny_size(compiler, is_bf16):
+    """The compiled measurement, operations a second and the encoder, on the CPU."""
+    torch._dynamo.reset()
+    case = Case(
+        config=CONFIG, image_tokens=7, batch=4, rounds=1, is_bf16=is_bf16, compiler=compiler, vision="test_vit",
+        vision_batch=2,
+    )  # fmt: skip
+    result = measure(case, [9, 4, 7, 5])
+    assert set(result.seconds) == {"ours", "reference", "ours compiled"}
+    assert set(result.ratios) == {"speedup", "speedup eager", "peak_memory"}
+    assert set(result.rates) == {"ours TFLOP/s", "ours compiled TFLOP/s", "test_vit images/s"}

@@ -99,6 +99,16 @@ def test_resume_sets_the_setting(capsys):
     assert "resume: true" in capsys.readouterr().out
 
 
+def test_flags_of_prepare_set_the_settings(capsys):
+    config = ["--config", str(REPOSITORY / "jobs/configs/prepare.yaml"), "--show-config"]
+    assert cli.main(["prepare", *config, "--dry-run", "20"]) == 0
+    assert "dry_run: 20" in capsys.readouterr().out
+    assert cli.main(["prepare", *config, "--retry-quarantined"]) == 0
+    assert "retry_quarantined: true" in capsys.readouterr().out
+    assert cli.main(["prepare", *config, "--dry-run", "some"]) == 2
+    assert "dry_run=some" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

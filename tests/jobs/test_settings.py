@@ -88,6 +88,36 @@ def test_mistakes_in_overrides(override, expected):
     assert "\n" not in text
 
 
+CAPTION = ("checkpoint=c", "media=[a.jpg]")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("generation.num_beam=3", "unknown key 'generation.num_beam'; did you mean generation.num_beams?"),
+        ("max_new_tokens=3", "unknown key 'max_new_tokens'; did you mean generation.max_new_tokens?"),
+        ("generation.num_beams=many", "generation.num_beams = 'many': input should be a valid integer"),
+        ("generation.max_new_tokens=0", "max_new_tokens=0 and num_beams=1 must be at least 1; raise them"),
+        ("generation={num_beams: 3, top_p: 0.9}", "top_p=0.9 samples, num_beams=3 searches; set one of them"),
+        ("generation.temperature=0.5", "temperature=0.5 changes sampling alone; set top_p too"),
+        ("generation.length_penalty=2", "length_penalty=2.0 ranks beams; set num_beams above 1 too"),
+    ],
+)
+def test_mistakes_in_generation_settings(override, expected):
+    text = message(CaptionSettings, None, *CAPTION, override)
+    assert expected in text and "\n" not in text
+
+
+def test_nested_settings_of_the_library_are_read_and_written(tmp_path):
+    loaded = load(CaptionSettings, None, [*CAPTION, "generation.top_p=0.9", "generation.seed=3"])
+    assert (loaded.generation.top_p, loaded.generation.seed, loaded.generation.max_new_tokens) == (0.9, 3, 32)
+    (tmp_path / "again.yaml").write_text(resolved_yaml(loaded))
+    assert load(CaptionSettings, tmp_path / "again.yaml") == loaded
+    lora = load(TrainSettings, STAGE1, ["model.lora.rank=4", "model.lora.targets=[q_proj]"]).model.lora
+    assert (lora.rank, lora.targets) == (4, ("q_proj",))
+    assert "rank >= 1" in message(TrainSettings, STAGE1, "model.lora.rank=0")
+
+
 def test_unknown_key_inside_a_list_of_settings():
     text = message(PrepareSettings, None, "output=o", "sources.0.path=a", "sources.0.medai_root=b")
     assert text.endswith("unknown key 'sources.0.medai_root'; did you mean sources.0.media_root?")

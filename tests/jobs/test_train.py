@@ -132,14 +132,36 @@ def test_mistakes_end_before_any_worker_starts(changes, message, world, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_encoder_is_one_line_from_the_workers(ray_local, world, tmp_path):
-    from jobs.cli import find_user_error
-
+def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(ray_local, world, tmp_path, caplog):
+    caplog.set_level("INFO")
     model = settings(world, "x").model.model_copy(update={"vision": "vit_tiny_patch16_22", "vision_pretrained": False})
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Ray's own class around it
-        train.main(settings(world, tmp_path / "run", model=model, workers=1))
-    mistake = find_user_error(caught.value)
-    assert mistake is not None and "vit_tiny_patch16_224" in str(mistake)
+    with pytest.raises(UserError, match="vit_tiny_patch16_224"):
+        train.main(settings(world, tmp_path / "run", model=model, workers=1, max_failures=3))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(ray_local, tmp_path):
+    rows = [{"media": f"gone/{index}.jpg", "caption": "a red circle"} for index in range(1000)]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = TrainDataSettings(manifest=str(manifest), num_frames=2)
+    with pytest.raises(UserError, match="rows in 16 = rows used 0 . rows quarantined 16.*quarantine.parquet"):
+        train.main(settings(None, tmp_path / "run", data=data, batch_size=8, steps=4, workers=1))
+    table = pq.read_table(tmp_path / "run" / "quarantine.parquet")
+    assert table["error_class"].to_pylist() == ["missing"] * 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 8}, r"workers=8 and decode_workers=1 need 9 CPUs, this machine's Ray has 4; lower them"),
+        ({"use_gpu": True}, r"workers=2 need 2 GPUs, this machine's Ray has 0; set use_gpu=false"),
+    ],
+)
+def test_what_this_machine_lacks_is_told_at_once(ray_local, world, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train.main(settings(world, tmp_path / "run", **changes))
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -60,21 +60,29 @@ def gradients(stage1):
     return {name: parameter.grad for name, parameter in stage1.named_parameters()}
 
 
+def masked_batch():
+    """Six samples, of which one on either of two ranks is masked and holds NaN."""
+    full, valid = batch(6), torch.tensor([True, False, True, True, True, False])
+    full.image_BFPV[~valid] = float("nan")
+    return take(full, slice(None), is_valid_B=valid)
+
+
 def two_rank_worker(rank, world, folder):
-    expected = torch.load(folder / "joined.pt")
-    stage1, full = model(), batch(6)
-    rows = slice(rank * 3, rank * 3 + 3)
-    losses = stage1(take(full, rows), negatives=cyclic_negatives(6, rows))
-    losses.total.backward()
-    for name, parameter in stage1.named_parameters():
-        torch.distributed.all_reduce(parameter.grad)
-        torch.testing.assert_close(parameter.grad / world, expected[name], **CLOSE)
+    for case, full in (("whole", batch(6)), ("masked", masked_batch())):
+        expected = torch.load(folder / f"{case}.pt")
+        stage1, rows = model(), slice(rank * 3, rank * 3 + 3)
+        losses = stage1(take(full, rows), negatives=cyclic_negatives(6, rows))
+        losses.total.backward()
+        for name, parameter in stage1.named_parameters():
+            torch.distributed.all_reduce(parameter.grad)
+            torch.testing.assert_close(parameter.grad / world, expected[name], **CLOSE)
 
 
 def test_gather_with_gradient_equals_one_process_on_the_joined_batch(tmp_path):
-    stage1 = model()
-    stage1(batch(6), negatives=cyclic_negatives(6)).total.backward()
-    torch.save(gradients(stage1), tmp_path / "joined.pt")
+    for case, full in (("whole", batch(6)), ("masked", masked_batch())):
+        stage1 = model()
+        stage1(full, negatives=cyclic_negatives(6)).total.backward()
+        torch.save(gradients(stage1), tmp_path / f"{case}.pt")
     run_processes(two_rank_worker, 2, tmp_path)
 
 

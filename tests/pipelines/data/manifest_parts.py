@@ -42,10 +42,22 @@ def write_parts(folder: Path, counts: dict[tuple[str, str], int], *, rows_per_pa
                 row_group_size=1024,
                 compression="zstd",
                 use_dictionary=[schema.KIND, schema.SPLIT],
-                write_statistics=False,
             )
             index.append({"file": name, "kind": kind, "split": split, "rows": len(rows)})
         first += count
+    pq.write_table(pa.Table.from_pylist(index), folder / INDEX_FILE)
+    return folder
+
+
+def cut_into_parts(folder: Path, table: pa.Table, *, rows_per_part: int) -> Path:
+    """Write a table, whose rows are of one kind and split, as a manifest in parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, split = table[schema.KIND][0].as_py(), table[schema.SPLIT][0].as_py()
+    index = []
+    for number, start in enumerate(range(0, len(table), rows_per_part)):
+        part, name = table.slice(start, rows_per_part), f"part-{kind}-{split}-{number:05d}.parquet"
+        pq.write_table(part, folder / name)
+        index.append({"file": name, "kind": kind, "split": split, "rows": len(part)})
     pq.write_table(pa.Table.from_pylist(index), folder / INDEX_FILE)
     return folder
 

@@ -1,6 +1,5 @@
 """The few tests that need Ray itself."""
 
-import json
 import pickle
 import threading
 import time
@@ -11,12 +10,12 @@ import pytest
 
 from pipelines.data import schema
 from pipelines.data.batch import SampleBatch
-from pipelines.data.dataset import build_segment, evaluation_datasets, probe, to_batch
+from pipelines.data.dataset import build_segment, evaluation_datasets, to_batch
 from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import PADDING, Order, rank_columns
 from pipelines.data.row_index import TableRows
-from pipelines.data.samples import Limits, SampleDecoder
-from tests.pipelines.data.builders import DECODE, image_manifest, manifest
+from pipelines.data.samples import SampleDecoder
+from tests.pipelines.data.builders import DECODE, image_manifest
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -107,49 +106,3 @@ def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path, ray_local
         np.testing.assert_array_equal(by_path, evaluated.images[row])
         np.testing.assert_array_equal(by_bytes, evaluated.images[row])
     decoder.close()
-
-
-def test_probe_accounts_for_every_row(tmp_path):
-    table = image_manifest(tmp_path, 70)
-    (tmp_path / "5.jpg").unlink()
-    doubled = manifest([*table.to_pylist(), {"sample_id": "s3", "media": "/other.jpg"}])
-    told = []
-    used, quarantined = probe(
-        doubled, num_frames=2, limits=Limits(), decode_workers=1, on_progress=lambda *counts: told.append(counts)
-    )
-    assert used[schema.SAMPLE_ID].to_pylist() == [f"s{i}" for i in range(70) if i != 5]
-    found = {row["sample_id"]: (row["error_class"], row["media"]) for row in quarantined.to_pylist()}
-    assert found == {"s5": ("missing", str(tmp_path / "5.jpg")), "s3": ("config", "/other.jpg")}
-    assert told[-1] == (71, 71, 2)
-
-
-def test_prepare_over_real_files(tmp_path, test_data_dir, capsys):
-    """Photographs with captions and a folder of difficult clips: what the manifest of the data says, happens."""
-    import pyarrow.parquet as pq
-
-    from jobs.prepare import main
-    from jobs.settings import PrepareSettings
-
-    settings = PrepareSettings.model_validate(
-        {
-            "sources": [
-                {"path": str(test_data_dir / "captioned/captions.jsonl"), "columns": {"media": "image"}},
-                {"path": str(test_data_dir / "videos")},
-            ],
-            "output": str(tmp_path / "out"),
-        }
-    )
-    summary = main(settings)
-    used = set(pq.read_table(tmp_path / "out/manifest.parquet")[schema.SAMPLE_ID].to_pylist())
-    quarantined = set(pq.read_table(tmp_path / "out/quarantine.parquet")[schema.SAMPLE_ID].to_pylist())
-    for record in json.loads((test_data_dir / "MANIFEST.json").read_text())["records"]:
-        if record["kind"] == "video":
-            name, expected = record["path"].removeprefix("videos/"), record["ground_truth"]["expected"]
-            if expected in ("must_fail", "no_video_stream"):
-                assert name in quarantined
-            elif expected == "decodes":
-                assert name in used
-    rows = f"rows in {len(used) + len(quarantined)} = rows used {len(used)} + rows quarantined {len(quarantined)}"
-    assert capsys.readouterr().out.splitlines()[-1] == rows
-    assert summary["used_by_kind"]["image"] == 1068
-    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary

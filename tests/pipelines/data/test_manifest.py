@@ -4,15 +4,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data import schema
-from pipelines.data.manifest import read_manifest, read_source, write_table
+from pipelines.data import manifest_files, schema, storage
+from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest_files import append_rows, iterate_rows, read_index, write_manifest
+from pipelines.data.sources.raw import Source
+from pipelines.data.sources.source import read_source
 from qformer.errors import UserError
-from tests.pipelines.data.builders import jpeg, manifest
-
-ROWS = [
-    {"image": "img/a.jpg", "captions": ["one", "two"], "licence": "CC0"},
-    {"image": "img/b.mp4", "captions": "three", "split": "test"},
-]
+from tests.pipelines.data.builders import manifest
 
 
 def _jsonl(folder, rows):
@@ -21,147 +19,114 @@ def _jsonl(folder, rows):
     return str(path)
 
 
-def _csv(folder, text):
-    path = folder / "rows.csv"
-    path.write_text(text)
-    return str(path)
+def _rows(count, **values):
+    return manifest([{"sample_id": f"s{n}", "media": f"/{n}.jpg", "instructions": [], **values} for n in range(count)])
 
 
-def test_jsonl(tmp_path):
-    rows = read_source(_jsonl(tmp_path, ROWS), columns={"media": "image"}).to_pylist()
-    assert [row["sample_id"] for row in rows] == ["img/a.jpg", "img/b.mp4"]
-    assert [row["media"] for row in rows] == [str(tmp_path / "img/a.jpg"), str(tmp_path / "img/b.mp4")]
-    assert [row["kind"] for row in rows] == ["image", "video"]
-    assert [row["captions"] for row in rows] == [["one", "two"], ["three"]]
-    assert [row["split"] for row in rows] == ["train", "test"]
-    assert [row["licence"] for row in rows] == ["CC0", None]
+@pytest.fixture
+def small_files(monkeypatch):
+    """A few rows stand for a million: the form for many rows, at the cost of few."""
+    monkeypatch.setattr(manifest_files, "MAX_FILE_ROWS", 100)
+    monkeypatch.setattr(manifest_files, "ROW_GROUP_ROWS", 16)
 
 
-def test_csv_with_one_caption_a_row(tmp_path):
-    """The same media in several rows, as many caption files have it: every row stays, with an id of its own."""
-    path = _csv(tmp_path, 'media,caption,start_s\na.jpg,"one, two",\na.jpg,three,\nb.mp4,four,1.5\n')
-    rows = read_source(path).to_pylist()
-    assert [row["sample_id"] for row in rows] == ["a.jpg", "a.jpg#2", "b.mp4"]
-    assert [row["captions"] for row in rows] == [["one, two"], ["three"], ["four"]]
-    assert [row["start_s"] for row in rows] == [None, None, 1.5]
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_a_written_manifest_is_read_again(tmp_path, scheme):
+    output = str(tmp_path / "out") if scheme == "local" else f"memory://{tmp_path.name}/out"
+    table = pa.concat_tables([_rows(3), _rows(1, sample_id="t", split="test")])
+    write_manifest([table.slice(0, 1), table.slice(1)], len(table), output)
+    assert read_manifest(output, needs_captions=True).equals(table)
+    assert read_manifest(storage.join(output, "manifest.parquet"), split="test").num_rows == 1
+    append_rows(_rows(1, sample_id="u"), output)
+    assert read_manifest(output)[schema.SAMPLE_ID].to_pylist() == ["s0", "s1", "s2", "t", "u"]
 
 
-@pytest.mark.parametrize(
-    ("captions", "instruction", "expected"),
-    [
-        (["red", "two"], "what is there", (["red", "two"], ["what is there"])),  # one for all
-        (["red", "two"], ["which colour ", "how many"], (["red", "two"], ["which colour", "how many"])),
-        (["red", "  ", "two"], ["a", "b", "c"], (["red", "two"], ["a", "c"])),  # an empty answer takes its question
-        (["red", "two"], ["", "how many"], (["red", "two"], ["", "how many"])),
-        (["red"], ["", ""][:1], (["red"], [])),
-        (["red"], None, (["red"], [])),
-    ],
-)
-@pytest.mark.parametrize("column", ["instruction", "instructions"])
-def test_instructions_stay_with_their_captions(tmp_path, column, captions, instruction, expected):
-    path = _jsonl(tmp_path, [{"media": "a.jpg", "captions": captions, column: instruction}])
-    (row,) = read_source(path).to_pylist()
-    assert (row["captions"], row["instructions"]) == expected
+def test_a_manifest_written_by_others_or_before(tmp_path):
+    """A table without our mark is checked row by row; a marked one of an older version lacks columns."""
+    table = _rows(2)
+    pq.write_table(table.drop_columns([schema.SOURCE, schema.INSTRUCTIONS]), tmp_path / "plain.parquet")
+    assert read_manifest(str(tmp_path / "plain.parquet")).equals(table)
+    write_manifest([table], 2, str(tmp_path))
+    old = pq.read_table(tmp_path / "manifest.parquet").drop_columns([schema.SOURCE, schema.INSTRUCTIONS])
+    pq.write_table(old, tmp_path / "old.parquet")
+    assert manifest_files.is_marked(str(tmp_path / "old.parquet"))
+    assert read_manifest(str(tmp_path / "old.parquet")).equals(table)
 
 
-def test_csv_with_a_list_of_instructions(tmp_path):
-    path = _csv(
-        tmp_path, 'media,captions,instructions\na.jpg,"[""1"", ""2""]","[""one?"", ""two?""]"\nb.jpg,3,three?\n'
+@pytest.mark.usefixtures("small_files")
+def test_many_rows_go_into_parts_of_one_kind_and_split(tmp_path):
+    blocks = []
+    for start in range(0, 390, 39):
+        rows = [
+            {
+                "sample_id": f"s{n}",
+                "media": f"/{n}",
+                "kind": "video" if n % 3 == 0 else "image",
+                "split": "a/b" if n % 13 == 0 else "train",
+                "instructions": [],
+            }
+            for n in range(start, start + 39)
+        ]
+        blocks.append(manifest(rows))
+    output = str(tmp_path)
+    write_manifest(blocks, 390, output)
+    index = read_index(str(tmp_path / "manifest")).to_pylist()
+    assert sorted(found.name for found in (tmp_path / "manifest").iterdir()) == sorted(
+        ["index.parquet", *(row["file"] for row in index)]
     )
-    assert read_source(path)["instructions"].to_pylist() == [["one?", "two?"], ["three?"]]
-
-
-def test_csv_with_a_list_of_captions(tmp_path):
-    path = _csv(tmp_path, 'media,captions\na.jpg,"[""one"", ""two""]"\nb.jpg,plain\n')
-    assert read_source(path)[schema.CAPTIONS].to_pylist() == [["one", "two"], ["plain"]]
-
-
-def test_parquet_with_bytes(tmp_path):
-    pq.write_table(pa.table({"id": [7], "picture": [jpeg()]}), tmp_path / "a.parquet")
-    columns = {"sample_id": "id", "media_bytes": "picture"}
-    (row,) = read_source(str(tmp_path / "a.parquet"), columns=columns).to_pylist()
-    assert (row["sample_id"], row["media"], row["kind"]) == ("7", None, "image")
-    assert row["media_bytes"] == jpeg()
-
-
-def test_folder(tmp_path):
-    for name in ("b/x.mp4", "a.JPG", "b/-dash .webm", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    rows = read_source(str(tmp_path)).to_pylist()
-    assert [(row["sample_id"], row["kind"]) for row in rows] == [
-        ("a.JPG", "image"),
-        ("b/-dash .webm", "video"),
-        ("b/x.mp4", "video"),
+    assert sorted((row["file"], row["split"], row["rows"]) for row in index) == [
+        ("part-image-a_b-00000.parquet", "a/b", 20),
+        ("part-image-train-00000.parquet", "train", 100),
+        ("part-image-train-00001.parquet", "train", 100),
+        ("part-image-train-00002.parquet", "train", 40),
+        ("part-video-a_b-00000.parquet", "a/b", 10),
+        ("part-video-train-00000.parquet", "train", 100),
+        ("part-video-train-00001.parquet", "train", 20),
     ]
-    assert rows[1]["media"] == str(tmp_path / "b/-dash .webm")
+    for row in index:
+        file = pq.ParquetFile(tmp_path / "manifest" / row["file"])
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        assert sum(sizes) == row["rows"] and all(size == 16 for size in sizes[:-1])
+        table = file.read()
+        assert set(table["kind"].to_pylist()) == {row["kind"]} and set(table["split"].to_pylist()) == {row["split"]}
+    everything = pa.concat_tables(blocks).sort_by("sample_id")
+    assert read_manifest(output).sort_by("sample_id").equals(everything)
+    assert read_manifest(str(tmp_path / "manifest"), split="a/b").num_rows == 30
+    assert pa.concat_tables(iterate_rows(output)).sort_by("sample_id").equals(everything)
 
 
-def test_paths_and_uris_that_are_complete_stay(tmp_path):
-    names = ["/elsewhere/a.jpg", "s3://bucket/a.jpg", "file:///elsewhere/b.jpg"]
-    path = _jsonl(tmp_path, [{"media": name} for name in names])
-    assert read_source(path)[schema.MEDIA].to_pylist() == [
-        "/elsewhere/a.jpg",
-        "s3://bucket/a.jpg",
-        "/elsewhere/b.jpg",
-    ]
-    relative = _jsonl(tmp_path, [{"media": "a.jpg"}])
-    assert read_source(relative, media_root="s3://bucket/x")[schema.MEDIA].to_pylist() == ["s3://bucket/x/a.jpg"]
+@pytest.mark.usefixtures("small_files")
+def test_rows_are_added_to_parts_too(tmp_path):
+    output = str(tmp_path)
+    write_manifest([_rows(95)], 95, output)
+    assert not (tmp_path / "manifest").exists()
+    append_rows(_rows(10).set_column(0, schema.MANIFEST_SCHEMA[0], [[f"t{n}" for n in range(10)]]), output)
+    assert not (tmp_path / "manifest.parquet").exists()
+    append_rows(_rows(1, sample_id="u"), output)
+    names = [f"s{n}" for n in range(95)] + [f"t{n}" for n in range(10)] + ["u"]
+    assert read_manifest(output)[schema.SAMPLE_ID].to_pylist() == names
+    files = read_index(str(tmp_path / "manifest"))["file"].to_pylist()
+    assert files == [f"part-image-train-{part:05d}.parquet" for part in range(3)]
 
 
-def test_kind_by_content_when_the_name_says_nothing(tmp_path):
-    (tmp_path / "picture").write_bytes(jpeg())
-    (tmp_path / "clip").write_bytes(b"\x1aE\xdf\xa3" + bytes(40))
-    path = _jsonl(tmp_path, [{"media": "picture"}, {"media": "clip"}, {"media": "gone"}])
-    assert read_source(path)[schema.KIND].to_pylist() == ["image", "video", "image"]
+@pytest.mark.usefixtures("small_files")
+def test_a_manifest_that_was_not_finished_is_none(tmp_path):
+    def broken():
+        yield _rows(150)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(broken(), 300, str(tmp_path))
+    assert manifest_files.manifest_files(str(tmp_path)) == []
 
 
-def test_a_written_manifest_is_read_again(tmp_path):
-    table = manifest([{"sample_id": "a", "media": "/a.jpg"}, {"sample_id": "b", "media": "/b.jpg", "split": "test"}])
-    write_table(table, str(tmp_path / "out" / "manifest.parquet"))
-    assert read_manifest(str(tmp_path / "out"), needs_captions=True).equals(table)
-    assert read_manifest(str(tmp_path / "out" / "manifest.parquet"), split="test").num_rows == 1
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "words"),
-    [
-        (ROWS, {}, ["'media'", "image", "columns"]),
-        (ROWS, {"columns": {"media": "imgae"}}, ["'imgae'", "'image'"]),
-        (ROWS, {"columns": {"meda": "image"}}, ["'meda'", "'media'"]),
-        ([{"media": "a.jpg", "kind": "vidio"}], {}, ["'vidio'", "'video'"]),
-        ([{"media": "a.jpg", "instruction": [1]}], {}, ["instructions", "[1]"]),
-        (
-            [{"media": "a.jpg", "captions": ["x"], "instruction": ["first", "second"]}],
-            {},
-            ["1 captions but 2 instructions", "'first'", "one for all captions, or one for each"],
-        ),
-        ([{"media": "a.jpg", "captions": [1]}], {}, ["captions", "[1]"]),
-        ([{"media": "a.mp4", "start_s": "soon"}], {}, ["start_s", "'soon'"]),
-    ],
-)
-def test_mistakes_name_the_value_and_the_fix(tmp_path, rows, options, words):
-    path = _jsonl(tmp_path, rows)
-    with pytest.raises(UserError) as caught:
-        read_source(path, **options)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in [path, *words]), message
-
-
-def test_unreadable_tables(tmp_path):
-    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
-    (tmp_path / "bad.jsonl").write_text('{"media": "a.jpg"}\n{oops\n')
-    (tmp_path / "table.xyz").touch()
-    (tmp_path / "empty").mkdir()
-    for name, words in {
-        "gone.jsonl": "does not exist",
-        "bad.parquet": "cannot read",
-        "bad.jsonl": "line 2",
-        "table.xyz": "set format",
-        "empty": "no image or video files",
-    }.items():
-        with pytest.raises(UserError, match=words):
-            read_source(str(tmp_path / name))
+def test_what_prepare_wrote_is_a_source(tmp_path):
+    """And the tables beside the manifest are none of it."""
+    write_manifest([_rows(2, source="old")], 2, str(tmp_path))
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "quarantine.parquet")
+    (block,) = read_source(Source(path=str(tmp_path), name="new"))
+    assert block.rows[schema.SAMPLE_ID].to_pylist() == ["s0", "s1"] and not block.failures
+    assert block.rows[schema.SOURCE].to_pylist() == ["new", "new"]
 
 
 def test_manifests_that_do_not_fit_the_job(tmp_path):
@@ -170,12 +135,15 @@ def test_manifests_that_do_not_fit_the_job(tmp_path):
         read_manifest(path, split="test")
     with pytest.raises(UserError, match=r"2 of 2 rows have no caption.*a\.jpg"):
         read_manifest(path, needs_captions=True)
-    with pytest.raises(UserError, match="'x' occurs more than once"):
+    with pytest.raises(UserError, match="holds no videos"):
+        read_manifest(path, split="val", kind="video")
+    with pytest.raises(UserError, match="line 2.*'x' was used by an earlier row.*qformer prepare"):
         read_manifest(_jsonl(tmp_path, [{"media": "a.jpg", "sample_id": "x"}] * 2))
+    with pytest.raises(UserError, match="line 1.*vidio"):
+        read_manifest(_jsonl(tmp_path, [{"media": "a.jpg", "kind": "vidio"}]))
+    write_manifest([_rows(1), _rows(1)], 2, str(tmp_path))
+    with pytest.raises(UserError, match="'s0' occurs more than once"):
+        read_manifest(str(tmp_path))
+    write_manifest([], 0, str(tmp_path))
     with pytest.raises(UserError, match="no rows"):
-        read_manifest(_empty(tmp_path))
-
-
-def _empty(folder):
-    pq.write_table(schema.MANIFEST_SCHEMA.empty_table(), folder / "empty.parquet")
-    return str(folder / "empty.parquet")
+        read_manifest(str(tmp_path))

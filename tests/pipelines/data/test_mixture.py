@@ -94,6 +94,8 @@ def test_tables_and_parts_make_one_corpus(tmp_path):
     assert found == ["table.parquet/t2", *(f"prepared/{name}" for name in own)]
     held = corpus.in_memory(lambda table: table.append_column("more", [[1] * len(table)]))
     assert set(held.take(np.arange(43))["more"].to_pylist()) == {1}
+    inside = open_corpus([(str(folder / "manifest"), None)], split="train", kind=None)
+    assert inside.fingerprint == open_corpus(paths[:1], split="train", kind=None).fingerprint
     assert corpus.fingerprint != open_corpus(paths[:1], split="train", kind=None).fingerprint
     with pytest.raises(UserError, match=r"2 of 2 rows have no caption"):
         write_table(manifest([{**row, "captions": []} for row in rows[:2]]), str(tmp_path / "table.parquet"))

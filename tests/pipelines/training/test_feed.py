@@ -13,22 +13,24 @@ import pytest
 from pipelines.data import schema
 from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import PADDING, Order
-from pipelines.data.row_index import TableRows
+from pipelines.data.row_index import PartRows, TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, write_clip
+from tests.pipelines.data.manifest_parts import cut_into_parts
 
 SEED, GLOBAL_BATCH = 4, 5
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """40 images and 3 clips, and 9 images more that are drawn twice as often."""
+    """40 images and 3 clips, and in parts 9 images more that are drawn twice as often."""
     folders = [tmp_path_factory.mktemp("source") for _ in range(2)]
     first, second = image_manifest(folders[0], 43).to_pylist(), image_manifest(folders[1], 9)
     for row in first[40:]:
         clip = write_clip(folders[0] / f"{row[schema.SAMPLE_ID]}.mp4", [40, 90, 140, 190])
         row |= {schema.KIND: schema.VIDEO, schema.MEDIA: str(clip)}
     table = type(second).from_pylist(first, schema=schema.MANIFEST_SCHEMA)
-    return Corpus([Source("a", TableRows(table), 34.0), Source("b", TableRows(second), 18.0)])
+    parts = cut_into_parts(folders[1] / "manifest", second, rows_per_part=4)
+    return Corpus([Source("a", TableRows(table), 34.0), Source("b", PartRows(str(parts)), 18.0)])
 
 
 @pytest.fixture(scope="module")

@@ -223,6 +223,21 @@ def test_features_that_are_not_finite_are_named_by_sample(stage, tokenizer):
         run.stage.losses(run.stage.trainables, batch, 0)
 
 
+def test_a_quarantined_row_may_hold_nan_without_a_trace_in_the_gradients(tokenizer):
+    results = []
+    for value in (0.0, np.nan):
+        run = make_run(choice(2, tokenizer))
+        run.stage.trainables.eval()
+        good = encoded(run, next(batches()))
+        images = good.images.astype(np.float32)
+        images[3] = value
+        run.stage.encode = lambda batch: torch.from_numpy(batch.images)
+        batch = dataclasses.replace(good, images=images, is_valid=np.array([True, True, True, False]))
+        run.stage.losses(run.stage.trainables, batch, 0)["lm"].backward()
+        results.append([p.grad for p in run.stage.trainables.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_truncated_texts_are_counted(stage, tokenizer):
     run = make_run(choice(stage, tokenizer))

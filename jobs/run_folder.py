@@ -1,0 +1,84 @@
+"""A training run's folder: never a stranger's, and empty again when a mistake ended the run before its first step."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from jobs.cli import find_user_error
+from jobs.settings import TrainSettings
+from jobs.settings_loading import resolved_yaml
+from pipelines.data import storage
+from qformer.errors import UserError
+
+SETTINGS_FILE, QUARANTINE_FILE = "settings.yaml", "quarantine.parquet"
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def run_folder(settings: TrainSettings) -> Iterator[None]:
+    """Claim `settings.output` and write settings.yaml into it.
+
+    When a mistake of the user ends a new run before it has a checkpoint or a quarantine table, what it wrote into a
+    local folder is removed, so that the corrected command can use the folder.
+
+    Raises:
+        UserError: If the folder is used by something else.
+    """
+    is_new = not storage.exists(settings.output) or not storage.list_files(settings.output)
+    if settings.resume:
+        _require_ours(settings)
+    else:
+        storage.require_unused(settings.output, "output")
+    storage.write_text(storage.join(settings.output, SETTINGS_FILE), resolved_yaml(settings))
+    try:
+        yield
+    except Exception as error:
+        kept = (storage.CHECKPOINTS_FOLDER, QUARANTINE_FILE)
+        has_results = any(storage.exists(storage.join(settings.output, name)) for name in kept)
+        if is_new and storage.is_local(settings.output) and find_user_error(error) and not has_results:
+            _empty(Path(storage.local_path(settings.output)))
+        raise
+
+
+def newest_checkpoint(output: str) -> str | None:
+    """Newest checkpoint of this run, also one written before a restart of the workers; None before the first."""
+    try:
+        return storage.newest_checkpoint(output)
+    except UserError:
+        return None
+
+
+def _require_ours(settings: TrainSettings) -> None:
+    output = settings.output
+    if not storage.exists(output):
+        raise UserError(f"resume: {output} does not exist; start the run without --resume")
+    if storage.list_files(output):
+        stage = _stage_of(output)
+        if stage is None:
+            raise UserError(f"resume: {output} is used, but by no training run; choose the run's own folder as output")
+        if stage != settings.stage:
+            raise UserError(f"resume: the run in {output} is of stage {stage}, the settings say stage={settings.stage}")
+    logger.info("resuming from %s", newest_checkpoint(output) or "the start: no checkpoint yet")
+
+
+def _stage_of(output: str) -> int | None:
+    """Stage of the run in a folder, None when there is no run."""
+    path = storage.join(output, SETTINGS_FILE)
+    if not storage.exists(path):
+        return None
+    try:
+        with storage.open_input(path) as file:
+            return TrainSettings.model_validate(yaml.safe_load(file)).stage
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

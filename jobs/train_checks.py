@@ -1,0 +1,58 @@
+"""What training refuses before any worker starts."""
+
+from jobs.settings import TrainSettings
+from pipelines.data import storage
+from qformer.errors import UserError
+
+
+def check(settings: TrainSettings, num_rows: int) -> None:
+    """Refuse settings that cannot work together, or with the data.
+
+    Args:
+        settings: Of the run.
+        num_rows: Rows of an epoch.
+
+    Raises:
+        UserError: Naming the first mistake.
+    """
+    _check_batch(settings, num_rows)
+    augmentation = settings.data.augmentation
+    if settings.data.features and (augmentation.random_resized_crop or augmentation.horizontal_flip):
+        raise UserError(
+            "data.features holds the encoder's view of the plain picture, so data.augmentation cannot change it; "
+            "leave one of them out"
+        )
+    if settings.stage == 2 and settings.model.language is None:
+        raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
+    if settings.stage == 1:
+        _check_stage_1(settings)
+    if settings.init_from is not None:
+        storage.newest_checkpoint(settings.init_from)
+
+
+def manifests(settings: TrainSettings) -> list[tuple[str, float | None]]:
+    """Path and weight of each manifest."""
+    manifest = settings.data.manifest
+    if isinstance(manifest, str):
+        return [(manifest, None)]
+    return [(one.path, one.weight) for one in manifest]
+
+
+def _check_batch(settings: TrainSettings, num_rows: int) -> None:
+    if settings.batch_size > num_rows:
+        raise UserError(
+            f"batch_size={settings.batch_size} is larger than the {num_rows} rows of split {settings.data.split!r} in "
+            f"{', '.join(path for path, _ in manifests(settings))}; lower it"
+        )
+    if settings.batch_size < settings.workers:
+        raise UserError(
+            f"batch_size={settings.batch_size} gives some of the {settings.workers} workers nothing; raise it"
+        )
+
+
+def _check_stage_1(settings: TrainSettings) -> None:
+    if settings.init_from is not None:
+        raise UserError(f"init_from={settings.init_from!r} belongs to stage 2; to go on with stage 1 use --resume")
+    for name in ("lora", "freeze_qformer", "qformer_reads_prompt"):
+        if getattr(settings.model, name):
+            raise UserError(f"model.{name} belongs to stage 2, which has a language model; leave it out of stage 1")

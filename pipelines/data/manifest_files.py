@@ -1,0 +1,176 @@
+"""The files of a manifest: one Parquet file, or a folder of parts that each hold one kind and split.
+
+A part's row groups hold 1,024 rows each, so that any row is reached by reading few others. The index is written last: a
+folder without it is not finished.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.data import schema, storage
+
+MANIFEST_FILE = "manifest.parquet"
+"""Name of the manifest in a folder that `prepare` wrote."""
+MANIFEST_FOLDER, INDEX_FILE = "manifest", "index.parquet"
+"""In place of it where there are more rows."""
+MAX_FILE_ROWS = 1_000_000
+ROW_GROUP_ROWS = 1024
+_MARK = {b"qformer": b"manifest"}
+_MARKED_SCHEMA = schema.MANIFEST_SCHEMA.with_metadata(_MARK)
+
+
+def manifest_files(output: str) -> list[str]:
+    """The manifest files in a folder that `prepare` wrote, in order; none when it is no such folder."""
+    if not storage.is_folder(output):
+        return []
+    if storage.exists(single := storage.join(output, MANIFEST_FILE)):
+        return [single]
+    for folder in (storage.join(output, MANIFEST_FOLDER), output):
+        if storage.exists(storage.join(folder, INDEX_FILE)):
+            return [storage.join(folder, name) for name in read_index(folder)["file"].to_pylist()]
+    return []
+
+
+def read_index(folder: str) -> pa.Table:
+    """The part files of a manifest folder, in `schema.INDEX_SCHEMA`."""
+    with storage.open_regular(storage.join(folder, INDEX_FILE)) as file:
+        return pq.read_table(file, schema=schema.INDEX_SCHEMA)
+
+
+def is_marked(path: str) -> bool:
+    """Whether a Parquet file says that its rows were checked by `prepare`."""
+    if not path.lower().endswith(".parquet") or not storage.exists(path) or storage.is_folder(path):
+        return False
+    try:
+        with storage.open_regular(path) as file:
+            metadata = pq.read_schema(file).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False  # whoever reads it tells what is wrong
+    return all(metadata.get(key) == value for key, value in _MARK.items())
+
+
+def iterate_rows(output: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield all rows of a written manifest, in order and a piece at a time; only `columns` where given."""
+    names = columns if columns is not None else schema.MANIFEST_SCHEMA.names
+    for path in manifest_files(output):
+        with storage.open_regular(path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, columns=names):
+                yield pa.Table.from_batches([batch]).select(names).replace_schema_metadata(None)
+
+
+def write_manifest(blocks: Iterable[pa.Table], num_rows: int, output: str) -> None:
+    """Write a manifest into a folder that has none.
+
+    Args:
+        blocks: Its rows.
+        num_rows: How many they are; `MAX_FILE_ROWS` and more go into a folder of parts.
+        output: Folder.
+    """
+    if num_rows < MAX_FILE_ROWS:
+        _write_file(blocks, storage.join(output, MANIFEST_FILE))
+    else:
+        _write_parts(blocks, storage.join(output, MANIFEST_FOLDER), [])
+
+
+def append_rows(rows: pa.Table, output: str) -> None:
+    """Add rows behind those of a written manifest. A reader sees either the old rows or all."""
+    folder = storage.join(output, MANIFEST_FOLDER)
+    if storage.exists(storage.join(folder, INDEX_FILE)):
+        _write_parts([rows], folder, read_index(folder).to_pylist())
+        return
+    single = storage.join(output, MANIFEST_FILE)
+    with storage.open_regular(single) as file:
+        num_rows = pq.read_metadata(file).num_rows + len(rows)
+    blocks = itertools.chain(iterate_rows(output), [rows])
+    if num_rows >= MAX_FILE_ROWS:
+        _write_parts(blocks, folder, [])
+        storage.remove_file(single)
+        return
+    # Not over the file that is being read: some stores empty it at once.
+    fresh = f"{single}.new"
+    _write_file(blocks, fresh)
+    storage.move_file(fresh, single)
+
+
+def _write_file(blocks: Iterable[pa.Table], uri: str) -> None:
+    with _Part(uri) as part:
+        for block in blocks:
+            part.append(block)
+
+
+def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, Any]]) -> None:
+    with contextlib.ExitStack() as open_parts:
+        parts: dict[tuple[str, str], _Part] = {}
+        for block in blocks:
+            for kind, split in _groups(block):
+                is_member = pc.and_(pc.equal(block[schema.KIND], kind), pc.equal(block[schema.SPLIT], split))
+                rows = block.filter(is_member)
+                while len(rows):
+                    part = parts.get((kind, split))
+                    if part is None or part.num_rows == MAX_FILE_ROWS:
+                        stem = f"part-{kind}-{_file_name(split)}"
+                        number = sum(row["file"].startswith(f"{stem}-") for row in index)
+                        name = f"{stem}-{number:05d}.parquet"
+                        part = parts[kind, split] = open_parts.enter_context(_Part(storage.join(folder, name)))
+                        index.append({"file": name, schema.KIND: kind, schema.SPLIT: split, "rows": 0, "part": part})
+                    fitting = rows.slice(0, MAX_FILE_ROWS - part.num_rows)
+                    part.append(fitting)
+                    if part.num_rows == MAX_FILE_ROWS:
+                        part.close()
+                    rows = rows.slice(len(fitting))
+    rows_of_parts = [{**row, "rows": row["part"].num_rows if "part" in row else row["rows"]} for row in index]
+    with storage.open_output(storage.join(folder, INDEX_FILE)) as file:
+        pq.write_table(pa.Table.from_pylist(rows_of_parts, schema=schema.INDEX_SCHEMA), file)
+
+
+class _Part(contextlib.AbstractContextManager["_Part"]):
+    """One Parquet file that grows by row groups of equal size."""
+
+    def __init__(self, uri: str) -> None:
+        self.num_rows = 0
+        self._waiting: list[pa.Table] = []
+        self._num_waiting = 0
+        self._stack = contextlib.ExitStack()
+        file = self._stack.enter_context(storage.open_output(uri))
+        self._writer = self._stack.enter_context(pq.ParquetWriter(file, _MARKED_SCHEMA, compression="zstd"))
+
+    def append(self, rows: pa.Table) -> None:
+        self.num_rows += len(rows)
+        self._num_waiting += len(rows)
+        self._waiting.append(rows.select(schema.MANIFEST_SCHEMA.names))
+        if self._num_waiting >= ROW_GROUP_ROWS:
+            self._flush(self._num_waiting - self._num_waiting % ROW_GROUP_ROWS)
+
+    def close(self) -> None:
+        """Finish the file; more rows are an error."""
+        if self._num_waiting:
+            self._flush(self._num_waiting)
+        self._stack.close()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._stack.__exit__(kind, error, trace)
+
+    def _flush(self, count: int) -> None:
+        joined = pa.concat_tables(self._waiting)
+        self._writer.write_table(joined.slice(0, count).cast(_MARKED_SCHEMA), row_group_size=ROW_GROUP_ROWS)
+        self._waiting = [joined.slice(count)]
+        self._num_waiting -= count
+
+
+def _groups(block: pa.Table) -> list[tuple[str, str]]:
+    pairs = zip(block[schema.KIND].to_pylist(), block[schema.SPLIT].to_pylist(), strict=True)
+    return list(dict.fromkeys(pairs))
+
+
+def _file_name(split: str) -> str:
+    """A split's name with what file names cannot hold replaced; the index has the true one."""
+    return "".join(letter if letter.isalnum() or letter in "_." else "_" for letter in split)

@@ -1,0 +1,1 @@
+"""Readers of everything that rows come from; `source.read_source` is the entry."""
