@@ -12,6 +12,7 @@ from pipelines.data import storage
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.retries import classify
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
+from pipelines.data.sampling import Sampling
 from qformer.bridge import Captioner, load_captioner
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
@@ -31,12 +32,13 @@ def main(settings: CaptionSettings) -> int:
     for path in settings.media:
         if not storage.exists(path):
             raise UserError(f"media: no file at {path}; give the path of an image or a video")
-    checkpoint, _ = open_checkpoint(settings.checkpoint)
+    checkpoint, info = open_checkpoint(settings.checkpoint)
     captioner = load_captioner(storage.local_folder(checkpoint))
     decoder = SampleDecoder(
         DecodeSettings(
             preprocessing=captioner.preprocessing,
             num_frames=settings.num_frames or captioner.num_frames,
+            sampling=Sampling.from_dict(info.sampling),
             limits=Limits(**settings.limits.model_dump()),
         )
     )

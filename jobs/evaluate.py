@@ -16,6 +16,7 @@ from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
 from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.sampling import Sampling
 from qformer.bridge import BridgeInfo
 from qformer.errors import UserError
 
@@ -63,11 +64,12 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def decode_settings(settings: EvaluateSettings, info: BridgeInfo) -> DecodeSettings:
-    """Decode as in training; a number of frames that the user wrote down goes before the checkpoint's."""
-    is_chosen = "num_frames" in settings.data.model_fields_set
+    """Decode as in training; frames and sampling that the user wrote down go before the checkpoint's."""
+    chosen = settings.data.model_fields_set
     return DecodeSettings(
         preprocessing=info.preprocessing,
-        num_frames=settings.data.num_frames if is_chosen else info.num_frames,
+        num_frames=settings.data.num_frames if "num_frames" in chosen else info.num_frames,
+        sampling=settings.data.sampling.build() if "sampling" in chosen else Sampling.from_dict(info.sampling),
         limits=Limits(**settings.data.limits.model_dump()),
     )
 

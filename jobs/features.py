@@ -45,7 +45,10 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     choice = _choice(settings)
     spec = choice.load()[1]
     decode = DecodeSettings(
-        preprocessing=spec.preprocessing, num_frames=data.num_frames, limits=Limits(**data.limits.model_dump())
+        preprocessing=spec.preprocessing,
+        num_frames=data.num_frames,
+        sampling=choice.sampling,
+        limits=Limits(**data.limits.model_dump()),
     )
     spec.require_decoding(decode)
     _claim(output, spec)
@@ -77,6 +80,7 @@ def _choice(settings: FeaturesSettings) -> "EncoderChoice":
         layer=settings.vision_layer,
         precision=settings.precision,
         num_frames=settings.data.num_frames,
+        sampling=settings.data.sampling.build(),
         dtype=settings.dtype,
         image_size=settings.vision_image_size,
     )

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Iterator
 
 from jobs.checkpoint import checkpoint_name, open_checkpoint
-from jobs.cli import run_job
-from jobs.cluster_session import ray_session
+from jobs.cli import find_user_error, run_job
+from jobs.cluster_session import ray_session, require_resources
 from jobs.settings import ServeSettings
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.sampling import Sampling
 from pipelines.serving.config import ServingConfig
 from qformer.errors import UserError
 
@@ -33,6 +34,8 @@ def main(settings: ServeSettings) -> None:
     config = serving_config(settings)
     require_free_port(settings.host, settings.port)
     with ray_session(settings.ray):
+        replicas = {"min_replicas": max(1, settings.min_replicas)}
+        require_resources(settings.ray, replicas, gpus=replicas if settings.use_gpu else {})
         # After Ray's start, which sets handlers of its own: on SIGTERM they abort, and Serve would be left half down.
         _exit_on_signals()
         with _served(settings, config) as url:
@@ -76,6 +79,7 @@ def serving_config(settings: ServeSettings) -> ServingConfig:
         decode=DecodeSettings(
             preprocessing=info.preprocessing,
             num_frames=info.num_frames,
+            sampling=Sampling.from_dict(info.sampling),
             limits=Limits(**settings.limits.model_dump()),
         ),
         max_body_bytes=settings.max_body_bytes,
@@ -139,11 +143,23 @@ def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
         }
     )
     try:
-        serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+        try:
+            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise _why_not_deployed() or error from error
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         yield f"http://{host}:{settings.port}"
     finally:
         serve.shutdown()
+
+
+def _why_not_deployed() -> UserError | None:
+    """The user's mistake that a replica met when it started, None when it was none; Serve keeps it as text."""
+    from ray import serve
+
+    app = serve.status().applications.get(APP_NAME)
+    messages = [deployment.message for deployment in app.deployments.values()] if app else []
+    return find_user_error(RuntimeError("\n".join(messages)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.data.sampling import Sampling
 from qformer.config import GenerationSettings, LoraConfig
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -42,7 +43,7 @@ class LimitSettings(Settings):
     """What one media file may cost before it is quarantined as `too_large` or `timeout`."""
 
     max_bytes: int = Field(default=2 * 1024**3, gt=0)
-    max_pixels: int = Field(default=100_000_000, gt=0)
+    max_pixels: int = Field(default=90_000_000, gt=0)
     """Width x height of an image or frame."""
     video_timeout_s: float = Field(default=30.0, gt=0)
     """Deadline of one clip's decoding; the decoding child is killed after it."""
@@ -74,6 +75,31 @@ class AugmentationSettings(Settings):
     """Off by default: a flip makes "left" and "right" in captions false."""
 
 
+class SamplingSettings(Settings):
+    """Which frames of a video are looked at. What is random is so in training alone, keyed by (seed, epoch, sample id).
+
+    Evaluation and serving take the same strategy without chance.
+    """
+
+    strategy: Literal["uniform", "random_segment", "head_tail", "fps", "key_frames", "times"] = "uniform"
+    """uniform: centres of equal segments. random_segment: a random moment of each (TSN). head_tail: half of the frames
+    at random moments of the first half, the rest of the second (Video-LLaMA). fps: uniform, at most `fps` a second.
+    key_frames: those of the codec, cheapest to decode. times: at `times_s`."""
+    fps: float | None = Field(default=None, gt=0)
+    """Of the strategy fps."""
+    times_s: tuple[float, ...] = ()
+    """Of the strategy times: ascending seconds after the clip's start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SamplingSettings":
+        self.build()
+        return self
+
+    def build(self) -> Sampling:
+        """What the data plane takes."""
+        return Sampling(**self.model_dump())
+
+
 class PixelSettings(Settings):
     """Which rows of a manifest to take, and how they become pixels."""
 
@@ -81,7 +107,8 @@ class PixelSettings(Settings):
     kind: Literal["image", "video"] | None = None
     """Take only images, or only videos; null takes both."""
     num_frames: int = Field(default=8, ge=1)
-    """Frames sampled uniformly from a video; an image is one frame."""
+    """Frames sampled from a video; an image is one frame."""
+    sampling: SamplingSettings = SamplingSettings()
     limits: LimitSettings = LimitSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
 

@@ -163,6 +163,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> "tuple[Trainin
         settings.model.model_dump(),
         stage=settings.stage,
         num_frames=settings.data.num_frames,
+        sampling=settings.data.sampling.model_dump(mode="json"),
         tokenizer=_tokenizer_folder(settings),
     )
     cache: FeatureCache | None = arguments["cache"]
@@ -275,6 +276,7 @@ def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> De
     return DecodeSettings(
         preprocessing=preprocessing,
         num_frames=data.num_frames,
+        sampling=data.sampling.build(),
         limits=Limits(**data.limits.model_dump()),
         augmentation=Augmentation(**data.augmentation.model_dump()),
     )

@@ -4,6 +4,7 @@ Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image token
 `timm` and `transformers` are imported inside the loaders only, so that the rest of the library stays plain torch.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -257,21 +258,27 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declare_operators()
         import torchvision
-
-        # The declaration lives as long as the library object does.
-        torchvision.declared_operators = library
     return cast(ModuleType, torchvision)
+
+
+@functools.cache  # a declaration lives as long as its library object does
+def _declare_operators() -> torch.library.Library:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _is_transformers_name(name: str) -> bool:
     """A folder tells by its config.json; on the hub, timm's own names have no owner, or "timm"."""
     if _is_folder_name(name):
         config = Path(name) / "config.json"
-        return config.is_file() and "model_type" in json.loads(config.read_text())
+        try:
+            return config.is_file() and "model_type" in json.loads(config.read_text())
+        except ValueError as error:
+            raise UserError(f"model.vision: {config} is damaged ({error}); copy the model again") from error
     return "/" in name and not name.startswith(("timm/", "hf-hub:", "hf_hub:"))
 
 

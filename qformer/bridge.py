@@ -11,10 +11,10 @@ frames, E joint embedding width.
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class BridgeInfo:
     preprocessing: Preprocessing
     num_frames: int
     """Frames sampled from a clip in training."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How they were chosen, as the data plane writes it; empty is its default."""
     max_text_tokens: int
     prompt: str = ""
     """Text before every answer, for the language model and, where it has a text branch, the stage-2 Q-Former."""
@@ -92,7 +94,12 @@ def read_info(folder: Path) -> BridgeInfo:
     file = folder / INFO_FILE
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
-    info = BridgeInfo.from_json(file.read_text())
+    try:
+        info = BridgeInfo.from_json(file.read_text())
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(file)!r} is damaged ({error}); use an earlier checkpoint") from error
     language = None if info.language is None else _resolved(folder, info.language)
     return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language)
 

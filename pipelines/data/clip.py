@@ -13,6 +13,8 @@ from pipelines.data.sampling import Sampling
 from pipelines.data.transforms import Augmentation
 from qformer.preprocessing import Preprocessing
 
+BACKEND_NAMES = ("pyav", "decord", "torchcodec")
+"""Libraries that decode videos, in the order in which they are tried; see `video_backends`."""
 SizeOf = Callable[[int, int], tuple[int, int]]
 """From a frame's shown width and height in pixels to those it is scaled to."""
 

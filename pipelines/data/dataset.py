@@ -83,7 +83,7 @@ class _Planned:
     def __init__(
         self, rows: ray.ObjectRef, seed: int, operator: type[Any], source: DecodeSettings | FeatureCache
     ) -> None:
-        self._look_up = RowLookup(ray.get(rows), seed=seed, augmentation=source.augmentation)
+        self._look_up = RowLookup(ray.get(rows), seed=seed, is_random=source.is_random)
         self._decode = operator(source)
 
     def __call__(self, plan: pa.Table) -> pa.Table:

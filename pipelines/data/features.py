@@ -28,7 +28,6 @@ from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.stage_costs import StageCosts
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, encode_tokens
-from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 
 INDEX_FILE = "index.parquet"
@@ -66,8 +65,8 @@ class FeatureCache:
 
     folder: str
     spec: FeatureSpec
-    augmentation: Augmentation = Augmentation()
-    """Never active: cached features are of the plain picture."""
+    is_random: bool = False
+    """Never: cached features are of the plain picture and of frames chosen without chance."""
 
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample."""

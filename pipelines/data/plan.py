@@ -13,7 +13,6 @@ from pipelines.data import schema
 from pipelines.data.batch import AUGMENTATION_SEED, IMAGE_ID, RANK, STEP
 from pipelines.data.order import PADDING, Batches, augmentation_seed, caption_index, rank_columns
 from pipelines.data.row_index import Rows
-from pipelines.data.transforms import Augmentation
 
 _INPUT_COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
 _ROW, _VISIT = "row", "visit"
@@ -76,11 +75,11 @@ class RowLookup:
     Args:
         rows: The corpus.
         seed: Of the run; with a row's visit and id it chooses caption and augmentation.
-        augmentation: When active, rows get seeds to draw it from.
+        is_random: Whether rows get seeds, to draw their frames and augmentations from.
     """
 
-    def __init__(self, rows: Numbered, *, seed: int, augmentation: Augmentation) -> None:
-        self._rows, self._seed, self._augmentation = rows, seed, augmentation
+    def __init__(self, rows: Numbered, *, seed: int, is_random: bool) -> None:
+        self._rows, self._seed, self._is_random = rows, seed, is_random
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         """Look one block up; padding has no id, no media and no caption, but the batch's kind."""
@@ -98,8 +97,7 @@ class RowLookup:
             index = caption_index(self._seed, visit, name, len(choices)) if choices else 0
             captions.append(choices[index] if choices else "")
             instructions.append(_instruction(questions, index))
-            is_drawn = self._augmentation.is_active and name
-            seeds.append(augmentation_seed(self._seed, visit, name) if is_drawn else None)
+            seeds.append(augmentation_seed(self._seed, visit, name) if self._is_random and name else None)
         return _block(kept, captions, instructions, seeds, plan[STEP], plan[RANK])
 
 

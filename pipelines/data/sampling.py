@@ -50,8 +50,8 @@ class Sampling:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sampling":
-        """Rebuild from `dataclasses.asdict` output or its JSON."""
-        return cls(**{**values, "times_s": tuple(values["times_s"])})
+        """Rebuild from `dataclasses.asdict` output or its JSON; what is absent has its default."""
+        return cls(**{**values, "times_s": tuple(values.get("times_s", ()))})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

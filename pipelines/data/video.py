@@ -1,14 +1,14 @@
 """Sample frames of one clip. Runs only in the killable child: decoders crash and hang on damaged files."""
 
 import errno
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.data.clip import Clip, ClipRequest, SizeOf
+from pipelines.data.clip import BACKEND_NAMES, Clip, ClipRequest, SizeOf
 from pipelines.data.media import MediaError
 from pipelines.data.sampling import ClipFrames, choose_frames
 from pipelines.data.transforms import Box, augment, cut, fit, resized_size
@@ -19,7 +19,7 @@ from pipelines.data.video_survey import VideoSurvey, check_pixels, survey
 _PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
 
 
-def read_clip(path: str, request: ClipRequest, without: Collection[str] = ()) -> Clip:
+def read_clip(path: str, request: ClipRequest, backends: Sequence[str] = BACKEND_NAMES) -> Clip:
     """Decode sampled frames by the first backend that can.
 
     Frames are chosen by presentation time, so variable frame rates and non-zero starts do not matter. The container's
@@ -28,7 +28,7 @@ def read_clip(path: str, request: ClipRequest, without: Collection[str] = ()) ->
     Args:
         path: Local file.
         request: What to make of it.
-        without: Names of backends not to use: they crashed on this file.
+        backends: Names of those to try, in this order.
 
     Raises:
         MediaError: If the clip cannot be used.
@@ -36,7 +36,7 @@ def read_clip(path: str, request: ClipRequest, without: Collection[str] = ()) ->
     try:
         found = survey(path, request.max_pixels)
         indexes, frame_valid = _choose(found, request)
-        pixels = _decode(path, found, request, indexes, without)
+        pixels = _decode(path, found, request, indexes, backends)
         facts = found.facts(rotation_of(path, found)) if request.wants_facts else None
         return Clip(pixels=pixels, frame_valid=frame_valid, facts=facts)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -74,12 +74,12 @@ def _choose(found: VideoSurvey, request: ClipRequest) -> tuple[NDArray[np.int64]
 
 
 def _decode(
-    path: str, found: VideoSurvey, request: ClipRequest, indexes: NDArray[np.int64], without: Collection[str]
+    path: str, found: VideoSurvey, request: ClipRequest, indexes: NDArray[np.int64], backends: Sequence[str]
 ) -> NDArray[np.uint8]:
     failures = []
     wanted = np.unique(indexes)
-    for backend in BACKENDS:
-        if backend.name in without or not backend.suits(found):
+    for backend in (BACKENDS[name] for name in backends):
+        if not backend.suits(found):
             continue
         fitter = _Fitter(request)
         try:

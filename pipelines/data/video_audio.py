@@ -20,7 +20,7 @@ _TIME_TOLERANCE_S = 0.05
 
 
 def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArray[np.float32] | None:
-    """Decode the first audio track to mono.
+    """Decode the first audio track to mono, the mean of its channels.
 
     Time zero is the first video frame, so that clip bounds mean the same for sound and picture (in a file without
     pictures it is the first sound). Where the sound begins later than the part that is asked for, or has gaps, there
@@ -63,7 +63,8 @@ def _decode(
     if start_s > 0 and zero_s is not None and stream.time_base:
         with contextlib.suppress(av.FFmpegError):  # not seekable: decode on to it
             container.seek(int((zero_s + start_s) / stream.time_base), stream=stream)
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate_hz)
+    # Channels are averaged here: FFmpeg's own way to mono makes equal channels louder, up to clipping.
+    resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
     track = _Track(None if end_s is None else round((end_s - start_s) * sample_rate_hz), sample_rate_hz)
     num_packets = num_failed = 0
     for packet in container.demux(stream):
@@ -79,7 +80,8 @@ def _decode(
         for frame in frames if packet.size else [*frames, None]:
             for resampled in resampler.resample(frame):
                 zero_s = resampled.time if zero_s is None else zero_s
-                track.add(round((resampled.time - zero_s - start_s) * sample_rate_hz), resampled.to_ndarray()[0])
+                position = round((resampled.time - zero_s - start_s) * sample_rate_hz)
+                track.add(position, resampled.to_ndarray().mean(axis=0, dtype=np.float32))
         if track.is_full:
             break
     if num_failed > _MAX_FAILED_SHARE * num_packets:

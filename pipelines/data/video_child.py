@@ -60,7 +60,7 @@ def _answer(header: dict[str, Any], data: bytes) -> Reply:
 
 
 def _clip(path: str, header: dict[str, Any]) -> Reply:
-    clip = read_clip(path, ClipRequest.from_dict(header["request"]), header["without"])
+    clip = read_clip(path, ClipRequest.from_dict(header["request"]), header["backends"])
     facts = clip.facts and clip.facts.to_dict()
     told = {"shape": clip.pixels.shape, "frame_valid": clip.frame_valid.tolist(), "facts": facts}
     return told, clip.pixels.data.cast("B")

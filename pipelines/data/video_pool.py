@@ -6,18 +6,16 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
+from pipelines.data.clip import BACKEND_NAMES, Clip, ClipRequest, WaveformRequest
 from pipelines.data.facts import MediaFacts
 from pipelines.data.media import MediaError
 from pipelines.data.video_wire import receive, send, widen
-
-FIRST_BACKEND = "pyav"
-"""The backend that is asked first, so the one that a crash is put down to; see `video_backends.BACKENDS`."""
 
 # The child decodes strangers' files: it gets what it needs to run, and no credentials.
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -39,21 +37,30 @@ class VideoPool:
         for child in self._children:
             self._idle.put(child)
 
-    def read_clip(self, request: ClipRequest, *, path: str | None = None, data: bytes = b"") -> Clip:
+    def read_clip(
+        self,
+        request: ClipRequest,
+        *,
+        path: str | None = None,
+        data: bytes = b"",
+        backends: Sequence[str] = BACKEND_NAMES,
+    ) -> Clip:
         """Decode sampled frames of one clip.
 
-        A crash is tried once more without the backend that is asked first.
+        A crash is put down to the backend that is asked first, and tried once more without it.
 
         Args:
             request: What to make of it.
             path: Local file; None to decode `data`.
             data: The file's content.
+            backends: Names of those to try, in this order.
 
         Raises:
             MediaError: If the clip cannot be used, takes too long, or kills its decoder twice.
         """
         header = {"task": "clip", "request": request.to_dict(), "path": path}
-        reply, payload = self._ask([{**header, "without": names} for names in ((), (FIRST_BACKEND,))], data)
+        tries = [list(backends), list(backends[1:]) or list(backends)]
+        reply, payload = self._ask([{**header, "backends": names} for names in tries], data)
         pixels = np.frombuffer(payload, dtype=np.uint8).reshape(reply["shape"])
         facts = None if reply["facts"] is None else MediaFacts(**reply["facts"])
         return Clip(pixels=pixels, frame_valid=np.array(reply["frame_valid"], dtype=np.bool_), facts=facts)

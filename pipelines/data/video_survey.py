@@ -56,7 +56,9 @@ class VideoSurvey:
     def duration_s(self) -> float:
         """From the first frame to the end of the last, which is taken to last as long as the others do."""
         starts_s = self.starts_s
-        last_s = float(np.median(np.diff(starts_s))) if len(starts_s) > 1 else DEFAULT_FRAME_S
+        gaps_s = np.sort(np.diff(starts_s))
+        # The lower median: one long gap in a short clip says nothing of the last frame.
+        last_s = float(gaps_s[(len(gaps_s) - 1) // 2]) if len(gaps_s) else DEFAULT_FRAME_S
         return float(starts_s[-1]) + (last_s or DEFAULT_FRAME_S)
 
     def facts(self, rotation_deg: int) -> MediaFacts:

@@ -154,7 +154,7 @@ def retrieve(
 
 def _similarities(compared: pa.Table) -> dict[str, NDArray[np.float32]]:
     names, rows = compared[schema.SAMPLE_ID].to_pylist(), compared[SIMILARITY].combine_chunks()
-    similarity_IT = rows.flatten().to_numpy().reshape(len(names), -1)
+    similarity_IT = rows.flatten().to_numpy().reshape(len(names), -1 if names else 0)
     return dict(zip(names, similarity_IT, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from pipelines.data import storage
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
+from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from pipelines.training.run_times import TimedEncode
@@ -47,6 +48,8 @@ class ModelChoice:
     num_frames: int
     qformer: Mapping[str, Any]
     """`QFormerConfig` fields that do not follow from the backbones."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """How frames are chosen, for those who load the checkpoint."""
     vision_image_size: int | None = None
     qformer_init: str | None = None
     """BERT that the Q-Former starts from."""
@@ -127,6 +130,7 @@ class TrainingRun:
             qformer=self.config,
             preprocessing=self.preprocessing,
             num_frames=choice.num_frames,
+            sampling=choice.sampling,
             max_text_tokens=choice.max_text_tokens,
             prompt=choice.prompt,
             vision_image_size=choice.vision_image_size,
@@ -243,6 +247,7 @@ class TrainingRun:
                 layer=choice.vision_layer,
                 precision=features.precision,
                 num_frames=choice.num_frames,
+                sampling=Sampling.from_dict(choice.sampling),
                 dtype=features.dtype,
                 image_size=choice.vision_image_size,
             )
@@ -264,10 +269,14 @@ class TrainingRun:
             raise UserError(f"model.qformer: {error}") from error
 
 
-def choice_from(model: Mapping[str, Any], *, stage: int, num_frames: int, tokenizer: str) -> ModelChoice:
+def choice_from(
+    model: Mapping[str, Any], *, stage: int, num_frames: int, tokenizer: str, sampling: Mapping[str, Any] | None = None
+) -> ModelChoice:
     """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
-    names = {field.name for field in dataclasses.fields(ModelChoice)}
+    names = {one.name for one in dataclasses.fields(ModelChoice)}
     values = {name: value for name, value in model.items() if name in names}
     if values.get("lora") is not None:
         values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-    return ModelChoice(**{**values, "stage": stage, "num_frames": num_frames, "tokenizer": tokenizer})
+    return ModelChoice(
+        **{**values, "stage": stage, "num_frames": num_frames, "sampling": sampling or {}, "tokenizer": tokenizer}
+    )

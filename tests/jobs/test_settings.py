@@ -7,8 +7,9 @@ import yaml
 
 from jobs import settings as job_settings
 from jobs.demo.settings import DemoSettings
-from jobs.settings import CaptionSettings, PrepareSettings, ServeSettings, TrainSettings
+from jobs.settings import CaptionSettings, DataSettings, PrepareSettings, ServeSettings, TrainSettings
 from jobs.settings_loading import load, resolved_yaml
+from pipelines.data.sampling import Sampling
 from qformer.errors import UserError
 
 CONFIGS = Path(job_settings.__file__).parent / "configs"
@@ -161,3 +162,11 @@ def test_settings_are_frozen():
     loaded = load(DemoSettings, None)
     with pytest.raises(ValueError, match="frozen"):
         loaded.demo = None
+
+
+def test_sampling_is_checked_and_reaches_the_data_plane():
+    data = DataSettings(manifest="m", sampling={"strategy": "fps", "fps": 2.0})
+    assert data.sampling.build() == Sampling(strategy="fps", fps=2.0)
+    assert Sampling.from_dict(data.sampling.model_dump(mode="json")) == data.sampling.build()
+    with pytest.raises(ValueError, match="give fps > 0"):
+        DataSettings(manifest="m", sampling={"strategy": "fps"})

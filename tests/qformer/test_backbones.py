@@ -143,3 +143,9 @@ def test_image_processors_become_the_contract(values, expected):
 def test_an_image_processor_without_normalisation_is_refused():
     with pytest.raises(UserError, match="image_mean"):
         transformers_preprocessing({"size": 32})
+
+
+def test_a_damaged_configuration_is_the_users_mistake(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": ')
+    with pytest.raises(UserError, match="config.json is damaged"):
+        load_vision(str(tmp_path))

@@ -4,18 +4,25 @@ import pyarrow as pa
 from pipelines.data import schema
 from pipelines.data.batch import split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
-from pipelines.data.order import PADDING, caption_index
-from pipelines.data.plan import block_steps, evaluation_blocks, training_blocks
+from pipelines.data.order import PADDING, Batches, caption_index
+from pipelines.data.plan import RowLookup, block_steps, evaluation_blocks, training_blocks
 from pipelines.data.quarantine import accounting_line, from_table, to_table
-from pipelines.data.transforms import Augmentation
+from pipelines.data.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest, write_clip
 
 
-def _blocks(table, batches, **options):
-    defaults = {"first_step": 5, "epochs": np.zeros(len(batches), dtype=np.int64), "seed": 0, "world_size": 2}
-    return training_blocks(
-        table, np.array(batches), **{**defaults, "augmentation": Augmentation(), "steps_per_block": 2, **options}
-    )
+def _blocks(table, batches, *, world_size=2, epochs=None, is_random=False):
+    """What the decode operator gets for these steps of row numbers, from step 5 on."""
+    rows_SG = np.array(batches)
+    kinds = [table[schema.KIND][int(row)].as_py() for row in rows_SG[:, 0]]
+    visits_SG = np.broadcast_to(np.zeros((1, 1)) if epochs is None else epochs[:, None], rows_SG.shape).astype(np.int64)
+    plans = training_blocks(Batches(rows_SG, visits_SG, kinds), first_step=5, world_size=world_size, steps_per_block=2)
+    look_up = RowLookup(TableRows(table), seed=0, is_random=is_random)
+    return [look_up(plan) for plan in plans]
+
+
+def _evaluated(table, batch_size):
+    return list(evaluation_blocks(TableRows(table), batch_size))
 
 
 def test_a_block_of_images_and_clips_travels_whole(tmp_path):
@@ -59,7 +66,7 @@ def test_each_sample_brings_the_instruction_of_its_caption(tmp_path):
         pairs.add((batch.captions[0], batch.instructions[0]))
         assert batch.instructions[1:] == ["what", "", ""]
     assert pairs == {("a0", "which"), ("b0", "where")}
-    (block,) = evaluation_blocks(table, 8)
+    (block,) = _evaluated(table, 8)
     assert unpack(DecodeRows(DECODE)(block)).instructions == ["which", "what", ""]
 
 
@@ -93,7 +100,7 @@ def test_each_step_has_its_epochs_captions(tmp_path):
 def test_augmentation_seeds_are_drawn_only_when_used(tmp_path):
     table = image_manifest(tmp_path, 2)
     (plain,) = _blocks(table, [[0, 1]], world_size=1)
-    (drawn,) = _blocks(table, [[0, 1]], world_size=1, augmentation=Augmentation(horizontal_flip=True))
+    (drawn,) = _blocks(table, [[0, 1]], world_size=1, is_random=True)
     assert plain["augmentation_seed"].null_count == 2
     assert len(set(drawn["augmentation_seed"].to_pylist())) == 2
 
@@ -109,14 +116,14 @@ def test_image_ids_tell_media_and_parts_apart():
             {"sample_id": "f", "media_bytes": b"2"},
         ]
     )
-    (block,) = evaluation_blocks(table, 10)
+    (block,) = _evaluated(table, 10)
     a, b, *others = block["image_id"].to_pylist()
     assert a == b and len({a, *others}) == 5
 
 
 def test_evaluation_blocks_hold_every_row_once_and_one_kind():
     rows = [{"sample_id": f"s{i}", "media": "/x", "kind": ("image", "video")[i % 3 == 0]} for i in range(20)]
-    blocks = evaluation_blocks(manifest(rows), 4)
+    blocks = _evaluated(manifest(rows), 4)
     assert [len(set(block[schema.KIND].to_pylist())) for block in blocks] == [1] * len(blocks)
     assert sorted(name for block in blocks for name in block[schema.SAMPLE_ID].to_pylist()) == sorted(
         row["sample_id"] for row in rows
@@ -129,8 +136,22 @@ def test_small_micro_batches_share_blocks():
 
 def test_quarantine_tables_keep_failures(tmp_path):
     table = manifest([{"sample_id": "gone", "media": str(tmp_path / "gone.jpg")}])
-    batch = unpack(DecodeRows(DECODE)(evaluation_blocks(table, 1)[0]))
+    batch = unpack(DecodeRows(DECODE)(_evaluated(table, 1)[0]))
     quarantined = to_table(batch.failures, epoch=3)
     assert quarantined[schema.EPOCH].to_pylist() == [3]
     assert from_table(quarantined) == batch.failures
     assert accounting_line(1000, 990, 10) == "rows in 1000 = rows used 990 + rows quarantined 10"
+
+
+def test_repeated_frames_are_marked(tmp_path):
+    """Two frames where four are wanted: two of the four only repeat; a failed row keeps all, for its row is masked."""
+    clip = write_clip(tmp_path / "a.mp4", [50, 150])
+    table = manifest(
+        [
+            {"sample_id": "short", "media": str(clip), "kind": "video"},
+            {"sample_id": "gone", "media": str(tmp_path / "gone.mp4"), "kind": "video"},
+        ]
+    )
+    batch = unpack(DecodeRows(DECODE)(_evaluated(table, 2)[0]))
+    assert batch.is_valid.tolist() == [True, False]
+    assert batch.frame_valid.tolist() == [[True, False, True, False], [True] * 4]

@@ -27,7 +27,6 @@ from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.sampling import Sampling
 from pipelines.data.token_codec import decode_tokens, encode_tokens
-from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 from tests.pipelines.data.builders import image_manifest, manifest, write_clip
 
@@ -66,7 +65,7 @@ def _training_blocks(table, batches):
     rows_SG = np.array(batches)
     kinds = [rows.take(row_G[:1])[schema.KIND][0].as_py() for row_G in rows_SG]
     planned = Batches(rows_SG, np.zeros_like(rows_SG), kinds)
-    look_up = RowLookup(rows, seed=0, augmentation=Augmentation())
+    look_up = RowLookup(rows, seed=0, is_random=False)
     return [look_up(plan) for plan in training_blocks(planned, first_step=0, world_size=1, steps_per_block=4)]
 
 

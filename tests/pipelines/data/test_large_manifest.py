@@ -25,13 +25,12 @@ from pipelines.data.batch import RANK
 from pipelines.data.mixture import open_corpus
 from pipelines.data.order import Order
 from pipelines.data.plan import RowLookup, training_blocks
-from pipelines.data.transforms import Augmentation
 imported_s = time.clock_gettime(time.CLOCK_MONOTONIC)
 path, seed, global_batch, step, rank, world_size, started_s = json.loads(sys.argv[1])
 corpus = open_corpus([(path, None)], split="train", kind=None)
 order = Order(corpus.streams("proportional"), seed, global_batch)
 plan = training_blocks(order.at(np.array([step])), first_step=step, world_size=world_size, steps_per_block=1)[rank]
-rows = RowLookup(corpus, seed=seed, augmentation=Augmentation())(plan)
+rows = RowLookup(corpus, seed=seed, is_random=False)(plan)
 ended_s = time.clock_gettime(time.CLOCK_MONOTONIC)
 print(json.dumps({
     "rows": rows.select(["sample_id", "media", "caption", "kind", "step", "rank"]).to_pylist(),

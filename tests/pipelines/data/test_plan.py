@@ -8,11 +8,8 @@ from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import PADDING, Order, augmentation_seed, caption_index, rank_columns
 from pipelines.data.plan import RowLookup, block_steps, evaluation_blocks, training_blocks, without_caption
 from pipelines.data.row_index import PartRows, TableRows
-from pipelines.data.transforms import Augmentation
 from tests.pipelines.data.builders import manifest
 from tests.pipelines.data.manifest_parts import row_contents, write_parts
-
-FLIP = Augmentation(horizontal_flip=True)
 
 
 def rows_of(images=9, videos=4):
@@ -35,7 +32,7 @@ def test_every_rank_looks_up_its_share(world_size, steps_per_block):
     batches = order.at(steps)
     plans = training_blocks(batches, first_step=4, world_size=world_size, steps_per_block=steps_per_block)
     assert [plan[RANK][0].as_py() for plan in plans] == list(range(world_size)) * (len(plans) // world_size)
-    look_up = RowLookup(corpus, seed=5, augmentation=FLIP)
+    look_up = RowLookup(corpus, seed=5, is_random=True)
     found: dict[tuple[int, int], list[dict]] = {}
     for plan in plans:
         table = look_up(plan)
@@ -65,7 +62,7 @@ def test_rows_without_caption_are_found_but_not_padding():
     (plan,) = training_blocks(
         Order(corpus.streams("proportional"), 0, 5).at(np.array([0])), first_step=0, world_size=1, steps_per_block=1
     )
-    rows = RowLookup(corpus, seed=0, augmentation=Augmentation())(plan)
+    rows = RowLookup(corpus, seed=0, is_random=False)(plan)
     bad = [n for n, is_bad in zip(rows[schema.SAMPLE_ID].to_pylist(), without_caption(rows), strict=True) if is_bad]
     assert sorted(bad) == ["s1", "s2"] and rows[schema.SAMPLE_ID].to_pylist().count("") == 2
 

@@ -1,15 +1,20 @@
 import os
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pipelines.data.decode_rows import CheckRows
+from pipelines.data.facts import content_hash
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
 from pipelines.data.transforms import Augmentation
-from tests.pipelines.data.builders import DECODE, PREPROCESSING, jpeg, write_clip
+from tests.pipelines.data.builders import DECODE, PREPROCESSING, jpeg, manifest, write_clip
 
 
 @pytest.fixture
@@ -76,8 +81,6 @@ def test_augmentation_follows_its_seed(tmp_path, kind):
     decoder = SampleDecoder(settings)
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (48, 1, 3))
     if kind == "image":
-        from PIL import Image
-
         path = tmp_path / "a.png"
         Image.fromarray(ramp).save(path)
     else:
@@ -90,6 +93,41 @@ def test_augmentation_follows_its_seed(tmp_path, kind):
     assert np.array_equal(pictures[1], again)
     if kind == "image":
         assert not np.array_equal(pictures[1], pictures[2]) and not np.array_equal(pictures[1], pictures[None])
+
+
+def test_a_hundred_megapixels_are_too_many(decoder):
+    """A PNG of a few kilobytes would fill 300 MB; its header tells."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 999))]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    error = _error(decoder, kind="image", data=content)
+    assert error.error_class == "too_large" and "10000x10000" in error.message
+
+
+def test_checking_tells_what_a_file_is(tmp_path, decoder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a.jpg").write_bytes(jpeg(exif=exif))
+    clip = write_clip(tmp_path / "a.mp4", [100] * 6)
+    table = manifest(
+        [
+            {"sample_id": "image", "media": str(tmp_path / "a.jpg")},
+            {"sample_id": "video", "media": str(clip), "kind": "video"},
+            {"sample_id": "bytes", "media_bytes": clip.read_bytes(), "kind": "video", "start_s": 0.2, "end_s": 0.3},
+            {"sample_id": "text", "media_bytes": b"no picture"},
+            {"sample_id": "gone", "media": str(tmp_path / "gone.jpg")},
+        ]
+    )
+    image, video, data, text, gone = CheckRows(DECODE)(table).to_pylist()
+    assert (image["codec"], image["width"], image["height"], image["rotation_deg"]) == ("jpeg", 40, 48, 90)
+    assert (image["duration_s"], image["fps"], image["has_audio"], image["error_class"]) == (None, None, False, None)
+    assert (video["codec"], video["width"], video["num_frames"]) == ("h264", 64, 6)
+    assert video["duration_s"] == pytest.approx(0.6) and video["size_bytes"] == clip.stat().st_size
+    assert video["content_hash"] == data["content_hash"] == content_hash(clip.read_bytes()) != image["content_hash"]
+    assert (text["error_class"], text["size_bytes"], text["codec"]) == ("unsupported", 10, None)
+    assert text["content_hash"] is not None
+    assert (gone["error_class"], gone["stage"], gone["content_hash"]) == ("missing", "read", None)
 
 
 def test_decoding_imports_no_torch():

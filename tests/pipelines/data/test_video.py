@@ -3,16 +3,21 @@ import os
 import threading
 import time
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.clip import ClipRequest
+from pipelines.data import video_pyav, video_survey
+from pipelines.data.clip import BACKEND_NAMES, ClipRequest
 from pipelines.data.media import MediaError
+from pipelines.data.sampling import Sampling
 from pipelines.data.video import read_clip
 from pipelines.data.video_backends import BACKENDS
 from pipelines.data.video_pool import VideoPool
-from tests.pipelines.data.builders import PREPROCESSING, write_clip
+from pipelines.data.video_pyav import PyAVBackend
+from pipelines.data.video_survey import open_container, survey
+from tests.pipelines.data.builders import PREPROCESSING, jpeg, write_clip
 
 GIB = 1024**3
 LEVEL_TOLERANCE = 4
@@ -35,11 +40,7 @@ def _levels(clip_TCHW) -> list[float]:
 
 
 def _shown(path, backend, **changes) -> list[float]:
-    return _levels(read_clip(str(path), _request(**changes), _others(backend)).pixels)
-
-
-def _others(backend):
-    return [other.name for other in BACKENDS if other.name != backend]
+    return _levels(read_clip(str(path), _request(**changes), [backend]).pixels)
 
 
 @pytest.fixture
@@ -159,17 +160,6 @@ def test_a_file_that_kills_every_decoder_is_corrupt(tmp_path, pool):
     assert pool.read_clip(_request(), path=str(good)).pixels.shape == (4, 3, 32, 32)
 
 
-def test_memory_is_limited(tmp_path):
-    path = write_clip(tmp_path / "large.mp4", [100] * 3, size=2048)
-    pool = VideoPool(timeout_s=20, memory_bytes=700 * 1024**2)
-    try:
-        pool.read_clip(_request(num_frames=1), path=str(write_clip(tmp_path / "small.mp4", [100])))
-        with pytest.raises(MediaError):
-            pool.read_clip(_request(preprocessing=_huge()), path=str(path))
-    finally:
-        pool.close()
-
-
 def _huge():
     return type(PREPROCESSING).from_dict(
         {**PREPROCESSING.to_dict(), "height": 12000, "width": 12000, "resize_short_side": 12000}
@@ -197,3 +187,164 @@ def test_the_child_loads_neither_torch_nor_ray(tmp_path, pool):
     with open(f"/proc/{pid}/maps") as file:
         mapped = file.read()
     assert "libtorch" not in mapped and "_raylet" not in mapped
+
+
+def test_memory_beyond_the_ceiling_is_too_large(tmp_path):
+    """The limit is the child's own, so that no file can take the machine's memory."""
+    pool = VideoPool(timeout_s=20, memory_bytes=700 * 1024**2)
+    try:
+        path = write_clip(tmp_path / "clip.mp4", [100] * 3)
+        with pytest.raises(MediaError) as caught:
+            pool.read_clip(_request(preprocessing=_huge()), path=str(path))
+        assert caught.value.error_class in ("too_large", "corrupt")
+        assert pool.read_clip(_request(), path=str(path)).pixels.shape == (4, 3, 32, 32)
+    finally:
+        pool.close()
+
+
+def test_a_picture_renamed_is_no_video(tmp_path):
+    """Decoders would show it as a clip of one frame."""
+    (tmp_path / "a.mp4").write_bytes(jpeg())
+    (tmp_path / "b.mp4").write_bytes(b"just some text\n" * 50)
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(MediaError) as caught:
+            read_clip(str(tmp_path / name), _request())
+        assert caught.value.error_class == "unsupported"
+
+
+def test_a_cut_file_is_corrupt(tmp_path):
+    content = write_clip(tmp_path / "clip.mp4", [20 * i for i in range(12)]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with pytest.raises(MediaError) as caught:
+        read_clip(str(tmp_path / "cut.mp4"), _request())
+    assert caught.value.error_class == "corrupt"
+
+
+def test_damage_is_not_decoded_silently(tmp_path):
+    """Packets of zeroes: other decoders repeat a frame for each, without a word."""
+    path = write_clip(tmp_path / "clip.mp4", [(7 * i) % 250 for i in range(60)])
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"mdat") + 4
+    size = int.from_bytes(content[begin - 8 : begin - 4], "big") - 8
+    content[begin + size // 4 : begin + 3 * size // 4] = bytes(3 * size // 4 - size // 4)
+    path.write_bytes(content)
+    with pytest.raises(MediaError) as caught:
+        read_clip(str(path), _request(num_frames=8))
+    assert caught.value.error_class == "corrupt"
+
+
+def test_absurd_durations_are_corrupt(tmp_path):
+    ten_days = 10 * 24 * 3600 * 10
+    path = write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days])
+    with pytest.raises(MediaError, match="10 days") as caught:
+        read_clip(str(path), _request())
+    assert caught.value.error_class == "corrupt"
+
+
+def test_a_long_video_is_not_decoded_whole(tmp_path):
+    """Ten hours, a frame every ten seconds, a key frame every twenty frames: a few groups are decoded."""
+    path, count = tmp_path / "long.mp4", 3600
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "1", "g": "20", "preset": "ultrafast"}
+        for index in range(count):
+            level = index * 250 // count
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, dtype=np.uint8), format="rgb24")
+            frame.pts = 10 * index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    found = survey(str(path), 10**6)
+    assert found.duration_s == 36_000
+    decoded = _levels(read_clip(str(path), _request()).pixels)
+    assert decoded == pytest.approx([31, 93, 156, 218], abs=LEVEL_TOLERANCE)
+    with open_container(str(path)) as container:
+        cursor = video_pyav._Cursor(container, found)
+        cursor.jump(int(found.starts[1800]), is_far=True)
+        assert video_pyav._time_of(cursor.at(int(found.starts[1805]))) == found.starts[1805]
+        assert cursor.num_packets < 40
+
+
+def test_large_files_are_surveyed_by_their_index(tmp_path, monkeypatch):
+    levels = [(7 * i) % 250 for i in range(400)]
+    path = write_clip(tmp_path / "large.mp4", levels)
+    exact = survey(str(path), 10**6)
+    monkeypatch.setattr(video_survey, "_INDEXED_BYTES", 0)
+    indexed = survey(str(path), 10**6)
+    assert exact.is_exact and not indexed.is_exact
+    assert indexed.starts_s.tolist() == exact.starts_s.tolist()
+    assert _shown(path, "pyav") == pytest.approx([levels[i] for i in (50, 150, 250, 350)], abs=LEVEL_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx265"), ("a.webm", "libvpx"), ("a.mp4", "mpeg4"), ("a.mpg", "mpeg2video")],
+)
+def test_leaving_frames_out_changes_none(tmp_path, name, codec):
+    """The wanted frames are those of decoding everything, bit for bit, whatever refers to what."""
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    picture = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.options = {"g": "30", "bf": "3"} if codec != "libvpx" else {"g": "30"}
+        for index in range(100):
+            at = index % 32
+            shown = np.ascontiguousarray(picture[at : at + 64, 32 - at : 96 - at])
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        whole = {frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)}
+    found = survey(str(path), 10**6)
+    wanted = np.array([0, 1, 7, 17, 29, 30, 33, 58, 71, 99])
+    picked = dict(PyAVBackend().frames_at(str(path), found, wanted, None, "bilinear"))
+    assert sorted(picked) == wanted.tolist()
+    if found.is_exact:  # else all is decoded
+        assert [index for index, _ in video_pyav._selected(str(path), found, wanted)] == wanted.tolist()
+    for index, frame in picked.items():
+        assert np.array_equal(frame, whole[int(found.starts[index])])
+
+
+def test_the_next_backend_is_tried(tmp_path, monkeypatch):
+    """One that cannot be used makes place for the next; a verdict on the file is final."""
+    path = str(write_clip(tmp_path / "clip.mp4", [100] * 3))
+
+    class Broken(PyAVBackend):
+        name = "broken"
+        error: Exception = RuntimeError("no FFmpeg")
+
+        def frames_at(self, *arguments):
+            raise self.error
+
+    monkeypatch.setitem(BACKENDS, "broken", Broken())
+    assert _levels(read_clip(path, _request(), ["broken", "pyav"]).pixels) == pytest.approx([100] * 4, abs=4)
+    with pytest.raises(MediaError, match="broken: RuntimeError no FFmpeg"):
+        read_clip(path, _request(), ["broken"])
+    monkeypatch.setattr(Broken, "error", MediaError("corrupt", "damaged"))
+    with pytest.raises(MediaError, match="damaged"):
+        read_clip(path, _request(), ["broken", "pyav"])
+
+
+def test_all_backends_are_there():
+    assert tuple(BACKENDS) == BACKEND_NAMES
+
+
+def test_key_frames_and_random_segments_of_a_file(tmp_path):
+    path = str(write_clip(tmp_path / "clip.mp4", [10 * i for i in range(20)]))
+    keys = read_clip(path, _request(num_frames=6, sampling=Sampling(strategy="key_frames")))
+    assert _levels(keys.pixels) == pytest.approx([0, 50, 100, 150, 150, 150], abs=LEVEL_TOLERANCE)
+    assert keys.frame_valid.tolist() == [True] * 4 + [False] * 2
+    draws = [read_clip(path, _request(sampling=Sampling(strategy="random_segment"), seed=seed)) for seed in (1, 1, 2)]
+    assert np.array_equal(draws[0].pixels, draws[1].pixels) and not np.array_equal(draws[0].pixels, draws[2].pixels)
+
+
+def test_facts(tmp_path, pool):
+    path = str(write_clip(tmp_path / "clip.mp4", [10 * i for i in range(20)]))
+    assert pool.read_clip(_request(), path=path).facts is None
+    facts = pool.read_clip(_request(wants_facts=True), path=path).facts
+    assert (facts.codec, facts.width, facts.height, facts.num_frames) == ("h264", 64, 64, 20)
+    assert facts.duration_s == pytest.approx(2.0) and facts.fps == pytest.approx(10.0)
+    assert (facts.rotation_deg, facts.has_audio) == (0, False)

@@ -111,3 +111,10 @@ def test_an_image_that_fails_in_the_second_pass_leaves_with_its_texts(galleries)
     kept = images.reranked({"b": (wanted["b"], scores([0.1, 0.1, 0.1]))}, 3)
     assert kept.sample_ids == ["b"] and kept.texts == ["b0"] and kept.owner_T.tolist() == [0]
     assert kept.metrics()["text_to_image"]["r1"] == 1.0
+
+
+def test_a_split_whose_files_all_failed_has_no_gallery():
+    from pipelines.evaluation.retrieval_run import SIMILARITY, _similarities
+
+    nothing = pa.table({schema.SAMPLE_ID: pa.array([], pa.string()), SIMILARITY: pa.array([], pa.list_(pa.float32()))})
+    assert _similarities(nothing) == {}

@@ -17,7 +17,6 @@ from pipelines.data.order import Order
 from pipelines.data.plan import RowLookup, training_blocks
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
-from pipelines.data.transforms import Augmentation
 from pipelines.training.accounting import Accounting
 from pipelines.training.loop import Loop
 from pipelines.training.optim import build_optimizer
@@ -61,7 +60,7 @@ def _losses(world, stage, is_cached):
     order = Order(corpus.streams("proportional"), SEED, BATCH)
     num_steps = min(STEPS, order.steps_per_epoch)
     plans = training_blocks(order.at(np.arange(num_steps)), first_step=0, world_size=1, steps_per_block=1)
-    look_up = RowLookup(corpus, seed=SEED, augmentation=Augmentation())
+    look_up = RowLookup(corpus, seed=SEED, is_random=False)
     batches = (unpack(step) for plan in plans for step in split_steps(operator(look_up(plan))))
     features = cache.spec if is_cached else None
     run = TrainingRun(
