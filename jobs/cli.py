@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from jobs.cluster_session import set_ray_environment
 from jobs.settings import Settings
+from jobs.settings_help import describe_settings
 from jobs.settings_loading import load, resolved_yaml
 from qformer.errors import UserError
 
@@ -219,7 +220,7 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"qformer {name}",
         description=f"{job.summary[0].upper()}{job.summary[1:]}.",
-        epilog=f"example:\n  {job.example}\n\nAll keys with their values: qformer {name} … --show-config",
+        epilog=f"example:\n  {job.example}\n\nkeys:\n{describe_settings(_settings_class(job))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -14,7 +14,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class Settings(BaseModel):
     """Base of all settings: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class SourceSettings(Settings):
@@ -110,7 +110,6 @@ class PixelSettings(Settings):
     """Frames sampled from a video; an image is one frame."""
     sampling: SamplingSettings = SamplingSettings()
     limits: LimitSettings = LimitSettings()
-    augmentation: AugmentationSettings = AugmentationSettings()
 
 
 class DataSettings(PixelSettings):
@@ -141,6 +140,7 @@ class TrainDataSettings(PixelSettings):
     where it stopped; rows of one drawn more come again, after all its others came."""
     features: str | None = None
     """Folder of a feature cache (`qformer features`) to train on in place of pixels; fixes crop and frames."""
+    augmentation: AugmentationSettings = AugmentationSettings()
 
 
 class QFormerSettings(Settings):

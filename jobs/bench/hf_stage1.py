@@ -9,36 +9,25 @@ H heads, K head width, E joint embedding width, R pairs.
 Reference: LAVIS `blip2_qformer.py`, `Qformer.py`; BLIP-2 (arXiv:2301.12597), section 3.2.
 """
 
-import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qformer.backbones import import_torchvision
+from qformer.conversion.names import HF_RETRIEVAL, peer_name
 from qformer.objectives import LABEL_SMOOTHING, Negatives
 from qformer.stage1 import Stage1, Stage1Batch, Stage1Losses
 
 TEXT_LENGTH = 32
-_NAMES = [
-    (r"^qformer\.query_tokens$", "query_tokens"),
-    (r"^qformer\.embedding_norm\.", "qformer.layernorm."),
-    (r"^qformer\.(word|position)_embeddings\.", r"embeddings.\1_embeddings."),
-    (r"^qformer\.(lm_\w+)", r"\1"),
-    (r"^qformer\.layers\.", "qformer.encoder.layer."),
-    (r"\.cross_attention\.", ".crossattention."),
-    (r"attention\.(query|key|value)\.", r"attention.attention.\1."),
-    (r"attention\.output\.", "attention.output.dense."),
-    (r"attention\.norm\.", "attention.output.LayerNorm."),
-    (r"\.query_ffn\.up\.", ".intermediate_query.dense."),
-    (r"\.query_ffn\.down\.", ".output_query.dense."),
-    (r"\.query_ffn\.norm\.", ".output_query.LayerNorm."),
-    (r"\.text_ffn\.up\.", ".intermediate.dense."),
-    (r"\.text_ffn\.down\.", ".output.dense."),
-    (r"\.text_ffn\.norm\.", ".output.LayerNorm."),
-]
-"""Our parameter names -> this module's."""
+_TABLE = {
+    **HF_RETRIEVAL,
+    "vision_norm": "vision_norm",
+    "temperature": "temperature",
+    **{f"qformer.{name}": name for name in ("lm_dense", "lm_norm", "lm_bias")},
+}
+"""Our names -> this module's: Hugging Face's, and for what its layout lacks names of our own."""
 
 
 class HuggingFaceStage1(nn.Module):
@@ -177,6 +166,4 @@ class HuggingFaceStage1(nn.Module):
 
 def their_name(name: str) -> str:
     """This module's name of one of our parameters."""
-    for pattern, replacement in _NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return cast(str, peer_name(name, _TABLE))

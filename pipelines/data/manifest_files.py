@@ -20,6 +20,9 @@ MANIFEST_FILE = "manifest.parquet"
 MANIFEST_FOLDER, INDEX_FILE = "manifest", "index.parquet"
 """In place of it where there are more rows."""
 MAX_FILE_ROWS = 1_000_000
+"""As many rows, and more, go into parts."""
+PART_ROWS = 131_072
+"""Whoever wants a row anywhere reads its part's whole footer first: 128 row groups tell about themselves in 100 KB."""
 ROW_GROUP_ROWS = 1024
 _MARK = {b"qformer": b"manifest"}
 _MARKED_SCHEMA = schema.MANIFEST_SCHEMA.with_metadata(_MARK)
@@ -113,15 +116,15 @@ def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, 
                 rows = block.filter(is_member)
                 while len(rows):
                     part = parts.get((kind, split))
-                    if part is None or part.num_rows == MAX_FILE_ROWS:
+                    if part is None or part.num_rows == PART_ROWS:
                         stem = f"part-{kind}-{_file_name(split)}"
                         number = sum(row["file"].startswith(f"{stem}-") for row in index)
                         name = f"{stem}-{number:05d}.parquet"
                         part = parts[kind, split] = open_parts.enter_context(_Part(storage.join(folder, name)))
                         index.append({"file": name, schema.KIND: kind, schema.SPLIT: split, "rows": 0, "part": part})
-                    fitting = rows.slice(0, MAX_FILE_ROWS - part.num_rows)
+                    fitting = rows.slice(0, PART_ROWS - part.num_rows)
                     part.append(fitting)
-                    if part.num_rows == MAX_FILE_ROWS:
+                    if part.num_rows == PART_ROWS:
                         part.close()
                     rows = rows.slice(len(fitting))
     rows_of_parts = [{**row, "rows": row["part"].num_rows if "part" in row else row["rows"]} for row in index]
@@ -138,7 +141,9 @@ class _Part(contextlib.AbstractContextManager["_Part"]):
         self._num_waiting = 0
         self._stack = contextlib.ExitStack()
         file = self._stack.enter_context(storage.open_output(uri))
-        self._writer = self._stack.enter_context(pq.ParquetWriter(file, _MARKED_SCHEMA, compression="zstd"))
+        self._writer = self._stack.enter_context(
+            pq.ParquetWriter(file, _MARKED_SCHEMA, compression="zstd", write_statistics=False)
+        )
 
     def append(self, rows: pa.Table) -> None:
         self.num_rows += len(rows)

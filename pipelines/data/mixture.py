@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
 from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest_files import INDEX_FILE, MANIFEST_FOLDER
 from pipelines.data.order import Stream
-from pipelines.data.row_index import INDEX_FILE, PARTS_FOLDER, PartRows, Rows, TableRows, streamed, total
+from pipelines.data.row_index import PartRows, Rows, TableRows, streamed, total
 from qformer.errors import UserError
 
 Mixing = Literal["proportional", "sqrt", "explicit"]
@@ -122,7 +123,7 @@ def open_corpus(
 
 def _opened(path: str, split: str, kind: str | None) -> Rows:
     if storage.is_folder(path):
-        for folder in (storage.join(path, PARTS_FOLDER), path):
+        for folder in (storage.join(path, MANIFEST_FOLDER), path):
             if storage.exists(storage.join(folder, INDEX_FILE)):
                 return PartRows(folder, split, kind)
     return TableRows(read_manifest(path, split, needs_captions=True, kind=kind))

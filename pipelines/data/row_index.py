@@ -1,11 +1,7 @@
 """Manifests as numbered rows that can be taken in any order; the large ones without reading them.
 
-What `qformer prepare` writes into FOLDER/manifest is never held in memory:
-
-    part-{kind}-{split}-{n:05d}.parquet   rows of one kind and split, in row groups of about 1,024
-    index.parquet                         file, kind, split, rows of each part; written last
-
-Whoever takes rows reads the parts' footers and the row groups that hold the rows, and keeps the latest of both.
+A manifest in parts (`manifest_files`) is never held in memory: whoever takes rows reads the footers of the parts and
+the row groups that hold the rows, and keeps the latest of both.
 """
 
 import bisect
@@ -14,9 +10,9 @@ import hashlib
 import itertools
 import posixpath
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 import numpy as np
@@ -26,13 +22,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
+from pipelines.data.manifest_files import INDEX_FILE, read_index
+from pipelines.data.media import MediaError
+from pipelines.data.retries import with_retries
 from qformer.errors import UserError
 
-PARTS_FOLDER, INDEX_FILE = "manifest", "index.parquet"
+ValueT = TypeVar("ValueT")
+
 _FILE, _ROWS = "file", "rows"
 _UNREAD = (schema.SPLIT, schema.LICENCE)
 """Columns that nobody asks rows for."""
-_KEPT_FOOTER_BYTES = 16 * 1024**2
+_KEPT_FOOTER_BYTES = 8 * 1024**2
 """Of parsed footers; in memory they take some six times as much."""
 _KEPT_GROUP_BYTES = 64 * 1024**2
 _STREAMED_ROWS = 8192
@@ -132,7 +132,7 @@ class PartRows:
         """See `Rows`.
 
         Raises:
-            OSError: If a part cannot be read.
+            UserError: If a part cannot be read, or is not the one that the index tells of.
         """
         if not len(rows):
             return self._group_of(0)[0].slice(0, 0)
@@ -154,12 +154,13 @@ class PartRows:
         first = self._ends[number] - part.num_rows
         group = bisect.bisect_right(ends, row - first)
         start = ends[group - 1] if group else 0
-        return self._groups.get((number, group)) or self._read(number, group, file), first + start, first + ends[group]
+        table = self._groups.get((number, group)) or self._group(number, group, file)
+        return table, first + start, first + ends[group]
 
     def _opened(self, number: int) -> tuple[pq.ParquetFile, list[int]]:
         part = self._parts[number]
-        counted = _CountedFile(storage.join(self.folder, part.file), self)
-        file = pq.ParquetFile(pa.PythonFile(counted, mode="r"), pre_buffer=True)
+        uri = storage.join(self.folder, part.file)
+        file = _read(uri, lambda: _opened(uri, self))
         footer = file.metadata
         if footer.num_rows != part.num_rows:
             raise UserError(
@@ -170,9 +171,10 @@ class PartRows:
         self._footers.put(number, (file, ends), footer.serialized_size)
         return file, ends
 
-    def _read(self, number: int, group: int, file: pq.ParquetFile) -> pa.Table:
+    def _group(self, number: int, group: int, file: pq.ParquetFile) -> pa.Table:
         names = [name for name in file.schema_arrow.names if name not in _UNREAD]
-        table = file.read_row_group(group, columns=names, use_threads=False).combine_chunks()
+        uri = storage.join(self.folder, self._parts[number].file)
+        table = _read(uri, lambda: file.read_row_group(group, columns=names, use_threads=False)).combine_chunks()
         self._groups.put((number, group), table, table.nbytes)
         return table
 
@@ -240,13 +242,36 @@ class _CountedFile:
         self._file.close()
 
 
+def _opened(uri: str, rows: PartRows) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.PythonFile(_CountedFile(uri, rows), mode="r"), pre_buffer=True)
+
+
+def _read(uri: str, read: Callable[[], ValueT]) -> ValueT:
+    """Read a file of a manifest, again where the storage has trouble that may pass.
+
+    Raises:
+        UserError: If that does not help: without its manifest no run goes on.
+    """
+
+    def checked() -> ValueT:
+        try:
+            return read()
+        except pa.ArrowInvalid as error:
+            told = f"{uri} is damaged ({str(error)[:100]}); run `qformer prepare` again"
+            raise MediaError("corrupt", told, stage="read") from error
+
+    try:
+        return with_retries(uri, checked)
+    except MediaError as error:
+        raise UserError(f"the manifest cannot be read: {error.message}") from error
+
+
 def _parts(folder: str, split: str | None, kind: str | None) -> list[_Part]:
-    with storage.open_input(storage.join(folder, INDEX_FILE)) as file:
-        index = pq.read_table(file)
     filesystem, path = fsspec.core.url_to_fs(folder)
-    sizes = {posixpath.basename(name): found["size"] for name, found in filesystem.find(path, detail=True).items()}
+    found = _read(folder, lambda: filesystem.find(path, detail=True))
+    sizes = {posixpath.basename(name): entry["size"] for name, entry in found.items()}
     parts, splits, kinds = [], set(), set()
-    for row in index.to_pylist():
+    for row in _read(folder, lambda: read_index(folder)).to_pylist():
         splits.add(row[schema.SPLIT])
         if row[_FILE] not in sizes:
             raise UserError(f"manifest {folder} lacks {row[_FILE]}; run `qformer prepare` again")

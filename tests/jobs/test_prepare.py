@@ -192,6 +192,7 @@ def test_a_dry_run_writes_nothing(tmp_path, world, capsys):
 
 def test_many_rows_become_parts(tmp_path, world, monkeypatch):
     monkeypatch.setattr(manifest_files, "MAX_FILE_ROWS", 2)
+    monkeypatch.setattr(manifest_files, "PART_ROWS", 2)
     summary = _prepare(tmp_path / "out", world)
     index = pq.read_table(tmp_path / "out" / "manifest" / "index.parquet").to_pylist()
     assert sorted((row["kind"], row["split"], row["rows"]) for row in index) == [

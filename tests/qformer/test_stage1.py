@@ -166,5 +166,5 @@ def test_queries_outside_a_text_branch_are_refused():
 
 
 def test_another_encoder_width_is_named():
-    with pytest.raises(ValueError, match=r"25 wide .* encoder_width=24"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 25\) .*encoder_width=24"):
         model().qformer.image_key_values(torch.zeros(1, 3, 25))

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import fsspec
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -18,6 +19,9 @@ import yaml
 from pipelines.data import storage
 from tests.pipelines.data.builders import jpeg, write_clip
 from tests.pipelines.data.fault_proxy import failing_proxy
+from tests.pipelines.data.manifest_parts import cut_into_parts
+from tests.pipelines.data.object_store import CREDENTIALS, moto_program, s3_server
+from tests.pipelines.data.sources.shards import write_shard
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -29,9 +33,6 @@ KILL_EVERY_S = 5.0
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     """The bucket's own address, that of the proxy, and the proxy's counts; credentials are in the environment."""
-    pytest.importorskip("tests.pipelines.data.sources.shards", reason="tar shards are no source yet")
-    from tests.pipelines.data.object_store import CREDENTIALS, moto_program, s3_server
-
     with (
         s3_server(moto_program(tmp_path_factory.mktemp("moto"))) as address,
         failing_proxy(address) as (proxy, counts),
@@ -53,8 +54,6 @@ def _jsonl(uri, rows):
 
 def _write_sources(folder):
     """Sources of every kind, healthy but for one corrupt file each. Returns the settings and the bad rows' media."""
-    from tests.pipelines.data.sources.shards import write_shard
-
     for name in ("table", "folder", "scratch"):
         (folder / name).mkdir()
     rows = []
@@ -171,14 +170,17 @@ def test_no_row_is_lost_and_no_healthy_file_is_blamed(stores, tmp_path):
     for name in ("t11", "clip-5.mp4"):
         Path(media[name]).write_bytes(b"gone bad")
     fsspec.filesystem("s3").rm(media["p20"])
-    extra = [{"sample_id": "t1", "media": str(tmp_path / "table" / "1.jpg"), "caption": "again"}]
-    _jsonl(str(tmp_path / "extra.jsonl"), extra)
-    manifests = [str(tmp_path / "prepared"), str(tmp_path / "extra.jsonl")]
+    # A second manifest, in parts on S3, has the first one's photographs once more.
+    photos = used.filter(pc.starts_with(used["sample_id"], "t"))
+    parts = cut_into_parts(tmp_path / "parts", photos, rows_per_part=10)
+    fsspec.filesystem("s3").put(str(parts), "s3://corpus/again/manifest", recursive=True)
+    manifests = [str(tmp_path / "prepared"), "s3://corpus/again"]
     before = Counter(counts)
     batches, accounting, killed = _read(manifests, tmp_path / "read", proxy)
 
-    rows = {f"prepared/{name}" for name in media} | {"extra.jsonl/t1"}
-    failed = {f"prepared/{name}" for name in bad}
+    again = photos["sample_id"].to_pylist()
+    rows = {f"prepared/{name}" for name in media} | {f"again/{name}" for name in again}
+    failed = {f"prepared/{name}" for name in bad} | {"again/t11"}
     for epoch in range(EPOCHS):
         seen = [name for e, _, names, *_ in batches if e == epoch for name in names if name]
         assert sorted(seen) == sorted(rows), "every row once an epoch"
@@ -188,7 +190,7 @@ def test_no_row_is_lost_and_no_healthy_file_is_blamed(stores, tmp_path):
     entries = [(entry["epoch"], entry["sample_id"]) for entry in accounting["quarantined"].values()]
     assert sorted(entries) == sorted((epoch, name) for epoch in range(EPOCHS) for name in failed)
     classes = {entry["sample_id"]: entry["error_class"] for entry in accounting["quarantined"].values()}
-    assert classes == {f"prepared/{name}": error_class for name, error_class in bad.items()}
+    assert classes == {name: bad[name.partition("/")[2]] for name in failed}
     assert accounting["rows_in"] == accounting["rows_used"] + accounting["rows_quarantined"] == EPOCHS * len(rows)
     faults = {fault: counts[fault] - before[fault] for fault in ("served", "503", "cut", "half")}
     print(f"\n{accounting['line']}; SIGKILLed {dict(killed)}; requests while training: {faults}; in all {dict(counts)}")

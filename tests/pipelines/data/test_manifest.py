@@ -27,6 +27,7 @@ def _rows(count, **values):
 def small_files(monkeypatch):
     """A few rows stand for a million: the form for many rows, at the cost of few."""
     monkeypatch.setattr(manifest_files, "MAX_FILE_ROWS", 100)
+    monkeypatch.setattr(manifest_files, "PART_ROWS", 100)
     monkeypatch.setattr(manifest_files, "ROW_GROUP_ROWS", 16)
 
 

@@ -101,6 +101,9 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
     (tmp_path / "other" / "part-image-train-00000.parquet").rename(folder / "part-image-train-00001.parquet")
     with pytest.raises(UserError, match="has 7 rows where index.parquet says 10"):
         PartRows(str(folder)).take(np.array([15]))
+    (folder / "part-image-train-00001.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="cannot be read: .*part-image-train-00001.parquet is damaged"):
+        PartRows(str(folder)).take(np.array([15]))
     (folder / "part-image-train-00001.parquet").unlink()
     with pytest.raises(UserError, match="lacks part-image-train-00001.parquet"):
         PartRows(str(folder))

@@ -116,5 +116,7 @@ def test_an_image_that_fails_in_the_second_pass_leaves_with_its_texts(galleries)
 def test_a_split_whose_files_all_failed_has_no_gallery():
     from pipelines.evaluation.retrieval_run import SIMILARITY, _similarities
 
-    nothing = pa.table({schema.SAMPLE_ID: pa.array([], pa.string()), SIMILARITY: pa.array([], pa.list_(pa.float32()))})
+    nothing = pa.table(
+        {schema.SAMPLE_ID: pa.array([], pa.string()), SIMILARITY: pa.array([], pa.list_(pa.float32(), 3))}
+    )
     assert _similarities(nothing) == {}
