@@ -12,7 +12,17 @@ def seen(rows, failed):
     names = [f"s{index}" for index in range(rows)]
     failures = [Failure(name, None, "read", "missing", "gone") for name in names[:failed]]
     is_valid = np.arange(rows) >= failed
-    batch = SampleBatch(0, 0, names, [""] * rows, np.arange(rows), is_valid, np.zeros((rows, 1)), failures)
+    batch = SampleBatch(
+        step=0,
+        rank=0,
+        sample_ids=names,
+        captions=[""] * rows,
+        image_ids=np.arange(rows),
+        is_valid=is_valid,
+        images=np.zeros((rows, 1)),
+        frame_valid=np.ones((rows, 1), dtype=bool),
+        failures=failures,
+    )
     accounting.add(batch, 0)
     accounting.combine()
     return accounting
