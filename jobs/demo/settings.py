@@ -26,7 +26,7 @@ class StageSettings(Settings):
 class Stage1Settings(StageSettings):
     """Stage 1 sees images alone: its objectives know no time."""
 
-    steps: int = Field(default=350, gt=0)
+    steps: int = Field(default=460, gt=0)
     batch_size: int = Field(default=64, gt=1)
     learning_rate: float = Field(default=3e-3, gt=0)
 
