@@ -8,7 +8,8 @@ of which eight frames are used. Memory is that of all processes at their peak.
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import multiprocessing
 
-from jobs.bench.data_media import CLIP_RATE, JPEG_BYTES, JPEG_SIZE, write_clips, write_jpegs
+from jobs.bench.data_media import JPEG_BYTES, JPEG_SIZE, write_clips, write_jpegs
 from jobs.bench.data_memory import PeakMemory
 from jobs.bench.data_peers import NUM_FRAMES, SIDE, VIDEO_READS, Peer, Read, Window, peer, read_image
 from jobs.bench.result import BenchResult
@@ -66,8 +67,8 @@ class Case:
     clips: Window = Window(warm_up=3, timed=6)
     trial: Window = Window(warm_up=1, timed=2, tail=1)
     """Of each clip peer, to find the best."""
-    ray_images: Window = Window(warm_up=4, timed=8)
-    ray_clips: int = 16
+    ray_images: int = 640
+    ray_clips: int = 24
     memory_images: tuple[int, int] = (2_000, 20_000)
 
 
@@ -204,30 +205,27 @@ def _ray_readers(case: Case, jpegs: list[str], clips: list[str], seconds: dict[s
     """Ray's own readers, in their fastest form: they resize at once, and decode every frame of a clip."""
     import ray
 
-    files = _repeated(jpegs, case.batch_size * case.ray_images.batches)
-    images = ray.data.read_images(files, size=(SIDE, SIDE), mode="RGB", override_num_blocks=case.ray_images.batches)
-    batches = images.iter_batches(batch_size=case.batch_size)
-    seconds["images, batch, ray read_images"] = case.ray_images.seconds_per_batch(batches)
-    videos = ray.data.read_videos(_repeated(clips, case.ray_clips), resize=(SIDE, SIDE))
-    frames = Window(warm_up=case.clip_frames * 4, timed=case.clip_frames * (case.ray_clips - 8), tail=1)
-    arrivals = _row_arrivals(videos.iter_batches(batch_size=None))
-    first, last = frames.warm_up, min(frames.warm_up + frames.timed, len(arrivals) - 1)
-    rate = (last - first) / max(arrivals[last] - arrivals[first], 1e-9)
-    seconds["clips, batch, ray read_videos"] = case.batch_size * case.clip_frames / rate
-    image_rate = case.batch_size / seconds["images, batch, ray read_images"]
-    print(
-        f"ray: read_images {image_rate:.1f} images/s; read_videos {rate:.0f} frames/s, "
-        f"{rate / case.clip_frames:.1f} clips/s of {case.clip_frames / CLIP_RATE:.0f} s"
-    )
+    def read_images(count: int) -> float:
+        files = _repeated(jpegs, count)
+        images = ray.data.read_images(files, size=(SIDE, SIDE), mode="RGB", override_num_blocks=max(2, count // 32))
+        return _seconds_of(images.iter_batches(batch_size=case.batch_size))
+
+    def read_videos(count: int) -> float:
+        videos = ray.data.read_videos(_repeated(clips, count), resize=(SIDE, SIDE), override_num_blocks=count)
+        return _seconds_of(videos.iter_batches(batch_size=case.batch_size))
+
+    for read, count, name in ((read_images, case.ray_images, "images"), (read_videos, case.ray_clips, "clips")):
+        read(WORKERS)  # the first dataset of a reader takes seconds more to start
+        rate = count / read(count)
+        seconds[f"{name}, batch, ray {read.__name__}"] = case.batch_size / rate
+        print(f"ray {read.__name__}: {rate:.1f} {name}/s")
 
 
-def _row_arrivals(batches: Any) -> list[float]:
-    import time
-
-    arrivals: list[float] = []
-    for batch in batches:
-        arrivals += [time.perf_counter()] * len(next(iter(batch.values())))
-    return arrivals
+def _seconds_of(batches: Iterable[Any]) -> float:
+    begun_s = time.perf_counter()
+    for _ in batches:
+        pass
+    return time.perf_counter() - begun_s
 
 
 def _peak_bytes(case: Case, paths: list[str], count: int) -> int:

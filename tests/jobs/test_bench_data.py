@@ -1,5 +1,6 @@
 """The data benchmark's parts at a tiny size: the files, the peers' pixels, the windows, the sums of memory."""
 
+import dataclasses
 import multiprocessing
 import os
 
@@ -66,6 +67,14 @@ def test_images_are_measured_side_by_side(ray_local, jpegs, capsys):
         assert "No such file" in other.read(data_peers.read_image, "/nowhere.jpg")
     assert ratio > 0 and set(seconds) == {"images, batch, ours", "images, batch, dataloader"}
     assert "mean pixel difference" in capsys.readouterr().out
+
+
+def test_rays_own_readers_are_measured(ray_local, jpegs, tmp_path):
+    clips = data_media.write_clips(tmp_path / "clips", 1, 30, 10)
+    seconds = {}
+    data._ray_readers(dataclasses.replace(TINY, ray_images=4, ray_clips=2), jpegs, clips, seconds)
+    assert set(seconds) == {"images, batch, ray read_images", "clips, batch, ray read_videos"}
+    assert min(seconds.values()) > 0
 
 
 def test_a_window_is_the_time_between_its_batches():
