@@ -12,7 +12,17 @@ def seen(rows, failed):
     names = [f"s{index}" for index in range(rows)]
     failures = [Failure(name, None, "read", "missing", "gone") for name in names[:failed]]
     is_valid = np.arange(rows) >= failed
-    batch = SampleBatch(0, 0, names, [""] * rows, np.arange(rows), is_valid, np.zeros((rows, 1)), failures)
+    batch = SampleBatch(
+        0,
+        0,
+        names,
+        [""] * rows,
+        np.arange(rows),
+        is_valid,
+        np.zeros((rows, 1)),
+        failures,
+        np.ones((rows, 1), dtype=np.bool_),
+    )
     accounting.add(batch, 0)
     accounting.combine()
     return accounting
