@@ -95,6 +95,15 @@ JOBS = {
 }
 
 
+CLEAN_FEATURES = Job(
+    module="jobs.clean_features",
+    settings="jobs.clean_features:CleanFeaturesSettings",
+    summary="remove feature caches that no run refers to; only tells which until confirm=true",
+    example="qformer features --clean --set caches=runs --set runs=[runs]",
+)
+"""What `qformer features --clean` runs, with settings of its own."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Mistakes on the command line end like every other mistake of the user: one line, exit code 2."""
 
@@ -139,6 +148,8 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
     job = JOBS[name]
     try:
         arguments = _parser(name, job).parse_intermixed_args(argv)
+        if getattr(arguments, "clean", False):
+            job = CLEAN_FEATURES
         settings = load(_settings_class(job), arguments.config, _overrides(arguments))
         if arguments.show_config:
             print(resolved_yaml(settings), end="")
@@ -225,6 +236,10 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
     parser.add_argument("--show-config", action="store_true", help="print the resolved settings and stop")
     if name == "train":
         parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in `output`")
+    if name == "features":
+        parser.add_argument(
+            "--clean", action="store_true", help=f"{CLEAN_FEATURES.summary}, as in: {CLEAN_FEATURES.example}"
+        )
     if name == "prepare":
         parser.add_argument("--dry-run", metavar="N", help="try N rows of each source and write nothing")
         parser.add_argument(

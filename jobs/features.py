@@ -1,18 +1,28 @@
 """`qformer features`: run the frozen encoder once over a manifest and store what it sees."""
 
 import logging
+import shutil
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session
 from jobs.settings import FeaturesSettings
 from pipelines.data import quarantine, schema, storage
+from pipelines.data.feature_forecast import Forecast, forecast, measured_blocks
+from pipelines.data.feature_spec import FeatureSpec, read_spec, write_spec
+from pipelines.data.features import finished_shard, shard_blocks, write_index
 from pipelines.data.manifest import read_manifest
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.stage_costs import StageCosts, summed
+from pipelines.data.stage_report import Pool, size, stage_table
+
+if TYPE_CHECKING:
+    from pipelines.data.encode_shards import EncoderChoice
 
 logger = logging.getLogger(__name__)
 
@@ -23,99 +33,149 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     """Write or complete the cache.
 
     Returns:
-        Its summary: fingerprint, rows_in, rows_used, rows_quarantined.
+        Its summary: fingerprint, rows_in, rows_used, rows_quarantined, and under "stages" what the new rows took.
 
     Raises:
         UserError: If the folder holds something else or another encoder's features, or the manifest cannot be read.
     """
-    from pipelines.data.encode_shards import EncoderChoice
-    from pipelines.data.features import read_spec, write_spec
-
     data = settings.data
     manifest = read_manifest(data.manifest, data.split, needs_captions=False, kind=data.kind)
     # The actors run in other folders.
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
-    is_folder = storage.is_local(settings.vision) and storage.exists(settings.vision)
-    vision = storage.local_path(settings.vision) if is_folder else settings.vision
-    choice = EncoderChoice(
-        vision=vision,
-        pretrained=settings.vision_pretrained,
-        layer=settings.vision_layer,
-        precision=settings.precision,
-        num_frames=data.num_frames,
-        dtype=settings.dtype,
-        image_size=settings.vision_image_size,
-    )
+    choice = _choice(settings)
     spec = choice.load()[1]
-    found = read_spec(output)
-    if found is None:
-        storage.require_unused(output, "output")
-        write_spec(output, spec)
-    else:
-        spec.require_same(found)
-    total_bytes = sum(spec.row_bytes(kind) for kind in manifest[schema.KIND].to_pylist())
-    logger.info("%d rows will take %s in %s", len(manifest), _size(total_bytes), output)
-    with ray_session(settings.ray):
-        # Loads Ray, whose environment the session has to set first.
-        from pipelines.data.dataset import write_features
-
-        index = write_features(
-            manifest,
-            folder=output,
-            choice=choice,
-            spec=spec,
-            decode=DecodeSettings(
-                preprocessing=spec.preprocessing,
-                num_frames=data.num_frames,
-                sampling=data.sampling.build(),
-                limits=Limits(**data.limits.model_dump()),
-            ),
-            frames_per_pass=settings.frames_per_pass,
-            workers=settings.workers,
-            decode_workers=settings.decode_workers,
-            use_gpu=settings.use_gpu,
-            on_progress=_Progress(len(manifest)),
-        )
+    decode = DecodeSettings(
+        preprocessing=spec.preprocessing,
+        num_frames=data.num_frames,
+        sampling=choice.sampling,
+        limits=Limits(**data.limits.model_dump()),
+    )
+    spec.require_decoding(decode)
+    _claim(output, spec)
+    shards = shard_blocks(manifest, decode)
+    missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
+    progress = _Progress(len(manifest), sum(map(len, missing)))
+    if missing:
+        _encode(settings, output, choice, spec, decode, missing, progress)
+    index = write_index(output, len(shards))
     failed = pc.sum(pc.is_valid(index[schema.ERROR_CLASS])).as_py() or 0
-    print(quarantine.accounting_line(len(index), len(index) - failed, failed))
+    print(quarantine.accounting_line(len(manifest), len(index) - failed, failed))
     logger.info("next: qformer train … --set data.features=%s", settings.output)
     return {
         "fingerprint": spec.fingerprint,
         "rows_in": len(index),
         "rows_used": len(index) - failed,
         "rows_quarantined": failed,
+        "stages": progress.costs.seconds(),
     }
 
 
+def _choice(settings: FeaturesSettings) -> "EncoderChoice":
+    from pipelines.data.encode_shards import EncoderChoice
+
+    is_folder = storage.is_local(settings.vision) and storage.exists(settings.vision)
+    return EncoderChoice(
+        vision=storage.local_path(settings.vision) if is_folder else settings.vision,
+        pretrained=settings.vision_pretrained,
+        layer=settings.vision_layer,
+        precision=settings.precision,
+        num_frames=settings.data.num_frames,
+        sampling=settings.data.sampling.build(),
+        dtype=settings.dtype,
+        image_size=settings.vision_image_size,
+    )
+
+
+def _claim(output: str, spec: FeatureSpec) -> None:
+    """Make the folder this cache's, or see that it is."""
+    found = read_spec(output)
+    if found is None:
+        storage.require_unused(output, "output")
+        write_spec(output, spec)
+    else:
+        spec.require_same(found)
+
+
+def _encode(
+    settings: FeaturesSettings,
+    output: str,
+    choice: "EncoderChoice",
+    spec: FeatureSpec,
+    decode: DecodeSettings,
+    missing: list[pa.Table],
+    progress: "_Progress",
+) -> None:
+    """Forecast, write the missing shards, and tell where the time went."""
+    options: dict[str, Any] = {"choice": choice, "decode": decode, "frames_per_pass": settings.frames_per_pass}
+    with ray_session(settings.ray):
+        # Loads Ray, whose environment the session has to set first.
+        from pipelines.data.dataset import encode_features, measure_features
+        from pipelines.training.data_metrics import DataMetrics
+
+        small = measured_blocks(missing)
+        costs = measure_features(small, **options, use_gpu=settings.use_gpu) if small else []
+        pools: dict[str, Any] = {"decode_workers": settings.decode_workers, "workers": settings.workers}
+        _tell(forecast(missing, spec, list(zip(small, costs, strict=True)), **pools), output)
+        metrics = DataMetrics("features")
+        progress.begin()
+        for done in encode_features(missing, folder=output, **options, **pools, use_gpu=settings.use_gpu):
+            progress.add(done)
+            rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
+            metrics.count(summed(done), rows_used=rows - failed, rows_quarantined=failed)
+    print(progress.table(settings))
+
+
+def _tell(expected: Forecast, output: str) -> None:
+    """Log the forecast, and warn where the disk will not hold it."""
+    logger.info("%s, into %s", expected, output)
+    if storage.is_local(output):
+        free_bytes = shutil.disk_usage(output).free
+        if expected.size_bytes > free_bytes:
+            logger.warning("%s has only %s free", output, size(free_bytes))
+
+
 class _Progress:
-    """Tells how far the job is and how long the rest will take."""
+    """Tells how far the job is and how long the rest will take.
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
+    Args:
+        num_rows: Of the manifest.
+        num_missing: Of them to be encoded.
+    """
+
+    def __init__(self, num_rows: int, num_missing: int) -> None:
+        self._num_rows, self._num_missing = num_rows, num_missing
+        self._done = 0
+        self.costs = StageCosts()
+        self.begin()
+        if num_missing < num_rows:
+            logger.info("%d of %d rows were there already", num_rows - num_missing, num_rows)
+
+    def begin(self) -> None:
+        """Start the clock."""
         self._begun_s = self._told_at_s = time.monotonic()
-        self._found = 0
 
-    def __call__(self, done: int, written_bytes: int) -> None:
-        """Log the state; the first call tells what an earlier run had done."""
+    def add(self, done: pa.Table) -> None:
+        """Count finished shards, as `EncodeShards` describes them."""
+        self._done += pc.sum(done["rows"]).as_py()
+        self.costs.add(summed(done))
         now_s = time.monotonic()
-        if not written_bytes:
-            self._found = done
-            if done:
-                logger.info("%d of %d rows were there already", done, self._num_rows)
-            return
-        if done == self._num_rows or now_s - self._told_at_s > _PROGRESS_EVERY_S:
+        if self._done == self._num_missing or now_s - self._told_at_s > _PROGRESS_EVERY_S:
             self._told_at_s = now_s
-            rate = (done - self._found) / (now_s - self._begun_s)
-            left_s = (self._num_rows - done) / rate
-            logger.info("encoded %d of %d rows, %.0f rows/s, %.0f s left", done, self._num_rows, rate, left_s)
+            rate = self._done / (now_s - self._begun_s)
+            left_s = (self._num_missing - self._done) / rate
+            there = self._num_rows - self._num_missing + self._done
+            logger.info("encoded %d of %d rows, %.0f rows/s, %.0f s left", there, self._num_rows, rate, left_s)
 
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+    def table(self, settings: FeaturesSettings) -> str:
+        """Where the time went."""
+        seconds = self.costs.seconds()
+        encoding = {stage: seconds.pop(stage) for stage in list(seconds) if stage in ("encode", "write")}
+        pools = [
+            Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds=seconds),
+            Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds=encoding),
+        ]
+        wall_s = time.monotonic() - self._begun_s
+        return stage_table(pools, wall_s=wall_s, rows=self._done, fetched_bytes=self.costs.fetched_bytes)
 
 
 if __name__ == "__main__":

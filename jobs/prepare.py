@@ -7,6 +7,7 @@ import logging
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from pipelines.data.samples import Limits
 from pipelines.data.seen import SeenNames
 from pipelines.data.sources.raw import Source
 from pipelines.data.sources.source import SourceBlock, check_source, read_source
+from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, summed
+from pipelines.data.stage_report import Pool, stage_table
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -132,12 +135,19 @@ def _probe(rows: Iterable[pa.Table], settings: PrepareSettings) -> Iterator[tupl
     # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
     from jobs.prepare_probe import probe
 
-    return probe(
+    costs, num_rows, begun_s = StageCosts(), 0, time.monotonic()
+    for block, checked in probe(
         rows,
         num_frames=settings.num_frames,
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
-    )
+    ):
+        costs.add(summed(checked))
+        num_rows += len(block)
+        yield block, checked.drop_columns(list(COST_COLUMNS))
+    workers, wall_s = settings.decode_workers, time.monotonic() - begun_s
+    pool = Pool(name="decode workers", setting="decode_workers", workers=workers, seconds=costs.seconds())
+    print(stage_table([pool], wall_s=wall_s, rows=num_rows, fetched_bytes=costs.fetched_bytes))
 
 
 def _sampled(sources: list[Source], count: int) -> Iterator[SourceBlock]:

@@ -23,6 +23,7 @@ from pipelines.data.mixture import Corpus, open_corpus
 from pipelines.data.order import Order
 from pipelines.data.row_index import streamed
 from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.stage_report import run_table
 from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
@@ -54,6 +55,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     check(settings, order.rows_per_epoch)
     cache = open_cache(data.features) if data.features else None
     if cache:
+        cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
         corpus = corpus.in_memory(functools.partial(locate, cache=cache))
     with run_folder(settings):
         if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
@@ -71,6 +73,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
         summary["texts_truncated"],
     )
     logger.info("run folder %s; curves: tensorboard --logdir %s", settings.output, settings.output)
+    print(run_table(summary["stages"], workers=settings.workers, decode_workers=settings.decode_workers))
     print(summary["accounting"])
     return summary
 
@@ -132,9 +135,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"mistake": mistake}
     log = RunLog(settings.output, arguments["board"], start_step) if rank() == 0 else None
     try:
-        _loop(arguments, settings, run, optimizer, accounting, log.write if log else _ignore).run(
-            _batches(arguments, settings, run, start_step), start_step
-        )
+        loop = _loop(arguments, settings, run, optimizer, accounting, log.write if log else _ignore)
+        loop.run(_batches(arguments, settings, run, start_step), start_step)
         run.assert_frozen()
     except TooManyQuarantinedError as error:  # raised by all ranks at the same step
         mistake = str(error)
@@ -144,7 +146,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             write_table(accounting.table(), storage.join(settings.output, QUARANTINE_FILE))
     if mistake is not None:
         return {"mistake": mistake}
-    return _summary(run, accounting, settings, start_step, log.records if log else [])
+    stages = loop.times.combined(run.encode.seconds)
+    return _summary(run, accounting, settings, start_step, log.records if log else [], stages)
 
 
 def _built(arguments: dict[str, Any], settings: TrainSettings) -> "tuple[TrainingRun, Optimizer, Accounting, int]":
@@ -308,6 +311,7 @@ def _summary(
     settings: TrainSettings,
     start_step: int,
     records: list[dict[str, float]],
+    stages: dict[str, float],
 ) -> dict[str, Any]:
     return {
         "stage": settings.stage,
@@ -323,6 +327,7 @@ def _summary(
         "trainable_names": run.trainable_names,
         "frozen_sha256": run.fingerprints,
         "last": records[-1] if records else {},
+        "stages": stages,
     }
 
 

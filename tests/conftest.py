@@ -59,6 +59,7 @@ def ray_local(tmp_path_factory):
     token.write_text("0" * 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # as often as Ray can: a test reads them
         ray.init(
             address="local",
             num_cpus=4,

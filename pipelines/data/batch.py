@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.data import schema
+from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, cost_columns, summed
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
 
 STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
@@ -52,6 +53,8 @@ class SampleBatch:
     """[B, T] False where a frame only repeats another of its clip; all True where `is_valid` is False."""
     instructions: Sequence[str] = ()
     """What each caption answers; "" where the run's own prompt serves, () where it serves all."""
+    costs: StageCosts = field(default_factory=StageCosts)
+    """Of these rows together."""
 
 
 class ImageRows:
@@ -77,13 +80,16 @@ class ImageRows:
         self.flat[self.offsets[row] : self.offsets[row + 1]] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def pack(rows: pa.Table, images: ImageRows, failures: list[Failure | None]) -> pa.Table:
+def pack(
+    rows: pa.Table, images: ImageRows, failures: Sequence[Failure | None], costs: Sequence[StageCosts]
+) -> pa.Table:
     """Join rows with their images into one Arrow table, without copying the images.
 
     Args:
         rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media, caption and instruction.
         images: Of these rows.
         failures: One entry a row, None where it was decoded (or is padding).
+        costs: One entry a row.
     """
     buffers = [None, pa.py_buffer(images.offsets), pa.py_buffer(images.flat)]
     return pa.table(
@@ -93,6 +99,7 @@ def pack(rows: pa.Table, images: ImageRows, failures: list[Failure | None]) -> p
             schema.ERROR_CLASS: [failure and failure.error_class for failure in failures],
             schema.MESSAGE: [failure and failure.message for failure in failures],
             schema.TRIES: [failure and failure.tries for failure in failures],
+            **cost_columns(costs),
             _CODEC: [images.codec] * len(rows),
             _SHAPE: images.shapes,
             _FRAME_VALID: images.frame_valid,
@@ -136,6 +143,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         images=_images(table),
         frame_valid=np.array(table[_FRAME_VALID].to_pylist(), dtype=np.bool_),
         failures=failures,
+        costs=summed(table),
     )
 
 
@@ -168,6 +176,7 @@ _PACKED_SCHEMA = pa.schema(
         (schema.ERROR_CLASS, pa.string()),
         (schema.MESSAGE, pa.string()),
         (schema.TRIES, pa.int32()),
+        *COST_COLUMNS.items(),
         (_CODEC, pa.string()),
         (_SHAPE, pa.list_(pa.int32())),
         (_FRAME_VALID, pa.list_(pa.bool_())),

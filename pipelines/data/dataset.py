@@ -2,21 +2,20 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from pipelines.data import quarantine, schema
+from pipelines.data import quarantine
 from pipelines.data.batch import SampleBatch, split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
-from pipelines.data.features import FeatureCache, FeatureSpec, ReadFeatures, finished_shard, write_index
+from pipelines.data.features import FeatureCache, ReadFeatures
 from pipelines.data.order import Order
 from pipelines.data.plan import (
     RowLookup,
@@ -26,15 +25,13 @@ from pipelines.data.plan import (
     training_blocks,
     without_caption,
 )
-from pipelines.data.row_index import Rows, TableRows
+from pipelines.data.row_index import Rows
 from pipelines.data.samples import DecodeSettings
+from pipelines.data.stage_costs import StageCosts
 
 if TYPE_CHECKING:
     from pipelines.data.encode_shards import EncoderChoice
 
-_SHARD_PIXEL_BYTES = 64 * 1024**2
-"""Pixels that one shard of a feature cache is made of: what a decode actor hands to an encoder actor at a time."""
-_MAX_SHARD_ROWS = 4096
 _PREFETCHED_BATCHES = 2
 _SEGMENT_BLOCKS = 2048
 """Most input blocks of one dataset: Ray handles all of them before the first comes out."""
@@ -185,59 +182,53 @@ def map_blocks(
         yield from mapped.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def write_features(
-    manifest: pa.Table,
+def measure_features(
+    blocks: list[pa.Table], *, choice: "EncoderChoice", decode: DecodeSettings, frames_per_pass: int, use_gpu: bool
+) -> list[StageCosts]:
+    """Decode and encode a few blocks in one task, writing nothing; see `encode_shards.measure_rows`."""
+    # Loads torch, which the other jobs' drivers do without.
+    from pipelines.data.encode_shards import measure_rows
+
+    task = ray.remote(measure_rows).options(num_gpus=1 if use_gpu else 0, max_retries=_MAX_TASK_RETRIES)
+    return list(ray.get(task.remote(choice, decode, frames_per_pass, "cuda" if use_gpu else "cpu", blocks)))
+
+
+def encode_features(
+    shards: list[pa.Table],
     *,
     folder: str,
     choice: "EncoderChoice",
-    spec: FeatureSpec,
     decode: DecodeSettings,
     frames_per_pass: int,
     workers: int,
     decode_workers: int,
     use_gpu: bool,
-    on_progress: Callable[[int, int], None],
-) -> pa.Table:
-    """Encode what the cache lacks of `manifest`, and finish it.
+) -> Iterator[pa.Table]:
+    """Write shards of a feature cache.
 
     Args:
-        manifest: Rows with unique sample ids.
-        folder: Of the cache; shards that are there with the same rows stay as they are.
+        shards: Of `features.shard_blocks`, those that are missing.
+        folder: Of the cache.
         choice: The encoder.
-        spec: What it makes.
         decode: How files become pixels.
         frames_per_pass: See `EncodeShards`.
         workers: Encoder actors.
         decode_workers: Decode actors.
         use_gpu: One GPU for each encoder actor.
-        on_progress: Called with (rows done, bytes written) after each shard.
 
-    Returns:
-        The cache's index: sample_id, feature_shard, feature_row, and error_class where a row failed.
+    Yields:
+        What `EncodeShards` returns about each, as they are done.
     """
-    # Loads torch, which the other jobs' drivers do without.
     from pipelines.data.encode_shards import EncodeShards
 
-    largest = max(map(decode.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
-    rows_per_shard = int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS))
-    shards = list(evaluation_blocks(TableRows(manifest), rows_per_shard))
-    wanted = [block for shard, block in enumerate(shards) if not finished_shard(folder, shard, block)]
-    done, written = len(manifest) - sum(map(len, wanted)), 0
-    on_progress(done, written)
-    if wanted:
-        dataset = _mapped(wanted, DecodeRows, (decode,), decode_workers)
-        arguments = {
-            "choice": choice,
-            "folder": folder,
-            "frames_per_pass": frames_per_pass,
-            "device": "cuda" if use_gpu else "cpu",
-        }
-        for table in map_blocks([dataset], EncodeShards, arguments, workers=workers, use_gpu=use_gpu):
-            done, written = done + pc.sum(table["rows"]).as_py(), written + pc.sum(table["bytes"]).as_py()
-            on_progress(done, written)
-    index = write_index(folder, len(shards))
-    assert len(index) == len(manifest), f"{len(manifest)} rows went in but {len(index)} came out"
-    return index
+    arguments = {
+        "choice": choice,
+        "folder": folder,
+        "frames_per_pass": frames_per_pass,
+        "device": "cuda" if use_gpu else "cpu",
+    }
+    dataset = _mapped(shards, DecodeRows, (decode,), decode_workers)
+    yield from map_blocks([dataset], EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
 
 
 def to_batch(block: pa.Table) -> SampleBatch:

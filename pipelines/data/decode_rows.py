@@ -9,6 +9,7 @@ from pipelines.data import schema
 from pipelines.data.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
 from pipelines.data.media import MediaError
 from pipelines.data.samples import Checked, DecodeSettings, SampleDecoder
+from pipelines.data.stage_costs import StageCosts, cost_columns
 
 _COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
 
@@ -36,18 +37,19 @@ class DecodeRows:
         kinds = rows[schema.KIND].to_pylist()
         shapes = [(self._settings.num_frames_of(kind), 3, geometry.height, geometry.width) for kind in kinds]
         images = ImageRows(shapes)
-        return pack(rows, images, self.fill(rows, images))
+        return pack(rows, images, *self.fill(rows, images))
 
-    def fill(self, rows: pa.Table, images: ImageRows) -> list[Failure | None]:
-        """Decode rows into `images` and say which failed."""
+    def fill(self, rows: pa.Table, images: ImageRows) -> tuple[list[Failure | None], list[StageCosts]]:
+        """Decode rows into `images`; say which failed, and what each cost."""
         has_seeds = AUGMENTATION_SEED in rows.column_names
         seeds = rows[AUGMENTATION_SEED].to_pylist() if has_seeds else [None] * len(rows)
         failures: list[Failure | None] = []
+        costs = [StageCosts() for _ in range(len(rows))]
         for row, sample in enumerate(_samples(rows)):
             failure = None
             if sample.sample_id:
                 try:
-                    clip = self._decoder.decode(**sample.arguments, seed=seeds[row])
+                    clip = self._decoder.decode(**sample.arguments, seed=seeds[row], costs=costs[row])
                     images[row] = clip.pixels
                     images.frame_valid[row] = clip.frame_valid.tolist()
                 except MediaError as error:
@@ -55,7 +57,11 @@ class DecodeRows:
                         sample.sample_id, sample.media, error.stage, error.error_class, error.message, error.tries
                     )
             failures.append(failure)
-        return failures
+        return failures, costs
+
+    def close(self) -> None:
+        """End the video children."""
+        self._decoder.close()
 
 
 class CheckRows:
@@ -76,7 +82,7 @@ class CheckRows:
         hexadecimal) are there as soon as the file could be read, also when it could not be decoded; the others
         (`facts.MediaFacts`: codec, size as shown, duration, frame rate, frames, rotation, whether it has sound) only
         when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
-        part of it.
+        part of it. Then `stage_costs.COST_COLUMNS`.
         """
         return told(rows, [self._decoder.check(**sample.arguments) for sample in _samples(rows)])
 
@@ -106,6 +112,7 @@ def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:
             schema.MESSAGE: pa.array([e and e.message for e in errors], pa.string()),
             schema.TRIES: pa.array([e and e.tries for e in errors], pa.int32()),
             **{name: columns[name] for name in columns.column_names},
+            **cost_columns(one.costs for one in checked),
         }
     )
 

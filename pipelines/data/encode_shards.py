@@ -1,5 +1,6 @@
 """The actor that runs the frozen encoder over decoded blocks and writes the feature cache; itself free of Ray."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,9 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data.batch import SampleBatch, unpack
-from pipelines.data.features import FeatureSpec, write_shard
+from pipelines.data.decode_rows import DecodeRows
+from pipelines.data.feature_spec import FeatureSpec
+from pipelines.data.features import write_shard
 from pipelines.data.quarantine import require_readable
-from pipelines.data.token_codec import TokenDtype
+from pipelines.data.samples import DecodeSettings
+from pipelines.data.sampling import Sampling
+from pipelines.data.stage_costs import StageCosts, cost_columns
+from pipelines.data.token_codec import TokenDtype, encode_tokens
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
 from qformer.errors import UserError
 
@@ -26,6 +32,7 @@ class EncoderChoice:
     precision: Literal["fp32", "bf16"]
     num_frames: int
     dtype: TokenDtype
+    sampling: Sampling = Sampling()
     image_size: int | None = None
     """Side of the encoder's input in pixels when not its own."""
 
@@ -50,6 +57,7 @@ class EncoderChoice:
             precision=self.precision,
             preprocessing=encoder.preprocessing,
             num_frames=self.num_frames,
+            sampling=self.sampling,
             num_tokens=encoder.num_tokens,
             width=encoder.width,
             dtype=self.dtype,
@@ -73,17 +81,22 @@ class EncodeShards:
         self._folder, self._frames_per_pass, self._device = folder, frames_per_pass, device
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Write a shard; return one row about it: rows, failures, bytes."""
+        """Write a shard; return one row about it: rows, failed rows, bytes, and the costs of all stages."""
         batch = unpack(block)
         require_readable(batch.failures)
         try:
-            size_bytes = write_shard(self._folder, batch, self._tokens(batch), self._spec.dtype)
+            with batch.costs.measure("encode"):
+                tokens = self.tokens(batch)
+            with batch.costs.measure("write"):
+                size_bytes = write_shard(self._folder, batch, tokens, self._spec.dtype)
         except ValueError as error:
             raise UserError(f"shard {batch.step} (sample {batch.sample_ids[0]!r} and on): {error}") from error
-        return pa.table({"rows": [len(batch.sample_ids)], "bytes": [size_bytes]})
+        counts = {"rows": len(batch.sample_ids), "failed": len(batch.failures), "bytes": size_bytes}
+        return pa.table({**{name: [count] for name, count in counts.items()}, **cost_columns([batch.costs])})
 
     @torch.inference_mode()
-    def _tokens(self, batch: SampleBatch) -> list[NDArray[np.float32] | None]:
+    def tokens(self, batch: SampleBatch) -> list[NDArray[np.float32] | None]:
+        """Encode a batch: [T, P, V] of each row, None where it failed."""
         tokens: list[NDArray[np.float32] | None] = [None] * len(batch.sample_ids)
         valid = np.flatnonzero(batch.is_valid)
         samples_per_pass = max(1, self._frames_per_pass // batch.images.shape[1])
@@ -93,3 +106,34 @@ class EncodeShards:
             for row, sample in zip(rows, self._encoder(pixels).float().cpu().numpy(), strict=True):
                 tokens[row] = sample
         return tokens
+
+
+def measure_rows(
+    choice: EncoderChoice, decode: DecodeSettings, frames_per_pass: int, device: str, blocks: Sequence[pa.Table]
+) -> list[StageCosts]:
+    """Decode and encode blocks once, writing nothing, to learn what the others will cost.
+
+    Args:
+        choice: The encoder.
+        decode: How files become pixels.
+        frames_per_pass: See `EncodeShards`.
+        device: "cpu" or "cuda".
+        blocks: Rows as `plan.evaluation_blocks` gives them; the first of each is done twice, to warm up.
+
+    Returns:
+        Costs of each block.
+    """
+    decode_rows, encoder = DecodeRows(decode), EncodeShards(choice, "", frames_per_pass, device)
+    costs = []
+    for block in blocks:
+        encoder.tokens(unpack(decode_rows(block.slice(0, 1))))
+        batch = unpack(decode_rows(block))
+        with batch.costs.measure("encode"):
+            tokens = encoder.tokens(batch)
+        with batch.costs.measure("write"):
+            for values in tokens:
+                if values is not None:
+                    encode_tokens(values, choice.dtype)
+        costs.append(batch.costs)
+    decode_rows.close()
+    return costs

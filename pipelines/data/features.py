@@ -10,13 +10,9 @@ A shard is a block of consecutive manifest rows of one kind; its bytes follow fr
 cannot be decoded keep their place, with the reason, so that training on the cache quarantines what pixels would have.
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +22,20 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
 from pipelines.data.batch import Failure, ImageRows, SampleBatch, pack
-from pipelines.data.plan import image_ids
-from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, encode_tokens, raw_width
+from pipelines.data.feature_spec import FeatureSpec, read_spec
+from pipelines.data.plan import evaluation_blocks, image_ids
+from pipelines.data.row_index import TableRows
+from pipelines.data.samples import DecodeSettings
+from pipelines.data.stage_costs import StageCosts
+from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, encode_tokens
 from qformer.errors import UserError
-from qformer.preprocessing import Preprocessing
 
-SPEC_FILE, INDEX_FILE = "features.json", "index.parquet"
-FORMAT_VERSION = 1
+INDEX_FILE = "index.parquet"
 _SOURCE = "source"
 _OPEN_SHARDS = 64
+_SHARD_PIXEL_BYTES = 64 * 1024**2
+"""Pixels that one shard is made of: what a decode actor hands to an encoder actor at a time."""
+_MAX_SHARD_ROWS = 4096
 _INDEX_SCHEMA = pa.schema(
     [
         (schema.SAMPLE_ID, pa.string()),
@@ -49,71 +50,13 @@ _SHARD_SCHEMA = pa.schema(
         (schema.SAMPLE_ID, pa.string()),
         ("shape", pa.list_(pa.int32())),
         ("tokens", pa.large_binary()),
+        ("frame_valid", pa.list_(pa.bool_())),
         (schema.STAGE, pa.string()),
         (schema.ERROR_CLASS, pa.string()),
         (schema.MESSAGE, pa.string()),
         (schema.TRIES, pa.int32()),
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureSpec:
-    """Everything that decides the features of a sample."""
-
-    vision: str
-    """Name or folder of the encoder, for people; its weights are what counts."""
-    weights: str
-    """SHA-256 of the frozen weights as they were run."""
-    layer: int
-    precision: Literal["fp32", "bf16"]
-    preprocessing: Preprocessing
-    num_frames: int
-    num_tokens: int
-    width: int
-    dtype: TokenDtype
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all but the encoder's name."""
-        values = {name: value for name, value in self.to_dict().items() if name != "vision"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, the inverse of `from_dict`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
-        """Rebuild from `to_dict` output or its JSON."""
-        return cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
-
-    def row_bytes(self, kind: str) -> int:
-        """Bytes of one sample in the cache."""
-        return math.prod(self.raw_shape(kind)) * RAW_DTYPES[self.dtype].itemsize
-
-    def require_same(self, cached: "FeatureSpec") -> None:
-        """Refuse a cache that another encoder, preprocessing or sampling made.
-
-        Args:
-            cached: What made the cache.
-
-        Raises:
-            UserError: Naming what differs.
-        """
-        if self.fingerprint == cached.fingerprint:
-            return
-        mine, theirs = self.to_dict(), cached.to_dict()
-        differing = [name for name in mine if name != "vision" and mine[name] != theirs[name]]
-        told = ", ".join(
-            f"{name}: {_short(theirs[name])} in the cache, {_short(mine[name])} here" for name in differing
-        )
-        raise UserError(f"the feature cache does not fit ({told}); run `qformer features` into another folder")
-
-    def raw_shape(self, kind: str) -> tuple[int, int, int]:
-        """[frames, tokens, items a token] as stored."""
-        frames = self.num_frames if kind == schema.VIDEO else 1
-        return frames, self.num_tokens, raw_width(self.width, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,29 +86,11 @@ def open_cache(folder: str) -> FeatureCache:
     return FeatureCache(folder, spec)
 
 
-def read_spec(folder: str) -> FeatureSpec | None:
-    """What made the cache in `folder`; None when there is none.
-
-    Raises:
-        UserError: If it is of a format that this version does not read.
-    """
-    path = storage.join(folder, SPEC_FILE)
-    if not storage.exists(path):
-        return None
-    with storage.open_input(path) as file:
-        values = json.load(file)
-    if values["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"feature cache {folder} has format {values['format_version']}, this version reads {FORMAT_VERSION}; "
-            "run `qformer features` again into another folder"
-        )
-    return FeatureSpec.from_dict(values["spec"])
-
-
-def write_spec(folder: str, spec: FeatureSpec) -> None:
-    """Write down what makes the cache, before its first shard."""
-    values = {"format_version": FORMAT_VERSION, "fingerprint": spec.fingerprint, "spec": spec.to_dict()}
-    storage.write_text(storage.join(folder, SPEC_FILE), json.dumps(values, indent=2) + "\n")
+def shard_blocks(manifest: pa.Table, decode: DecodeSettings) -> list[pa.Table]:
+    """Cut a manifest into the rows of each shard, in the form that `DecodeRows` takes; equal for equal input."""
+    largest = max(map(decode.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
+    rows_per_shard = int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS))
+    return list(evaluation_blocks(TableRows(manifest), rows_per_shard))
 
 
 def finished_shard(folder: str, shard: int, rows: pa.Table) -> bool:
@@ -195,13 +120,14 @@ def write_shard(folder: str, batch: SampleBatch, tokens: list[NDArray[np.float32
     failures = {failure.sample_id: failure for failure in batch.failures}
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SHARD_SCHEMA) as writer:
-        for name, values in zip(batch.sample_ids, tokens, strict=True):
+        for name, values, frame_valid in zip(batch.sample_ids, tokens, batch.frame_valid.tolist(), strict=True):
             raw = None if values is None else encode_tokens(values, dtype)
             failure = failures.get(name)
             row = {
                 schema.SAMPLE_ID: name,
                 "shape": None if raw is None else list(raw.shape),
                 "tokens": None if raw is None else raw.tobytes(),
+                "frame_valid": frame_valid,
                 **{column: failure and getattr(failure, column) for column in _FAILURE_COLUMNS},
             }
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=_SHARD_SCHEMA))
@@ -272,19 +198,26 @@ class ReadFeatures:
         """Read a block; rows whose decoding failed come back with their failure and zero tokens."""
         images = ImageRows([self._spec.raw_shape(kind) for kind in rows[schema.KIND].to_pylist()], self._spec.dtype)
         failures: list[Failure | None] = []
+        costs = [StageCosts() for _ in range(len(rows))]
         columns = [rows[name].to_pylist() for name in (schema.SAMPLE_ID, schema.MEDIA, *schema.FEATURE_COLUMNS)]
         for row, (name, media, shard, place) in enumerate(zip(*columns, strict=True)):
             failure = None
             if name:
-                stored = self._shard(shard).get_batch(place)
-                assert stored[schema.SAMPLE_ID][0].as_py() == name, f"shard {shard} row {place} is not {name!r}"
+                with costs[row].measure("fetch"):
+                    stored = self._shard(shard).get_batch(place)
+                # The rows of a mixture have their source's name in front.
+                own = stored[schema.SAMPLE_ID][0].as_py()
+                assert name == own or name.endswith(f"/{own}"), f"shard {shard} row {place} is not {name!r}"
                 if stored[schema.STAGE][0].is_valid:
                     failure = Failure(name, media, *(stored[column][0].as_py() for column in _FAILURE_COLUMNS))
                 else:
                     values = np.frombuffer(stored["tokens"][0].as_buffer(), dtype=RAW_DTYPES[self._spec.dtype])
-                    images[row] = values.reshape(stored["shape"][0].as_py())
+                    with costs[row].measure("fetch"):  # a mapped file is read when its bytes are touched
+                        images[row] = values.reshape(stored["shape"][0].as_py())
+                    images.frame_valid[row] = stored["frame_valid"][0].as_py()
+                    costs[row].fetched_bytes = values.nbytes
             failures.append(failure)
-        return pack(rows, images, failures)
+        return pack(rows, images, failures, costs)
 
 
 def _open_shard(folder: str, shard: int) -> Any:
@@ -306,11 +239,6 @@ def _write_table(table: pa.Table, path: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     storage.write_bytes(path, sink.getvalue())
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:12]}…" if len(text) > 40 else text
 
 
 _FAILURE_COLUMNS = (schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)

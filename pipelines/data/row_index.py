@@ -222,7 +222,8 @@ class _CountedFile:
             self._file: Any = open(storage.local_path(uri), "rb", buffering=0)  # noqa: SIM115 - closed by pyarrow
         else:
             # Row groups lie anywhere in the corpus: what fsspec would read ahead by default is never used.
-            self._file = fsspec.open(uri, "rb", cache_type="none").open()
+            filesystem, path = fsspec.core.url_to_fs(uri)
+            self._file = filesystem.open(path, "rb", cache_type="none")
         self._rows = rows
         self.closed = False
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from pipelines.data.media import MediaError
 from pipelines.data.retries import with_retries
 from pipelines.data.sampling import Sampling
 from pipelines.data.schema import IMAGE, KINDS, VIDEO
+from pipelines.data.stage_costs import StageCosts
 from pipelines.data.transforms import Augmentation, augment, fit
 from pipelines.data.video_pool import VideoPool
 from qformer.preprocessing import Preprocessing
@@ -72,6 +73,7 @@ class Checked:
     content_hash: str | None = None
     """See `facts.content_hash`: of the whole file, also where the sample is a part of it."""
     facts: MediaFacts | None = None
+    costs: StageCosts = field(default_factory=StageCosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class SampleDecoder:
         start_s: float | None = None,
         end_s: float | None = None,
         seed: int | None = None,
+        costs: StageCosts | None = None,
     ) -> Clip:
         """Fetch and decode one sample.
 
@@ -117,12 +120,14 @@ class SampleDecoder:
             start_s: Beginning of the clip in seconds after the video's first frame; None: the beginning.
             end_s: Exclusive end of the clip in the same seconds; None: the end.
             seed: Draws frames, crop and flip; None leaves nothing to chance.
+            costs: Gets what this sample took added; None: nobody wants to know.
 
         Raises:
             MediaError: If the sample cannot be used. Nothing else, whatever the file holds.
         """
-        source = self._source(kind, media, data)
-        return self._decode(kind, media, source, start_s, end_s, seed, wants_facts=False)
+        costs = StageCosts() if costs is None else costs
+        source = self._source(kind, media, data, costs)
+        return self._decode(kind, media, source, start_s, end_s, seed, costs, wants_facts=False)
 
     def check(
         self,
@@ -135,13 +140,15 @@ class SampleDecoder:
     ) -> Checked:
         """Decode one sample, as `decode` without seed does, to learn whether it can be used and what it is."""
         size_bytes = fingerprint = None
+        costs = StageCosts()
         try:
-            source = self._source(kind, media, data)
-            size_bytes, fingerprint = self._fingerprint(media, source)
-            clip = self._decode(kind, media, source, start_s, end_s, None, wants_facts=True)
-            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts)
+            source = self._source(kind, media, data, costs)
+            with costs.measure("fetch"):
+                size_bytes, fingerprint = self._fingerprint(media, source)
+            clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
+            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
         except MediaError as error:
-            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint)
+            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
 
     def waveform(
         self,
@@ -167,7 +174,7 @@ class SampleDecoder:
         Raises:
             MediaError: If the sound cannot be used.
         """
-        source = self._source(VIDEO, media, data)
+        source = self._source(VIDEO, media, data, StageCosts())
         request = WaveformRequest(sample_rate_hz=sample_rate_hz, start_s=start_s, end_s=end_s)
         max_pixels = self.settings.limits.max_pixels
         return self._retried(
@@ -188,13 +195,14 @@ class SampleDecoder:
         start_s: float | None,
         end_s: float | None,
         seed: int | None,
+        costs: StageCosts,
         *,
         wants_facts: bool,
     ) -> Clip:
         settings = self.settings
         if kind == IMAGE:
             facts = image_facts(source.data, settings.limits.max_pixels) if wants_facts else None
-            return Clip(self._decode_image(source.data, seed), np.ones(1, dtype=np.bool_), facts)
+            return Clip(self._decode_image(source.data, seed, costs), np.ones(1, dtype=np.bool_), facts)
         request = ClipRequest(
             preprocessing=settings.preprocessing,
             num_frames=settings.num_frames,
@@ -206,37 +214,48 @@ class SampleDecoder:
             seed=seed,
             wants_facts=wants_facts,
         )
-        return self._retried(media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data))
+        with costs.measure("decode"):
+            return self._retried(
+                media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data)
+            )
 
-    def _decode_image(self, data: bytes, seed: int | None) -> NDArray[np.uint8]:
+    def _decode_image(self, data: bytes, seed: int | None, costs: StageCosts) -> NDArray[np.uint8]:
         settings, preprocessing = self.settings, self.settings.preprocessing
         is_plain = seed is None or not settings.augmentation.random_resized_crop
         # A random crop enlarges a part of the picture, so that it wants all the pixels there are.
         target = max(preprocessing.resize_short_side, preprocessing.height, preprocessing.width)
-        image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
+        with costs.measure("decode"):
+            image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
         box, is_flipped = None, False
         if seed is not None:
             box, is_flipped = augment(image.width, image.height, settings.augmentation, seed)
-        return fit(image, preprocessing, box, is_flipped)[None]
+        with costs.measure("transform"):
+            return fit(image, preprocessing, box, is_flipped)[None]
 
-    def _source(self, kind: str, media: str | None, data: bytes | None) -> _Source:
+    def _source(self, kind: str, media: str | None, data: bytes | None, costs: StageCosts) -> _Source:
         if kind not in KINDS:
             raise MediaError("config", f"kind {kind!r} is neither {IMAGE!r} nor {VIDEO!r}", stage="manifest")
         max_bytes = self.settings.limits.max_bytes
         if data is not None:
             if len(data) > max_bytes:
                 raise MediaError("too_large", f"{len(data)} bytes exceed the limit of {max_bytes}", stage="read")
+            costs.fetched_bytes += len(data)
             return _Source(None, data)
         if not media:
             raise MediaError("config", "neither media nor bytes are given", stage="manifest")
         if kind == VIDEO and storage.is_local(media) and members.parse(media) is None:
             # The child reads local files itself: large ones are never copied through memory.
-            return _Source(self._checked_path(media), b"")
-        return _Source(None, with_retries(media, lambda: storage.read_bytes(media, max_bytes)))
+            return _Source(self._checked_path(media, costs), b"")
+        with costs.measure("fetch"):
+            content = with_retries(media, lambda: storage.read_bytes(media, max_bytes))
+        costs.fetched_bytes += len(content)
+        return _Source(None, content)
 
-    def _checked_path(self, media: str) -> str:
+    def _checked_path(self, media: str, costs: StageCosts) -> str:
         path, max_bytes = storage.local_path(media), self.settings.limits.max_bytes
-        size_bytes = with_retries(media, lambda: storage.require_regular(path)).st_size
+        with costs.measure("fetch"):
+            size_bytes = with_retries(media, lambda: storage.require_regular(path)).st_size
+        costs.fetched_bytes += size_bytes
         if size_bytes > max_bytes:
             raise MediaError("too_large", f"{size_bytes} bytes exceed the limit of {max_bytes}", stage="read")
         if size_bytes == 0:

@@ -14,7 +14,7 @@ END_S = "end_s"
 SPLIT = "split"
 LICENCE = "licence"
 SOURCE = "source"
-"""Name of the source that a row came from; mixtures weigh sources by it."""
+"""Name of the source that a row came from."""
 
 CAPTION = "caption"
 """Accepted in place of `captions` when a table has one caption a row."""

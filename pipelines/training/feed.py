@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines.data.dataset import build_segment
 from pipelines.data.features import FeatureCache
 from pipelines.data.order import Order
 from pipelines.data.samples import DecodeSettings
+from pipelines.training.data_metrics import DataMetrics
 
 SEGMENT_STEPS = 512
 """Most steps planned as one dataset: enough to hide its start, few enough that planning takes a second or two."""
@@ -70,6 +72,7 @@ def rank_batches(
         source: How files become pixels, or the feature cache to read instead.
     """
     ready: queue.Queue[SampleBatch | BaseException | None] = queue.Queue(maxsize=PREFETCHED_BATCHES)
+    metrics = DataMetrics("train", rank)
 
     def fetch() -> None:
         try:
@@ -85,7 +88,13 @@ def rank_batches(
             ready.put(error)
 
     threading.Thread(target=fetch, name="batch-feed", daemon=True).start()
-    while (item := ready.get()) is not None:
+    while True:
+        begun_s = time.perf_counter()
+        item = ready.get()
+        if item is None:
+            return
         if isinstance(item, BaseException):
             raise item
+        metrics.waited(time.perf_counter() - begun_s, queue_depth=ready.qsize())
+        metrics.count(item.costs, rows_used=int(item.is_valid.sum()), rows_quarantined=len(item.failures))
         yield item

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipelines.data.batch import SampleBatch
 from pipelines.training.accounting import Accounting
 from pipelines.training.optim import learning_rate
+from pipelines.training.run_times import RunTimes
 from pipelines.training.stages import Stage
 from qformer.distributed import mean_of_ranks, rank, world_size
 
@@ -55,6 +56,7 @@ class Loop:
     settings: LoopSettings
     log: Callable[[dict[str, float]], None]
     save: Callable[[int], None]
+    times: RunTimes = field(default_factory=RunTimes)
 
     def run(self, batches: Iterator[SampleBatch], start_step: int) -> None:
         """Do steps `start_step` to `settings.steps`.
@@ -69,11 +71,14 @@ class Loop:
         """
         settings = self.settings
         self.stage.trainables.train()
-        window_start, waited_s, samples = time.perf_counter(), 0.0, 0
+        begun = window_start = time.perf_counter()
+        waited_s, samples = 0.0, 0
         for step in range(start_step, settings.steps):
             before = time.perf_counter()
             batch = next(batches)
-            waited_s += time.perf_counter() - before
+            wait_s = time.perf_counter() - before
+            waited_s += wait_s
+            self.times.add(batch, wait_s)
             epoch = step // settings.steps_per_epoch
             self.accounting.add(batch, epoch)
             samples += int(batch.is_valid.sum())
@@ -92,6 +97,7 @@ class Loop:
             if done % settings.checkpoint_every == 0 or is_last:
                 self.accounting.combine()
                 self.save(done)
+        self.times.wall_s += time.perf_counter() - begun
 
     def _step(self, batch: SampleBatch, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
         settings = self.settings
@@ -144,4 +150,5 @@ class Loop:
             "samples_per_s": mean_of_ranks(samples) * world_size() / max(elapsed_s, 1e-9),
             "data_wait_share": mean_of_ranks(waited_s) / max(elapsed_s, 1e-9),
             "rows_quarantined": float(self.accounting.rows_quarantined),
+            **self.times.window(),
         }

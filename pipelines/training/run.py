@@ -11,9 +11,11 @@ from torch import nn
 
 from pipelines.data import storage
 from pipelines.data.encode_shards import EncoderChoice
-from pipelines.data.features import FeatureSpec
+from pipelines.data.feature_spec import FeatureSpec
+from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
@@ -93,14 +95,15 @@ class TrainingRun:
         self.frozen: dict[str, nn.Module] = {}
         self.fingerprints: dict[str, str] = {}
         encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
+        self.encode = TimedEncode(encode, device)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
         self.stage: RepresentationStage | GenerationStage
         if choice.stage == 1:
-            self.stage = self._representation_stage(encode, device, seed)
+            self.stage = self._representation_stage(self.encode, device, seed)
         else:
-            self.stage = self._generation_stage(encode, device, frozen_dtype, init_from)
+            self.stage = self._generation_stage(self.encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
         if is_compiled:
             self.stage.trainables.qformer.layers.compile(fullgraph=True)
@@ -244,6 +247,7 @@ class TrainingRun:
                 layer=choice.vision_layer,
                 precision=features.precision,
                 num_frames=choice.num_frames,
+                sampling=Sampling.from_dict(choice.sampling),
                 dtype=features.dtype,
                 image_size=choice.vision_image_size,
             )

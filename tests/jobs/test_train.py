@@ -146,7 +146,7 @@ def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(r
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = TrainDataSettings(manifest=str(manifest), num_frames=2)
     with pytest.raises(UserError, match="rows in 16 = rows used 0 . rows quarantined 16.*quarantine.parquet"):
-        train.main(settings(None, tmp_path / "run", data=data, batch_size=8, steps=4, workers=1))
+        train.main(settings(tmp_path, tmp_path / "run", data=data, batch_size=8, steps=4, workers=1))
     table = pq.read_table(tmp_path / "run" / "quarantine.parquet")
     assert table["error_class"].to_pylist() == ["missing"] * 16
 

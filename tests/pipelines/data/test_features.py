@@ -11,6 +11,7 @@ from pipelines.data import schema, storage
 from pipelines.data.batch import split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.encode_shards import EncoderChoice, EncodeShards
+from pipelines.data.feature_spec import write_spec
 from pipelines.data.features import (
     FeatureCache,
     ReadFeatures,
@@ -19,13 +20,13 @@ from pipelines.data.features import (
     open_cache,
     write_index,
     write_shard,
-    write_spec,
 )
-from pipelines.data.order import PADDING
-from pipelines.data.plan import evaluation_blocks, training_blocks
-from pipelines.data.samples import DecodeSettings
+from pipelines.data.order import PADDING, Batches
+from pipelines.data.plan import RowLookup, evaluation_blocks, training_blocks
+from pipelines.data.row_index import TableRows
+from pipelines.data.samples import DecodeSettings, Limits
+from pipelines.data.sampling import Sampling
 from pipelines.data.token_codec import decode_tokens, encode_tokens
-from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
 from tests.pipelines.data.builders import image_manifest, manifest, write_clip
 
@@ -42,7 +43,7 @@ def _table(folder) -> pa.Table:
     """Four images, one of them missing, and a clip."""
     images = image_manifest(folder, 4)
     (folder / "2.jpg").unlink()
-    clip = write_clip(folder / "c.mp4", [100] * 4)
+    clip = write_clip(folder / "c.mp4", [100] * 3)  # fewer frames than are sampled
     return pa.concat_tables([images, manifest([{"sample_id": "clip", "media": str(clip), "kind": "video"}])])
 
 
@@ -51,7 +52,7 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
     write_spec(str(folder), spec)
     decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     encode = EncodeShards(choice, str(folder), 2, "cpu")
-    blocks = evaluation_blocks(table, ROWS_PER_SHARD)
+    blocks = list(evaluation_blocks(TableRows(table), ROWS_PER_SHARD))
     for shard, block in enumerate(blocks):
         if not finished_shard(str(folder), shard, block):
             encode(decode(block))
@@ -60,8 +61,12 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
 
 
 def _training_blocks(table, batches):
-    options = {"first_step": 0, "epochs": np.zeros(len(batches), dtype=np.int64), "seed": 0, "world_size": 1}
-    return training_blocks(table, np.array(batches), **options, augmentation=Augmentation(), steps_per_block=4)
+    rows = TableRows(table)
+    rows_SG = np.array(batches)
+    kinds = [rows.take(row_G[:1])[schema.KIND][0].as_py() for row_G in rows_SG]
+    planned = Batches(rows_SG, np.zeros_like(rows_SG), kinds)
+    look_up = RowLookup(rows, seed=0, is_random=False)
+    return [look_up(plan) for plan in training_blocks(planned, first_step=0, world_size=1, steps_per_block=4)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8), ("int8", 0.5 / 127)])
@@ -101,6 +106,7 @@ def test_cached_batches_equal_encoded_pixels(tmp_path, encoder, dtype):
     for one, other in zip(plain, cached, strict=True):
         assert other.sample_ids == one.sample_ids and other.captions == one.captions
         assert other.failures == one.failures
+        np.testing.assert_array_equal(other.frame_valid, one.frame_valid)
         np.testing.assert_array_equal(other.is_valid, one.is_valid)
         np.testing.assert_array_equal(other.image_ids, one.image_ids)
         expected = model(torch.from_numpy(one.images)).float().numpy()
@@ -109,6 +115,7 @@ def test_cached_batches_equal_encoded_pixels(tmp_path, encoder, dtype):
         np.testing.assert_allclose(other.images[valid], expected[valid], atol=tolerance)
         assert other.images.shape == expected.shape and not other.images[~valid].any()
     assert [failure.error_class for failure in cached[0].failures] == ["missing"]
+    assert not cached[1].frame_valid.all()
 
 
 def test_a_resumed_cache_is_bit_equal_and_leaves_whole_shards_alone(tmp_path, encoder):
@@ -137,7 +144,7 @@ def test_a_changed_row_makes_its_shard_anew(tmp_path, encoder):
     rows = table.to_pylist()
     rows[0]["media"] = str(tmp_path / "1.jpg")
     changed = pa.Table.from_pylist(rows, schema=table.schema)
-    blocks = evaluation_blocks(changed, ROWS_PER_SHARD)
+    blocks = list(evaluation_blocks(TableRows(changed), ROWS_PER_SHARD))
     assert [finished_shard(folder, shard, block) for shard, block in enumerate(blocks)] == [False, True, True]
 
 
@@ -162,6 +169,30 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path, encoder):
         dataclasses.replace(spec, weights="0" * 64).require_same(spec)
 
 
+def test_the_fingerprint_covers_all_that_decides_pixels(encoder):
+    """A new field of DecodeSettings must enter FeatureSpec, or be named as one without effect: both fail here."""
+    spec = encoder[1]
+    decode = DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames)
+    spec.require_decoding(decode)
+    spec.require_decoding(dataclasses.replace(decode, limits=Limits(max_pixels=5)))
+    with pytest.raises(UserError, match="num_frames: 4 in the cache, 5 here"):
+        spec.require_decoding(dataclasses.replace(decode, num_frames=5))
+    with pytest.raises(UserError, match="sampling: .*uniform.* in the cache, .*key_frames.* here"):
+        spec.require_decoding(dataclasses.replace(decode, sampling=Sampling(strategy="key_frames")))
+    with pytest.raises(UserError, match="'head_tail' draws other frames in every epoch"):
+        spec.require_decoding(dataclasses.replace(decode, sampling=Sampling(strategy="head_tail")))
+    other = dataclasses.replace(spec.preprocessing, crop="squash")
+    with pytest.raises(UserError, match="preprocessing: .* in the cache"):
+        spec.require_decoding(dataclasses.replace(decode, preprocessing=other))
+
+
+def test_a_forgotten_field_of_decoding_fails_loudly(encoder, monkeypatch):
+    longer = dataclasses.make_dataclass("DecodeSettings", [("gamma", float, 2.2)], bases=(DecodeSettings,), frozen=True)
+    monkeypatch.setattr("pipelines.data.feature_spec.DecodeSettings", longer)
+    with pytest.raises(TypeError, match="DecodeSettings.gamma decides what a sample looks like"):
+        encoder[1].require_decoding(longer(preprocessing=encoder[1].preprocessing, num_frames=4))
+
+
 def test_shards_lie_on_any_filesystem(tmp_path, encoder):
     """fsspec's memory filesystem stands for every remote one."""
     table = _table(tmp_path)
@@ -174,7 +205,7 @@ def test_shards_lie_on_any_filesystem(tmp_path, encoder):
 def test_write_shard_stores_failures_beside_tokens(tmp_path, encoder):
     table = _table(tmp_path)
     spec = encoder[1]
-    block = evaluation_blocks(table, 10)[0]
+    block = next(evaluation_blocks(TableRows(table), 10))
     decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     batch = unpack(decode(block))
     tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]

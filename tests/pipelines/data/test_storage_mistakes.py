@@ -1,11 +1,15 @@
 """A mistake in settings met by a decode actor stops the run; in the trainer, in an evaluation, in a probe."""
 
+import contextlib
+
 import pytest
 
 from jobs.cli import find_user_error
-from pipelines.data.dataset import build_segment, evaluation_datasets, map_blocks, probe, to_batch
+from jobs.prepare_probe import probe
+from pipelines.data.dataset import build_segment, evaluation_datasets, map_blocks, to_batch
 from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import Order
+from pipelines.data.preparation import Preparation
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import Limits
 from pipelines.evaluation.inference import answers, collect
@@ -40,7 +44,9 @@ def test_an_unknown_protocol_stops_the_run(tmp_path, ray_local):
         collect(map_blocks(datasets, _NoModel, {}, workers=1, use_gpu=False), len(table))
 
     def check():
-        probe(table, num_frames=2, limits=Limits(), decode_workers=1)
+        with contextlib.closing(Preparation()) as found:
+            for checked in probe([table], num_frames=2, limits=Limits(), decode_workers=1):
+                found.add(*checked)
 
     for job in (train, evaluate, check):
         with pytest.raises(Exception, match="nosuch") as caught:

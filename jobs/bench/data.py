@@ -1,0 +1,270 @@
+"""The data plane against torch DataLoaders and Ray's own readers: images/s, clips/s, and memory.
+
+Both sides read the same files (warm in the page cache) and make the same tensors in batches of 32, on two cores with
+two decoding processes each, and are timed in a steady state, in turns. Clips are 10 s of 640x360 H.264 at 30 frames/s,
+of which eight frames are used. Memory is that of all processes at their peak.
+"""
+
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from torch import multiprocessing
+
+from jobs.bench.data_media import CLIP_RATE, JPEG_BYTES, JPEG_SIZE, write_clips, write_jpegs
+from jobs.bench.data_memory import PeakMemory
+from jobs.bench.data_peers import NUM_FRAMES, SIDE, VIDEO_READS, Peer, Read, Window, peer, read_image
+from jobs.bench.result import BenchResult
+from jobs.cluster_session import ray_session
+from jobs.settings import RaySettings
+from pipelines.data import schema
+from pipelines.data.mixture import Corpus, Source
+from pipelines.data.order import Order
+from pipelines.data.row_index import TableRows
+from pipelines.data.samples import DecodeSettings, SampleDecoder
+from qformer.preprocessing import Preprocessing
+
+WORKERS = 2
+MAX_LEVELS = 1.5
+"""Mean difference of pixels, of 255, that scaled decoding may make."""
+MAX_CLIP_LEVELS = 6.0
+"""Scalers differ more than that only where the frames are not the same."""
+SEGMENT_STEPS = 512
+DECODE = DecodeSettings(
+    preprocessing=Preprocessing(
+        height=SIDE,
+        width=SIDE,
+        resize_short_side=SIDE,
+        interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+    num_frames=NUM_FRAMES,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """How much is measured."""
+
+    batch_size: int = 32
+    rounds: int = 3
+    jpegs: int = 48
+    jpeg_size: tuple[int, int] = JPEG_SIZE
+    jpeg_bytes: int = JPEG_BYTES
+    images: Window = Window(warm_up=8, timed=32)
+    clips_each: int = 6
+    clip_frames: int = 300
+    gops: tuple[int, ...] = (30, 250)
+    clips: Window = Window(warm_up=3, timed=6)
+    trial: Window = Window(warm_up=1, timed=2, tail=1)
+    """Of each clip peer, to find the best."""
+    ray_images: Window = Window(warm_up=4, timed=8)
+    ray_clips: int = 16
+    memory_images: tuple[int, int] = (2_000, 20_000)
+
+
+def run() -> BenchResult:
+    """Measure at full size."""
+    return measure(Case())
+
+
+def measure(case: Case) -> BenchResult:
+    """Measure images, clips and memory.
+
+    Raises:
+        ValueError: If ours and a peer do not make the same pixels.
+    """
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
+        root = Path(folder)
+        jpegs = write_jpegs(root / "jpegs", case.jpegs, case.jpeg_size, case.jpeg_bytes)
+        clips = {gop: write_clips(root / f"gop{gop}", case.clips_each, gop, case.clip_frames) for gop in case.gops}
+        small = write_jpegs(root / "small", case.jpegs, (160, 120), 6_000)
+        with peer() as other, ray_session(RaySettings()):
+            image_ratio = _images(case, jpegs, other, seconds)
+            clip_ratio = min(_clips(case, clips[gop], f"gop {gop}", other, seconds) for gop in case.gops)
+            _ray_readers(case, jpegs, clips[case.gops[0]], seconds)
+        peaks = [_peak_bytes(case, small, count) for count in case.memory_images]
+    sizes = ", ".join(f"{n} images: {p / 2**20:.0f} MiB" for n, p in zip(case.memory_images, peaks, strict=True))
+    print(f"memory of all processes, {sizes}")
+    ratios = {
+        "images_vs_dataloader": image_ratio,
+        "clips_vs_best_peer": clip_ratio,
+        "memory_growth": peaks[1] / peaks[0],
+    }
+    return BenchResult(bench="data", seconds=seconds, ratios=ratios)
+
+
+def _images(case: Case, paths: list[str], other: Peer, seconds: dict[str, float]) -> float:
+    """Return how many times as many images/s ours makes as a DataLoader with Pillow."""
+    difference = _difference(other, read_image, paths[:8], schema.IMAGE)
+    print(f"images: mean pixel difference {difference:.2f} levels")
+    if difference > MAX_LEVELS:
+        raise ValueError(f"pixels differ by {difference:.2f} levels, more than {MAX_LEVELS}")
+    return _alternate(case, "images", paths, schema.IMAGE, case.images, other, ("dataloader", read_image), seconds)
+
+
+def _clips(case: Case, paths: list[str], title: str, other: Peer, seconds: dict[str, float]) -> float:
+    """Return how many times as many clips/s ours makes as the best peer."""
+    trials: dict[str, float] = {}
+    repeated = _repeated(paths, case.batch_size * case.trial.batches)
+    for name, read in VIDEO_READS.items():
+        found = other.read(read, paths[0])
+        if isinstance(found, str):
+            print(f"{title}: {name} does not work here ({found})")
+            continue
+        difference = _difference(other, read, paths[:2], schema.VIDEO)
+        if difference > MAX_CLIP_LEVELS:
+            raise ValueError(f"{name}'s frames differ by {difference:.1f} levels; they are not the same frames")
+        trials[name] = other.seconds_per_batch(read, repeated, case.batch_size, case.trial, WORKERS)
+        rate = case.batch_size / trials[name]
+        print(f"{title}: {name} {rate:.1f} clips/s in a trial, {difference:.2f} levels from ours")
+    best = min(trials, key=lambda name: trials[name])
+    chosen = (best, VIDEO_READS[best])
+    return _alternate(case, title, paths, schema.VIDEO, case.clips, other, chosen, seconds)
+
+
+def _alternate(
+    case: Case,
+    title: str,
+    paths: list[str],
+    kind: str,
+    window: Window,
+    other: Peer,
+    peer_read: tuple[str, Read],
+    seconds: dict[str, float],
+) -> float:
+    """Time ours and a peer in turns; return the median ratio of the rounds."""
+    name, read = peer_read
+    files = _repeated(paths, case.batch_size * window.batches)
+    ours, theirs = [], []
+    for _ in range(case.rounds):
+        ours.append(_our_seconds(files, kind, case.batch_size, window))
+        theirs.append(other.seconds_per_batch(read, files, case.batch_size, window, WORKERS))
+    ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
+    seconds[f"{title}, batch, ours"] = statistics.median(ours)
+    seconds[f"{title}, batch, {name}"] = statistics.median(theirs)
+    rates = [case.batch_size / statistics.median(values) for values in (ours, theirs)]
+    print(
+        f"{title}: ours {rates[0]:.1f}/s, {name} {rates[1]:.1f}/s, "
+        f"ratio of each round {' '.join(f'{ratio:.2f}' for ratio in ratios)}"
+    )
+    return statistics.median(ratios)
+
+
+def _our_seconds(paths: list[str], kind: str, batch_size: int, window: Window) -> float:
+    return window.seconds_per_batch(_checked(our_batches(paths, kind, batch_size)))
+
+
+def our_batches(paths: list[str], kind: str, batch_size: int) -> Any:
+    """Our batches of these files, in the order of training, through Ray Data as training reads them."""
+    import ray
+
+    from pipelines.data.dataset import build_segment
+
+    corpus = Corpus([Source("bench", TableRows(_manifest(paths, kind)))])
+    order, rows = Order(corpus.streams("proportional"), 0, batch_size), ray.put(corpus)
+    step = 0
+    while step < order.steps_per_epoch:
+        end = min(step + SEGMENT_STEPS, order.steps_per_epoch)
+        options = {"first_step": step, "end_step": end, "world_size": 1}
+        (stream,) = build_segment(order, rows, **options, source=DECODE, decode_workers=WORKERS)
+        yield from stream
+        step += stream.num_steps
+
+
+def _checked(batches: Any) -> Any:
+    for batch in batches:
+        assert batch.is_valid.all(), batch.failures
+        yield batch
+
+
+def _difference(other: Peer, read: Read, paths: Sequence[str], kind: str) -> float:
+    """Mean absolute difference between ours and a peer's pixels, in levels of 255."""
+    decoder = SampleDecoder(DECODE)
+    gaps = []
+    for path in paths:
+        theirs = other.read(read, path)
+        assert not isinstance(theirs, str), theirs
+        mine: NDArray[np.uint8] = decoder.decode(kind=kind, media=path).pixels
+        gaps.append(np.abs(mine.astype(np.int16) - theirs.reshape(mine.shape).astype(np.int16)).mean())
+    decoder.close()
+    return float(np.mean(gaps))
+
+
+def _ray_readers(case: Case, jpegs: list[str], clips: list[str], seconds: dict[str, float]) -> None:
+    """Ray's own readers, in their fastest form: they resize at once, and decode every frame of a clip."""
+    import ray
+
+    files = _repeated(jpegs, case.batch_size * case.ray_images.batches)
+    images = ray.data.read_images(files, size=(SIDE, SIDE), mode="RGB", override_num_blocks=case.ray_images.batches)
+    batches = images.iter_batches(batch_size=case.batch_size)
+    seconds["images, batch, ray read_images"] = case.ray_images.seconds_per_batch(batches)
+    videos = ray.data.read_videos(_repeated(clips, case.ray_clips), resize=(SIDE, SIDE))
+    frames = Window(warm_up=case.clip_frames * 4, timed=case.clip_frames * (case.ray_clips - 8), tail=1)
+    arrivals = _row_arrivals(videos.iter_batches(batch_size=None))
+    first, last = frames.warm_up, min(frames.warm_up + frames.timed, len(arrivals) - 1)
+    rate = (last - first) / max(arrivals[last] - arrivals[first], 1e-9)
+    seconds["clips, batch, ray read_videos"] = case.batch_size * case.clip_frames / rate
+    image_rate = case.batch_size / seconds["images, batch, ray read_images"]
+    print(
+        f"ray: read_images {image_rate:.1f} images/s; read_videos {rate:.0f} frames/s, "
+        f"{rate / case.clip_frames:.1f} clips/s of {case.clip_frames / CLIP_RATE:.0f} s"
+    )
+
+
+def _row_arrivals(batches: Any) -> list[float]:
+    import time
+
+    arrivals: list[float] = []
+    for batch in batches:
+        arrivals += [time.perf_counter()] * len(next(iter(batch.values())))
+    return arrivals
+
+
+def _peak_bytes(case: Case, paths: list[str], count: int) -> int:
+    """Peak memory of a process, with its own Ray, that reads `count` images."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_report_peak, args=(sender, paths, count, case.batch_size))
+    child.start()
+    sender.close()
+    try:
+        return int(receiver.recv())
+    finally:
+        child.join()
+
+
+def _report_peak(sender: Any, paths: list[str], count: int, batch_size: int) -> None:
+    with ray_session(RaySettings()):
+        memory = PeakMemory(os.getpid())
+        with memory.watch():
+            for _ in our_batches(_repeated(paths, count // batch_size * batch_size), schema.IMAGE, batch_size):
+                pass
+        sender.send(memory.num_bytes)
+
+
+def _manifest(paths: list[str], kind: str) -> pa.Table:
+    rows = [
+        {
+            schema.SAMPLE_ID: f"s{index}",
+            schema.MEDIA: path,
+            schema.KIND: kind,
+            schema.CAPTIONS: ["a picture"],
+            schema.SPLIT: "train",
+        }
+        for index, path in enumerate(paths)
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.MANIFEST_SCHEMA)
+
+
+def _repeated(paths: list[str], count: int) -> list[str]:
+    return [paths[index % len(paths)] for index in range(count)]

@@ -1,0 +1,49 @@
+"""The data plane's metrics arrive where Prometheus looks for them."""
+
+import re
+import time
+import urllib.request
+
+import pytest
+
+from pipelines.data.stage_costs import StageCosts
+from pipelines.training.data_metrics import DataMetrics
+
+TIMEOUT_S = 60.0
+
+
+def _scraped(ray):
+    """{(name, the tags that are ours): value} of every node's metrics endpoint."""
+    text = ""
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        text += urllib.request.urlopen(url, timeout=10).read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^(ray_qformer_data_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if tags.get("job") == "test":
+            found[name, tags.get("stage") or tags.get("outcome") or tags.get("le") or ""] = float(value)
+    return found
+
+
+def test_prometheus_sees_what_was_counted(ray_local):
+    metrics = DataMetrics("test", rank=3)
+    metrics.count(StageCosts(fetch_s=0.5, decode_s=2.0, fetched_bytes=4096), rows_used=30, rows_quarantined=2)
+    metrics.count(StageCosts(decode_s=1.0, fetched_bytes=1), rows_used=8, rows_quarantined=0)
+    metrics.waited(0.02, queue_depth=4)
+    metrics.waited(2.0, queue_depth=1)
+    expected = {
+        ("ray_qformer_data_stage_seconds_total", "fetch"): 0.5,
+        ("ray_qformer_data_stage_seconds_total", "decode"): 3.0,
+        ("ray_qformer_data_rows_total", "used"): 38,
+        ("ray_qformer_data_rows_total", "quarantined"): 2,
+        ("ray_qformer_data_fetched_bytes_total", ""): 4097,
+        ("ray_qformer_data_quarantine_rate", ""): 0.05,
+        ("ray_qformer_data_queue_depth", ""): 1,
+        ("ray_qformer_data_wait_seconds_bucket", "0.03"): 1,
+        ("ray_qformer_data_wait_seconds_bucket", "3.0"): 2,
+    }
+    deadline = time.monotonic() + TIMEOUT_S
+    while not expected.keys() <= (found := _scraped(ray_local)).keys() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert {key: found.get(key) for key in expected} == pytest.approx(expected)
