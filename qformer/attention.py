@@ -114,17 +114,11 @@ class Attention(nn.Module):
         attended_ND = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self.norm(self.dropout(self.output(attended_ND)) + hidden_ND)
 
-    def probabilities(self, hidden_ND: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-        """Attention probabilities without dropout, [B, H, S, A] for each part; for looking at, not for training."""
-        queries = self.query(hidden_ND).split([part.rows.num_rows for part in parts])
-        maps = []
-        for part, query_ND in zip(parts, queries, strict=True):
-            query_BHSK = self._heads(part.rows.pad(query_ND))
-            scores_BHSA = query_BHSK @ part.key_value.keys_BHNK.transpose(2, 3) / query_BHSK.shape[-1] ** 0.5
-            if part.mask is not None:
-                scores_BHSA = scores_BHSA.masked_fill(~part.mask, float("-inf"))
-            maps.append(scores_BHSA.float().softmax(dim=-1))
-        return maps
+    def probabilities(self, hidden_ND: Tensor, part: Part) -> Tensor:
+        """Attention probabilities without mask and dropout, [B, H, S, A]; for looking at, not for training."""
+        query_BHSK = self._heads(part.rows.pad(self.query(hidden_ND)))
+        scores_BHSA = query_BHSK @ part.key_value.keys_BHNK.transpose(2, 3) / query_BHSK.shape[-1] ** 0.5
+        return scores_BHSA.float().softmax(dim=-1)
 
     def _attend(self, part: Part, query_ND: Tensor) -> Tensor:
         query_BHSK = self._heads(part.rows.pad(query_ND))

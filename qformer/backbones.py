@@ -202,8 +202,6 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.
         model = model_class.from_pretrained(name, dtype=dtype)
     except Exception as error:
         raise model_error("model.language", name, error, []) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.language: the tokenizer of {name!r} has no end token; set eos_token in its config")
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qformer.attention import KeyValue
 from qformer.backbones import VisionEncoder, load_language, load_vision, require_finite
 from qformer.config import GenerationSettings, LoraConfig, QFormerConfig
 from qformer.errors import UserError
@@ -160,9 +161,7 @@ class Retriever:
             query_embeds_BNE, L2-normalised float32 (N = F * Q), and the encoder's image_tokens_BFPV for `match`.
         """
         tokens_BFPV = _features(self.encoder, pixels_BFCYX.to(self._device))
-        qformer = self.stage1.qformer
-        image = qformer.image_key_values(self.stage1.vision_norm(tokens_BFPV).flatten(0, 1))
-        hidden_GQD = qformer.forward_queries(image).hidden_BQD
+        hidden_GQD = self.stage1.qformer.forward_queries(self._image(tokens_BFPV)).hidden_BQD
         return self.stage1.embed_queries(hidden_GQD, tokens_BFPV.shape[1]), tokens_BFPV
 
     @torch.no_grad()
@@ -183,11 +182,13 @@ class Retriever:
             [B], float32, between 0 and 1.
         """
         ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
-        frames = image_tokens_BFPV.shape[1]
-        tokens_GPV = self.stage1.vision_norm(image_tokens_BFPV.to(self._device).float()).flatten(0, 1)
-        image = self.stage1.qformer.image_key_values(tokens_GPV)
+        image, frames = self._image(image_tokens_BFPV), image_tokens_BFPV.shape[1]
         logits_B2 = self.stage1.match_logits(image, ids_BT.to(self._device), mask_BT.to(self._device), frames)
         return logits_B2.softmax(dim=-1)[:, 1]
+
+    def _image(self, tokens_BFPV: Tensor) -> list[KeyValue | None]:
+        tokens_GPV = self.stage1.vision_norm(tokens_BFPV.to(self._device).float()).flatten(0, 1)
+        return self.stage1.qformer.image_key_values(tokens_GPV)
 
     @property
     def _device(self) -> torch.device:

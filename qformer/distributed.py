@@ -21,9 +21,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(world_size())]
-        distributed.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
+        return _all_gather(local)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
@@ -48,28 +46,21 @@ def gather(local: Tensor, *, with_gradient: bool) -> Tensor:
         return local
     if with_gradient and local.requires_grad:
         return _GatherWithGradient.apply(local)
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    distributed.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
+    return _all_gather(local)
 
 
-class _ExchangeRows(torch.autograd.Function):
-    """Send rows to the ranks that asked for them; the backward returns their gradients and sums them per row."""
+class _AllToAll(torch.autograd.Function):
+    """Send rows to the ranks that asked for them; the backward returns their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, local_BX: Tensor, sent_S: Tensor, send_counts: list[int], receive_counts: list[int]
-    ) -> Tensor:
-        ctx.save_for_backward(sent_S)
-        ctx.counts, ctx.shape = (send_counts, receive_counts), local_BX.shape
-        return _all_to_all(local_BX.index_select(0, sent_S), send_counts, receive_counts)
+    def forward(ctx: Any, rows_SX: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        ctx.counts = (send_counts, receive_counts)
+        return _all_to_all(rows_SX, send_counts, receive_counts)
 
     @staticmethod
-    def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None, None, None]:
-        (sent_S,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_MX: Tensor) -> tuple[Tensor, None, None]:
         send_counts, receive_counts = ctx.counts
-        returned_SX = _all_to_all(grad_MX, receive_counts, send_counts)
-        return grad_MX.new_zeros(ctx.shape).index_add(0, sent_S, returned_SX), None, None, None
+        return _all_to_all(grad_MX, receive_counts, send_counts), None, None
 
 
 def fetch_rows(local_BX: Tensor, index_E: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +87,17 @@ def fetch_rows(local_BX: Tensor, index_E: Tensor) -> tuple[Tensor, Tensor]:
 
     sent = [asked(own, by) for by in range(world_size())]
     received = [asked(of, own) for of in range(world_size())]
-    fetched_MX = _ExchangeRows.apply(
-        local_BX, torch.cat(sent) - own * size, [len(rows) for rows in sent], [len(rows) for rows in received]
-    )
+    sent_SX = local_BX.index_select(0, torch.cat(sent) - own * size)
+    fetched_MX = _AllToAll.apply(sent_SX, [len(rows) for rows in sent], [len(rows) for rows in received])
     # Owners come in rank order and their rows ascending: the fetched indexes are sorted.
     place_E = size + torch.searchsorted(torch.cat(received), index_E)
     return fetched_MX, torch.where(index_E // size == own, index_E - own * size, place_E)
+
+
+def _all_gather(local: Tensor) -> Tensor:
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    distributed.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
 
 
 def _all_to_all(rows_SX: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:

@@ -70,7 +70,8 @@ class LanguageModel(nn.Module, ABC):
         embeddings = cast(Any, model).get_input_embeddings()
         self.width: int = embeddings.embedding_dim
         if tokenizer.eos_token_id is None:
-            raise UserError(f"model.language: the tokenizer of {tokenizer.name_or_path!r} has no end token")
+            name = tokenizer.name_or_path
+            raise UserError(f"model.language: the tokenizer of {name!r} has no end token; set eos_token in its config")
         if len(tokenizer) > embeddings.num_embeddings:
             raise UserError(
                 f"model.language: the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} ids but the model "

@@ -125,7 +125,8 @@ class QFormer(nn.Module):
         maps: list[Tensor] = []
 
         def keep(attention: nn.Module, inputs: tuple[Tensor, list[Part]]) -> None:
-            maps.extend(cast(Attention, attention).probabilities(*inputs))
+            hidden_ND, (part,) = inputs
+            maps.append(cast(Attention, attention).probabilities(hidden_ND, part))
 
         blocks = [layer.cross_attention for layer in self.layers if layer.cross_attention is not None]
         handles = [block.register_forward_pre_hook(keep) for block in blocks]

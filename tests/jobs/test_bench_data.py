@@ -94,16 +94,23 @@ def _hold(num_bytes, ready, done):
     assert held[-1] == 1
 
 
+def _parent(num_bytes, ready, done):
+    child = multiprocessing.get_context("spawn").Process(target=_hold, args=(num_bytes, ready, done))
+    child.start()
+    child.join()
+
+
 def test_memory_counts_children():
+    # A tree of its own: other tests' processes may end under this one meanwhile.
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    memory, size = PeakMemory(os.getpid()), 200 * 2**20
-    before = tree_bytes(os.getpid())
+    size = 200 * 2**20
+    parent = context.Process(target=_parent, args=(size, ready, done))
+    parent.start()
+    memory, before = PeakMemory(parent.pid), tree_bytes(parent.pid)
     with memory.watch():
-        child = context.Process(target=_hold, args=(size, ready, done))
-        child.start()
         ready.wait()
-        during = tree_bytes(os.getpid())
-        done.set()
-        child.join()
-    assert during - before > size and memory.num_bytes >= before
+        during = tree_bytes(parent.pid)
+    done.set()
+    parent.join()
+    assert parent.exitcode == 0 and during - before > size and memory.num_bytes > size
