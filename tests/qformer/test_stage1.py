@@ -122,7 +122,7 @@ def test_a_batch_of_one_has_finite_losses_and_no_negatives():
 def test_a_batch_without_a_valid_row_has_zero_loss():
     full = batch(2)
     losses = model()(take(full, slice(None), is_valid_B=torch.zeros(2, dtype=torch.bool)))
-    assert float(losses.total) == 0.0
+    assert losses.total.item() == 0.0
 
 
 def test_negatives_are_never_positives_nor_masked():
