@@ -1,5 +1,6 @@
 """`qformer features`: run the frozen encoder once over a manifest and store what it sees."""
 
+import json
 import logging
 import shutil
 import sys
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session
 from jobs.settings import FeaturesSettings
+from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.feature_forecast import Forecast, forecast, measured_blocks
 from pipelines.data.feature_spec import FeatureSpec, read_spec, write_spec
@@ -30,10 +32,10 @@ _PROGRESS_EVERY_S = 5.0
 
 
 def main(settings: FeaturesSettings) -> dict[str, Any]:
-    """Write or complete the cache.
+    """Write or complete the cache, and settings.yaml and summary.json beside it.
 
     Returns:
-        Its summary: fingerprint, rows_in, rows_used, rows_quarantined, and under "stages" what the new rows took.
+        The summary: fingerprint, rows_in, rows_used, rows_quarantined, and under "stages" what the new rows took.
 
     Raises:
         UserError: If the folder holds something else or another encoder's features, or the manifest cannot be read.
@@ -52,6 +54,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     )
     spec.require_decoding(decode)
     _claim(output, spec)
+    storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
     shards = shard_blocks(manifest, decode)
     missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
     progress = _Progress(len(manifest), sum(map(len, missing)))
@@ -60,14 +63,16 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     index = write_index(output, len(shards))
     failed = pc.sum(pc.is_valid(index[schema.ERROR_CLASS])).as_py() or 0
     print(quarantine.accounting_line(len(manifest), len(index) - failed, failed))
-    logger.info("next: qformer train … --set data.features=%s", settings.output)
-    return {
+    summary = {
         "fingerprint": spec.fingerprint,
         "rows_in": len(index),
         "rows_used": len(index) - failed,
         "rows_quarantined": failed,
         "stages": progress.costs.seconds(),
     }
+    storage.write_text(storage.join(output, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    logger.info("next: qformer train … --set data.features=%s", settings.output)
+    return summary
 
 
 def _choice(settings: FeaturesSettings) -> "EncoderChoice":

@@ -14,6 +14,7 @@ from pipelines.data.feature_spec import SPEC_FILE, read_spec
 from pipelines.data.features import INDEX_FILE
 from qformer.errors import UserError
 
+_JOB_FILES = ("settings.yaml", "summary.json")
 _SHARD_FILE = re.compile(r"shard-\d{8}\.(arrow|parquet)")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
@@ -96,7 +97,7 @@ def _judged(folder: str, files: tuple[str, ...], referred: list[str], min_age_h:
 
 def _is_ours(name: str) -> bool:
     plain = _TEMPORARY.sub("", name)
-    return plain in (SPEC_FILE, INDEX_FILE) or _SHARD_FILE.fullmatch(plain) is not None
+    return plain in (SPEC_FILE, INDEX_FILE, *_JOB_FILES) or _SHARD_FILE.fullmatch(plain) is not None
 
 
 def _absolute(folder: str) -> str:

@@ -31,7 +31,10 @@ SPEC = FeatureSpec(
 
 def _cache(folder, age_days=3, extra=()):
     write_spec(str(folder), SPEC)
-    for name in ("shard-00000000.arrow", "shard-00000000.parquet", "shard-00000001.arrow.0123abcd.tmp", *extra):
+    (folder / "settings.yaml").write_text("output: here")
+    for name in ("summary.json", "shard-00000000.arrow", "shard-00000000.parquet", "shard-00000001.arrow.0123abcd.tmp"):
+        (folder / name).write_bytes(b"x" * 100)
+    for name in extra:
         (folder / name).write_bytes(b"x" * 100)
     for path in folder.iterdir():
         changed_s = path.stat().st_mtime - age_days * DAY_S

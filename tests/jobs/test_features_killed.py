@@ -1,5 +1,6 @@
 """A features job killed in the middle: completed by the same command, bit for bit as if nothing had happened."""
 
+import json
 import os
 import signal
 import subprocess
@@ -34,7 +35,9 @@ def _settings(folder, name):
 
 
 def _files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    """All of the cache but what the job tells of itself."""
+    names = {"settings.yaml", "summary.json"}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name not in names}
 
 
 def _start_and_kill(settings, folder):
@@ -77,5 +80,7 @@ def test_a_cache_killed_and_resumed_is_bit_equal_to_one_written_in_one_go(ray_lo
     left_over = {name for name in other if name.endswith(".tmp")}
     assert {name: data for name, data in other.items() if name not in left_over} == one
     assert len(one) == 2 + 2 * NUM_SHARDS
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == whole
+    assert yaml.safe_load((tmp_path / "whole" / "settings.yaml").read_text())["vision_image_size"] == IMAGE_SIZE
     index = pq.read_table(Path(killed.output) / "index.parquet")
     assert index[schema.SAMPLE_ID].to_pylist() == table[schema.SAMPLE_ID].to_pylist()

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,7 @@ from tests.pipelines.data.sources.shards import write_shard
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[3]
 EPOCHS, RANKS = 2, 2
+FAMILIES = ("coco", "karpathy", "lavis", "csv", "parquet")
 KILL_EVERY_S = 5.0
 """Longer than any clip here takes: a clip whose decoder dies twice is rightly put down to the clip."""
 
@@ -52,8 +54,42 @@ def _jsonl(uri, rows):
     storage.write_text(uri, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _write_annotations(folder):
+    """Six healthy rows in each format of annotations and tables. Returns their paths."""
+    (folder / "years").mkdir(parents=True)
+
+    def photo(family, number):
+        name = f"{family}-{number}.jpg"
+        (folder / name).write_bytes(jpeg((60, 40 * FAMILIES.index(family), number * 9)))
+        return name
+
+    sixes = {family: [photo(family, number) for number in range(6)] for family in FAMILIES}
+    for number in range(20, 26):
+        _clip(folder / "years", number).rename(folder / "years" / f"{number}.mp4")
+    coco = {"images": [], "annotations": []}
+    for number, name in enumerate(sixes["coco"]):
+        coco["images"].append({"id": 900 + number, "file_name": name})
+        coco["annotations"].append({"id": number, "image_id": 900 + number, "caption": f"coco {number}"})
+    karpathy = [
+        {"filename": name, "split": "train", "cocoid": 800 + number, "sentences": [{"raw": f"karpathy {number}"}]}
+        for number, name in enumerate(sixes["karpathy"])
+    ]
+    lavis = [{"image": name, "caption": f"lavis {number}"} for number, name in enumerate(sixes["lavis"])]
+    documents = {"coco": coco, "karpathy": {"images": karpathy}, "lavis": lavis}
+    for family, document in documents.items():
+        (folder / f"{family}.json").write_text(json.dumps(document))
+    clips = "".join(f"{number},https://example.org/x,PT1S,years,clip {number}\n" for number in range(20, 26))
+    (folder / "webvid.csv").write_text("videoid,contentUrl,duration,page_dir,name\n" + clips)
+    lines = "".join(f"{name},csv {number}\n" for number, name in enumerate(sixes["csv"]))
+    (folder / "table.csv").write_text("media,caption\n" + lines)
+    captions = [f"parquet {number}" for number in range(6)]
+    pq.write_table(pa.table({"media": sixes["parquet"], "caption": captions}), folder / "table.parquet")
+    names = [*(f"{family}.json" for family in documents), "webvid.csv", "table.csv", "table.parquet"]
+    return [str(folder / name) for name in names]
+
+
 def _write_sources(folder):
-    """Sources of every kind, healthy but for one corrupt file each. Returns the settings and the bad rows' media."""
+    """Sources of every kind, those with many rows with one corrupt file each. Returns their paths, and how many."""
     for name in ("table", "folder", "scratch"):
         (folder / name).mkdir()
     rows = []
@@ -84,6 +120,7 @@ def _write_sources(folder):
         rows.append({"sample_id": f"c{number}", "media": f"clip-{number}.mp4", "caption": f"far clip {number}"})
     _jsonl("s3://corpus/photos/rows.jsonl", rows)
     sources = [str(folder / "table" / "rows.jsonl"), str(folder / "folder"), str(folder / "local")]
+    sources += _write_annotations(folder / "annotated")
     return [*sources, "s3://corpus/tars", "s3://corpus/photos/rows.jsonl"], 6
 
 
@@ -159,7 +196,7 @@ def test_no_row_is_lost_and_no_healthy_file_is_blamed(stores, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     used = pq.read_table(tmp_path / "prepared" / "manifest.parquet")
     quarantined = pq.read_table(tmp_path / "prepared" / "quarantine.parquet").to_pylist()
-    num_rows = 41 + 12 + 30 + 30 + 68
+    num_rows = 41 + 12 + 30 + 30 + 68 + 6 * 6
     told = f"rows in {num_rows} = rows used {num_rows - num_bad} + rows quarantined {num_bad}"
     assert done.stdout.splitlines()[-1] == told, [(row["sample_id"], row["message"]) for row in quarantined]
     assert {row["error_class"] for row in quarantined} <= {"corrupt", "unsupported", "missing"}
