@@ -34,7 +34,7 @@ class Stage1Settings(StageSettings):
 class Stage2Settings(StageSettings):
     """Stage 2 sees images and clips. Many small steps: motions are learnt last."""
 
-    steps: int = Field(default=1200, gt=0)
+    steps: int = Field(default=1100, gt=0)
     batch_size: int = Field(default=32, gt=1)
     learning_rate: float = Field(default=2e-3, gt=0)
 
