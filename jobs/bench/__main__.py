@@ -14,7 +14,16 @@ import jobs.bench
 from jobs.bench.result import BenchResult, as_json, as_table, hardware
 from qformer.errors import UserError
 
-_NO_BENCHES = {"__main__", "result", "hf_stage1", "stage1_flops", "data_media", "data_memory", "data_peers"}
+_NO_BENCHES = {
+    "__main__",
+    "result",
+    "hf_stage1",
+    "stage1_flops",
+    "data_media",
+    "data_memory",
+    "data_peers",
+    "train_torchrun",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

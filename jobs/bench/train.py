@@ -1,0 +1,214 @@
+"""Training through Ray against plain DDP under torchrun with a torch DataLoader: the same model on the same cores.
+
+Two CPU ranks of 16 samples a step; 640x480 JPEGs; `vit_tiny_patch16_224` with random weights, frozen; a Q-Former of 4
+layers, 256 wide, with 16 queries. Ours decodes through Ray Data; the peer with Pillow in one DataLoader process a rank.
+Then ours trains on a feature cache: how long it waits for data where decoding does not matter, and how near it comes to
+the samples a second that a step without the encoder allows, which the peer measures with tensors in memory.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from jobs import features, train
+from jobs.bench.data_media import write_jpegs
+from jobs.bench.result import BenchResult
+from jobs.bench.train_torchrun import PeerCase, as_json
+from jobs.settings import (
+    DataSettings,
+    FeaturesSettings,
+    ModelSettings,
+    OptimSettings,
+    QFormerSettings,
+    TrainDataSettings,
+    TrainSettings,
+)
+from pipelines.data import schema
+from pipelines.data.manifest import write_table
+from pipelines.training.telemetry import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+VISION = "vit_tiny_patch16_224"
+QFORMER = QFormerSettings(
+    hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, num_queries=16, embed_dim=256
+)
+WORDS = (
+    "a",
+    "small",
+    "large",
+    "red",
+    "green",
+    "blue",
+    "dog",
+    "cat",
+    "house",
+    "tree",
+    "car",
+    "stands",
+    "on",
+    "the",
+    "hill",
+)
+MIN_SHARE = 1e-6
+"""Stands for no waiting at all: figures of a benchmark are positive."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """How much is measured."""
+
+    vision: str = VISION
+    qformer: QFormerSettings = field(default=QFORMER)
+    workers: int = 2
+    batch_per_rank: int = 16
+    warm_up: int = 10
+    timed: int = 60
+    rounds: int = 2
+    jpegs: int = 512
+    jpeg_size: tuple[int, int] = (640, 480)
+    jpeg_bytes: int = 60_000
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one step over all ranks."""
+        return self.workers * self.batch_per_rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One run's steady state."""
+
+    samples_per_s: float
+    data_wait_share: float
+
+
+def run() -> BenchResult:
+    """Measure at full size."""
+    return measure(Case())
+
+
+def measure(case: Case) -> BenchResult:
+    """Ours and the peer in turns, then ours on a cache."""
+    with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
+        root = Path(folder)
+        paths = write_jpegs(root / "jpegs", case.jpegs, case.jpeg_size, case.jpeg_bytes)
+        captions = [" ".join(WORDS[(7 * row + place) % len(WORDS)] for place in range(10)) for row in range(case.jpegs)]
+        manifest = _write_manifest(root, paths, captions)
+        ours, peers, ratios = [], [], []
+        for turn in range(case.rounds):
+            settings = _settings(case, manifest, root / f"run{turn}")
+            ours.append(_train(settings, case))
+            peers.append(_peer(case, settings, paths, captions, root))
+            ratios.append(ours[-1].samples_per_s * peers[-1]["step_s"] / case.batch_size)
+            print(f"round {turn + 1}: ours {ours[-1].samples_per_s:.1f} samples/s, {ratios[-1]:.2f} x torchrun's")
+        cache = str(root / "features")
+        data = DataSettings(manifest=manifest)
+        features.main(FeaturesSettings(output=cache, vision=case.vision, vision_pretrained=False, data=data))
+        cached = _train(_settings(case, manifest, root / "cached", features=cache), case)
+    seconds = {name: statistics.median(peer[name] for peer in peers) for name in peers[0]}
+    pixels_s = statistics.median(case.batch_size / one.samples_per_s for one in ours)
+    cached_s = case.batch_size / cached.samples_per_s
+    print(f"waiting for data: {ours[-1].data_wait_share:.1%} with pixels, {cached.data_wait_share:.1%} with a cache")
+    return BenchResult(
+        bench="train",
+        seconds={
+            "step, ours": pixels_s,
+            "step, torchrun": seconds["step_s"],
+            "encoder alone": seconds["encode_s"],
+            "step without encoder": seconds["train_s"],
+            "step, ours, cached": cached_s,
+        },
+        ratios={
+            "ray_vs_torchrun": statistics.median(ratios),
+            "data_wait_share": max(cached.data_wait_share, MIN_SHARE),
+            "cache_vs_ceiling": seconds["train_s"] / cached_s,
+        },
+    )
+
+
+def _settings(case: Case, manifest: str, output: Path, features: str | None = None) -> TrainSettings:
+    return TrainSettings(
+        output=str(output),
+        stage=1,
+        model=ModelSettings(vision=case.vision, vision_pretrained=False, tokenizer="corpus", qformer=case.qformer),
+        data=TrainDataSettings(manifest=manifest, features=features),
+        optim=OptimSettings(warmup_steps=0),
+        steps=case.warm_up + case.timed,
+        batch_size=case.batch_size,
+        workers=case.workers,
+        log_every=case.warm_up,
+        checkpoint_every=case.warm_up + case.timed,
+    )
+
+
+def _train(settings: TrainSettings, case: Case) -> _Run:
+    """Train as `qformer train` does, and read off what it logged after the warm-up."""
+    train.main(settings)
+    windows = [record for record in read_metrics(settings.output) if record["step"] > case.warm_up]
+    samples = case.warm_up * case.batch_size
+    seconds = [samples / window["samples_per_s"] for window in windows]
+    waited_s = sum(s * window["data_wait_share"] for s, window in zip(seconds, windows, strict=True))
+    return _Run(
+        samples_per_s=samples * len(windows) / sum(seconds),
+        data_wait_share=waited_s / sum(seconds),
+    )
+
+
+def _peer(case: Case, settings: TrainSettings, paths: list[str], captions: list[str], folder: Path) -> dict[str, float]:
+    """The peer's figures, with our run's tokenizer."""
+    optim = settings.optim
+    file = folder / "peer.json"
+    file.write_text(
+        as_json(
+            PeerCase(
+                paths=paths,
+                captions=captions,
+                vision=case.vision,
+                tokenizer=str(Path(settings.output) / train.TOKENIZER_FOLDER),
+                max_text_tokens=settings.model.max_text_tokens,
+                qformer=case.qformer.model_dump(),
+                batch_per_rank=case.batch_per_rank,
+                warm_up=case.warm_up,
+                timed=case.timed,
+                learning_rate=optim.learning_rate,
+                weight_decay=optim.weight_decay,
+                betas=optim.betas,
+                clip_norm=optim.clip_norm,
+            )
+        )
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.workers)]
+    done = subprocess.run(
+        [*launcher, "-m", "jobs.bench.train_torchrun", str(file)],
+        cwd=REPOSITORY,
+        # One thread a rank, as Ray Train gives its workers.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _write_manifest(folder: Path, paths: list[str], captions: list[str]) -> str:
+    rows = [
+        {
+            schema.SAMPLE_ID: f"s{row}",
+            schema.MEDIA: path,
+            schema.KIND: schema.IMAGE,
+            schema.CAPTIONS: [caption],
+            schema.SPLIT: "train",
+        }
+        for row, (path, caption) in enumerate(zip(paths, captions, strict=True))
+    ]
+    file = str(folder / "manifest.parquet")
+    write_table(pa.Table.from_pylist(rows, schema=schema.MANIFEST_SCHEMA), file)
+    return file
