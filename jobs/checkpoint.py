@@ -1,6 +1,6 @@
 """Find a checkpoint and learn what it holds, without loading a model."""
 
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders, storage
 from qformer.bridge import INFO_FILE, BridgeInfo
 
 _MAX_INFO_BYTES = 2**20
@@ -19,7 +19,7 @@ def open_checkpoint(run_or_checkpoint: str) -> tuple[str, BridgeInfo]:
     Raises:
         UserError: If there is none, or its format is another.
     """
-    folder = storage.newest_checkpoint(run_or_checkpoint)
+    folder = checkpoint_folders.newest_checkpoint(run_or_checkpoint)
     text = storage.read_bytes(storage.join(folder, INFO_FILE), _MAX_INFO_BYTES).decode()
     return folder, BridgeInfo.from_json(text)
 
@@ -27,6 +27,6 @@ def open_checkpoint(run_or_checkpoint: str) -> tuple[str, BridgeInfo]:
 def checkpoint_name(folder: str) -> str:
     """Name a checkpoint without telling where it lies: "RUN/step-00000400", or the folder's own name."""
     parts = [part for part in folder.rstrip("/").split("/") if part]
-    if len(parts) >= 3 and parts[-2] == storage.CHECKPOINTS_FOLDER:
+    if len(parts) >= 3 and parts[-2] == checkpoint_folders.CHECKPOINTS_FOLDER:
         return f"{parts[-3]}/{parts[-1]}"
     return parts[-1]

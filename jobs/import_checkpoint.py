@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.cli import run_job
 from jobs.settings import ImportSettings
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders, storage
 from qformer.bridge import FORMAT_VERSION
 from qformer.conversion.bundle import ImportOptions, write_bundle
 from qformer.conversion.huggingface import import_huggingface
@@ -34,7 +34,7 @@ def main(settings: ImportSettings) -> None:
         bundle = convert(source, folder, options)
         write_bundle(folder, bundle)
         marker = {"format_version": FORMAT_VERSION, "step": bundle.info.step}
-        (folder / storage.COMPLETE_MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        (folder / checkpoint_folders.COMPLETE_MARKER).write_text(json.dumps(marker, indent=2) + "\n")
     print(f"{source} -> {output}: stage {bundle.info.stage}\n{bundle.report}")
 
 

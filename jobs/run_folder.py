@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from jobs.cli import find_user_error
 from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders, storage
 from qformer.errors import UserError
 
 SETTINGS_FILE, QUARANTINE_FILE = "settings.yaml", "quarantine.parquet"
@@ -39,19 +39,11 @@ def run_folder(settings: TrainSettings) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kept = (storage.CHECKPOINTS_FOLDER, QUARANTINE_FILE)
+        kept = (checkpoint_folders.CHECKPOINTS_FOLDER, QUARANTINE_FILE)
         has_results = any(storage.exists(storage.join(settings.output, name)) for name in kept)
         if is_new and storage.is_local(settings.output) and find_user_error(error) and not has_results:
             _empty(Path(storage.local_path(settings.output)))
         raise
-
-
-def newest_checkpoint(output: str) -> str | None:
-    """Newest checkpoint of this run, also one written before a restart of the workers; None before the first."""
-    try:
-        return storage.newest_checkpoint(output)
-    except UserError:
-        return None
 
 
 def _require_ours(settings: TrainSettings) -> None:
@@ -64,7 +56,8 @@ def _require_ours(settings: TrainSettings) -> None:
             raise UserError(f"resume: {output} is used, but by no training run; choose the run's own folder as output")
         if stage != settings.stage:
             raise UserError(f"resume: the run in {output} is of stage {stage}, the settings say stage={settings.stage}")
-    logger.info("resuming from %s", newest_checkpoint(output) or "the start: no checkpoint yet")
+    found = checkpoint_folders.newest_whole_checkpoint(output)
+    logger.info("resuming from %s", found.name if found else "the start: no checkpoint yet")
 
 
 def _stage_of(output: str) -> int | None:

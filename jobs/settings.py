@@ -228,6 +228,8 @@ class TrainSettings(Settings):
     compile: bool = False
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Newest checkpoints that stay; older ones are removed when another is finished."""
     log_every: int = Field(default=10, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failures: int = Field(default=0, ge=0)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session, require_resources
-from jobs.run_folder import QUARANTINE_FILE, newest_checkpoint, run_folder
+from jobs.run_folder import QUARANTINE_FILE, run_folder
 from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
 from jobs.train_checks import check, manifests
 from pipelines.data import schema, storage
+from pipelines.data.checkpoint_folders import newest_whole_checkpoint
 from pipelines.data.features import FeatureCache, locate, open_cache
 from pipelines.data.manifest import write_table
 from pipelines.data.mixture import Corpus, open_corpus
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from pipelines.data.batch import SampleBatch
     from pipelines.training.accounting import Accounting
+    from pipelines.training.checkpoint_writer import CheckpointWriter
     from pipelines.training.loop import Loop, LoopSettings
     from pipelines.training.run import TrainingRun
 
@@ -122,6 +124,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     A mistake of the user is returned as {"mistake": message}: raised, it would be tried again `max_failures` times.
     """
     from pipelines.training.accounting import TooManyQuarantinedError
+    from pipelines.training.checkpoint_writer import CheckpointError, CheckpointWriter
     from pipelines.training.telemetry import RunLog
     from qformer.distributed import any_text, rank
 
@@ -133,18 +136,26 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # Other ranks may have come through, and would wait for this one.
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
-    log = RunLog(settings.output, arguments["board"], start_step) if rank() == 0 else None
+    log = writer = None
+    if rank() == 0:
+        say = arguments["board"].say.remote
+        log = RunLog(settings.output, arguments["board"], start_step)
+        writer = CheckpointWriter(settings.output, keep=settings.keep_checkpoints, alarm=say)
     try:
-        loop = _loop(arguments, settings, run, optimizer, accounting, log.write if log else _ignore)
+        loop = _loop(arguments, settings, run, optimizer, accounting, log.write if log else _ignore, writer)
         loop.run(_batches(arguments, settings, run, start_step), start_step)
         run.assert_frozen()
+        if writer:
+            writer.close()
     except TooManyQuarantinedError as error:  # raised by all ranks at the same step
+        mistake = str(error)
+    except CheckpointError as error:  # of the last step: no other rank waits for this one any more
         mistake = str(error)
     finally:
         if log:
             log.close()
             write_table(accounting.table(), storage.join(settings.output, QUARANTINE_FILE))
-    if mistake is not None:
+    if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
     stages = loop.times.combined(run.encode.seconds)
     return _summary(run, accounting, settings, start_step, log.records if log else [], stages)
@@ -180,7 +191,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> "tuple[Trainin
     optimizer = build_optimizer(run.stage.trainables, weight_decay=optim.weight_decay, betas=optim.betas)
     if rank() == 0:
         arguments["board"].say.remote(f"weights {run.load_report}")
-    newest = newest_checkpoint(settings.output)
+    newest = newest_whole_checkpoint(settings.output)
     if newest is None:
         return run, optimizer, Accounting(), 0
     state = run.restore(newest, optimizer, order=arguments["order"])
@@ -210,12 +221,13 @@ def _loop(
     optimizer: "Optimizer",
     accounting: "Accounting",
     log: Callable[[dict[str, float]], None],
+    writer: "CheckpointWriter | None",
 ) -> "Loop":
     import torch
     from ray.train.torch import get_device
 
     from pipelines.training.loop import Loop
-    from qformer.distributed import rank, world_size
+    from qformer.distributed import world_size
 
     trainables: torch.nn.Module = run.stage.trainables
     if world_size() > 1:
@@ -224,9 +236,9 @@ def _loop(
         trainables = torch.nn.parallel.DistributedDataParallel(trainables, device_ids=devices)
 
     def save(done: int) -> None:
-        if rank() == 0:
-            order = arguments["order"]
-            run.save(settings.output, done, optimizer, accounting, order=order, settings=resolved_yaml(settings))
+        if writer is not None:
+            order, yaml = arguments["order"], resolved_yaml(settings)
+            writer.submit(run.checkpoint(done, optimizer, accounting, order=order, settings=yaml))
 
     return Loop(run.stage, trainables, optimizer, accounting, _loop_settings(arguments), log, save)
 

@@ -1,7 +1,7 @@
 """What training refuses before any worker starts."""
 
 from jobs.settings import TrainSettings
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders
 from qformer.errors import UserError
 
 
@@ -27,7 +27,7 @@ def check(settings: TrainSettings, num_rows: int) -> None:
     if settings.stage == 1:
         _check_stage_1(settings)
     if settings.init_from is not None:
-        storage.newest_checkpoint(settings.init_from)
+        checkpoint_folders.newest_checkpoint(settings.init_from)
 
 
 def manifests(settings: TrainSettings) -> list[tuple[str, float | None]]:

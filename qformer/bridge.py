@@ -109,11 +109,11 @@ def _resolved(folder: Path, name: str) -> str:
     return str(folder / name.removeprefix(BESIDE)) if name.startswith(BESIDE) else name
 
 
-def save_bridge(folder: Path, info: BridgeInfo, trainables: nn.Module, tokenizer: TextTokenizer | None) -> None:
-    """Write the three parts into an existing folder."""
+def save_bridge(folder: Path, info: BridgeInfo, weights: Mapping[str, Tensor], tokenizer: TextTokenizer | None) -> None:
+    """Write the three parts into an existing folder; `weights` is the trainables' state dict."""
     from safetensors.torch import save_file
 
-    save_file({k: v.detach().cpu().contiguous() for k, v in trainables.state_dict().items()}, folder / WEIGHTS_FILE)
+    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS_FILE)
     if tokenizer is not None:
         tokenizer.save(folder / TOKENIZER_FOLDER)
     (folder / INFO_FILE).write_text(info.to_json())

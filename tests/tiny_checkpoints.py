@@ -73,7 +73,7 @@ def _write(folder, stage, trainables, tokenizer, language, lora=None) -> Path:
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     folder.mkdir(parents=True)
     info = info_of(stage, _config(trainables.qformer.config.vocab_size), language)
-    save_bridge(folder, dataclasses.replace(info, lora=lora), trainables, tokenizer)
+    save_bridge(folder, dataclasses.replace(info, lora=lora), trainables.state_dict(), tokenizer)
     (folder / "complete.json").write_text(json.dumps({"step": 3}))
     return folder
 

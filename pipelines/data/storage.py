@@ -3,7 +3,7 @@
 import contextlib
 import os
 import posixpath
-import re
+import shutil
 import stat
 import tempfile
 import uuid
@@ -15,11 +15,6 @@ import fsspec
 
 from pipelines.data import members
 from qformer.errors import UserError
-
-CHECKPOINTS_FOLDER = "checkpoints"
-COMPLETE_MARKER = "complete.json"
-"""Written last into a checkpoint folder: a folder without it is an unfinished copy."""
-_CHECKPOINT_NAME = re.compile(r"step-\d{8}")
 
 
 class FileTooLargeError(OSError):
@@ -215,6 +210,15 @@ def remove_file(uri: str) -> None:
         filesystem.rm_file(path)
 
 
+def remove_folder(uri: str) -> None:
+    """Delete a folder that is there, with all it holds."""
+    if is_local(uri):
+        shutil.rmtree(local_path(uri))
+    else:
+        filesystem, path = _filesystem(uri)
+        filesystem.rm(path, recursive=True)
+
+
 def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file, atomically on local disks."""
     write_bytes(uri, text.encode())
@@ -242,28 +246,6 @@ def require_unused(folder: str, setting: str) -> None:
         )
 
 
-def newest_checkpoint(run_or_checkpoint: str) -> str:
-    """Find the newest finished checkpoint.
-
-    Args:
-        run_or_checkpoint: A run folder (with `checkpoints/step-XXXXXXXX`), or a checkpoint folder itself.
-
-    Raises:
-        UserError: If there is none.
-    """
-    if exists(join(run_or_checkpoint, COMPLETE_MARKER)):
-        return run_or_checkpoint
-    folder = join(run_or_checkpoint, CHECKPOINTS_FOLDER)
-    for name in sorted(_folder_names(folder), reverse=True):
-        if _CHECKPOINT_NAME.fullmatch(name) and exists(join(folder, name, COMPLETE_MARKER)):
-            return join(folder, name)
-    what = "holds no finished checkpoint" if exists(run_or_checkpoint) else "does not exist"
-    raise UserError(
-        f"{run_or_checkpoint} {what}; give a run folder with {CHECKPOINTS_FOLDER}/step-*/{COMPLETE_MARKER}, "
-        "or such a checkpoint folder"
-    )
-
-
 def local_folder(uri: str) -> Path:
     """Return a folder's local path, downloading it to a temporary folder when it is remote."""
     if is_local(uri):
@@ -274,7 +256,8 @@ def local_folder(uri: str) -> Path:
     return target
 
 
-def _folder_names(uri: str) -> list[str]:
+def folder_names(uri: str) -> list[str]:
+    """What a folder holds; nothing where there is none."""
     if not is_folder(uri):
         return []
     if is_local(uri):

@@ -1,13 +1,12 @@
-"""Checkpoints on any filesystem: written aside, then complete at once or not at all.
+"""Checkpoints on any filesystem: taken between two steps, written aside, then complete at once or not at all.
 
 RUN/checkpoints/step-00000500/
     bridge.json, bridge.safetensors, tokenizer/   the model (`qformer.bridge`)
     training.pt                                   optimizer, accounting, quarantine
     settings.yaml                                 resolved settings of the run
-    complete.json                                 written last: format version, step, file sizes
+    complete.json                                 written last: see `pipelines.data.checkpoint_folders`
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,9 +16,11 @@ from typing import Any
 
 import fsspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.data import storage
+from pipelines.data.checkpoint_folders import COMPLETE_MARKER, checkpoint_uri, write_marker
+from pipelines.data.retries import with_retries
 from qformer.bridge import FORMAT_VERSION, BridgeInfo, load_weights, read_info, save_bridge
 from qformer.errors import UserError
 from qformer.text import TextTokenizer
@@ -40,42 +41,54 @@ class TrainingState:
     """Fingerprint of what decides the order of samples."""
 
 
-def checkpoint_uri(output: str, step: int) -> str:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return storage.join(output, storage.CHECKPOINTS_FOLDER, f"step-{step:08d}")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A run as it stood between two steps; nothing in it changes when training goes on."""
+
+    info: BridgeInfo
+    weights: dict[str, Tensor]
+    tokenizer: TextTokenizer | None
+    state: TrainingState
+    settings_yaml: str
 
 
-def save_checkpoint(
-    output: str,
-    *,
-    info: BridgeInfo,
-    trainables: nn.Module,
-    tokenizer: TextTokenizer | None,
-    state: TrainingState,
-    settings_yaml: str,
-) -> str:
+def copied(value: Any) -> Any:
+    """The same nest of dicts and lists with every tensor copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(one) for one in value)
+    return value
+
+
+def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
     """Write one checkpoint and return its folder.
 
-    A local checkpoint is renamed into place when whole. On an object store `complete.json` is uploaded last; a folder
-    without it does not count.
+    A local checkpoint is renamed into place when whole. On an object store the marker is uploaded last, and an upload
+    that fails for a while is tried again.
+
+    Raises:
+        OSError: If there is no room for it.
+        MediaError: If the object store does not take it.
     """
+    state = checkpoint.state
     target = checkpoint_uri(output, state.step)
     local = storage.is_local(target)
     parent = Path(storage.local_path(target)).parent if local else Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
     try:
-        save_bridge(folder, info, trainables, tokenizer)
+        save_bridge(folder, checkpoint.info, checkpoint.weights, checkpoint.tokenizer)
         values = {"optimizer": state.optimizer, "accounting": state.accounting, "order": state.order}
         torch.save({"step": state.step, **values}, folder / TRAINING_FILE)
-        (folder / SETTINGS_FILE).write_text(settings_yaml)
-        sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-        marker = {"format_version": FORMAT_VERSION, "step": state.step, "files": sizes}
-        (folder / storage.COMPLETE_MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        (folder / SETTINGS_FILE).write_text(checkpoint.settings_yaml)
+        write_marker(folder, {"format_version": FORMAT_VERSION, "step": state.step})
         if local:
             _replace_folder(folder, Path(storage.local_path(target)))
         else:
-            _upload(folder, target, [*sizes, storage.COMPLETE_MARKER])
+            _upload(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
@@ -108,8 +121,9 @@ def _replace_folder(source: Path, target: Path) -> None:
     source.rename(target)
 
 
-def _upload(folder: Path, target: str, names: list[str]) -> None:
+def _upload(folder: Path, target: str) -> None:
     filesystem, path = fsspec.core.url_to_fs(target)
-    for name in names:
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    for name in sorted(names, key=lambda name: name == COMPLETE_MARKER):
         filesystem.makedirs(f"{path}/{name}".rsplit("/", 1)[0], exist_ok=True)
-        filesystem.put_file(str(folder / name), f"{path}/{name}")
+        with_retries(target, lambda name=name: filesystem.put_file(str(folder / name), f"{path}/{name}"))  # type: ignore[misc]

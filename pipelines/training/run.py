@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders, storage
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
-from pipelines.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from pipelines.training.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
@@ -137,33 +137,24 @@ class TrainingRun:
             lora=choice.lora,
         )
 
-    def save(
-        self,
-        output: str,
-        step: int,
-        optimizer: torch.optim.Optimizer,
-        accounting: Accounting,
-        *,
-        order: str,
-        settings: str,
-    ) -> str:
-        """Write a checkpoint and return its folder."""
-        return save_checkpoint(
-            output,
+    def checkpoint(
+        self, step: int, optimizer: torch.optim.Optimizer, accounting: Accounting, *, order: str, settings: str
+    ) -> Checkpoint:
+        """The run as it stands after `step` steps, in copies."""
+        return Checkpoint(
             info=self.info(step),
-            trainables=self.stage.trainables,
+            weights=copied(self.stage.trainables.state_dict()),
             tokenizer=self.tokenizer,
-            state=TrainingState(step, optimizer.state_dict(), accounting.state(), order),
+            state=TrainingState(step, copied(optimizer.state_dict()), accounting.state(), order),
             settings_yaml=settings,
         )
 
-    def restore(self, checkpoint: str, optimizer: torch.optim.Optimizer, *, order: str) -> TrainingState:
-        """Continue from a checkpoint.
+    def restore(self, folder: Path, optimizer: torch.optim.Optimizer, *, order: str) -> TrainingState:
+        """Continue from a checkpoint's local folder.
 
         Raises:
             UserError: If it is of another model, stage, or order of the data.
         """
-        folder: Path = storage.local_folder(checkpoint)
         state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=order)
         optimizer.load_state_dict(state.optimizer)
         if "qformer" in self.frozen:
@@ -197,7 +188,7 @@ class TrainingRun:
             raise UserError("model.freeze_qformer=true needs a trained Q-Former: set init_from to a run")
         language = build_language_model(*load_language(choice.language, dtype=dtype)).to(device)
         self.frozen["language"] = language.model
-        folder = None if init_from is None else storage.local_folder(storage.newest_checkpoint(init_from))
+        folder = None if init_from is None else storage.local_folder(checkpoint_folders.newest_checkpoint(init_from))
         if choice.qformer_reads_prompt:
             # The text branch knows the words of the tokenizer that it was trained with.
             own = None if folder is None else folder / TOKENIZER_FOLDER

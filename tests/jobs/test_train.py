@@ -23,7 +23,7 @@ from jobs.settings import (
     TrainDataSettings,
     TrainSettings,
 )
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders
 from pipelines.training.telemetry import read_metrics
 from qformer.errors import UserError
 
@@ -101,7 +101,7 @@ def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, ca
     assert sorted(first_epoch) == sorted(broken)
     steps = [record["step"] for record in read_metrics(str(tmp_path / "run"))]
     assert steps == [2, 4, 6, 8, 10]
-    assert storage.newest_checkpoint(str(tmp_path / "run")).endswith("step-00000010")
+    assert checkpoint_folders.newest_checkpoint(str(tmp_path / "run")).endswith("step-00000010")
     assert any((tmp_path / "run" / "tensorboard").iterdir())
     assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["batch_size"] == 30
     with pytest.raises(UserError, match="already used"):
@@ -177,7 +177,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(world, tmp_path):
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    reached = int(storage.newest_checkpoint(str(output))[-8:])
+    reached = int(checkpoint_folders.newest_checkpoint(str(output))[-8:])
     assert 10 <= reached < 400
     total = str(reached + 10)
     done = subprocess.run(

@@ -144,7 +144,7 @@ def save(folder, stage, model, language=None):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
-    save_bridge(folder, info_of(stage, model.qformer.config, language), model, None)
+    save_bridge(folder, info_of(stage, model.qformer.config, language), model.state_dict(), None)
     return folder
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders, storage
 from qformer.errors import UserError
 
 
@@ -12,18 +12,18 @@ def test_the_newest_finished_checkpoint(tmp_path, scheme):
         storage.write_text(storage.join(folder, "bridge.json"), "{}")
         if is_complete:
             storage.write_text(storage.join(folder, "complete.json"), "{}")
-    newest = storage.newest_checkpoint(root)
+    newest = checkpoint_folders.newest_checkpoint(root)
     assert newest.endswith("checkpoints/step-00000100")
-    assert storage.newest_checkpoint(newest) == newest
+    assert checkpoint_folders.newest_checkpoint(newest) == newest
     copy = storage.local_folder(newest)
     assert sorted(path.name for path in copy.iterdir()) == ["bridge.json", "complete.json"]
 
 
 def test_no_checkpoint_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        storage.newest_checkpoint(str(tmp_path / "gone"))
+        checkpoint_folders.newest_checkpoint(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="no finished checkpoint"):
-        storage.newest_checkpoint(str(tmp_path))
+        checkpoint_folders.newest_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("scheme", ["local", "memory"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from jobs.settings import ModelSettings
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders
 from pipelines.training.accounting import Accounting
+from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import TrainingRun, choice_from
 from pipelines.training.vocabulary import learn_text_tokenizer
@@ -42,7 +43,7 @@ def make_run(chosen, init_from=None):
 
 
 def newest(folder):
-    return Path(storage.newest_checkpoint(str(folder)))
+    return Path(checkpoint_folders.newest_checkpoint(str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(kind, tokenizer, t5, stage1, tmp
         train(make_run(chosen, stage1), tmp_path / "cut", stop_at=4)
     resumed = make_run(chosen, stage1)
     optimizer = build_optimizer(resumed.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    state = resumed.restore(str(newest(tmp_path / "cut")), optimizer, order="order")
+    state = resumed.restore(newest(tmp_path / "cut"), optimizer, order="order")
     train(resumed, tmp_path / "cut", state.step, Accounting.from_state(state.accounting), optimizer)
     resumed.assert_frozen()
     expected = whole.stage.trainables.state_dict()
@@ -272,8 +273,9 @@ def test_settings_become_a_choice():
 def test_another_resolution_is_saved_with_the_bridge(tokenizer, tmp_path):
     run = make_run(dataclasses.replace(choice(2, tokenizer), vision_image_size=96))
     assert run.preprocessing.height == 96
-    run.save(str(tmp_path / "two"), 1, build_optimizer(run.stage.trainables, weight_decay=0.0, betas=(0.9, 0.98)),
-             Accounting(), order="order", settings="stage: 2\n")  # fmt: skip
+    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.0, betas=(0.9, 0.98))
+    checkpoint = run.checkpoint(1, optimizer, Accounting(), order="order", settings="stage: 2\n")
+    write_checkpoint(str(tmp_path / "two"), checkpoint)
     captioner = load_captioner(newest(tmp_path / "two"))
     assert captioner.preprocessing == run.preprocessing
     assert (

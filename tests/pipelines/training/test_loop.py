@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.data import storage
+from pipelines.data import checkpoint_folders, storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.training.accounting import Accounting
+from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.loop import Loop, LoopSettings
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import ModelChoice, TrainingRun
@@ -92,7 +93,7 @@ def train(run, output, start_step=0, accounting=None, optimizer=None, stop_at=No
     logged = []
 
     def save(done):
-        run.save(str(output), done, optimizer, accounting, order="order", settings="stage: 1\n")
+        write_checkpoint(str(output), run.checkpoint(done, optimizer, accounting, order="order", settings="stage: 1\n"))
         if done == stop_at:
             raise InterruptedError
 
@@ -116,8 +117,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, tokenizer, tmp_path):
         train(make_run(stage, tokenizer), tmp_path / "cut", stop_at=4)
     resumed = make_run(stage, tokenizer)
     optimizer = build_optimizer(resumed.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    newest = storage.newest_checkpoint(str(tmp_path / "cut"))
-    state = resumed.restore(newest, optimizer, order="order")
+    newest = checkpoint_folders.newest_checkpoint(str(tmp_path / "cut"))
+    state = resumed.restore(Path(newest), optimizer, order="order")
     assert state.step == 4
     train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), optimizer)
     expected = whole.stage.trainables.state_dict()
@@ -233,15 +234,15 @@ def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_pa
     first, second = make_run(1, tokenizer), make_run(2, tokenizer)
     train(first, tmp_path / "one")
     train(second, tmp_path / "two")
-    retriever = load_retriever(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
-    captioner = load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "two"))))
+    retriever = load_retriever(Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "one"))))
+    captioner = load_captioner(Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "two"))))
     assert retriever.preprocessing == captioner.preprocessing == first.preprocessing
     pixels = torch.zeros(2, 1, 3, 64, 64, dtype=torch.uint8)
     embeds, tokens = retriever.embed_image(pixels)
     assert embeds.shape == (2, 4, 16) and retriever.match(tokens, CAPTIONS[:2]).shape == (2,)
     assert len(captioner.answer(pixels, settings=GenerationSettings(max_new_tokens=3))) == 2
     with pytest.raises(UserError, match="stage-1"):
-        load_captioner(Path(storage.newest_checkpoint(str(tmp_path / "one"))))
+        load_captioner(Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "one"))))
 
 
 def test_failed_rows_are_counted_once_an_epoch_and_too_many_stop_the_run(tokenizer, tmp_path):
@@ -273,10 +274,10 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(tokenizer, tmp_path):
 def test_an_unfinished_checkpoint_does_not_count(tokenizer, tmp_path):
     run = make_run(1, tokenizer)
     train(run, tmp_path / "run")
-    newest = Path(storage.newest_checkpoint(str(tmp_path / "run")))
+    newest = Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "run")))
     assert newest.name == "step-00000008" and read_info(newest).step == 8
     (newest / "complete.json").unlink()
-    assert Path(storage.newest_checkpoint(str(tmp_path / "run"))).name == "step-00000004"
+    assert Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "run"))).name == "step-00000004"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_an_unfinished_checkpoint_does_not_count(tokenizer, tmp_path):
 )
 def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_path):
     train(make_run(1, tokenizer), tmp_path / "run")
-    newest = storage.newest_checkpoint(str(tmp_path / "run"))
+    newest = checkpoint_folders.newest_checkpoint(str(tmp_path / "run"))
     chosen, order = choice(1, tokenizer), "order"
     if change == "order":
         order = "other"
@@ -302,13 +303,13 @@ def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_
     run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
     optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
     with pytest.raises(UserError, match=message):
-        run.restore(newest, optimizer, order=order)
+        run.restore(Path(newest), optimizer, order=order)
 
 
 def test_checkpoints_lie_on_any_filesystem(tokenizer):
     output = "memory://runs/one"
     run = make_run(1, tokenizer)
     train(run, output)
-    newest = storage.newest_checkpoint(output)
+    newest = checkpoint_folders.newest_checkpoint(output)
     assert newest.endswith("step-00000008")
     assert read_info(storage.local_folder(newest)).step == 8
