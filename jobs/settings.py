@@ -204,6 +204,8 @@ class OptimSettings(Settings):
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     clip_norm: float = Field(default=1.0, gt=0)
+    ema_decay: Decay | None = None
+    """Save an exponential moving average of the weights in their place, e.g. 0.999; null: the weights themselves."""
 
 
 class TrainSettings(Settings):
@@ -234,6 +236,9 @@ class TrainSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failures: int = Field(default=0, ge=0)
     """How often Ray Train may restart the workers after a crash."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Steps without a finite gradient change nothing and are listed in bad_steps.jsonl; this many in a row end the run.
+    """
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Training stops when more than this share of an epoch's rows is quarantined."""
     decode_workers: int = Field(default=1, ge=1)

@@ -6,40 +6,24 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session, require_resources
-from jobs.run_folder import QUARANTINE_FILE, run_folder
+from jobs.run_folder import run_folder
 from jobs.settings import TrainSettings
-from jobs.settings_loading import resolved_yaml
 from jobs.train_checks import check, manifests
+from jobs.train_inputs import LEARN_TOKENIZER, decode_settings, tokenizer_folder, with_absolute_paths
 from pipelines.data import schema, storage
-from pipelines.data.checkpoint_folders import newest_whole_checkpoint
 from pipelines.data.features import FeatureCache, locate, open_cache
-from pipelines.data.manifest import write_table
 from pipelines.data.mixture import Corpus, open_corpus
 from pipelines.data.order import Order
 from pipelines.data.row_index import streamed
-from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.stage_report import run_table
-from pipelines.data.transforms import Augmentation
 from qformer.errors import UserError
-from qformer.preprocessing import Preprocessing
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from pipelines.data.batch import SampleBatch
-    from pipelines.training.accounting import Accounting
-    from pipelines.training.checkpoint_writer import CheckpointWriter
-    from pipelines.training.loop import Loop, LoopSettings
-    from pipelines.training.run import TrainingRun
-
-TOKENIZER_FOLDER, SUMMARY_FILE = "tokenizer", "summary.json"
-LEARN_TOKENIZER = "corpus"
+SUMMARY_FILE = "summary.json"
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +74,7 @@ def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: Featur
         )
         import ray
 
+        from jobs.train_worker import train_worker
         from pipelines.training.feed import BatchFeed
         from pipelines.training.launch import launch
 
@@ -118,187 +103,11 @@ def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: Featur
             ray.kill(feed)
 
 
-def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Train on one rank; the first rank's return value is the run's summary.
-
-    A mistake of the user is returned as {"mistake": message}: raised, it would be tried again `max_failures` times.
-    """
-    from pipelines.training.accounting import TooManyQuarantinedError
-    from pipelines.training.checkpoint_writer import CheckpointError, CheckpointWriter
-    from pipelines.training.telemetry import RunLog
-    from qformer.distributed import any_text, rank
-
-    settings, mistake = TrainSettings.model_validate(arguments["settings"]), None
-    try:
-        run, optimizer, accounting, start_step = _built(arguments, settings)
-    except UserError as error:
-        mistake = str(error)
-    # Other ranks may have come through, and would wait for this one.
-    if (mistake := any_text(mistake)) is not None:
-        return {"mistake": mistake}
-    log = writer = None
-    if rank() == 0:
-        say = arguments["board"].say.remote
-        log = RunLog(settings.output, arguments["board"], start_step)
-        writer = CheckpointWriter(settings.output, keep=settings.keep_checkpoints, alarm=say)
-    try:
-        loop = _loop(arguments, settings, run, optimizer, accounting, log.write if log else _ignore, writer)
-        loop.run(_batches(arguments, settings, run, start_step), start_step)
-        run.assert_frozen()
-        if writer:
-            writer.close()
-    except TooManyQuarantinedError as error:  # raised by all ranks at the same step
-        mistake = str(error)
-    except CheckpointError as error:  # of the last step: no other rank waits for this one any more
-        mistake = str(error)
-    finally:
-        if log:
-            log.close()
-            write_table(accounting.table(), storage.join(settings.output, QUARANTINE_FILE))
-    if (mistake := any_text(mistake)) is not None:
-        return {"mistake": mistake}
-    stages = loop.times.combined(run.encode.seconds)
-    return _summary(run, accounting, settings, start_step, log.records if log else [], stages)
-
-
-def _built(arguments: dict[str, Any], settings: TrainSettings) -> "tuple[TrainingRun, Optimizer, Accounting, int]":
-    """The run as it starts or goes on: model, optimizer, rows so far, steps done."""
-    from ray.train.torch import get_device
-
-    from pipelines.training.accounting import Accounting
-    from pipelines.training.optim import build_optimizer
-    from pipelines.training.run import TrainingRun, choice_from
-    from qformer.distributed import rank
-
-    choice = choice_from(
-        settings.model.model_dump(),
-        stage=settings.stage,
-        num_frames=settings.data.num_frames,
-        sampling=settings.data.sampling.model_dump(mode="json"),
-        tokenizer=_tokenizer_folder(settings),
-    )
-    cache: FeatureCache | None = arguments["cache"]
-    run = TrainingRun(
-        choice,
-        get_device(),
-        precision=settings.precision,
-        seed=settings.seed,
-        init_from=settings.init_from,
-        features=cache.spec if cache else None,
-        is_compiled=settings.compile,
-    )
-    optim = settings.optim
-    optimizer = build_optimizer(run.stage.trainables, weight_decay=optim.weight_decay, betas=optim.betas)
-    if rank() == 0:
-        arguments["board"].say.remote(f"weights {run.load_report}")
-    newest = newest_whole_checkpoint(settings.output)
-    if newest is None:
-        return run, optimizer, Accounting(), 0
-    state = run.restore(newest, optimizer, order=arguments["order"])
-    return run, optimizer, Accounting.from_state(state.accounting), state.step
-
-
-def _batches(
-    arguments: dict[str, Any], settings: TrainSettings, run: "TrainingRun", start_step: int
-) -> "Iterator[SampleBatch]":
-    from pipelines.training.feed import rank_batches
-    from qformer.distributed import rank, world_size
-
-    return rank_batches(
-        arguments["feed"],
-        start_step=start_step,
-        total_steps=settings.steps,
-        rank=rank(),
-        world_size=world_size(),
-        source=arguments["cache"] or decode_settings(settings, run.preprocessing),
-    )
-
-
-def _loop(
-    arguments: dict[str, Any],
-    settings: TrainSettings,
-    run: "TrainingRun",
-    optimizer: "Optimizer",
-    accounting: "Accounting",
-    log: Callable[[dict[str, float]], None],
-    writer: "CheckpointWriter | None",
-) -> "Loop":
-    import torch
-    from ray.train.torch import get_device
-
-    from pipelines.training.loop import Loop
-    from qformer.distributed import world_size
-
-    trainables: torch.nn.Module = run.stage.trainables
-    if world_size() > 1:
-        device = get_device()
-        devices = [device.index] if device.type == "cuda" else None
-        trainables = torch.nn.parallel.DistributedDataParallel(trainables, device_ids=devices)
-
-    def save(done: int) -> None:
-        if writer is not None:
-            order, yaml = arguments["order"], resolved_yaml(settings)
-            writer.submit(run.checkpoint(done, optimizer, accounting, order=order, settings=yaml))
-
-    return Loop(run.stage, trainables, optimizer, accounting, _loop_settings(arguments), log, save)
-
-
-def _loop_settings(arguments: dict[str, Any]) -> "LoopSettings":
-    """Translate the worker's arguments for the loop."""
-    from pipelines.training.loop import LoopSettings
-
-    settings = TrainSettings.model_validate(arguments["settings"])
-    return LoopSettings(
-        steps=settings.steps,
-        steps_per_epoch=arguments["steps_per_epoch"],
-        rows_per_epoch=arguments["rows"],
-        checkpoint_every=settings.checkpoint_every,
-        log_every=settings.log_every,
-        seed=settings.seed,
-        max_quarantine_share=settings.max_quarantine_share,
-        precision=settings.precision,
-        **settings.optim.model_dump(exclude={"weight_decay", "betas"}),
-    )
-
-
-def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
-    """Workers run in other folders: make every local path absolute. Hub names and URIs stay as they are."""
-
-    def absolute(path: str | None) -> str | None:
-        return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
-
-    model = settings.model
-    folders = {name: absolute(getattr(model, name)) for name in ("vision", "language", "tokenizer", "qformer_init")}
-    if model.tokenizer == LEARN_TOKENIZER:
-        folders["tokenizer"] = LEARN_TOKENIZER
-    output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
-    return settings.model_copy(
-        update={
-            "output": output,
-            "data": settings.data.model_copy(update={"features": absolute(settings.data.features)}),
-            "init_from": absolute(settings.init_from),
-            "model": model.model_copy(update=folders),
-        }
-    )
-
-
-def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> DecodeSettings:
-    """How this run's files become pixels."""
-    data = settings.data
-    return DecodeSettings(
-        preprocessing=preprocessing,
-        num_frames=data.num_frames,
-        sampling=data.sampling.build(),
-        limits=Limits(**data.limits.model_dump()),
-        augmentation=Augmentation(**data.augmentation.model_dump()),
-    )
-
-
 def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
     """Learn the vocabulary once per run; a resumed run keeps its own."""
     from pipelines.training.vocabulary import learn_text_tokenizer
 
-    folder = _tokenizer_folder(settings)
+    folder = tokenizer_folder(settings)
     if storage.exists(folder):
         return
     if not storage.is_local(folder):
@@ -309,42 +118,6 @@ def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
     tables = itertools.chain.from_iterable(streamed(source.rows) for source in corpus.sources)
     captions = (text for table in tables for texts in table[schema.CAPTIONS].to_pylist() for text in texts)
     learn_text_tokenizer(captions, Path(storage.local_path(folder)))
-
-
-def _tokenizer_folder(settings: TrainSettings) -> str:
-    if settings.model.tokenizer != LEARN_TOKENIZER:
-        return settings.model.tokenizer
-    return storage.join(settings.output, TOKENIZER_FOLDER)
-
-
-def _summary(
-    run: "TrainingRun",
-    accounting: "Accounting",
-    settings: TrainSettings,
-    start_step: int,
-    records: list[dict[str, float]],
-    stages: dict[str, float],
-) -> dict[str, Any]:
-    return {
-        "stage": settings.stage,
-        "steps": settings.steps,
-        "resumed_from_step": start_step,
-        "accounting": accounting.line,
-        "rows_in": accounting.rows_in,
-        "rows_used": accounting.rows_used,
-        "rows_quarantined": accounting.rows_quarantined,
-        "texts_truncated": run.num_truncated(),
-        "load_report": run.load_report,
-        "trainable_parameters": sum(p.numel() for p in run.stage.trainables.parameters() if p.requires_grad),
-        "trainable_names": run.trainable_names,
-        "frozen_sha256": run.fingerprints,
-        "last": records[-1] if records else {},
-        "stages": stages,
-    }
-
-
-def _ignore(values: dict[str, float]) -> None:
-    """Only the first rank keeps a log."""
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from jobs.settings import (
     TrainDataSettings,
     TrainSettings,
 )
+from jobs.train_inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.manifest import write_table
 from pipelines.training.telemetry import read_metrics
@@ -171,7 +172,7 @@ def _peer(case: Case, settings: TrainSettings, paths: list[str], captions: list[
                 paths=paths,
                 captions=captions,
                 vision=case.vision,
-                tokenizer=str(Path(settings.output) / train.TOKENIZER_FOLDER),
+                tokenizer=str(Path(settings.output) / TOKENIZER_FOLDER),
                 max_text_tokens=settings.model.max_text_tokens,
                 qformer=case.qformer.model_dump(),
                 batch_per_rank=case.batch_per_rank,

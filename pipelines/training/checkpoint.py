@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00000500/
     bridge.json, bridge.safetensors, tokenizer/   the model (`qformer.bridge`)
-    training.pt                                   optimizer, accounting, quarantine
+    training.pt                                   optimizer, accounting, quarantine; with an average, the raw weights
     settings.yaml                                 resolved settings of the run
     complete.json                                 written last: see `pipelines.data.checkpoint_folders`
 """
@@ -10,7 +10,7 @@ RUN/checkpoints/step-00000500/
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class TrainingState:
     """`Accounting.state()` of the surviving trajectory."""
     order: str
     """Fingerprint of what decides the order of samples."""
+    raw_weights: dict[str, Tensor] | None = None
+    """Trainables as training left them, where the checkpoint's weights are their moving average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,7 @@ class Checkpoint:
 
     info: BridgeInfo
     weights: dict[str, Tensor]
+    """Those to use: the trainables', or their moving average where there is one."""
     tokenizer: TextTokenizer | None
     state: TrainingState
     settings_yaml: str
@@ -81,8 +84,7 @@ def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
     try:
         save_bridge(folder, checkpoint.info, checkpoint.weights, checkpoint.tokenizer)
-        values = {"optimizer": state.optimizer, "accounting": state.accounting, "order": state.order}
-        torch.save({"step": state.step, **values}, folder / TRAINING_FILE)
+        torch.save({one.name: getattr(state, one.name) for one in fields(state)}, folder / TRAINING_FILE)
         (folder / SETTINGS_FILE).write_text(checkpoint.settings_yaml)
         write_marker(folder, {"format_version": FORMAT_VERSION, "step": state.step})
         if local:
@@ -110,7 +112,7 @@ def load_checkpoint(folder: Path, trainables: nn.Module, *, expected: BridgeInfo
             f"resume: manifest, split, seed or batch_size differ from those of {str(folder)!r}, so the position in the "
             "data is lost; restore them, or start a new run (with init_from) in another output"
         )
-    return TrainingState(values["step"], values["optimizer"], values["accounting"], values["order"])
+    return TrainingState(**values)
 
 
 def _replace_folder(source: Path, target: Path) -> None:

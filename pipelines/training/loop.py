@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pipelines.data.batch import SampleBatch
 from pipelines.training.accounting import Accounting
+from pipelines.training.ema import Ema
+from pipelines.training.guard import StepGuard
 from pipelines.training.optim import learning_rate
 from pipelines.training.run_times import RunTimes
 from pipelines.training.stages import Stage
@@ -47,6 +49,8 @@ class Loop:
         settings: See `LoopSettings`.
         log: Called on every rank at each logged step; only the first rank's has an effect.
         save: Called on every rank when a checkpoint is due, with the number of steps done.
+        guard: Leaves out steps whose gradient is not finite.
+        ema: Follows the trainables; None where no average is wanted.
     """
 
     stage: Stage
@@ -56,6 +60,8 @@ class Loop:
     settings: LoopSettings
     log: Callable[[dict[str, float]], None]
     save: Callable[[int], None]
+    guard: StepGuard
+    ema: Ema | None = None
     times: RunTimes = field(default_factory=RunTimes)
 
     def run(self, batches: Iterator[SampleBatch], start_step: int) -> None:
@@ -67,7 +73,7 @@ class Loop:
 
         Raises:
             UserError: If too many rows are quarantined.
-            ValueError: If a loss is not finite.
+            ValueError: If the gradients of several steps in a row are not finite.
         """
         settings = self.settings
         self.stage.trainables.train()
@@ -116,13 +122,10 @@ class Loop:
             losses = self.stage.losses(self.call, batch, step)
         losses["total"].backward()
         gradient_norm = nn.utils.clip_grad_norm_(self.stage.trainables.parameters(), settings.clip_norm)
-        if not torch.isfinite(gradient_norm):
-            terms = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
-            raise ValueError(
-                f"gradient norm is {float(gradient_norm)} at step {step} ({terms}); samples {batch.sample_ids[:8]}; "
-                "lower optim.learning_rate, or look at these samples"
-            )
-        self.optimizer.step()
+        if self.guard.admits(step, float(gradient_norm), losses, batch.sample_ids):
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(step)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, gradient_norm, rate
 
@@ -150,5 +153,7 @@ class Loop:
             "samples_per_s": mean_of_ranks(samples) * world_size() / max(elapsed_s, 1e-9),
             "data_wait_share": mean_of_ranks(waited_s) / max(elapsed_s, 1e-9),
             "rows_quarantined": float(self.accounting.rows_quarantined),
+            "bad_steps": float(self.guard.num_bad),
+            "gradient_norm_spikes": float(self.guard.num_spikes),
             **self.times.window(),
         }

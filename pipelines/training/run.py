@@ -15,6 +15,7 @@ from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
+from pipelines.training.ema import Ema
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
@@ -138,24 +139,39 @@ class TrainingRun:
         )
 
     def checkpoint(
-        self, step: int, optimizer: torch.optim.Optimizer, accounting: Accounting, *, order: str, settings: str
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        accounting: Accounting,
+        *,
+        order: str,
+        settings: str,
+        ema: Ema | None = None,
     ) -> Checkpoint:
         """The run as it stands after `step` steps, in copies."""
+        raw = copied(self.stage.trainables.state_dict())
+        state = TrainingState(step, copied(optimizer.state_dict()), accounting.state(), order, raw if ema else None)
         return Checkpoint(
             info=self.info(step),
-            weights=copied(self.stage.trainables.state_dict()),
+            weights=copied(ema.over(raw)) if ema else raw,
             tokenizer=self.tokenizer,
-            state=TrainingState(step, copied(optimizer.state_dict()), accounting.state(), order),
+            state=state,
             settings_yaml=settings,
         )
 
-    def restore(self, folder: Path, optimizer: torch.optim.Optimizer, *, order: str) -> TrainingState:
+    def restore(
+        self, folder: Path, optimizer: torch.optim.Optimizer, *, order: str, ema: Ema | None = None
+    ) -> TrainingState:
         """Continue from a checkpoint's local folder.
 
         Raises:
             UserError: If it is of another model, stage, or order of the data.
         """
         state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=order)
+        if ema is not None:
+            ema.restore(self.stage.trainables.state_dict())
+        if state.raw_weights is not None:
+            self.stage.trainables.load_state_dict(state.raw_weights)
         optimizer.load_state_dict(state.optimizer)
         if "qformer" in self.frozen:
             self.fingerprints["qformer"] = weights_fingerprint(self.frozen["qformer"])

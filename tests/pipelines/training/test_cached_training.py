@@ -18,6 +18,7 @@ from pipelines.data.plan import RowLookup, training_blocks
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
 from pipelines.training.accounting import Accounting
+from pipelines.training.guard import StepGuard
 from pipelines.training.loop import Loop
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import TrainingRun
@@ -68,9 +69,8 @@ def _losses(world, stage, is_cached):
     )
     optimizer, logged = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98)), []
     changes = {"steps": num_steps, "log_every": 1, "checkpoint_every": 1000, "rows_per_epoch": len(manifest)}
-    loop = Loop(
-        run.stage, run.stage.trainables, optimizer, Accounting(), settings(**changes), logged.append, lambda step: None
-    )
+    call, chosen, guard = run.stage.trainables, settings(**changes), StepGuard(1, print, print)
+    loop = Loop(run.stage, call, optimizer, Accounting(), chosen, logged.append, lambda step: None, guard)
     loop.run(batches, 0)
     return logged, loop, run
 

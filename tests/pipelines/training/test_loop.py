@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines.data import checkpoint_folders, storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
+from pipelines.training.ema import Ema
+from pipelines.training.guard import StepGuard
 from pipelines.training.loop import Loop, LoopSettings
 from pipelines.training.optim import build_optimizer
 from pipelines.training.run import ModelChoice, TrainingRun
@@ -87,17 +90,22 @@ def settings(**changes):
     return LoopSettings(**{**values, **changes})
 
 
-def train(run, output, start_step=0, accounting=None, optimizer=None, stop_at=None, given=None, **changes):
+def train(
+    run, output, start_step=0, accounting=None, optimizer=None, stop_at=None, given=None, ema=None, bad=None, **changes
+):
     optimizer = optimizer or build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
     accounting = accounting or Accounting()
     logged = []
 
     def save(done):
-        write_checkpoint(str(output), run.checkpoint(done, optimizer, accounting, order="order", settings="stage: 1\n"))
+        taken = run.checkpoint(done, optimizer, accounting, order="order", settings="stage: 1\n", ema=ema)
+        write_checkpoint(str(output), taken)
         if done == stop_at:
             raise InterruptedError
 
-    loop = Loop(run.stage, run.stage.trainables, optimizer, accounting, settings(**changes), logged.append, save)
+    guard = StepGuard(2, [].append if bad is None else bad.append, print)
+    chosen, log = settings(**changes), logged.append
+    loop = Loop(run.stage, run.stage.trainables, optimizer, accounting, chosen, log, save, guard, ema)
     loop.run(given or batches(start_step), start_step)
     return logged
 
@@ -252,7 +260,8 @@ def test_failed_rows_are_counted_once_an_epoch_and_too_many_stop_the_run(tokeniz
     def loop(failed, share):
         accounting = Accounting()
         changed = settings(max_quarantine_share=share)
-        trainer = Loop(run.stage, run.stage.trainables, optimizer, accounting, changed, lambda _: None, lambda _: None)
+        call, guard = run.stage.trainables, StepGuard(1, print, print)
+        trainer = Loop(run.stage, call, optimizer, accounting, changed, lambda _: None, lambda _: None, guard)
         trainer.run(batches(failed=failed), 0)
         return accounting
 
@@ -263,12 +272,86 @@ def test_failed_rows_are_counted_once_an_epoch_and_too_many_stop_the_run(tokeniz
         loop((1, 2), 0.3)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_samples(tokenizer, tmp_path):
-    run = make_run(1, tokenizer)
+def test_steps_that_are_not_finite_change_nothing_and_too_many_end_the_run(tokenizer, tmp_path, capsys):
+    run, bad = make_run(1, tokenizer), []
     with torch.no_grad():
         run.stage.trainables.temperature.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"step 0 .*samples \['s0'"):
-        train(run, tmp_path / "run")
+    before = {name: tensor.clone() for name, tensor in run.stage.trainables.state_dict().items()}
+    with pytest.raises(ValueError, match=r"step 1 .*the 2. bad step in a row; samples \['s0'"):
+        train(run, tmp_path / "run", bad=bad)
+    after = run.stage.trainables.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if name != "temperature")
+    assert [one["step"] for one in bad] == [0, 1] and bad[0]["sample_ids"] == ["s0", "s1", "s2", "s3"]
+    assert "ALARM step 0 is left out" in capsys.readouterr().out
+
+
+def test_one_bad_step_is_as_if_it_had_not_been(tokenizer, tmp_path):
+    """A loss that overflows once: the weights are those of a run whose optimizer left the step out."""
+    runs, spoilt = [make_run(2, tokenizer), make_run(2, tokenizer)], 3
+    losses = runs[0].stage.losses
+
+    def overflowing(call, batch, step):
+        factor = float("inf") if step == spoilt else 1.0
+        return {name: value * factor for name, value in losses(call, batch, step).items()}
+
+    runs[0].stage.losses = overflowing
+    logged = train(runs[0], tmp_path / "bad")
+    assert [record["bad_steps"] for record in logged] == [0, 1, 1, 1]
+    optimizer = build_optimizer(runs[1].stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    update, calls = optimizer.step, []
+
+    def all_but_one():
+        calls.append(None)
+        if len(calls) - 1 != spoilt:
+            update()
+
+    optimizer.step = all_but_one
+    train(runs[1], tmp_path / "plain", optimizer=optimizer)
+    one, other = (run.stage.trainables.state_dict() for run in runs)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_spikes_are_told_and_do_not_become_usual(capsys):
+    guard = StepGuard(1, print, print)
+    assert all(guard.admits(step, 1.0 + step % 3, {}, []) for step in range(60))
+    assert guard.num_spikes == 0
+    assert guard.admits(60, 100.0, {}, []) and guard.admits(61, 100.0, {}, []) and guard.num_spikes == 2
+    assert "10 times the usual" in capsys.readouterr().out
+
+
+def test_the_average_is_saved_and_a_resumed_run_goes_on_with_both(tokenizer, tmp_path):
+    def prepared():
+        run = make_run(1, tokenizer)
+        optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+        return run, optimizer, Ema(run.stage.trainables, 0.9)
+
+    whole, optimizer, ema = prepared()
+    train(whole, tmp_path / "whole", optimizer=optimizer, ema=ema)
+    cut, optimizer, ema = prepared()
+    with pytest.raises(InterruptedError):
+        train(cut, tmp_path / "cut", optimizer=optimizer, ema=ema, stop_at=4)
+    resumed, optimizer, ema = prepared()
+    newest = Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "cut")))
+    state = resumed.restore(newest, optimizer, order="order", ema=ema)
+    train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), optimizer, ema=ema)
+    files = [tmp_path / name / "checkpoints" / "step-00000008" / "bridge.safetensors" for name in ("whole", "cut")]
+    averages = [load_file(file) for file in files]
+    raw = whole.stage.trainables.state_dict()
+    assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in resumed.stage.trainables.state_dict().items())
+    assert any(not torch.equal(tensor, raw[name]) for name, tensor in averages[0].items())
+
+
+def test_the_average_is_what_its_formula_says():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = Ema(layer, 0.5), layer.weight.detach().clone()
+    for step, value in enumerate((1.0, 2.0, 3.0, 4.0)):
+        with torch.no_grad():
+            layer.weight.fill_(value)
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(ema.over(layer.state_dict())["weight"], expected)
 
 
 def test_an_unfinished_checkpoint_does_not_count(tokenizer, tmp_path):
