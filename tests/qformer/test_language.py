@@ -69,6 +69,17 @@ def test_a_ragged_batch_generates_what_its_items_do(language, search):
     assert len(set(together)) >= len(PROMPTS) - 1  # not the same whatever the input
 
 
+def test_long_prompts_are_cut_as_in_training(language):
+    """Three words and the token before (or after) them; without a limit, GPT-2's and OPT's positions run out."""
+    limited = build_language_model(language.model, language.tokenizer, 4)
+    prefix, longest = soft_prompts(language, 2), " ".join(WORDS * 6)
+    expected = language.generate(prefix, [" ".join(WORDS[:3]), "red"])
+    assert limited.generate(prefix, [longest, "red"]) == expected
+    assert language.generate(prefix, [" ".join(WORDS[:4]), "red"]) != expected
+    trained, short = (language.tokenize([text], ["red"], max_tokens=4) for text in (longest, " ".join(WORDS[:3])))
+    assert torch.equal(trained.input_ids_BS, short.input_ids_BS) and trained.num_truncated == 1
+
+
 def test_nucleus_sampling_follows_its_seed_and_narrows_to_greedy(language):
     prefix = soft_prompts(language)
     state = torch.get_rng_state()
