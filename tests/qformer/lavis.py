@@ -1,7 +1,9 @@
 """LAVIS' parameter names for ours, to load recorded weights and compare recorded gradients."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -45,3 +47,8 @@ def our_weights(file: Path) -> dict[str, torch.Tensor]:
     weights = load_file(file)
     left_out = ("position_ids", "predictions.decoder.weight", "predictions.decoder.bias")
     return {our_name(k): v for k, v in weights.items() if not k.endswith(left_out) and not k.startswith(LANGUAGE)}
+
+
+def facts(goldens_dir: Path, name: str) -> dict[str, Any]:
+    """What a recording's sidecar says of its model."""
+    return json.loads((goldens_dir / f"{name}.json").read_text())["config"]

@@ -11,8 +11,9 @@ from pipelines.data.transforms import fit
 from qformer.backbones import load_vision
 from qformer.bridge import load_captioner, load_retriever, read_info, read_weights
 from qformer.config import GenerationSettings, LoraConfig
-from qformer.conversion.bundle import ImportOptions, write_bundle
-from qformer.conversion.huggingface import SIDE_FILE, export_huggingface, import_huggingface
+from qformer.conversion.bundle import ImportOptions
+from qformer.conversion.huggingface import export_huggingface, import_huggingface
+from qformer.conversion.layouts import SIDE_FILE
 from qformer.conversion.vision import write_timm_vit
 from qformer.errors import UserError
 from qformer.stage2 import Stage2
@@ -26,7 +27,7 @@ OUTPUT = {"atol": 2e-5, "rtol": 1e-4}
 
 def imported(source, target, options=FRESH):
     bundle = import_huggingface(source, target, options)
-    write_bundle(target, bundle)
+    bundle.save(target)
     return bundle
 
 
@@ -56,14 +57,14 @@ def test_in_and_out_is_bit_equal(folders, name):
     assert_same_files(stock / "model.safetensors", exported / "model.safetensors")
     assert report.unexpected == [] and report.left_out == []
     # Only stage 1 has what the layout cannot hold: five tensors of the ITG head and the temperature.
-    assert len(report.fresh) == (6 if name.endswith("Retrieval") else 0)
+    assert len(report.missing) == (6 if name.endswith("Retrieval") else 0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_out_and_in_is_bit_equal_with_the_side_file(folders, name, tmp_path):
     _, _, ours, exported, _, _ = folders[name]
     report = imported(exported, tmp_path / "again", ImportOptions()).report
-    assert report.fresh == []
+    assert report.missing == []
     for file in ("bridge.safetensors", "vision/model.safetensors", "language/model.safetensors"):
         if (ours / file).is_file():
             assert_same_files(ours / file, tmp_path / "again" / file)
@@ -102,7 +103,7 @@ def stock_pixels(processor, pixels_BFCYX):
     return processor.image_processor(as_images(pixels_BFCYX), return_tensors="pt")["pixel_values"]
 
 
-# (architecture, prompt). T5 and InstructBLIP, with a prompt, join here as soon as `Captioner` generates with them.
+# (architecture, prompt)
 GENERATING = [
     ("Blip2ForConditionalGeneration", ""),
     ("Blip2ForConditionalGeneration", PROMPT),
@@ -198,29 +199,93 @@ def test_missing_tensors_are_refused_unless_asked_for(folders, tmp_path):
 
 def test_an_unexpected_tensor_is_refused_unless_asked_for(folders, tmp_path):
     _, _, _, exported, _, _ = folders["Blip2ForConditionalGeneration"]
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    for file in exported.iterdir():
-        (changed / file.name).write_bytes(file.read_bytes())
+    changed = copied(exported, tmp_path / "changed")
+    (changed / "model.safetensors").unlink()
     save_file({**load_file(exported / "model.safetensors"), "foo.bar": torch.ones(1)}, changed / "model.safetensors")
     with pytest.raises(UserError, match=r"foo\.bar.*allow_unexpected=true"):
         import_huggingface(changed, tmp_path / "first", ImportOptions())
     bundle = import_huggingface(changed, tmp_path / "second", ImportOptions(allow_unexpected=True))
-    assert bundle.report.unexpected == ["foo.bar"] and "unexpected: 1 (foo.bar)" in str(bundle.report)
+    assert bundle.report.unexpected == ["foo.bar"] and "unexpected 1 tensors (foo)" in str(bundle.report)
+
+
+def copied(folder, target):
+    """A folder to change; large files are links."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    return target
+
+
+def refused(folder, tmp_path):
+    with pytest.raises(UserError) as caught:
+        import_huggingface(folder, tmp_path / "ours", FRESH)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["foreign", "other metadata", "cut", "broken info", "other stage"])
+def test_a_side_file_that_is_not_ours_is_refused(folders, tmp_path, damage):
+    _, _, _, exported, _, _ = folders["Blip2ForConditionalGeneration"]
+    folder = copied(exported, tmp_path / "changed")
+    file = folder / SIDE_FILE
+    content = file.read_bytes()
+    file.unlink()
+    match damage:
+        case "foreign":
+            save_file({"weight": torch.ones(2)}, file)
+        case "other metadata":
+            save_file({"weight": torch.ones(2)}, file, metadata={"format": "pt"})
+        case "cut":
+            file.write_bytes(content[:50])
+        case "broken info":
+            save_file({}, file, metadata={"bridge.json": '{"format_version"'})
+        case "other stage":
+            file.symlink_to(folders["Blip2ForImageTextRetrieval"][3] / SIDE_FILE)
+    message = refused(folder, tmp_path)
+    expected = {
+        "cut": "missing or damaged",
+        "broken info": "is damaged",
+        "other stage": "of stage 1, not of a Blip2For",
+    }
+    assert str(SIDE_FILE) in message and expected.get(damage, "move it out of the folder") in message
+
+
+def test_damaged_weights_and_sizes_are_refused(folders, tmp_path):
+    _, stock, _, _, _, _ = folders["Blip2ForConditionalGeneration"]
+    cut = copied(stock, tmp_path / "cut")
+    (cut / "model.safetensors").unlink()
+    (cut / "model.safetensors").write_bytes((stock / "model.safetensors").read_bytes()[:999])
+    assert "model.safetensors' is missing or damaged" in refused(cut, tmp_path)
+    wrong = copied(stock, tmp_path / "wrong")
+    config = json.loads((stock / "config.json").read_text())
+    config["qformer_config"]["num_attention_heads"] = 5
+    (wrong / "config.json").unlink()
+    (wrong / "config.json").write_text(json.dumps(config))
+    assert "qformer_config of its config.json is no Q-Former's (num_heads=5 does" in refused(wrong, tmp_path)
+
+
+def test_export_without_its_language_model_is_one_line(tmp_path):
+    folder = write_stage2(tmp_path / "ours")
+    (tmp_path / "ours-language").rename(tmp_path / "elsewhere")
+    info = json.loads((folder / "bridge.json").read_text())
+    write_large_encoder(load_vision(info["vision"], pretrained=False), tmp_path / "vision")
+    info |= {"vision": str(tmp_path / "vision"), "vision_pretrained": True}
+    (folder / "bridge.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="no tokenizer of its language model '.*ours-language'") as caught:
+        export_huggingface(folder, tmp_path / "exported")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_eps_of_a_folder_of_ours_comes_back_and_its_effect_is_told(folders, tmp_path):
     """LAVIS' 1e-5 has no place beside the tower's 1e-6: it travels in the side file, with the effect measured."""
     _, _, ours, _, _, _ = folders["Blip2ForConditionalGeneration"]
-    copied = tmp_path / "lavis-eps"
-    copied.mkdir()
-    for name in ("bridge.safetensors", "vision", "language"):
-        (copied / name).symlink_to(ours / name)
+    folder = copied(ours, tmp_path / "lavis-eps")
+    (folder / "bridge.json").unlink()
     info = json.loads((ours / "bridge.json").read_text())
     assert info["qformer"]["vision_norm_eps"] == 1e-6
     info["qformer"]["vision_norm_eps"] = 1e-5
-    (copied / "bridge.json").write_text(json.dumps(info))
-    notes = export_huggingface(copied, tmp_path / "exported").notes
+    (folder / "bridge.json").write_text(json.dumps(info))
+    notes = export_huggingface(folder, tmp_path / "exported").notes
     assert 0 < eps_effect(notes) < 1e-4
     assert imported(tmp_path / "exported", tmp_path / "again").info.qformer.vision_norm_eps == 1e-5
 
