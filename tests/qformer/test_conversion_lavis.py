@@ -2,63 +2,22 @@
 
 import dataclasses
 import os
-import re
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines.data.transforms import fit
-from qformer.backbones import VisionEncoder, import_timm, import_torchvision, load_vision
+from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridge import load_retriever, load_weights, read_info, read_weights
-from qformer.conversion.bundle import ImportOptions
-from qformer.conversion.lavis import MEAN, STD, VISION_NAME, import_lavis
+from qformer.conversion.lavis import MEAN, STD, import_lavis
 from qformer.errors import UserError
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
-from tests.qformer.lavis import facts, our_weights
-from tests.qformer.test_conversion_vision import write_timm_folder
+from tests.qformer.lavis import facts, our_weights, write_encoder
 
 FILES = ["stage1_weights", "stage2_opt_weights", "stage2_t5_weights"]
 TIED = "Qformer.cls.predictions.decoder.bias"
 LEFT_OUT = {"stage1_weights": 3, "stage2_opt_weights": 1, "stage2_t5_weights": 1}
-
-
-def write_encoder(folder, width, **model_args):
-    """LAVIS' kind of encoder, `width` wide."""
-    return write_timm_folder(folder, "eva_giant_patch14_224", embed_dim=width, num_heads=1, **model_args)
-
-
-def write_tokenizer(folder, num_words):
-    """BERT's kind; [DEC] comes after its words."""
-    from transformers import BertTokenizerFast
-
-    folder.mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, num_words))]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    made = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
-    assert len(made) == num_words
-    made.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def options(goldens_dir, tmp_path):
-    """What a file of the goldens does not say, by the file's name."""
-
-    def make(name="stage1_weights"):
-        config = facts(goldens_dir, name)
-        bert = config["bert"]
-        return ImportOptions(
-            vision=write_encoder(tmp_path / "timm", config["encoder_width"]),
-            language="a-named-model",
-            tokenizer=write_tokenizer(tmp_path / "bert", bert["vocab_size"]),
-            num_heads=bert["num_attention_heads"],
-        )
-
-    return make
 
 
 def as_lavis_saves(weights, file):
@@ -203,97 +162,6 @@ def test_a_mismatch_asked_for_passes_and_is_reported(goldens_dir, tmp_path, opti
     bundle = import_lavis(tmp_path / "changed.safetensors", tmp_path / "ours", asked)
     assert bundle.report.missing == ["temperature"] and bundle.report.unexpected == ["foo"]
     assert bundle.trainables.temperature.item() == pytest.approx(0.07)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("nothing", f"add --set vision={VISION_NAME}"),
-        ("vision", "{encoder} wide but .* trained on {width}; name the encoder"),
-        ("tokenizer", r"has {vocab} ids with \[DEC\] but the Q-Former vocab_size={more}; give the tokenizer"),
-        ("heads", r"num_heads: {heads} do not divide the Q-Former's width of {hidden}; add --set num_heads=N"),
-    ],
-)
-def test_a_wrong_option_is_refused(goldens_dir, tmp_path, options, setting, message):
-    config = facts(goldens_dir, "stage1_weights")
-    width, vocab, hidden = config["encoder_width"], config["bert"]["vocab_size"], config["bert"]["hidden_size"]
-    wrong = {
-        "nothing": lambda: {"vision": None},
-        "vision": lambda: {"vision": write_encoder(tmp_path / "wider", width + 2)},
-        "tokenizer": lambda: {"tokenizer": write_tokenizer(tmp_path / "smaller", vocab - 1)},
-        "heads": lambda: {"num_heads": hidden - 1},
-    }[setting]()
-    message = message.format(
-        encoder=width + 2, width=width, vocab=vocab, more=vocab + 1, heads=hidden - 1, hidden=hidden
-    )
-    with pytest.raises(UserError) as caught:
-        import_lavis(
-            goldens_dir / "stage1_weights.safetensors", tmp_path / "ours", dataclasses.replace(options(), **wrong)
-        )
-    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
-
-
-def test_a_narrow_q_former_needs_its_number_of_heads(tmp_path, options):
-    """64 channels a head is BERT's, of which 48 has none."""
-    layer = "Qformer.bert.encoder.layer.0.crossattention.self.key.weight"
-    weights = {"query_tokens": torch.ones(1, 2, 48), "vision_proj.weight": torch.ones(8, 48), layer: torch.ones(48, 5)}
-    save_file(weights, tmp_path / "narrow.safetensors")
-    asked = dataclasses.replace(options(), num_heads=None)
-    with pytest.raises(UserError, match="num_heads: 64 channels a head do not divide the Q-Former's width of 48"):
-        import_lavis(tmp_path / "narrow.safetensors", tmp_path / "ours", asked)
-
-
-def write_language(goldens_dir, folder, name, **changes):
-    """The config alone of a recording's language model."""
-    from transformers import OPTConfig, T5Config
-
-    values = {**facts(goldens_dir, name)["llm"], **changes}
-    (T5Config if "d_model" in values else OPTConfig)(**values).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("name", ["stage2_opt", "stage2_t5"])
-def test_the_language_model_must_fit_the_projection(goldens_dir, tmp_path, options, name):
-    file, given = goldens_dir / f"{name}_weights.safetensors", options(f"{name}_weights")
-    key = "word_embed_proj_dim" if name == "stage2_opt" else "d_model"
-    width = facts(goldens_dir, name)["llm"][key]
-
-    def imported(language):
-        return import_lavis(file, tmp_path / "ours", dataclasses.replace(given, language=language)).report
-
-    right = write_language(goldens_dir, tmp_path / "right", name)
-    assert "language model" not in str(imported(right))
-    wrong = write_language(goldens_dir, tmp_path / "wrong", name, **{key: width + 4})
-    with pytest.raises(UserError, match=rf"wrong' is {width + 4} wide but the projection of .* makes {width}; name"):
-        imported(wrong)
-    told = imported("some-model").lines()[-1]
-    assert told.startswith("language model unchecked: no config of 'some-model'") and f"{width} wide" in told
-
-
-def test_pictures_are_prepared_as_lavis_does(goldens_dir, tmp_path, options):
-    """Its own torchvision pipeline (`BlipImageEvalProcessor`) on a picture that a centre crop would cut."""
-    torchvision = import_torchvision()
-    from torchvision import transforms
-
-    given = options("stage2_opt_weights")
-    bundle = import_lavis(goldens_dir / "stage2_opt_weights.safetensors", tmp_path / "ours", given)
-    contract = bundle.info.preprocessing
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8))
-    size, mode = (contract.height, contract.width), torchvision.transforms.InterpolationMode.BICUBIC
-    expected = transforms.Compose([transforms.Resize(size, interpolation=mode), transforms.ToTensor()])(image)
-    assert torch.equal(torch.from_numpy(fit(image, contract)), (expected * 255).round().to(torch.uint8))
-    notes = "; ".join(bundle.report.notes)
-    assert "resized straight to 42x42, bicubic, as LAVIS evaluates" in notes and "by itself has crop=center" in notes
-    # The named encoder was trained on another normalisation, and keeps it.
-    assert contract.mean == load_vision(given.vision).preprocessing.mean and "where LAVIS has CLIP's" in notes
-
-
-def test_the_encoder_that_is_suggested_is_lavis_own():
-    """EVA-CLIP, of whose names timm's first is the tuned one; its size and normalisation are LAVIS'."""
-    timm = import_timm()
-    assert f"{VISION_NAME}.laion400m" in timm.list_pretrained("eva_giant*")
-    config = timm.get_pretrained_cfg(VISION_NAME)
-    assert (config.tag, config.mean, config.std, config.input_size) == ("laion400m", MEAN, STD, (3, 224, 224))
 
 
 class Harmful:
