@@ -34,6 +34,8 @@ def main(settings: CaptionSettings) -> int:
             raise UserError(f"media: no file at {path}; give the path of an image or a video")
     checkpoint, info = open_checkpoint(settings.checkpoint)
     captioner = load_captioner(storage.local_folder(checkpoint))
+    if captioner.num_truncated([settings.instruction]):
+        logger.warning("instruction: cut to max_text_tokens=%d, as in training", info.max_text_tokens)
     decoder = SampleDecoder(
         DecodeSettings(
             preprocessing=captioner.preprocessing,

@@ -2,6 +2,7 @@
 
 from pipelines.data import checkpoint_folders, storage
 from qformer.bridge import INFO_FILE, BridgeInfo
+from qformer.errors import UserError
 
 _MAX_INFO_BYTES = 2**20
 
@@ -17,11 +18,15 @@ def open_checkpoint(run_or_checkpoint: str) -> tuple[str, BridgeInfo]:
         The checkpoint's folder and its bridge.json.
 
     Raises:
-        UserError: If there is none, or its format is another.
+        UserError: If there is none, or it is damaged or of another format.
     """
     folder = checkpoint_folders.newest_checkpoint(run_or_checkpoint)
-    text = storage.read_bytes(storage.join(folder, INFO_FILE), _MAX_INFO_BYTES).decode()
-    return folder, BridgeInfo.from_json(text)
+    file = storage.join(folder, INFO_FILE)
+    try:
+        content = storage.read_bytes(file, _MAX_INFO_BYTES)
+    except OSError as error:
+        raise UserError(f"{file!r} is damaged or missing ({error}); use an earlier checkpoint") from error
+    return folder, BridgeInfo.from_json(content, file)
 
 
 def checkpoint_name(folder: str) -> str:

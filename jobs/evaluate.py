@@ -33,7 +33,8 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
     predictions.parquet (sample_id, kind, instruction, prediction, references).
 
     Returns:
-        The summary: stage, checkpoint, rows_in, rows_used, rows_quarantined, and "retrieval" after stage 1.
+        The summary: stage, checkpoint, rows_in, rows_used, rows_quarantined, texts_truncated (to the checkpoint's
+        max_text_tokens), and "retrieval" after stage 1.
 
     Raises:
         UserError: If the output folder is used, or checkpoint or manifest cannot be read.
@@ -46,6 +47,8 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
     with ray_session(settings.ray):
         # Ray Data must not be imported before the session has set Ray's environment.
         failures, more = (_retrieve if info.stage == 1 else _caption)(settings, checkpoint, info, manifest)
+    if more["texts_truncated"]:
+        logger.warning("%d texts cut to max_text_tokens=%d", more["texts_truncated"], info.max_text_tokens)
     write_table(quarantine.to_table(failures), storage.join(settings.output, "quarantine.parquet"))
     line = quarantine.accounting_line(manifest.num_rows, manifest.num_rows - len(failures), len(failures))
     summary = {
@@ -91,7 +94,7 @@ def _caption(
         use_gpu=settings.use_gpu,
     )
     write_table(result.predictions, storage.join(settings.output, "predictions.parquet"))
-    return result.failures, {}
+    return result.failures, {"texts_truncated": result.num_truncated}
 
 
 def _require_one_instruction(manifest: pa.Table) -> None:
@@ -128,7 +131,7 @@ def _retrieve(
     write_table(pa.Table.from_pylist(rows), storage.join(settings.output, "retrieval.parquet"))
     for kind, found in kinds.items():
         logger.info("%s: %s", kind, json.dumps(found))
-    return result.failures, {"retrieval": metrics}
+    return result.failures, {"texts_truncated": result.num_truncated, "retrieval": metrics}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(settings: ExportSettings) -> None:
     folder, _ = open_checkpoint(settings.checkpoint)
     with written_aside(output) as aside:
         report = export_huggingface(storage.local_folder(folder), aside)
-    print(f"{folder} -> {output}\n{report}")
+    print("\n".join([f"{folder} -> {output}", *report.lines()]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A LAVIS file or a Hugging Face folder becomes a checkpoint that every other job takes."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ from jobs.cli import run_job
 from jobs.settings import ImportSettings
 from pipelines.data import checkpoint_folders, storage
 from qformer.bridge import FORMAT_VERSION
-from qformer.conversion.bundle import ImportOptions, write_bundle
+from qformer.conversion.bundle import ImportOptions
 from qformer.conversion.huggingface import import_huggingface
 from qformer.conversion.lavis import import_lavis
 from qformer.errors import UserError
@@ -32,10 +31,10 @@ def main(settings: ImportSettings) -> None:
     convert = import_huggingface if source.is_dir() else import_lavis
     with written_aside(output) as folder:
         bundle = convert(source, folder, options)
-        write_bundle(folder, bundle)
+        bundle.save(folder)
         marker = {"format_version": FORMAT_VERSION, "step": bundle.info.step}
-        (folder / checkpoint_folders.COMPLETE_MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-    print(f"{source} -> {output}: stage {bundle.info.stage}\n{bundle.report}")
+        checkpoint_folders.write_marker(folder, marker)
+    print("\n".join([f"{source} -> {output}: stage {bundle.info.stage}", *bundle.report.lines()]))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.data.sampling import Sampling
-from qformer.config import GenerationSettings, LoraConfig
+from qformer.config import GenerationSettings, LoraConfig, QFormerConfig
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -146,20 +146,25 @@ class TrainDataSettings(PixelSettings):
 class QFormerSettings(Settings):
     """The trainable bridge; widths of encoder and language model adapt by themselves."""
 
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    intermediate_size: int = 3072
-    num_queries: int = 32
-    cross_attention_frequency: int = 2
-    embed_dim: int = 256
-    dropout: float = 0.1
+    hidden_size: int = Field(default=768, ge=1)
+    num_layers: int = Field(default=12, ge=1)
+    num_heads: int = Field(default=12, ge=1)
+    intermediate_size: int = Field(default=3072, ge=1)
+    num_queries: int = Field(default=32, ge=1)
+    cross_attention_frequency: int = Field(default=2, ge=1)
+    embed_dim: int = Field(default=256, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     max_positions: int = Field(default=512, ge=1)
     """Text positions; as many as `model.qformer_init` has."""
     vision_norm_eps: float = Field(default=1e-5, gt=0)
     """Of the norm on the encoder's tokens; 1e-6 makes `qformer export` exact, 1e-5 is LAVIS'."""
     activation_checkpointing: bool = False
     """Less memory for about a third more work: layers are computed again in the backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "QFormerSettings":
+        QFormerConfig(encoder_width=1, **self.model_dump())
+        return self
 
 
 class ModelSettings(Settings):

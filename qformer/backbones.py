@@ -70,24 +70,25 @@ class VisionEncoder(nn.Module):
                 f"the encoder takes uint8 [B, F, {expected}], got {pixels_BFCYX.dtype} {tuple(pixels_BFCYX.shape)}; "
                 "decode with this encoder's own preprocessing"
             )
-        frames = pixels_BFCYX.shape[1]
         dtype = next(self.model.parameters()).dtype
         scaled = (pixels_BFCYX.flatten(0, 1).float() / 255.0 - self.mean_1C11) / self.std_1C11
-        return self._tokens(scaled.to(dtype)).unflatten(0, (-1, frames))
+        return self._tokens(scaled.to(dtype)).unflatten(0, (-1, pixels_BFCYX.shape[1]))
+
+    def features(self, pixels_BFCYX: Tensor) -> Tensor:
+        """As `forward`, in float32, and refused with a ValueError where not finite."""
+        tokens_BFPV = cast(Tensor, self(pixels_BFCYX)).float()
+        require_finite(tokens_BFPV, torch.ones(len(tokens_BFPV), dtype=torch.bool, device=tokens_BFPV.device))
+        return tokens_BFPV
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Tokens of the chosen layer, class and register tokens first: [G, P, V]."""
         if not hasattr(self.model, "forward_intermediates"):
             return self._hidden_states(images)
         forward = cast(Any, self.model).forward_intermediates
-        try:
-            (output,) = forward(
-                images, indices=[self.layer], return_prefix_tokens=True, norm=False, stop_early=True,
-                output_fmt="NLC", intermediates_only=True,
-            )  # fmt: skip
-        except (AssertionError, TypeError):
-            # Convolutional encoders know neither prefix tokens nor the token layout.
-            (output,) = forward(images, indices=[self.layer], stop_early=True, intermediates_only=True)
+        # Convolutional encoders know neither prefix tokens nor the token layout.
+        has_prefix = "return_prefix_tokens" in inspect.signature(forward).parameters
+        layout = {"return_prefix_tokens": True, "output_fmt": "NLC", "norm": False} if has_prefix else {}
+        (output,) = forward(images, indices=[self.layer], stop_early=True, intermediates_only=True, **layout)
         if isinstance(output, tuple):
             spatial, prefix = output
             return torch.cat([prefix, spatial], dim=1)

@@ -1,12 +1,11 @@
 """A trained bridge on disk and in use: what a checkpoint folder holds, and the two models it becomes.
 
     bridge.json          BridgeInfo: format version, stage, shapes, backbones, preprocessing
-    bridge.safetensors   the trainables alone, fp32
+    bridge.safetensors   the trainables alone: fp32 after training, after `qformer import` in the source's dtype
     tokenizer/           the Q-Former's text tokenizer, where it has a text branch
     vision/, language/   frozen backbones that lie in the checkpoint itself (after `qformer import`)
 
-Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image tokens, V encoder width, N queries of all
-frames, E joint embedding width.
+Dimensions: B batch, F frames, C channels, Y/X pixels, P image tokens, V encoder width, N queries, E joint width.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qformer.attention import KeyValue
-from qformer.backbones import VisionEncoder, load_language, load_vision, require_finite
+from qformer.backbones import VisionEncoder, load_language, load_vision
 from qformer.config import GenerationSettings, LoraConfig, QFormerConfig
 from qformer.errors import UserError
 from qformer.language import LanguageModel, build_language_model
@@ -66,41 +65,39 @@ class BridgeInfo:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "BridgeInfo":
-        """Inverse of `to_json`.
+    def from_json(cls, content: str | bytes, file: str = INFO_FILE) -> "BridgeInfo":
+        """Inverse of `to_json`; messages name `file`.
 
         Raises:
-            UserError: If the format version is another.
+            UserError: If it is damaged, or of another format version.
         """
-        values = json.loads(text)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"checkpoint format_version is {version!r}, this version reads {FORMAT_VERSION}; "
-                "use the version that wrote it, or train anew"
-            )
-        values["qformer"] = QFormerConfig(**values["qformer"])
-        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-        if values.get("lora") is not None:
-            values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-        return cls(**values)
+        try:
+            values = json.loads(content)
+            if (version := values["format_version"]) == FORMAT_VERSION:
+                values["qformer"] = QFormerConfig(**values["qformer"])
+                values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
+                if values.get("lora") is not None:
+                    values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
+                if not isinstance(values["vision"], str) or values["stage"] == 2 and not values["language"]:
+                    raise ValueError("a backbone has no name")
+                return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{file!r} is damaged ({error!r}); use an earlier checkpoint, or copy it again") from error
+        raise UserError(
+            f"{file!r} has format_version={version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
+        )
 
 
 def read_info(folder: Path) -> BridgeInfo:
     """Read bridge.json; backbones that lie in the folder are named by their paths.
 
     Raises:
-        UserError: If the folder is no checkpoint or of another format version.
+        UserError: If the folder is no checkpoint, a damaged one, or of another format version.
     """
     file = folder / INFO_FILE
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
-    try:
-        info = BridgeInfo.from_json(file.read_text())
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(file)!r} is damaged ({error}); use an earlier checkpoint") from error
+    info = BridgeInfo.from_json(file.read_bytes(), str(file))
     language = None if info.language is None else _resolved(folder, info.language)
     return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language)
 
@@ -130,17 +127,24 @@ def load_weights(trainables: nn.Module, folder: Path) -> None:
         theirs, ours = (tuple(t[name].shape) if name in t else "absent" for t in (weights, own))
         if theirs != ours:
             raise UserError(
-                f"{str(folder)!r}: {name} is {theirs} in the checkpoint but {ours} in the model; the model settings "
-                "differ from the checkpoint's"
+                f"{str(folder)!r}: {name} is {theirs} there but {ours} in the model; the model settings differ"
             )
     trainables.load_state_dict(weights)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The trainables' tensors by name."""
+def read_weights(folder: Path, name: str = WEIGHTS_FILE) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors file, by default the trainables.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return cast(dict[str, Tensor], load_file(folder / WEIGHTS_FILE))
+    try:
+        return cast(dict[str, Tensor], load_file(folder / name))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(folder / name)!r} is missing or damaged ({error}); copy it there again") from error
 
 
 class Retriever:
@@ -160,7 +164,7 @@ class Retriever:
         Returns:
             query_embeds_BNE, L2-normalised float32 (N = F * Q), and the encoder's image_tokens_BFPV for `match`.
         """
-        tokens_BFPV = _features(self.encoder, pixels_BFCYX.to(self._device))
+        tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
         hidden_GQD = self.stage1.qformer.forward_queries(self._image(tokens_BFPV)).hidden_BQD
         return self.stage1.embed_queries(hidden_GQD, tokens_BFPV.shape[1]), tokens_BFPV
 
@@ -196,15 +200,7 @@ class Retriever:
 
 
 class Captioner:
-    """Captions and answers of a stage-2 bridge.
-
-    Args:
-        info: See `BridgeInfo`.
-        encoder: The frozen vision encoder.
-        stage2: The bridge.
-        language: The frozen language model.
-        tokenizer: Of the Q-Former's text branch, where it has one.
-    """
+    """Captions and answers of a stage-2 bridge; `tokenizer` is that of the Q-Former's text branch, where it has one."""
 
     def __init__(
         self,
@@ -229,8 +225,8 @@ class Captioner:
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
-            instructions: Of any lengths; an instruction-aware Q-Former reads them too. None, or "" among them, takes
-                the prompt of training.
+            instructions: An instruction-aware Q-Former reads them too; cut as in training (see `num_truncated`). None,
+                or "" among them, takes the prompt of training.
             settings: Greedy by default.
 
         Raises:
@@ -240,18 +236,17 @@ class Captioner:
         if len(prompts) != len(pixels_BFCYX):
             raise ValueError(f"{len(prompts)} instructions for {len(pixels_BFCYX)} images; give one each")
         device = self.stage2.language_projection.weight.device
-        inputs = [_features(self.encoder, pixels_BFCYX.to(device))]
+        inputs = [self.encoder.features(pixels_BFCYX.to(device))]
         if self.tokenizer is not None:
-            ids_BT, mask_BT, _ = self.tokenizer.encode(prompts)
-            inputs += [ids_BT.to(device), mask_BT.to(device)]
+            inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
         return self.language.generate(self.stage2(*inputs), prompts, settings)
 
-
-def _features(encoder: VisionEncoder, pixels_BFCYX: Tensor) -> Tensor:
-    """The encoder's tokens_BFPV, float32, all of them finite."""
-    tokens_BFPV = encoder(pixels_BFCYX).float()
-    require_finite(tokens_BFPV, tokens_BFPV.new_ones(len(tokens_BFPV), dtype=torch.bool))
-    return tokens_BFPV
+    def num_truncated(self, instructions: Sequence[str]) -> int:
+        """How many instructions lose their last words in `answer`, for being longer than `info.max_text_tokens`."""
+        prompts = [text or self.info.prompt for text in instructions]
+        own = 0 if self.tokenizer is None else self.tokenizer.encode(prompts).num_truncated
+        batch = self.language.tokenize(prompts, [""] * len(prompts), max_tokens=self.info.max_text_tokens)
+        return max(own, batch.num_truncated)
 
 
 def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
@@ -273,9 +268,7 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
         UserError: If the folder is no stage-2 checkpoint, or a backbone cannot be loaded.
     """
     info = _info_of_stage(folder, 2, "captions")
-    if info.language is None:
-        raise UserError(f"{str(folder)!r} names no language model; its {INFO_FILE} is damaged")
-    language = build_language_model(*load_language(info.language))
+    language = build_language_model(*load_language(cast(str, info.language)), info.max_text_tokens)
     lora = Lora(language.model, info.lora) if info.lora else None
     stage2 = Stage2(info.qformer, language_width=language.width, lora=lora)
     load_weights(stage2, folder)
@@ -291,13 +284,7 @@ def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
 
 
 def _tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
-    tokenizer = load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens)
-    if tokenizer.vocab_size != info.qformer.vocab_size:
-        raise UserError(
-            f"{str(folder)!r}: the tokenizer has {tokenizer.vocab_size} ids with [DEC] but the Q-Former "
-            f"vocab_size={info.qformer.vocab_size}; put back the tokenizer folder that the run wrote"
-        )
-    return tokenizer
+    return load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens, info.qformer.vocab_size)
 
 
 def _encoder(info: BridgeInfo) -> VisionEncoder:
@@ -306,7 +293,7 @@ def _encoder(info: BridgeInfo) -> VisionEncoder:
     )
     if encoder.width != info.qformer.encoder_width:
         raise UserError(
-            f"encoder {info.vision!r} is {encoder.width} wide but the bridge was trained on "
-            f"{info.qformer.encoder_width}; it is another model than in training"
+            f"encoder {info.vision!r} is {encoder.width} wide, the bridge {info.qformer.encoder_width}; it is another "
+            "model than in training"
         )
     return encoder

@@ -56,6 +56,7 @@ class LanguageModel(nn.Module, ABC):
     Args:
         model: The model; its parameters stop requiring gradients.
         tokenizer: Its tokenizer, with an end token.
+        max_prompt_tokens: `generate` cuts longer prompts, as training does (`tokenize`); None cuts none.
 
     Raises:
         UserError: If the tokenizer has no end token, or more ids than the model has embeddings.
@@ -63,10 +64,10 @@ class LanguageModel(nn.Module, ABC):
 
     is_encoder_decoder: bool
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, max_prompt_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.max_prompt_tokens = tokenizer, max_prompt_tokens
         embeddings = cast(Any, model).get_input_embeddings()
         self.width: int = embeddings.embedding_dim
         if tokenizer.eos_token_id is None:
@@ -198,7 +199,8 @@ class DecoderLanguageModel(LanguageModel):
         """
         device, rows = prefix_BNL.device, []
         for prefix_NL, prompt in zip(prefix_BNL, prompts, strict=True):
-            embedded_SL = self._embed(torch.tensor(self._text_ids(prompt), dtype=torch.long, device=device))
+            ids = self._text_ids(prompt)[: self.max_prompt_tokens]
+            embedded_SL = self._embed(torch.tensor(ids, dtype=torch.long, device=device))
             rows.append(torch.cat([prefix_NL.to(embedded_SL.dtype), embedded_SL]))
         masks = [torch.ones(len(row), dtype=torch.long, device=device) for row in rows]
         inputs = {
@@ -247,7 +249,7 @@ class EncoderDecoderLanguageModel(LanguageModel):
         self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
     ) -> list[str]:
         """See `LanguageModel.generate`."""
-        rows, _ = self._ended(prompts, None)
+        rows, _ = self._ended(prompts, self.max_prompt_tokens)
         input_ids_BS, is_input_BS = (t.to(prefix_BNL.device) for t in _pad_right(rows, self._pad_id))
         inputs = self._with_prefix(prefix_BNL, LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS))
         return self._run_generation(inputs, settings or GenerationSettings())
@@ -260,10 +262,10 @@ class EncoderDecoderLanguageModel(LanguageModel):
         return [[*row, self.tokenizer.eos_token_id] for row in kept], cut
 
 
-def build_language_model(model: nn.Module, tokenizer: Any) -> LanguageModel:
+def build_language_model(model: nn.Module, tokenizer: Any, max_prompt_tokens: int | None = None) -> LanguageModel:
     """Wrap a Hugging Face model by its kind."""
-    is_encoder_decoder = cast(Any, model).config.is_encoder_decoder
-    return (EncoderDecoderLanguageModel if is_encoder_decoder else DecoderLanguageModel)(model, tokenizer)
+    kind = EncoderDecoderLanguageModel if cast(Any, model).config.is_encoder_decoder else DecoderLanguageModel
+    return kind(model, tokenizer, max_prompt_tokens)
 
 
 def _pad_right(rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:

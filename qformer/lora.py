@@ -39,21 +39,23 @@ class Lora(nn.Module):
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
 
-        linear = {n: m for n, m in language_model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+        modules = dict(language_model.named_modules())
+        linear = {n for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+        chosen = {n for n in modules if f".{n}".endswith(tuple(f".{target}" for target in config.targets))}
+        if not chosen or chosen - linear:
+            known, wrong = ({name.rpartition(".")[2] for name in names} for names in (linear, chosen - linear))
+            what = f"{sorted(wrong)} are no linear layers" if wrong else "no layer has such a name"
+            raise UserError(
+                f"model.lora.targets={list(config.targets)}: {what}; the model's linear layers are {sorted(known)}"
+            )
         adapter = PeftConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(config.targets),
-            fan_in_fan_out=any(type(layer).__name__ == "Conv1D" for layer in linear.values()),
+            fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in chosen),
         )
-        try:
-            inject_adapter_in_model(adapter, language_model, adapter_name=_ADAPTER)
-        except ValueError as error:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(
-                f"model.lora.targets={list(config.targets)} name no layer of the model; it has {known}"
-            ) from error
+        inject_adapter_in_model(adapter, language_model, adapter_name=_ADAPTER)
         adapted = {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
         # Out of sight of nn.Module: the wrapped layers stay the language model's.
         self._model, self._adapted = [language_model], cast(dict[str, Any], adapted)

@@ -34,13 +34,19 @@ class TextTokenizer:
         max_tokens: Longer captions lose their last words, never [SEP].
 
     Raises:
-        UserError: If one of the three tokens is missing.
+        UserError: If one of the three tokens is missing, or padding has another id.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         missing = [name for name in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, name) is None]
         if missing:
             raise UserError(f"model.tokenizer: {tokenizer.name_or_path!r} has no {missing[0]}; use a BERT tokenizer")
+        if tokenizer.pad_token_id != 0:
+            # The Q-Former's embedding of id 0 gets no gradient.
+            raise UserError(
+                f"model.tokenizer: {tokenizer.name_or_path!r} pads with id {tokenizer.pad_token_id} but the Q-Former's "
+                "padding is id 0; use a BERT tokenizer, or 'corpus' to learn one from the captions"
+            )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
 
@@ -65,11 +71,12 @@ class TextTokenizer:
         self.tokenizer.save_pretrained(str(folder))
 
 
-def load_text_tokenizer(name: str, max_tokens: int) -> TextTokenizer:
+def load_text_tokenizer(name: str, max_tokens: int, vocab_size: int | None = None) -> TextTokenizer:
     """Load by hub name or local folder.
 
     Raises:
-        UserError: If it cannot be loaded or lacks the tokens stage 1 needs.
+        UserError: If it cannot be loaded, is not `TextTokenizer`'s kind, or is not the one of a Q-Former of
+            `vocab_size`.
     """
     from qformer.backbones import import_torchvision
 
@@ -77,10 +84,16 @@ def load_text_tokenizer(name: str, max_tokens: int) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(
             f"model.tokenizer: cannot load {name!r}; give a local folder, or 'corpus' to learn one from the captions "
             f"({str(error).strip().splitlines()[0][:200]})"
         ) from error
-    return TextTokenizer(tokenizer, max_tokens)
+    tokenizer = TextTokenizer(loaded, max_tokens)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"tokenizer: {name!r} has {tokenizer.vocab_size} ids with [DEC] but the Q-Former vocab_size={vocab_size}; "
+            "give the tokenizer it was trained with"
+        )
+    return tokenizer

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench [NAME …] [--json]`: run benchmarks; without a name, all of them.
+"""`python -m jobs.bench [NAME …] [--json] [--output FOLDER]`: run benchmarks; without a name, all of them.
 
 A benchmark is a module of this package with `run() -> BenchResult`.
 """
@@ -9,9 +9,10 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jobs.bench
-from jobs.bench.result import BenchResult, as_json, as_table, hardware
+from jobs.bench.result import BenchResult, as_json, as_table, circumstances, write_result
 from qformer.errors import UserError
 
 _NO_BENCHES = {
@@ -33,14 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after `python -m jobs.bench`; None takes the process's own.
 
     Returns:
-        0, or 2 when a name is unknown.
+        0, or 2 when a name is unknown, or the folder cannot be made.
     """
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure ours beside the peers.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(bench_names()) or 'none yet'}")
     parser.add_argument("--json", action="store_true", help="end each benchmark with one line of JSON")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="also write each result to FOLDER/DATE-NAME-HARDWARE.json"
+    )
     arguments = parser.parse_intermixed_args(argv)
     try:
         names = [_checked(name) for name in arguments.names] or bench_names()
+        if arguments.output is not None:
+            _make_folder(arguments.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,14 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         result: BenchResult = importlib.import_module(f"jobs.bench.{name}").run()
         print(as_table(result))
+        found = circumstances()
+        if arguments.output is not None:
+            print(f"written to {write_result(arguments.output, result, found)}")
         if arguments.json:
-            print(as_json(result, hardware()))
+            print(as_json(result, found))
     return 0
 
 
 def bench_names() -> list[str]:
     """The benchmarks that exist, by their modules' names."""
     return sorted(module.name for module in pkgutil.iter_modules(jobs.bench.__path__) if module.name not in _NO_BENCHES)
+
+
+def _make_folder(folder: Path) -> None:
+    """Before anything is measured, which may take minutes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from error
 
 
 def _checked(name: str) -> str:

@@ -1,10 +1,19 @@
-"""What a benchmark measured, as a table and as one JSON line."""
+"""What a benchmark measured, as a table and as one JSON line, and when, where and with what it did."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_CODE = ("qformer", "pipelines", "jobs", "pyproject.toml", ":(exclude)jobs/bench/results")
+_LIBRARIES = ("torch", "transformers", "timm", "peft", "ray", "pillow", "av", "decord")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +36,47 @@ class BenchResult:
         for name, value in {**self.seconds, **self.ratios, **self.rates}.items():
             if not 0 < value < float("inf"):
                 raise ValueError(f"benchmark {self.bench}: {name}={value} is no positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circumstances:
+    """What a figure holds for."""
+
+    date: str
+    """UTC day, 2026-11-21."""
+    commit: str | None
+    """Short hash of the checkout, with "-dirty" where the code differs from it; None outside a checkout."""
+    hardware: str
+    versions: Mapping[str, str]
+    """Of Python and of the libraries that are installed."""
+
+
+def circumstances() -> Circumstances:
+    """Today, this checkout and this machine."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Circumstances(
+        date=datetime.now(UTC).date().isoformat(), commit=commit(ROOT), hardware=hardware(), versions=versions
+    )
+
+
+def commit(root: Path) -> str | None:
+    """See `Circumstances.commit`; new files of code count as a difference, results do not."""
+    if not (root / ".git").exists():
+        return None  # a folder above may be another project's checkout
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        is_dirty = bool(git("status", "--porcelain", "--", *_CODE))
+        return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if is_dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def hardware() -> str:
@@ -57,14 +107,17 @@ def as_table(result: BenchResult) -> str:
     return "\n".join([result.bench, "-" * max(map(len, [result.bench, *lines])), *lines])
 
 
-def as_json(result: BenchResult, hardware: str) -> str:
-    """One line that another program reads."""
-    return json.dumps(
-        {
-            "bench": result.bench,
-            "hardware": hardware,
-            "seconds": dict(result.seconds),
-            "ratios": dict(result.ratios),
-            **({"rates": dict(result.rates)} if result.rates else {}),
-        }
-    )
+def as_json(result: BenchResult, circumstances: Circumstances, indent: int | None = None) -> str:
+    """One line that another program reads; with `indent`, several that a person does."""
+    rates = {"rates": dict(result.rates)} if result.rates else {}
+    figures = {"seconds": dict(result.seconds), "ratios": dict(result.ratios), **rates}
+    return json.dumps({"bench": result.bench, **asdict(circumstances), **figures}, indent=indent)
+
+
+def write_result(folder: Path, result: BenchResult, circumstances: Circumstances) -> Path:
+    """Write DATE-BENCH-HARDWARE.json; a later run of the day on the same machine takes its place."""
+    words = re.sub(r"\((r|tm)\)", "", circumstances.hardware.lower())
+    machine = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+    file = folder / f"{circumstances.date}-{result.bench}-{machine}.json"
+    file.write_text(as_json(result, circumstances, indent=2) + "\n")
+    return file

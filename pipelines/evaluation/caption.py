@@ -18,6 +18,7 @@ from qformer.config import GenerationSettings
 
 PREDICTION = "prediction"
 REFERENCES = "references"
+_IS_TRUNCATED = "is_truncated"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,8 @@ class Captions:
     is "" where the prompt of training served."""
     failures: list[Failure]
     """The rows without a prediction."""
+    num_truncated: int
+    """Instructions that lost their last words."""
 
 
 class CaptionBlocks:
@@ -47,7 +50,9 @@ class CaptionBlocks:
             pixels = torch.from_numpy(batch.images[batch.is_valid])
             captions = self._captioner.answer(pixels, instructions, self._generation)
         results = {schema.INSTRUCTION: instructions, PREDICTION: captions}
-        return answers(batch, {name: pa.array(texts, pa.string()) for name, texts in results.items()})
+        columns = {name: pa.array(texts, pa.string()) for name, texts in results.items()}
+        columns[_IS_TRUNCATED] = pa.array([self._captioner.num_truncated([t]) > 0 for t in instructions], pa.bool_())
+        return answers(batch, columns)
 
 
 def caption_manifest(
@@ -97,4 +102,5 @@ def caption_manifest(
         }
     )
     assert used.num_rows + len(failures) == manifest.num_rows, "a row came back twice"
-    return Captions(predictions=predictions, failures=failures)
+    num_truncated = sum(row[_IS_TRUNCATED] for row in found.values())
+    return Captions(predictions=predictions, failures=failures, num_truncated=num_truncated)

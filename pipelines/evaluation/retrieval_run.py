@@ -30,6 +30,7 @@ from qformer.objectives import similarity
 SIMILARITY = "similarity"
 TEXT_INDEX = "text_index"
 MATCH = "match"
+_NUM_TRUNCATED = "num_truncated"
 _TEXTS_AT_A_TIME = 256
 
 
@@ -40,6 +41,8 @@ class Retrieval:
     galleries: dict[str, Gallery]
     """By kind; kinds without a usable row are absent."""
     failures: list[Failure]
+    num_truncated: int
+    """Texts that lost their last words."""
 
 
 class CompareBlocks:
@@ -53,6 +56,7 @@ class CompareBlocks:
             for start in range(0, len(texts), _TEXTS_AT_A_TIME)
         ]
         self._text_embeds_TE = torch.cat(parts)
+        self._num_truncated = self._retriever.tokenizer.encode(texts).num_truncated
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Compare the valid rows of one block."""
@@ -64,7 +68,11 @@ class CompareBlocks:
             embeds_INE, _ = self._retriever.embed_image(pixels)
             similarity_IT = similarity(embeds_INE, self._text_embeds_TE).cpu().numpy()
         flat = pa.array(similarity_IT.ravel(), pa.float32())
-        return answers(batch, {SIMILARITY: pa.FixedSizeListArray.from_arrays(flat, num_texts)})
+        results = {
+            SIMILARITY: pa.FixedSizeListArray.from_arrays(flat, num_texts),
+            _NUM_TRUNCATED: pa.array([self._num_truncated] * len(similarity_IT), pa.int64()),
+        }
+        return answers(batch, results)
 
 
 class MatchBlocks:
@@ -149,7 +157,10 @@ def retrieve(
         matched, late_failures = answer(manifest.filter(is_wanted), MatchBlocks, {"candidates": wanted})
         failures += late_failures
         galleries = [gallery.reranked(_matches(matched), rerank_top_k) for gallery in galleries]
-    return Retrieval(galleries={gallery.kind: gallery for gallery in galleries}, failures=failures)
+    num_truncated = max(compared[_NUM_TRUNCATED].to_pylist(), default=0)  # of all texts, told with every row
+    return Retrieval(
+        galleries={gallery.kind: gallery for gallery in galleries}, failures=failures, num_truncated=num_truncated
+    )
 
 
 def _similarities(compared: pa.Table) -> dict[str, NDArray[np.float32]]:

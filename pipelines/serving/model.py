@@ -68,6 +68,8 @@ class CaptionModel:
     def __init__(self, config: ServingConfig) -> None:
         device = "cuda" if config.use_gpu else "cpu"
         self._captioner = load_captioner(local_folder(config.checkpoint), device=device)
+        if self._captioner.num_truncated([""]):
+            logger.warning("the checkpoint's prompt is cut to max_text_tokens, as in training")
         self._generation = config.generation
         self._generate.set_max_batch_size(config.max_batch_size)
         self._generate.set_batch_wait_timeout_s(config.batch_wait_s)

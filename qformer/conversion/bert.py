@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qformer.backbones import import_torchvision, model_error
-from qformer.conversion.initialisation import TEXT_BRANCH, LoadReport, load_matching
+from qformer.conversion.initialisation import TEXT_BRANCH, load_matching
+from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.model import INITIAL_STD, QFormer
 

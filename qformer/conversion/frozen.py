@@ -68,6 +68,20 @@ def read_language(
     return weights, model.config.to_dict()
 
 
+def read_language_tokenizer(name: str) -> Any:
+    """The language model's tokenizer.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"checkpoint: no tokenizer of its language model {name!r} ({reason_of(error)})") from error
+
+
 def _silent_id(tokenizer: Any) -> int:
     """A token that is never the answer. The placeholder copies its row, so it cannot be chosen where that is not."""
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)

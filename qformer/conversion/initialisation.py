@@ -1,13 +1,12 @@
 """Weights of another model into ours: what fits is loaded, and nothing is left out or made up in silence."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from qformer.bridge import read_info, read_weights
+from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.stage2 import Stage2
 
@@ -22,32 +21,6 @@ _STAGE1_ONLY = (
     "temperature",
 )
 _LANGUAGE_SIDE = ("language_projection.", "lora.")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What became of every tensor of the model and of its source."""
-
-    source: str
-    loaded: list[str]
-    reinitialised: list[str]
-    """In the model only, as the change of stage implies: initialised anew."""
-    missing: list[str] = field(default_factory=list)
-    """In the model only though the source should have them, or of another shape: initialised anew on request."""
-    unexpected: list[str] = field(default_factory=list)
-    """In the source only: left out."""
-
-    def __str__(self) -> str:
-        parts = [
-            f"{what} {len(names)} tensors{_groups(names)}"
-            for what, names in (
-                ("loaded", self.loaded),
-                ("re-initialised", self.reinitialised),
-                ("missing", self.missing),
-                ("unexpected", self.unexpected),
-            )
-        ]
-        return f"from {self.source}: {'; '.join(parts)}"
 
 
 def load_matching(
@@ -88,8 +61,14 @@ def load_matching(
         )
     loaded = sorted((own.keys() & weights.keys()) - set(resized))
     module.load_state_dict({name: weights[name] for name in loaded}, strict=False)
-    reinitialised = [name for name in absent if _has_part(name, new)]
-    return LoadReport(source, loaded, reinitialised, sorted(missing + resized), unexpected)
+    return LoadReport(
+        source=source,
+        loaded=loaded,
+        reinitialised=[name for name in absent if _has_part(name, new)],
+        missing=sorted(missing + resized),
+        left_out=[name for name in unexpected if _has_part(name, dropped)],
+        unexpected=surprises,
+    )
 
 
 def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allow_mismatch: bool = False) -> LoadReport:
@@ -122,10 +101,3 @@ def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allo
 
 def _has_part(name: str, parts: Sequence[str]) -> bool:
     return any(part in f".{name}" if part.startswith(".") else part in name for part in parts)
-
-
-def _groups(names: Sequence[str]) -> str:
-    """What the names belong to, layers folded together: " (qformer.layers.attention, vision_norm)"."""
-    groups = sorted({re.sub(r"\.\d+(?=\.|$)", "", name).rpartition(".")[0] or name for name in names})
-    short = sorted({".".join(group.split(".")[:3]) for group in groups})
-    return f" ({', '.join(short)})" if short else ""

@@ -6,27 +6,31 @@ Sources: LAVIS `blip2_qformer.py`, `blip2_opt.py`, `blip2_t5.py`, `blip2_vicuna_
 README.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qformer.backbones import VisionEncoder, load_vision
+from qformer.backbones import VisionEncoder, import_torchvision, load_vision
 from qformer.bridge import BESIDE, BridgeInfo
 from qformer.config import QFormerConfig
-from qformer.conversion.bundle import Bundle, ImportOptions, complete, own_state, read_tensors, shown
+from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors
 from qformer.conversion.names import LAVIS, LAVIS_LLM, LAVIS_OPT, LAVIS_T5, Table, from_peer
+from qformer.conversion.report import shown
 from qformer.conversion.vision import write_timm_vit
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
-from qformer.text import TextTokenizer, load_text_tokenizer
+from qformer.text import load_text_tokenizer
 
+VISION_NAME = "eva_giant_patch14_clip_224"
+"""timm's name of the EVA-CLIP ViT-g that LAVIS reads. Its `eva_giant_patch14_224` was fine-tuned on ImageNet since."""
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's, with which LAVIS normalises pictures for every encoder."""
 VISION_FOLDER = "vision"
 _BERT_HEAD_WIDTH = 64
 _LN_VISION_EPS = 1e-5
@@ -71,55 +75,47 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
             mismatch in a way that `options` do not allow.
     """
     weights = read_tensors(source)
+    kind = _kind_of(source, weights, options)
+    config = lavis_config(weights, options.num_heads)
+    width = weights[kind.mark].shape[0] if kind.stage == 2 else 1
+    target = Target(stage=kind.stage, config=config, language_width=width)
+    found, rest = from_peer(weights, target.build().state_dict(), kind.table)
+    left_out = [name for name in rest if name in _BUFFERS or name.startswith(_LANGUAGE_PREFIXES)]
+    left_out += [name for name, original in _TIED.items() if name in rest and _equal(rest[name], weights, original)]
+    tower = {k.removeprefix(_VISION_PREFIX): v for k, v in rest.items() if k.startswith(_VISION_PREFIX)}
+    unexpected = rest.keys() - set(left_out) - {_VISION_PREFIX + name for name in tower}
+    trainables, report = target.fill(source, found, left_out, unexpected, options)
+    vision, notes = _vision(source, config, tower, options, output / VISION_FOLDER)
+    language = options.language if kind.stage == 2 else None
+    if language is not None:
+        notes += _check_language(source, language, width)
+    info = BridgeInfo(
+        stage=kind.stage,
+        step=0,
+        language=language,
+        qformer=config,
+        num_frames=options.num_frames,
+        max_text_tokens=options.max_text_tokens,
+        prompt=options.prompt,
+        **vision,
+    )
+    tokenizer = None
+    if config.has_text_branch:
+        tokenizer = load_text_tokenizer(options.tokenizer, options.max_text_tokens, config.vocab_size)
+    return Bundle(info, trainables, tokenizer, replace(report, notes=notes))
+
+
+def _kind_of(source: Path, weights: Mapping[str, Tensor], options: ImportOptions) -> _Kind:
+    """Tell the model by its tensors, and see that the backbones it needs are named."""
     kind = next((kind for kind in _KINDS if kind.mark in weights), None)
     if kind is None or "query_tokens" not in weights:
         marks = ", ".join(kind.mark for kind in _KINDS)
         raise UserError(f"source: {str(source)!r} is no BLIP-2 file of LAVIS (query_tokens and one of {marks})")
     if options.vision is None:
-        raise UserError("vision: a LAVIS file names no encoder; add --set vision=eva_giant_patch14_224 or its like")
+        raise UserError(f"vision: a LAVIS file names no encoder; add --set vision={VISION_NAME} or its like")
     if kind.stage == 2 and options.language is None:
         raise UserError("language: a LAVIS file names no language model; add --set language=NAME_OR_FOLDER")
-    config = lavis_config(weights, options.num_heads)
-    width = weights[kind.mark].shape[0] if kind.stage == 2 else 1
-    found, rest = from_peer(weights, own_state(kind.stage, config, width), kind.table)
-    left_out = [name for name in rest if name in _BUFFERS or name.startswith(_LANGUAGE_PREFIXES)]
-    left_out += [name for name, original in _TIED.items() if name in rest and _equal(rest[name], weights, original)]
-    tower = {k.removeprefix(_VISION_PREFIX): v for k, v in rest.items() if k.startswith(_VISION_PREFIX)}
-    unexpected = rest.keys() - set(left_out) - {_VISION_PREFIX + name for name in tower}
-    own, report = complete(
-        source, found, left_out, unexpected, options, stage=kind.stage, config=config, language_width=width
-    )
-    encoder = load_vision(options.vision, pretrained=options.vision_pretrained, layer=options.vision_layer)
-    if encoder.width != config.encoder_width:
-        raise UserError(
-            f"vision: {options.vision!r} is {encoder.width} wide but {str(source)!r} was trained on "
-            f"{config.encoder_width}; name the encoder it was trained with"
-        )
-    info = BridgeInfo(
-        stage=kind.stage,
-        step=0,
-        vision=options.vision,
-        vision_pretrained=options.vision_pretrained,
-        vision_layer=options.vision_layer,
-        language=options.language if kind.stage == 2 else None,
-        qformer=config,
-        preprocessing=encoder.preprocessing,
-        num_frames=options.num_frames,
-        max_text_tokens=options.max_text_tokens,
-        prompt=options.prompt,
-    )
-    tokenizer = _tokenizer(source, config, options) if config.has_text_branch else None
-    if tower:
-        contract = _write_tower(tower, encoder, options.vision, output / VISION_FOLDER)
-        note = (
-            f"the file's own ViT ({len(tower)} tensors, {contract.height} px) is the encoder, with crop and "
-            f"normalisation of {options.vision}"
-        )
-        info = dataclasses.replace(
-            info, vision=BESIDE + VISION_FOLDER, vision_pretrained=True, vision_layer=-1, preprocessing=contract
-        )
-        report = dataclasses.replace(report, notes=[note])
-    return Bundle(info, own, tokenizer, report)
+    return kind
 
 
 def lavis_config(weights: Mapping[str, Tensor], num_heads: int | None) -> QFormerConfig:
@@ -129,7 +125,15 @@ def lavis_config(weights: Mapping[str, Tensor], num_heads: int | None) -> QForme
     crossing = sorted(i for i in layers if f"{layer}.{i}.crossattention.self.key.weight" in weights)
     if not crossing:
         raise UserError("source: no layer of its Q-Former cross-attends; the file is damaged")
+    if weights["query_tokens"].dim() != 3:
+        raise UserError(f"source: query_tokens is {tuple(weights['query_tokens'].shape)}, not 1 x queries x width")
     num_queries, hidden = weights["query_tokens"].shape[1:]
+    if hidden % (num_heads or _BERT_HEAD_WIDTH):
+        given = f"{_BERT_HEAD_WIDTH} channels a head" if num_heads is None else num_heads
+        raise UserError(
+            f"num_heads: {given} do not divide the Q-Former's width of {hidden}; add --set num_heads=N with the number "
+            "it was trained with"
+        )
 
     def rows(name: str, otherwise: int) -> int:
         return weights[name].shape[0] if name in weights else otherwise
@@ -158,21 +162,46 @@ def _equal(copy: Tensor, weights: Mapping[str, Tensor], original: str) -> bool:
     return original in weights and torch.equal(copy, weights[original])
 
 
-def _tokenizer(source: Path, config: QFormerConfig, options: ImportOptions) -> TextTokenizer:
-    tokenizer = load_text_tokenizer(options.tokenizer, options.max_text_tokens)
-    if tokenizer.vocab_size != config.vocab_size:
+def _vision(
+    source: Path, config: QFormerConfig, tower: dict[str, Tensor], options: ImportOptions, folder: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Choose the encoder: the named one, or of its kind the file's own, written into `folder`.
+
+    Returns:
+        Fields of `BridgeInfo`, and what to tell of them.
+    """
+    name = cast(str, options.vision)
+    encoder = load_vision(name, pretrained=options.vision_pretrained, layer=options.vision_layer)
+    if encoder.width != config.encoder_width:
         raise UserError(
-            f"tokenizer: {options.tokenizer!r} makes {tokenizer.vocab_size} ids with [DEC] but {str(source)!r} has "
-            f"{config.vocab_size}; name the tokenizer it was trained with (LAVIS: bert-base-uncased)"
+            f"vision: {name!r} is {encoder.width} wide but {str(source)!r} was trained on "
+            f"{config.encoder_width}; name the encoder it was trained with"
         )
-    return tokenizer
+    # `BlipImageEvalProcessor`: straight to the square, whatever crop the encoder was trained with.
+    own = encoder.preprocessing
+    side = min(own.height, own.width)
+    contract = replace(own, crop="squash", interpolation="bicubic", resize_short_side=side)
+    fields = {"vision": name, "vision_pretrained": options.vision_pretrained, "vision_layer": options.vision_layer}
+    notes = []
+    if tower:
+        contract = _write_tower(tower, encoder, name, replace(contract, mean=MEAN, std=STD), folder)
+        fields = {"vision": BESIDE + VISION_FOLDER, "vision_pretrained": True, "vision_layer": -1}
+        notes.append(f"the file's own ViT ({len(tower)} tensors, {contract.height} px) is the encoder")
+    told = f"pictures: resized straight to {contract.height}x{contract.width}, bicubic, as LAVIS evaluates"
+    if own.crop != contract.crop or own.interpolation != contract.interpolation:
+        told += f"; {name!r} by itself has crop={own.crop}, {own.interpolation}"
+    if (contract.mean, contract.std) != (MEAN, STD):
+        told += f"; normalised as {name!r} is (mean {contract.mean}), where LAVIS has CLIP's mean {MEAN}"
+    return {**fields, "preprocessing": contract}, [*notes, told]
 
 
-def _write_tower(tower: dict[str, Tensor], encoder: VisionEncoder, name: str, folder: Path) -> Preprocessing:
+def _write_tower(
+    tower: dict[str, Tensor], encoder: VisionEncoder, name: str, contract: Preprocessing, folder: Path
+) -> Preprocessing:
     """Write LAVIS' fine-tuned EVA (timm's names, cut after the block it reads) as the checkpoint's own encoder.
 
     Returns:
-        The named encoder's contract at the tuned size.
+        The contract at the tuned size.
     """
     blocks = getattr(encoder.model, "blocks", None)
     if blocks is None or not hasattr(cast(Any, blocks)[0], "attn"):
@@ -189,8 +218,33 @@ def _write_tower(tower: dict[str, Tensor], encoder: VisionEncoder, name: str, fo
             )
     # Fine-tuning for retrieval or captions was done on larger pictures than pre-training.
     side = math.isqrt(tower["pos_embed"].shape[1] - 1) * tower["patch_embed.proj.weight"].shape[-1]
-    contract = encoder.preprocessing
-    short_side = round(contract.resize_short_side * side / contract.height)
-    contract = dataclasses.replace(contract, height=side, width=side, resize_short_side=short_side)
+    contract = replace(contract, height=side, width=side, resize_short_side=side)
     write_timm_vit(folder, tower, num_heads=cast(Any, blocks)[0].attn.num_heads, preprocessing=contract)
     return contract
+
+
+def _check_language(source: Path, name: str, width: int) -> list[str]:
+    """Compare the language model's width with the projection's, where its config lies on this machine.
+
+    Returns:
+        What to tell of it.
+
+    Raises:
+        UserError: If they differ.
+    """
+    import_torchvision()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+        own = getattr(
+            config, "word_embed_proj_dim", config.hidden_size
+        )  # OPT's smallest embeds in fewer than it computes
+    except Exception:
+        return [f"language model unchecked: no config of {name!r} on this machine; it must be {width} wide"]
+    if own != width:
+        raise UserError(
+            f"language: {name!r} is {own} wide but the projection of {str(source)!r} makes {width}; name the language "
+            "model it was trained with"
+        )
+    return []

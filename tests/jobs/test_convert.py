@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs import cli
+from tests.qformer.lavis import facts
 from tests.qformer.test_conversion_vision import write_timm_folder
 from tests.tiny_checkpoints import write_stage1, write_stage2
 from tests.tiny_huggingface import write_folder
@@ -25,7 +26,7 @@ def test_a_folder_is_imported_captions_and_is_exported(tmp_path, capsys):
     write_folder(tmp_path / "stock", "Blip2ForConditionalGeneration")
     assert run("import", f"source={tmp_path}/stock", f"output={tmp_path}/ours", "prompt=a small") == 0
     printed = capsys.readouterr().out
-    assert "stage 2\nloaded " in printed and "initialised anew: none\nunexpected: none" in printed
+    assert "stage 2\nloaded " in printed and "missing 0 tensors\nleft out 0 tensors\nunexpected 0 tensors" in printed
     Image.new("RGB", (80, 60), "red").save(tmp_path / "red.png")
     assert cli.main(["caption", "--set", f"checkpoint={tmp_path}/ours", str(tmp_path / "red.png")]) == 0
     path, caption = capsys.readouterr().out.strip().split("\t")
@@ -45,15 +46,21 @@ def test_a_moved_checkpoint_still_finds_its_models(tmp_path, capsys):
 
 
 def test_a_lavis_file_is_imported(goldens_dir, tmp_path, capsys):
-    vision = write_timm_folder(tmp_path / "timm", "eva_giant_patch14_224", embed_dim=48)
+    config = facts(goldens_dir, "stage2_opt_weights")
+    vision = write_timm_folder(
+        tmp_path / "timm", "eva_giant_patch14_224", embed_dim=config["encoder_width"], num_heads=1
+    )
     weights = load_file(goldens_dir / "stage2_opt_weights.safetensors")
     trainables = {k: v for k, v in weights.items() if not k.startswith("opt_model.")}
     torch.save({"model": trainables, "epoch": 9}, tmp_path / "checkpoint_9.pth")
-    words = [f"source={tmp_path}/checkpoint_9.pth", f"output={tmp_path}/ours", f"vision={vision}", "num_heads=4"]
+    words = [f"source={tmp_path}/checkpoint_9.pth", f"output={tmp_path}/ours", f"vision={vision}"]
+    words.append(f"num_heads={config['bert']['num_attention_heads']}")
     assert run("import", *words) == 2
     assert "add --set language=" in capsys.readouterr().err
     assert run("import", *words, "language=some-model") == 0
-    assert f"loaded {len(trainables) - 1} tensors\nleft out: 1 (" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"loaded {len(trainables) - 1} tensors (" in printed and "left out 1 tensors (Qformer.bert" in printed
+    assert "\nlanguage model unchecked: no config of 'some-model'" in printed
 
 
 @pytest.mark.parametrize("write", [write_stage1, write_stage2])

@@ -109,6 +109,21 @@ def test_mistakes_in_generation_settings(override, expected):
     assert expected in text and "\n" not in text
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["hidden_size", "num_layers", "num_heads", "intermediate_size", "num_queries", "cross_attention_frequency",
+     "embed_dim", "max_positions"],
+)  # fmt: skip
+def test_sizes_of_the_bridge_are_positive(key):
+    text = message(TrainSettings, STAGE1, f"model.qformer.{key}=0")
+    assert text.endswith(f"model.qformer.{key} = 0: input should be greater than or equal to 1")
+
+
+def test_sizes_of_the_bridge_go_together():
+    assert "num_heads=7 does not divide hidden_size=768" in message(TrainSettings, STAGE1, "model.qformer.num_heads=7")
+    assert "model.qformer.dropout = 1" in message(TrainSettings, STAGE1, "model.qformer.dropout=1")
+
+
 def test_nested_settings_of_the_library_are_read_and_written(tmp_path):
     loaded = load(CaptionSettings, None, [*CAPTION, "generation.top_p=0.9", "generation.seed=3"])
     assert (loaded.generation.top_p, loaded.generation.seed, loaded.generation.max_new_tokens) == (0.9, 3, 32)

@@ -1,10 +1,14 @@
 """LAVIS' parameter names for ours, to load recorded weights and compare recorded gradients."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from tests.qformer.test_conversion_vision import write_timm_folder
 
 LANGUAGE = ("opt_model.", "t5_model.")
 
@@ -45,3 +49,26 @@ def our_weights(file: Path) -> dict[str, torch.Tensor]:
     weights = load_file(file)
     left_out = ("position_ids", "predictions.decoder.weight", "predictions.decoder.bias")
     return {our_name(k): v for k, v in weights.items() if not k.endswith(left_out) and not k.startswith(LANGUAGE)}
+
+
+def facts(goldens_dir: Path, name: str) -> dict[str, Any]:
+    """What a recording's sidecar says of its model."""
+    return json.loads((goldens_dir / f"{name}.json").read_text())["config"]
+
+
+def write_encoder(folder, width, **model_args):
+    """LAVIS' kind of encoder, `width` wide."""
+    return write_timm_folder(folder, "eva_giant_patch14_224", embed_dim=width, num_heads=1, **model_args)
+
+
+def write_tokenizer(folder, num_words):
+    """BERT's kind; [DEC] comes after its words."""
+    from transformers import BertTokenizerFast
+
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, num_words))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    made = BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    assert len(made) == num_words
+    made.save_pretrained(folder)
+    return str(folder)

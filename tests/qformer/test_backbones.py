@@ -111,6 +111,22 @@ def test_a_convolutional_encoder_takes_any_size():
     assert larger.preprocessing.height == 192 and larger.num_tokens > own.num_tokens
 
 
+@pytest.mark.parametrize("error", [TypeError, AssertionError])
+def test_an_error_inside_a_vit_is_not_taken_for_a_convolutional_encoder(tmp_path, monkeypatch, error):
+    """Once its own error, not a second try in another layout."""
+    write_timm(tmp_path)
+    encoder, calls = load_vision(str(tmp_path)), []
+
+    def fail(*_):
+        calls.append(1)
+        raise error("broken inside")
+
+    monkeypatch.setattr(encoder.model.blocks[0], "forward", fail)
+    with pytest.raises(error, match="broken inside"):
+        encoder(pixels(32))
+    assert len(calls) == 1
+
+
 def test_a_size_or_layer_that_cannot_be_is_named(tmp_path):
     write_timm(tmp_path)
     with pytest.raises(UserError, match="vision_image_size=4"):

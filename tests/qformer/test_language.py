@@ -69,6 +69,17 @@ def test_a_ragged_batch_generates_what_its_items_do(language, search):
     assert len(set(together)) >= len(PROMPTS) - 1  # not the same whatever the input
 
 
+def test_long_prompts_are_cut_as_in_training(language):
+    """Three words and the token before (or after) them; without a limit, GPT-2's and OPT's positions run out."""
+    limited = build_language_model(language.model, language.tokenizer, 4)
+    prefix, longest = soft_prompts(language, 2), " ".join(WORDS * 6)
+    expected = language.generate(prefix, [" ".join(WORDS[:3]), "red"])
+    assert limited.generate(prefix, [longest, "red"]) == expected
+    assert language.generate(prefix, [" ".join(WORDS[:4]), "red"]) != expected
+    trained, short = (language.tokenize([text], ["red"], max_tokens=4) for text in (longest, " ".join(WORDS[:3])))
+    assert torch.equal(trained.input_ids_BS, short.input_ids_BS) and trained.num_truncated == 1
+
+
 def test_nucleus_sampling_follows_its_seed_and_narrows_to_greedy(language):
     prefix = soft_prompts(language)
     state = torch.get_rng_state()
@@ -177,6 +188,15 @@ def test_updates_of_a_bf16_model_are_trained_in_fp32():
 def test_a_wrong_lora_target_lists_the_layers():
     with pytest.raises(UserError, match=r"nothing_proj.*'q_proj'"):
         Lora(tiny_language("llama").model, LoraConfig(targets=("nothing_proj",)))
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens",), ("q_proj", "embed_tokens"), ("mlp",), ("input_layernorm",)])
+def test_lora_on_what_is_not_linear_is_refused(targets):
+    """peft itself would wrap an embedding, whose matrices are elsewhere."""
+    language = tiny_language("llama")
+    with pytest.raises(UserError, match=rf"\['{targets[-1]}'\] are no linear layers.*'down_proj'.*'q_proj'"):
+        Lora(language.model, LoraConfig(targets=targets))
+    assert not any("lora" in name for name, _ in language.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_captions_of_every_row(ray_local, corpus, tmp_path, capsys):
     generation = GenerationSettings(max_new_tokens=8)
     summary = evaluate(corpus, checkpoint, tmp_path / "out", generation=generation)
     assert_accounted(summary, tmp_path / "out")
+    assert summary["texts_truncated"] == 0
     assert capsys.readouterr().out.strip() == summary["accounting"]
 
     captioner = load_captioner(checkpoint)
@@ -99,6 +100,21 @@ def test_captions_of_every_row(ray_local, corpus, tmp_path, capsys):
     ]
     with pytest.raises(UserError, match="already used"):
         evaluate(corpus, checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_texts_that_were_cut_are_counted(ray_local, corpus, tmp_path, caplog, stage):
+    """One caption of three, or one instruction of three, is longer than the checkpoint's 16 tokens."""
+    checkpoint = (write_stage1 if stage == 1 else write_stage2)(tmp_path / "stage")
+    media = {"media": str(corpus[0].parent / "0.jpg"), "split": "test"}
+    texts = ["red", "a " * 40 + "red", "small"]
+    key = {1: "captions", 2: "instruction"}[stage]
+    rows = [{"sample_id": f"s{i}", "captions": ["red"], **media, key: [text]} for i, text in enumerate(texts)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = evaluate((tmp_path / "manifest.jsonl", None), checkpoint, tmp_path / "out")
+    assert summary["texts_truncated"] == 1 and summary["rows_used"] == 3
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["texts_truncated"] == 1
+    assert "1 texts cut to max_text_tokens=16" in caplog.text
 
 
 def test_a_row_with_several_questions_is_refused(corpus, tmp_path):
