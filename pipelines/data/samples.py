@@ -1,7 +1,8 @@
 """One sample's bytes to pixels; training, evaluation, the caption job and serving all decode by this class."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -126,8 +127,9 @@ class SampleDecoder:
             MediaError: If the sample cannot be used. Nothing else, whatever the file holds.
         """
         costs = StageCosts() if costs is None else costs
-        source = self._source(kind, media, data, costs)
-        return self._decode(kind, media, source, start_s, end_s, seed, costs, wants_facts=False)
+        with _only_media_errors():
+            source = self._source(kind, media, data, costs)
+            return self._decode(kind, media, source, start_s, end_s, seed, costs, wants_facts=False)
 
     def check(
         self,
@@ -142,10 +144,11 @@ class SampleDecoder:
         size_bytes = fingerprint = None
         costs = StageCosts()
         try:
-            source = self._source(kind, media, data, costs)
-            with costs.measure("fetch"):
-                size_bytes, fingerprint = self._fingerprint(media, source)
-            clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
+            with _only_media_errors():
+                source = self._source(kind, media, data, costs)
+                with costs.measure("fetch"):
+                    size_bytes, fingerprint = self._fingerprint(media, source)
+                clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
             return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
         except MediaError as error:
             return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
@@ -174,14 +177,15 @@ class SampleDecoder:
         Raises:
             MediaError: If the sound cannot be used.
         """
-        source = self._source(VIDEO, media, data, StageCosts())
         request = WaveformRequest(sample_rate_hz=sample_rate_hz, start_s=start_s, end_s=end_s)
         max_pixels = self.settings.limits.max_pixels
-        return self._retried(
-            media,
-            source,
-            lambda: self.videos.read_waveform(request, max_pixels=max_pixels, path=source.path, data=source.data),
-        )
+        with _only_media_errors():
+            source = self._source(VIDEO, media, data, StageCosts())
+            return self._retried(
+                media,
+                source,
+                lambda: self.videos.read_waveform(request, max_pixels=max_pixels, path=source.path, data=source.data),
+            )
 
     def close(self) -> None:
         """End the video children."""
@@ -276,3 +280,18 @@ class SampleDecoder:
     def _retried(self, media: str | None, source: _Source, read: Callable[[], ValueT]) -> ValueT:
         """Call `read`, again while the child has transient trouble with a local file."""
         return read() if source.path is None else with_retries(str(media), read)
+
+
+@contextlib.contextmanager
+def _only_media_errors() -> Iterator[None]:
+    """Let nothing but a MediaError out: whatever one sample does, it costs that sample alone."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except MemoryError as error:
+        raise MediaError("too_large", f"not enough memory: {error}") from error
+    except OSError as error:  # of this machine, such as no more processes: files have told theirs before
+        raise MediaError("transient", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error

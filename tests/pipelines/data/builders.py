@@ -1,6 +1,9 @@
 """Small real files and tables for the tests of the data plane."""
 
+import contextlib
 import io
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -62,3 +65,16 @@ def image_manifest(folder: Path, count: int) -> pa.Table:
             {schema.SAMPLE_ID: f"s{index}", schema.MEDIA: str(path), schema.CAPTIONS: [f"a{index}", f"b{index}"]}
         )
     return manifest(rows)
+
+
+@contextlib.contextmanager
+def limited_memory(more_bytes: int) -> Iterator[None]:
+    """Let this process reserve so much more address space: what wants more fails, and does not take the machine's."""
+    with open("/proc/self/statm") as file:
+        now_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now_bytes + more_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

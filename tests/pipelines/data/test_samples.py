@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import struct
 import subprocess
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.decode_rows import CheckRows
+from pipelines.data.batch import unpack
+from pipelines.data.decode_rows import CheckRows, DecodeRows
 from pipelines.data.facts import content_hash
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.plan import evaluation_blocks
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
 from pipelines.data.transforms import Augmentation
-from tests.pipelines.data.builders import DECODE, PREPROCESSING, jpeg, manifest, write_clip
+from tests.pipelines.data.builders import DECODE, PREPROCESSING, encoded, jpeg, limited_memory, manifest, write_clip
 
 
 @pytest.fixture
@@ -103,6 +107,67 @@ def test_a_hundred_megapixels_are_too_many(decoder):
     )
     error = _error(decoder, kind="image", data=content)
     assert error.error_class == "too_large" and "10000x10000" in error.message
+
+
+LARGE = dataclasses.replace(
+    DECODE,
+    preprocessing=dataclasses.replace(PREPROCESSING, height=224, width=224, resize_short_side=224),
+    num_frames=2,
+)
+THIN = [(60_000, 1), (1, 60_000)]
+
+
+def _thin(size, image_format):
+    """A few hundred bytes; scaled to 224 as a whole, 13 million pixels wide."""
+    frames = [Image.new("RGB", size, colour) for colour in ((200, 10, 10), (10, 200, 10))]
+    more = {"save_all": True, "append_images": frames[1:]} if image_format == "GIF" else {}
+    return encoded(frames[0], image_format, **more)
+
+
+def test_thin_files_are_decoded_in_little_memory():
+    """Also in the batch of a training step, where their neighbours must not suffer."""
+    rows = [{"sample_id": f"{size}", "media_bytes": _thin(size, "PNG")} for size in THIN]
+    rows += [{"sample_id": "other", "media_bytes": jpeg((10, 200, 10))}]
+    table = manifest(rows)
+    (block,) = evaluation_blocks(TableRows(table), 3)
+    with limited_memory(2 * 1024**3):
+        found = unpack(DecodeRows(LARGE)(block))
+        checked = CheckRows(LARGE)(table).to_pylist()
+    assert found.failures == [] and found.is_valid.tolist() == [True] * 3
+    assert found.images[:2].mean(axis=(1, 3, 4)).tolist() == [[200, 10, 10]] * 2 and found.images[2].any()
+    assert [row["error_class"] for row in checked] == [None] * 3
+    assert [(row["width"], row["height"]) for row in checked[:2]] == THIN
+
+
+@pytest.mark.parametrize("size", THIN)
+def test_thin_videos_are_decoded_in_little_memory(size):
+    decoder = SampleDecoder(LARGE)
+    try:
+        pixels = decoder.decode(kind="video", data=_thin(size, "GIF")).pixels
+    finally:
+        decoder.close()
+    assert pixels.mean(axis=(2, 3)).tolist() == [[200, 10, 10], [10, 200, 10]]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError("no more"), "too_large"),
+        (OSError(11, "no more processes"), "transient"),
+        (ZeroDivisionError("a fault"), "corrupt"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_whatever_goes_wrong_costs_one_sample(decoder, monkeypatch, kind, error, expected):
+    """After the file was read, too: while a picture is fitted, and while a child is started."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("pipelines.data.samples.fit", fail)
+    monkeypatch.setattr(decoder.videos, "read_clip", fail)
+    found = decoder.check(kind=kind, data=jpeg()).error
+    assert (found.error_class, _error(decoder, kind=kind, data=jpeg()).error_class) == (expected, expected)
 
 
 def test_checking_tells_what_a_file_is(tmp_path, decoder):
