@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,29 @@ def write_clip(path: Path, levels: list[int], frame_times: list[int] | None = No
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def write_moving_clip(path: Path, codec: str, shift: int = 0, count: int = 150) -> Path:
+    """Write a ramp that moves, which takes some tenths of a second to decode."""
+    ramp = (np.add.outer(np.arange(240), np.arange(320))[..., None] + 40 * shift) % 256 * np.ones(3)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = 320, 240
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for index in range(count):
+            frame = av.VideoFrame.from_ndarray(np.roll(ramp, 3 * index, axis=1).astype(np.uint8), format="rgb24")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def open_files(pid: int) -> list[str]:
+    """Paths that a process holds open; none when it is gone."""
+    try:
+        return [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return []
 
 
 def manifest(rows: list[dict]) -> pa.Table:

@@ -19,7 +19,7 @@ from pipelines.data.video_backends import BACKENDS
 from pipelines.data.video_pool import VideoPool
 from pipelines.data.video_pyav import PyAVBackend
 from pipelines.data.video_survey import open_container, survey
-from tests.pipelines.data.builders import PREPROCESSING, jpeg, write_clip
+from tests.pipelines.data.builders import PREPROCESSING, jpeg, open_files, write_clip, write_moving_clip
 
 GIB = 1024**3
 LEVEL_TOLERANCE = 4
@@ -166,10 +166,10 @@ def _has_open(path):
     """Whether a child is at work on the file: it holds it open, and is stopped so that it still does when it dies."""
 
     def is_due(pid):
-        if not _opens(pid, path):
+        if path not in open_files(pid):
             return False
         os.kill(pid, signal.SIGSTOP)
-        if _opens(pid, path):
+        if path in open_files(pid):
             return True
         os.kill(pid, signal.SIGCONT)
         return False
@@ -177,32 +177,10 @@ def _has_open(path):
     return is_due
 
 
-def _opens(pid, path):
-    try:
-        return any(os.readlink(f"/proc/{pid}/fd/{name}") == path for name in os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return False
-
-
-def _large_clip(path, codec, options=None, count=150):
-    """A moving clip that takes some tenths of a second to decode."""
-    ramp = np.add.outer(np.arange(240), np.arange(320))[..., None] % 256 * np.ones(3)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.width, stream.height = 320, 240
-        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
-        for index in range(count):
-            frame = av.VideoFrame.from_ndarray(np.roll(ramp, 3 * index, axis=1).astype(np.uint8), format="rgb24")
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return str(path)
-
-
 @pytest.mark.parametrize(("name", "codec"), [("a.gif", "gif"), ("a.avi", "mpeg4"), ("a.mp4", "mpeg4")])
 def test_a_healthy_clip_whose_decoders_are_killed_is_used(tmp_path, pool, name, codec):
     """Somebody else's SIGKILL says nothing of the file; GIF and AVI have no backend but the first."""
-    path = _large_clip(tmp_path / name, codec)
+    path = str(write_moving_clip(tmp_path / name, codec))
     request = _request(num_frames=8)
     with _killed(pool, signal.SIGKILL, _has_open(path), most=3) as victims:
         clip = pool.read_clip(request, path=path)
@@ -212,7 +190,7 @@ def test_a_healthy_clip_whose_decoders_are_killed_is_used(tmp_path, pool, name, 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.gif", "gif"), ("a.mp4", "mpeg4")])
 def test_one_crash_costs_no_clip_its_only_backend(tmp_path, pool, name, codec):
-    path = _large_clip(tmp_path / name, codec)
+    path = str(write_moving_clip(tmp_path / name, codec))
     with _killed(pool, signal.SIGSEGV, _has_open(path), most=1) as victims:
         assert pool.read_clip(_request(), path=path).pixels.shape == (4, 3, 32, 32)
     assert len(victims) == 1
@@ -227,9 +205,12 @@ def test_what_ends_every_decoder(tmp_path, pool, number, error_class, tries):
     fifo = str(tmp_path / "fifo.mp4")
     os.mkfifo(fifo)
     begun_s = {}
-    with _killed(pool, number, lambda pid: time.monotonic() > begun_s.setdefault(pid, time.monotonic()) + 0.3):
-        with pytest.raises(MediaError) as caught:
-            pool.read_clip(_request(), path=fifo)
+
+    def is_due(pid):
+        return time.monotonic() > begun_s.setdefault(pid, time.monotonic()) + 0.3
+
+    with _killed(pool, number, is_due), pytest.raises(MediaError) as caught:
+        pool.read_clip(_request(), path=fifo)
     assert (caught.value.error_class, caught.value.tries) == (error_class, tries)
     good = write_clip(tmp_path / "clip.mp4", [100] * 3)
     assert pool.read_clip(_request(), path=str(good)).pixels.shape == (4, 3, 32, 32)
