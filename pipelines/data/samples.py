@@ -247,6 +247,10 @@ class SampleDecoder:
             return _Source(None, data)
         if not media:
             raise MediaError("config", "neither media nor bytes are given", stage="manifest")
+        try:
+            storage.require_direct(media)
+        except storage.IndirectUriError as error:
+            raise MediaError("config", str(error), stage="manifest") from error
         if kind == VIDEO and storage.is_local(media) and members.parse(media) is None:
             # The child reads local files itself: large ones are never copied through memory.
             return _Source(self._checked_path(media, costs), b"")

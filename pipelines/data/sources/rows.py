@@ -63,9 +63,13 @@ class RowBuilder:
         """An absolute path or URI; relative paths stay below the media root."""
         if len(media) > _MAX_MEDIA_CHARS or "\0" in media:
             raise BadRowError("config", f"media {media[:60]!r}… is no path")
+        try:
+            storage.require_direct(media)
+        except storage.IndirectUriError as error:
+            raise BadRowError("config", str(error)) from error
         if "://" in media and not storage.is_local(media):
             return media
-        if media.startswith(("/", "file://")):
+        if "://" in media or media.startswith("/"):
             return storage.local_path(media)
         depth = 0
         for part in media.replace("\\", "/").split("/"):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.batch import unpack
+from pipelines.data.batch import Failure, unpack
 from pipelines.data.decode_rows import CheckRows, DecodeRows
 from pipelines.data.facts import content_hash
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.plan import evaluation_blocks
+from pipelines.data.quarantine import require_readable
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
 from pipelines.data.transforms import Augmentation
@@ -60,6 +61,43 @@ def test_unreadable_files_are_classified(decoder, tmp_path, kind):
     found = {name: _error(decoder, kind=kind, media=str(tmp_path / name)) for name in cases}
     assert {name: error.error_class for name, error in found.items()} == cases
     assert found["gone"].stage == "read" and found["empty"].stage == "decode"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("prefix", ["", "file://", "local://", "://"])
+def test_no_other_name_of_a_local_file_avoids_the_check(decoder, tmp_path, kind, prefix):
+    """Opening a pipe would wait for ever, a device never ends; so it must end at once, under all their names."""
+    os.mkfifo(tmp_path / "fifo")
+    for path in (f"{tmp_path}/fifo", "/dev/zero", f"{tmp_path}/fifo#offset=0&length=9"):
+        assert _error(decoder, kind=kind, media=prefix + path).error_class == "unsupported"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    "media",
+    [
+        "simplecache::local://{}",
+        "simplecache::file://{}",
+        "filecache::memory://a::local://{}",
+        "memory://a::file://{}",
+        "zip://a.jpg::local://{}",
+        "zip://{}",
+        "tar://{}",
+        "blockcache::file://{}#offset=0&length=9",
+    ],
+)
+def test_file_systems_within_others_are_refused(decoder, tmp_path, kind, media):
+    """A row that names one is wrong itself, and stops no run."""
+    os.mkfifo(tmp_path / "fifo")
+    error = _error(decoder, kind=kind, media=media.format(tmp_path / "fifo"))
+    assert (error.error_class, error.stage) == ("config", "manifest")
+    require_readable([Failure("s", media, error.stage, error.error_class, error.message)])
+
+
+def test_a_local_file_may_be_named_in_other_ways(decoder, tmp_path):
+    (tmp_path / "a::b.jpg").write_bytes(jpeg())
+    for prefix in ("", "file://", "local://"):
+        assert decoder.decode(kind="image", media=f"{prefix}{tmp_path}/a::b.jpg").pixels.shape == (1, 3, 32, 32)
 
 
 def test_wrong_rows_are_config_errors(decoder):
