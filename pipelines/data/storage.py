@@ -80,16 +80,15 @@ def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
-    filesystem, path = _filesystem(uri)
-    return bool(filesystem.exists(path))
+    return _info(uri) is not None
 
 
 def is_folder(uri: str) -> bool:
     """Whether a folder (or key prefix) is there."""
     if is_local(uri):
         return os.path.isdir(local_path(uri))
-    filesystem, path = _filesystem(uri)
-    return bool(filesystem.isdir(path))
+    info = _info(uri)
+    return info is not None and info["type"] == "directory"
 
 
 def list_files(uri: str) -> list[str]:
@@ -309,6 +308,15 @@ def _folder_names(uri: str) -> list[str]:
 def _size_bytes(uri: str) -> int:
     filesystem, path = _filesystem(uri)
     return int(filesystem.size(path) or 0)
+
+
+def _info(uri: str) -> dict[str, Any] | None:
+    """What a file system tells of a path, None where nothing is. Its own `exists` may take any trouble for a no."""
+    filesystem, path = _filesystem(uri)
+    try:
+        return dict(filesystem.info(path))
+    except FileNotFoundError:
+        return None
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:

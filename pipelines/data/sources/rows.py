@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.data import members, schema, storage
-from pipelines.data.media import SNIFFED_BYTES, kind_of_name, sniff_kind
+from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.names import nearest
+from pipelines.data.retries import with_retries
 from pipelines.data.sources.raw import BadRowError, RawRow
 from pipelines.data.sources.text import require_unicode, text_of
 
@@ -155,6 +156,8 @@ def _sniffed(media: str | None, data: bytes | None) -> str | None:
     if media is None or not storage.is_local(media) or members.parse(media):
         return None
     try:
-        return sniff_kind(storage.read_range(media, 0, SNIFFED_BYTES))
-    except (OSError, ValueError):
+        return sniff_kind(with_retries(media, lambda: storage.read_range(media, 0, SNIFFED_BYTES)))
+    except MediaError as error:
+        if error.error_class == "transient":
+            raise  # an image it would be called, by mistake
         return None  # the probe reports the file
