@@ -32,6 +32,9 @@ class Limits:
     """What one media file may cost."""
 
     max_bytes: int = 2 * 1024**3
+    """Of a file that is held in memory: all but local videos."""
+    max_video_bytes: int = 1024**4
+    """Of a local video, which is read in place: ten hours may well have tens of gigabytes."""
     max_pixels: int = 90_000_000
     """Width x height of an image or frame."""
     video_timeout_s: float = 30.0
@@ -260,7 +263,7 @@ class SampleDecoder:
         return _Source(None, content)
 
     def _checked_path(self, media: str, costs: StageCosts) -> str:
-        path, max_bytes = storage.local_path(media), self.settings.limits.max_bytes
+        path, max_bytes = storage.local_path(media), self.settings.limits.max_video_bytes
         with costs.measure("fetch"):
             size_bytes = with_retries(media, lambda: storage.require_regular(path)).st_size
         costs.fetched_bytes += size_bytes

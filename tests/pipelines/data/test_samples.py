@@ -6,6 +6,7 @@ import sys
 import time
 import zlib
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -107,10 +108,44 @@ def test_wrong_rows_are_config_errors(decoder):
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_large_files_are_not_read(tmp_path, kind):
-    decoder = SampleDecoder(DecodeSettings(preprocessing=PREPROCESSING, limits=Limits(max_bytes=100)))
-    (tmp_path / "large").write_bytes(b"x" * 101)
+    limits = Limits(max_bytes=100, max_video_bytes=200)
+    decoder = SampleDecoder(DecodeSettings(preprocessing=PREPROCESSING, limits=limits))
+    (tmp_path / "large").write_bytes(b"x" * (201 if kind == "video" else 101))
     assert _error(decoder, kind=kind, media=str(tmp_path / "large")).error_class == "too_large"
     assert _error(decoder, kind=kind, data=b"x" * 101).error_class == "too_large"
+    member = f"{tmp_path}/large#offset=0&length=101"
+    assert _error(decoder, kind=kind, media=member).error_class == "too_large"
+
+
+def test_ten_hours_of_several_gigabytes_are_decoded(tmp_path):
+    """With the default limits, in a few seconds: 7,200 frames of five seconds, and a hole as large as long sound."""
+    path, count = tmp_path / "long.mp4", 7_200
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1, options={"crf": "1", "g": "50", "preset": "ultrafast"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for index in range(count):
+            level = index * 250 // count
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32), level, dtype=np.uint8), format="gray")
+            frame.pts = 5 * index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with open(path, "ab") as file:
+        size_bytes = 5 * 1024**3
+        file.write(struct.pack(">I4sQ", 1, b"free", size_bytes))
+        file.truncate(file.tell() - 16 + size_bytes)  # a hole: it takes no disk
+    decoder = SampleDecoder(dataclasses.replace(DECODE, num_frames=8))
+    try:
+        begun_s = time.perf_counter()
+        clip = decoder.decode(kind="video", media=str(path))
+        taken_s = time.perf_counter() - begun_s
+        part = decoder.decode(kind="video", media=str(path), start_s=18_000.0, end_s=18_040.0)
+    finally:
+        decoder.close()
+    shown = [int((index + 0.5) * count / 8) * 250 // count for index in range(8)]
+    assert clip.pixels.mean(axis=(1, 2, 3)).tolist() == pytest.approx(shown, abs=4) and clip.frame_valid.all()
+    assert part.pixels.mean(axis=(1, 2, 3)).tolist() == pytest.approx([125] * 8, abs=4) and part.frame_valid.all()
+    assert taken_s < 10
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
