@@ -11,20 +11,18 @@ from numpy.typing import NDArray
 
 from pipelines.data import members, storage
 from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
-from pipelines.data.decode import decode_image, image_facts
 from pipelines.data.facts import MediaFacts, content_hash
 from pipelines.data.media import MediaError
+from pipelines.data.picture import read_picture
 from pipelines.data.retries import with_retries
 from pipelines.data.sampling import Sampling
 from pipelines.data.schema import IMAGE, KINDS, VIDEO
 from pipelines.data.stage_costs import StageCosts
-from pipelines.data.transforms import Augmentation, augment, fit
+from pipelines.data.transforms import Augmentation
 from pipelines.data.video_pool import VideoPool
 from qformer.preprocessing import Preprocessing
 
 ValueT = TypeVar("ValueT")
-_DRAFT_FACTOR = 2
-"""JPEGs are decoded to at least this many times the resize's target; the filter hides the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,15 +87,17 @@ class _Source:
 
 
 class SampleDecoder:
-    """Decodes images in this process and videos in killable children.
+    """Decodes images in this process (unless told otherwise) and videos in killable children.
 
     Args:
         settings: How files become pixels.
         num_video_children: Videos that can be decoded at a time; for callers with threads.
+        isolates_images: Decode images in the children, too: slower, but a crash of their decoder costs one sample.
     """
 
-    def __init__(self, settings: DecodeSettings, num_video_children: int = 1) -> None:
+    def __init__(self, settings: DecodeSettings, num_video_children: int = 1, *, isolates_images: bool = False) -> None:
         self.settings = settings
+        self._isolates_images = isolates_images
         self.videos = VideoPool(
             timeout_s=settings.limits.video_timeout_s,
             memory_bytes=settings.limits.video_memory_bytes,
@@ -207,9 +207,6 @@ class SampleDecoder:
         wants_facts: bool,
     ) -> Clip:
         settings = self.settings
-        if kind == IMAGE:
-            facts = image_facts(source.data, settings.limits.max_pixels) if wants_facts else None
-            return Clip(self._decode_image(source.data, seed, costs), np.ones(1, dtype=np.bool_), facts)
         request = ClipRequest(
             preprocessing=settings.preprocessing,
             num_frames=settings.num_frames,
@@ -221,23 +218,14 @@ class SampleDecoder:
             seed=seed,
             wants_facts=wants_facts,
         )
+        if kind == IMAGE and not self._isolates_images:
+            return read_picture(source.data, request, costs)
         with costs.measure("decode"):
+            if kind == IMAGE:
+                return self.videos.read_picture(source.data, request)
             return self._retried(
                 media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data)
             )
-
-    def _decode_image(self, data: bytes, seed: int | None, costs: StageCosts) -> NDArray[np.uint8]:
-        settings, preprocessing = self.settings, self.settings.preprocessing
-        is_plain = seed is None or not settings.augmentation.random_resized_crop
-        # A random crop enlarges a part of the picture, so that it wants all the pixels there are.
-        target = max(preprocessing.resize_short_side, preprocessing.height, preprocessing.width)
-        with costs.measure("decode"):
-            image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
-        box, is_flipped = None, False
-        if seed is not None:
-            box, is_flipped = augment(image.width, image.height, settings.augmentation, seed)
-        with costs.measure("transform"):
-            return fit(image, preprocessing, box, is_flipped)[None]
 
     def _source(self, kind: str, media: str | None, data: bytes | None, costs: StageCosts) -> _Source:
         if kind not in KINDS:
