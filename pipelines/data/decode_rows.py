@@ -1,6 +1,7 @@
 """Decode one block of rows; the operator that Ray Data runs, itself free of Ray."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,18 @@ class CheckRows:
         when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
         part of it. Then `stage_costs.COST_COLUMNS`.
         """
-        return told(rows, [self._decoder.check(**sample.arguments) for sample in _samples(rows)])
+        found: dict[Any, Checked] = {}
+        return told(rows, [self._check(sample, found) for sample in _samples(rows)])
+
+    def _check(self, sample: "_Sample", found: dict[Any, Checked]) -> Checked:
+        """Check a sample, or take what was found of the same part of the same file earlier in the block."""
+        part = (sample.media, sample.kind, sample.start_s, sample.end_s)
+        if sample.data is None and part in found:
+            return dataclasses.replace(found[part], costs=StageCosts())
+        checked = self._decoder.check(**sample.arguments)
+        if sample.data is None:
+            found[part] = checked
+        return checked
 
 
 def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:
