@@ -44,6 +44,7 @@ def stores(tmp_path_factory):
     ):
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
         fsspec.filesystem("s3").mkdir("corpus")
         yield proxy, counts
 

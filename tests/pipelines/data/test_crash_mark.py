@@ -1,5 +1,6 @@
 """What a process leaves behind that dies at a picture, and who finds it."""
 
+import os
 import subprocess
 import sys
 
@@ -8,9 +9,14 @@ import pytest
 from PIL import Image
 
 from pipelines.data.crash_mark import CrashMark
+from pipelines.data.dataset import build_segment
+from pipelines.data.mixture import Corpus, Source
+from pipelines.data.order import Order
+from pipelines.data.row_index import TableRows
 from pipelines.data.samples import SampleDecoder
 from pipelines.data.transforms import Augmentation
-from tests.pipelines.data.builders import DECODE, encoded
+from tests.pipelines.data.builders import DECODE, encoded, image_manifest
+from tests.pipelines.data.deadly import DEADLY_SIZE, deadly, write_plugin
 
 PROCESS = """
 import os, sys
@@ -28,8 +34,8 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
 
@@ -47,7 +53,7 @@ def _end(process, how):
     assert process.returncode == -9
 
 
-def test_a_death_at_a_picture_is_told_to_one_successor(tmp_path):
+def test_a_death_at_a_picture_is_told_to_one_successor(tmp_path, own_folder):
     living, first = _start()
     dying, second = _start()
     assert not first and not second
@@ -62,7 +68,7 @@ def test_a_death_at_a_picture_is_told_to_one_successor(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_deaths_have_two_successors():
+def test_two_deaths_have_two_successors(own_folder):
     for process in [_start()[0] for _ in range(2)]:
         _end(process, "die")
     found = [_start() for _ in range(3)]
@@ -96,3 +102,30 @@ def test_pictures_are_the_same_in_children(seed):
     finally:
         for decoder in decoders:
             decoder.close()
+
+
+@pytest.mark.parametrize("num_deadly", [1, 4])
+def test_images_that_crash_their_decoder_cost_their_rows_alone(tmp_path, ray_local, monkeypatch, num_deadly):
+    """All in one block, more than an actor may be restarted for: after the first, images are decoded in children."""
+    monkeypatch.setenv("QFORMER_DRIVER", str(os.getpid()))
+    table = image_manifest(tmp_path, 8)
+    for number in range(num_deadly):
+        (tmp_path / f"{number}.jpg").write_bytes(encoded(Image.new("RGB", DEADLY_SIZE), "PNG"))
+    corpus = Corpus([Source("", TableRows(table))])
+    (stream,) = build_segment(
+        Order(corpus.streams("proportional"), 0, 8),
+        ray_local.put(corpus),
+        first_step=0,
+        end_step=2,
+        world_size=1,
+        source=deadly(DECODE, write_plugin(tmp_path)),
+        decode_workers=1,
+    )
+    for batch in stream:
+        names = {failure.sample_id: (failure.error_class, failure.stage) for failure in batch.failures}
+        assert names == {f"s{number}": ("corrupt", "decode") for number in range(num_deadly)}
+        assert all("SIGSEGV" in failure.message for failure in batch.failures)
+        assert batch.is_valid.sum() == 8 - num_deadly
+        for row, name in enumerate(batch.sample_ids):
+            level = batch.images[row, 0, 0].mean()
+            assert not batch.is_valid[row] or abs(level - int(name[1:]) * 7 % 256) < 6

@@ -1,6 +1,5 @@
 """The few tests that need Ray itself."""
 
-import os
 import pickle
 import threading
 import time
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipelines.data import schema
 from pipelines.data.batch import SampleBatch
@@ -17,8 +15,7 @@ from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import PADDING, Order, rank_columns
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import SampleDecoder
-from tests.pipelines.data.builders import DECODE, encoded, image_manifest
-from tests.pipelines.data.deadly import DEADLY_SIZE, deadly, write_plugin
+from tests.pipelines.data.builders import DECODE, image_manifest
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -71,33 +68,6 @@ def test_every_rank_gets_its_rows_in_order(tmp_path, ray_local):
     assert sorted(valid) == sorted(set(names) - set(failures))
     red = {n: b.images[i, 0, 0].mean() for b in everything for i, n in enumerate(b.sample_ids) if b.is_valid[i]}
     assert all(abs(level - int(name[1:]) * 7 % 256) < 6 for name, level in red.items())
-
-
-@pytest.mark.parametrize("num_deadly", [1, 4])
-def test_images_that_crash_their_decoder_cost_their_rows_alone(tmp_path, ray_local, monkeypatch, num_deadly):
-    """All in one block, more than an actor may be restarted for: after the first, images are decoded in children."""
-    monkeypatch.setenv("QFORMER_DRIVER", str(os.getpid()))
-    table = image_manifest(tmp_path, 8)
-    for number in range(num_deadly):
-        (tmp_path / f"{number}.jpg").write_bytes(encoded(Image.new("RGB", DEADLY_SIZE), "PNG"))
-    corpus = Corpus([Source("", TableRows(table))])
-    (stream,) = build_segment(
-        Order(corpus.streams("proportional"), 0, 8),
-        ray_local.put(corpus),
-        first_step=0,
-        end_step=2,
-        world_size=1,
-        source=deadly(DECODE, write_plugin(tmp_path)),
-        decode_workers=1,
-    )
-    for batch in stream:
-        names = {failure.sample_id: (failure.error_class, failure.stage) for failure in batch.failures}
-        assert names == {f"s{number}": ("corrupt", "decode") for number in range(num_deadly)}
-        assert all("SIGSEGV" in failure.message for failure in batch.failures)
-        assert batch.is_valid.sum() == 8 - num_deadly
-        for row, name in enumerate(batch.sample_ids):
-            level = batch.images[row, 0, 0].mean()
-            assert not batch.is_valid[row] or abs(level - int(name[1:]) * 7 % 256) < 6
 
 
 def test_evaluation_sees_every_row_once(tmp_path):
