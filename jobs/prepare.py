@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +29,9 @@ from pipelines.data.sources.source import SourceBlock, check_source, read_source
 from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, summed
 from pipelines.data.stage_report import Pool, stage_table
 from qformer.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.training.data_metrics import DataMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +93,12 @@ def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: s
         def rows() -> Iterator[pa.Table]:
             for block in blocks:
                 found.add_failures(block.failures)
+                metrics.count(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
                 yield block.rows
 
         with ray_session(settings.ray):
-            for checked in _probe(rows(), settings):
+            metrics = _metrics()
+            for checked in _probe(rows(), settings, metrics):
                 found.add(*checked)
                 tell(found.num_rows, found.num_quarantined)
         duplicates = found.write(output, drop_leaks=settings.drop_training_duplicates)
@@ -114,7 +119,7 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
                 yield block
 
         with ray_session(settings.ray):
-            for block, checked in _probe(rows(), settings):
+            for block, checked in _probe(rows(), settings, _metrics()):
                 earlier = [tries.pop(name) for name in block[schema.SAMPLE_ID].to_pylist()]
                 found.add(block, preparation.with_tries(checked, earlier))
                 tell(found.num_rows, found.num_quarantined)
@@ -131,7 +136,16 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
     return summary
 
 
-def _probe(rows: Iterable[pa.Table], settings: PrepareSettings) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _metrics() -> "DataMetrics":
+    # Loads Ray, whose environment the session has to set first.
+    from pipelines.training.data_metrics import DataMetrics
+
+    return DataMetrics("prepare")
+
+
+def _probe(
+    rows: Iterable[pa.Table], settings: PrepareSettings, metrics: "DataMetrics"
+) -> Iterator[tuple[pa.Table, pa.Table]]:
     # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
     from jobs.prepare_probe import probe
 
@@ -142,7 +156,9 @@ def _probe(rows: Iterable[pa.Table], settings: PrepareSettings) -> Iterator[tupl
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
     ):
-        costs.add(summed(checked))
+        block_costs, num_failed = summed(checked), len(checked) - checked[schema.STAGE].null_count
+        metrics.count(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
+        costs.add(block_costs)
         num_rows += len(block)
         yield block, checked.drop_columns(list(COST_COLUMNS))
     workers, wall_s = settings.decode_workers, time.monotonic() - begun_s

@@ -43,6 +43,9 @@ class LimitSettings(Settings):
     """What one media file may cost before it is quarantined as `too_large` or `timeout`."""
 
     max_bytes: int = Field(default=2 * 1024**3, gt=0)
+    """Of an image, and of a video that is fetched (from a store, a tar shard, a table): it is held in memory."""
+    max_video_bytes: int = Field(default=1024**4, gt=0)
+    """Of a video on a local disk, which is read in place."""
     max_pixels: int = Field(default=90_000_000, gt=0)
     """Width x height of an image or frame."""
     video_timeout_s: float = Field(default=30.0, gt=0)

@@ -1,5 +1,7 @@
 """Decode one block of rows; the operator that Ray Data runs, itself free of Ray."""
 
+import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +9,7 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
+from pipelines.data.crash_mark import CrashMark
 from pipelines.data.media import MediaError
 from pipelines.data.samples import Checked, DecodeSettings, SampleDecoder
 from pipelines.data.stage_costs import StageCosts, cost_columns
@@ -17,7 +20,8 @@ _COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, sch
 class DecodeRows:
     """Turns a block of rows into `batch.pack`'s table.
 
-    Rows that fail stay, with zero pixels; nothing raises.
+    Rows that fail stay, with zero pixels; nothing raises. Where an image crashes the process, as damaged files can,
+    the next one decodes images in children: there it costs its row alone.
 
     Args:
         settings: How files become pixels.
@@ -25,7 +29,9 @@ class DecodeRows:
 
     def __init__(self, settings: DecodeSettings) -> None:
         self._settings = settings
-        self._decoder = SampleDecoder(settings)
+        self._mark = CrashMark()
+        # This process replaces one that died at an image: whoever asks for its block again gets it, but for that one.
+        self._decoder = SampleDecoder(settings, isolates_images=self._mark.is_inherited)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Decode a block.
@@ -49,7 +55,8 @@ class DecodeRows:
             failure = None
             if sample.sample_id:
                 try:
-                    clip = self._decoder.decode(**sample.arguments, seed=seeds[row], costs=costs[row])
+                    with self._mark if sample.kind == schema.IMAGE else contextlib.nullcontext():
+                        clip = self._decoder.decode(**sample.arguments, seed=seeds[row], costs=costs[row])
                     images[row] = clip.pixels
                     images.frame_valid[row] = clip.frame_valid.tolist()
                 except MediaError as error:
@@ -62,6 +69,7 @@ class DecodeRows:
     def close(self) -> None:
         """End the video children."""
         self._decoder.close()
+        self._mark.close()
 
 
 class CheckRows:
@@ -84,7 +92,18 @@ class CheckRows:
         when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
         part of it. Then `stage_costs.COST_COLUMNS`.
         """
-        return told(rows, [self._decoder.check(**sample.arguments) for sample in _samples(rows)])
+        found: dict[Any, Checked] = {}
+        return told(rows, [self._check(sample, found) for sample in _samples(rows)])
+
+    def _check(self, sample: "_Sample", found: dict[Any, Checked]) -> Checked:
+        """Check a sample, or take what was found of the same part of the same file earlier in the block."""
+        part = (sample.media, sample.kind, sample.start_s, sample.end_s)
+        if sample.data is None and part in found:
+            return dataclasses.replace(found[part], costs=StageCosts())
+        checked = self._decoder.check(**sample.arguments)
+        if sample.data is None:
+            found[part] = checked
+        return checked
 
 
 def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:

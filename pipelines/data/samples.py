@@ -1,7 +1,8 @@
 """One sample's bytes to pixels; training, evaluation, the caption job and serving all decode by this class."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -10,20 +11,18 @@ from numpy.typing import NDArray
 
 from pipelines.data import members, storage
 from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
-from pipelines.data.decode import decode_image, image_facts
 from pipelines.data.facts import MediaFacts, content_hash
 from pipelines.data.media import MediaError
+from pipelines.data.picture import read_picture
 from pipelines.data.retries import with_retries
 from pipelines.data.sampling import Sampling
 from pipelines.data.schema import IMAGE, KINDS, VIDEO
 from pipelines.data.stage_costs import StageCosts
-from pipelines.data.transforms import Augmentation, augment, fit
+from pipelines.data.transforms import Augmentation
 from pipelines.data.video_pool import VideoPool
 from qformer.preprocessing import Preprocessing
 
 ValueT = TypeVar("ValueT")
-_DRAFT_FACTOR = 2
-"""JPEGs are decoded to at least this many times the resize's target; the filter hides the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +30,9 @@ class Limits:
     """What one media file may cost."""
 
     max_bytes: int = 2 * 1024**3
+    """Of a file that is held in memory: all but local videos."""
+    max_video_bytes: int = 1024**4
+    """Of a local video, which is read in place: ten hours may well have tens of gigabytes."""
     max_pixels: int = 90_000_000
     """Width x height of an image or frame."""
     video_timeout_s: float = 30.0
@@ -85,15 +87,17 @@ class _Source:
 
 
 class SampleDecoder:
-    """Decodes images in this process and videos in killable children.
+    """Decodes images in this process (unless told otherwise) and videos in killable children.
 
     Args:
         settings: How files become pixels.
         num_video_children: Videos that can be decoded at a time; for callers with threads.
+        isolates_images: Decode images in the children, too: slower, but a crash of their decoder costs one sample.
     """
 
-    def __init__(self, settings: DecodeSettings, num_video_children: int = 1) -> None:
+    def __init__(self, settings: DecodeSettings, num_video_children: int = 1, *, isolates_images: bool = False) -> None:
         self.settings = settings
+        self._isolates_images = isolates_images
         self.videos = VideoPool(
             timeout_s=settings.limits.video_timeout_s,
             memory_bytes=settings.limits.video_memory_bytes,
@@ -126,8 +130,9 @@ class SampleDecoder:
             MediaError: If the sample cannot be used. Nothing else, whatever the file holds.
         """
         costs = StageCosts() if costs is None else costs
-        source = self._source(kind, media, data, costs)
-        return self._decode(kind, media, source, start_s, end_s, seed, costs, wants_facts=False)
+        with _only_media_errors():
+            source = self._source(kind, media, data, costs)
+            return self._decode(kind, media, source, start_s, end_s, seed, costs, wants_facts=False)
 
     def check(
         self,
@@ -142,10 +147,11 @@ class SampleDecoder:
         size_bytes = fingerprint = None
         costs = StageCosts()
         try:
-            source = self._source(kind, media, data, costs)
-            with costs.measure("fetch"):
-                size_bytes, fingerprint = self._fingerprint(media, source)
-            clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
+            with _only_media_errors():
+                source = self._source(kind, media, data, costs)
+                with costs.measure("fetch"):
+                    size_bytes, fingerprint = self._fingerprint(media, source)
+                clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
             return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
         except MediaError as error:
             return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
@@ -174,14 +180,15 @@ class SampleDecoder:
         Raises:
             MediaError: If the sound cannot be used.
         """
-        source = self._source(VIDEO, media, data, StageCosts())
         request = WaveformRequest(sample_rate_hz=sample_rate_hz, start_s=start_s, end_s=end_s)
         max_pixels = self.settings.limits.max_pixels
-        return self._retried(
-            media,
-            source,
-            lambda: self.videos.read_waveform(request, max_pixels=max_pixels, path=source.path, data=source.data),
-        )
+        with _only_media_errors():
+            source = self._source(VIDEO, media, data, StageCosts())
+            return self._retried(
+                media,
+                source,
+                lambda: self.videos.read_waveform(request, max_pixels=max_pixels, path=source.path, data=source.data),
+            )
 
     def close(self) -> None:
         """End the video children."""
@@ -200,9 +207,6 @@ class SampleDecoder:
         wants_facts: bool,
     ) -> Clip:
         settings = self.settings
-        if kind == IMAGE:
-            facts = image_facts(source.data, settings.limits.max_pixels) if wants_facts else None
-            return Clip(self._decode_image(source.data, seed, costs), np.ones(1, dtype=np.bool_), facts)
         request = ClipRequest(
             preprocessing=settings.preprocessing,
             num_frames=settings.num_frames,
@@ -214,23 +218,14 @@ class SampleDecoder:
             seed=seed,
             wants_facts=wants_facts,
         )
+        if kind == IMAGE and not self._isolates_images:
+            return read_picture(source.data, request, costs)
         with costs.measure("decode"):
+            if kind == IMAGE:
+                return self.videos.read_picture(source.data, request)
             return self._retried(
                 media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data)
             )
-
-    def _decode_image(self, data: bytes, seed: int | None, costs: StageCosts) -> NDArray[np.uint8]:
-        settings, preprocessing = self.settings, self.settings.preprocessing
-        is_plain = seed is None or not settings.augmentation.random_resized_crop
-        # A random crop enlarges a part of the picture, so that it wants all the pixels there are.
-        target = max(preprocessing.resize_short_side, preprocessing.height, preprocessing.width)
-        with costs.measure("decode"):
-            image = decode_image(data, settings.limits.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
-        box, is_flipped = None, False
-        if seed is not None:
-            box, is_flipped = augment(image.width, image.height, settings.augmentation, seed)
-        with costs.measure("transform"):
-            return fit(image, preprocessing, box, is_flipped)[None]
 
     def _source(self, kind: str, media: str | None, data: bytes | None, costs: StageCosts) -> _Source:
         if kind not in KINDS:
@@ -243,6 +238,10 @@ class SampleDecoder:
             return _Source(None, data)
         if not media:
             raise MediaError("config", "neither media nor bytes are given", stage="manifest")
+        try:
+            storage.require_direct(media)
+        except storage.IndirectUriError as error:
+            raise MediaError("config", str(error), stage="manifest") from error
         if kind == VIDEO and storage.is_local(media) and members.parse(media) is None:
             # The child reads local files itself: large ones are never copied through memory.
             return _Source(self._checked_path(media, costs), b"")
@@ -252,7 +251,7 @@ class SampleDecoder:
         return _Source(None, content)
 
     def _checked_path(self, media: str, costs: StageCosts) -> str:
-        path, max_bytes = storage.local_path(media), self.settings.limits.max_bytes
+        path, max_bytes = storage.local_path(media), self.settings.limits.max_video_bytes
         with costs.measure("fetch"):
             size_bytes = with_retries(media, lambda: storage.require_regular(path)).st_size
         costs.fetched_bytes += size_bytes
@@ -276,3 +275,18 @@ class SampleDecoder:
     def _retried(self, media: str | None, source: _Source, read: Callable[[], ValueT]) -> ValueT:
         """Call `read`, again while the child has transient trouble with a local file."""
         return read() if source.path is None else with_retries(str(media), read)
+
+
+@contextlib.contextmanager
+def _only_media_errors() -> Iterator[None]:
+    """Let nothing but a MediaError out: whatever one sample does, it costs that sample alone."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except MemoryError as error:
+        raise MediaError("too_large", f"not enough memory: {error}") from error
+    except OSError as error:  # of this machine, such as no more processes: files have told theirs before
+        raise MediaError("transient", f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data import members
 from qformer.errors import UserError
+
+_INDIRECT_PROTOCOLS = (
+    *("simplecache", "filecache", "blockcache", "cached", "dir", "generic", "asynclocal", "async_wrapper"),
+    *("asyncwrapper", "reference", "zip", "tar", "libarchive", "git", "dvc", "dask"),
+)
 
 
 class FileTooLargeError(OSError):
@@ -29,20 +35,35 @@ class NotRegularFileError(OSError):
     """A folder, pipe, socket or device, where a file is wanted."""
 
 
+class IndirectUriError(ValueError):
+    """A file system within another or within a file, which could be another way to this machine's own files."""
+
+
 def is_local(uri: str) -> bool:
-    """Whether `uri` is a path of this machine (plain, or file://)."""
-    return "://" not in uri or uri.startswith("file://")
+    """Whether `uri` is a path of this machine: plain, or under any name that fsspec has for local files."""
+    protocol, separator, _ = uri.partition("://")
+    return not separator or _is_local_protocol(protocol)
 
 
 def local_path(uri: str) -> str:
     """Return the absolute path of a local `uri`."""
-    return os.path.abspath(uri.removeprefix("file://"))
+    return os.path.abspath(_plain(uri))
+
+
+def require_direct(uri: str) -> None:
+    """Check that `uri` is a local path, or names a store itself.
+
+    Raises:
+        IndirectUriError: If it chains file systems ("simplecache::s3://bucket/a.jpg") or looks into a file ("zip://").
+    """
+    if not is_local(uri) and ("::" in uri or uri.partition("://")[0] in _INDIRECT_PROTOCOLS):
+        raise IndirectUriError(f"{uri} goes through another file system; give the file's own address, without '::'")
 
 
 def join(uri: str, *names: str) -> str:
     """Append path parts to a folder path or URI."""
     if is_local(uri):
-        return os.path.join(uri.removeprefix("file://"), *names)
+        return os.path.join(_plain(uri), *names)
     return posixpath.join(uri, *names)
 
 
@@ -55,16 +76,15 @@ def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
-    filesystem, path = _filesystem(uri)
-    return bool(filesystem.exists(path))
+    return _info(uri) is not None
 
 
 def is_folder(uri: str) -> bool:
     """Whether a folder (or key prefix) is there."""
     if is_local(uri):
         return os.path.isdir(local_path(uri))
-    filesystem, path = _filesystem(uri)
-    return bool(filesystem.isdir(path))
+    info = _info(uri)
+    return info is not None and info["type"] == "directory"
 
 
 def list_files(uri: str) -> list[str]:
@@ -86,7 +106,8 @@ def open_input(uri: str) -> BinaryIO:
     """
     if is_local(uri):
         return open(local_path(uri), "rb")
-    return cast(BinaryIO, fsspec.open(uri, "rb").open())
+    filesystem, path = _filesystem(uri)
+    return cast(BinaryIO, filesystem.open(path, "rb"))
 
 
 def read_bytes(uri: str, max_bytes: int) -> bytes:
@@ -273,6 +294,34 @@ def _size_bytes(uri: str) -> int:
     return int(filesystem.size(path) or 0)
 
 
+def _info(uri: str) -> dict[str, Any] | None:
+    """What a file system tells of a path, None where nothing is. Its own `exists` may take any trouble for a no."""
+    filesystem, path = _filesystem(uri)
+    try:
+        return dict(filesystem.info(path))
+    except FileNotFoundError:
+        return None
+
+
 def _filesystem(uri: str) -> tuple[Any, str]:
+    require_direct(uri)
     filesystem, path = fsspec.core.url_to_fs(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        # What is not local by its protocol (fsspec takes "c://" for a drive) has passed no check of pipes and devices.
+        raise ValueError(f"Protocol not known: {uri.partition('://')[0]}")
     return filesystem, str(path)
+
+
+def _plain(uri: str) -> str:
+    """A local path without its protocol."""
+    protocol, separator, path = uri.partition("://")
+    return path if separator and _is_local_protocol(protocol) else uri
+
+
+def _is_local_protocol(protocol: str) -> bool:
+    if protocol in ("s3", "gs"):
+        return False  # without loading their drivers
+    try:
+        return issubclass(fsspec.get_filesystem_class(protocol), LocalFileSystem)
+    except (ImportError, ValueError):
+        return False

@@ -1,4 +1,4 @@
-"""The child process that decodes videos: `python -m pipelines.data.video_child MEMORY_BYTES`.
+"""The child process that decodes videos and pictures: `python -m pipelines.data.video_child MEMORY_BYTES`.
 
 Answers requests on its standard input until that closes. It may crash or be killed at any moment.
 """
@@ -10,8 +10,10 @@ import sys
 import tempfile
 from typing import Any
 
-from pipelines.data.clip import ClipRequest, WaveformRequest
+from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
 from pipelines.data.media import MediaError
+from pipelines.data.picture import read_picture
+from pipelines.data.stage_costs import StageCosts
 from pipelines.data.video import read_clip
 from pipelines.data.video_audio import read_waveform
 from pipelines.data.video_wire import receive, send
@@ -43,6 +45,8 @@ def main() -> None:
 def _answer(header: dict[str, Any], data: bytes) -> Reply:
     work = _waveform if header["task"] == "waveform" else _clip
     try:
+        if header["task"] == "picture":
+            return _told(read_picture(data, ClipRequest.from_dict(header["request"]), StageCosts()))
         if header["path"] is not None:
             return work(header["path"], header)
         with tempfile.TemporaryFile() as file:
@@ -60,7 +64,10 @@ def _answer(header: dict[str, Any], data: bytes) -> Reply:
 
 
 def _clip(path: str, header: dict[str, Any]) -> Reply:
-    clip = read_clip(path, ClipRequest.from_dict(header["request"]), header["backends"])
+    return _told(read_clip(path, ClipRequest.from_dict(header["request"]), header["backends"]))
+
+
+def _told(clip: Clip) -> Reply:
     facts = clip.facts and clip.facts.to_dict()
     told = {"shape": clip.pixels.shape, "frame_valid": clip.frame_valid.tolist(), "facts": facts}
     return told, clip.pixels.data.cast("B")

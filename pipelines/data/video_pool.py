@@ -1,12 +1,14 @@
-"""Decode videos in child processes that are killed at a deadline and replaced when they crash."""
+"""Decode videos, and pictures if need be, in children that are killed at a deadline and replaced when they crash."""
 
 import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -19,6 +21,11 @@ from pipelines.data.video_wire import receive, send, widen
 
 # The child decodes strangers' files: it gets what it needs to run, and no credentials.
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
+_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MAX_KILLS = 5
+"""Children that may be killed from outside over one clip."""
+_EXIT_S = 5.0
+"""Within this a child that has closed its pipe is gone."""
 
 
 class VideoPool:
@@ -47,7 +54,9 @@ class VideoPool:
     ) -> Clip:
         """Decode sampled frames of one clip.
 
-        A crash is put down to the backend that is asked first, and tried once more without it.
+        A crash is put down to the backend that is asked first, which comes last in the second try. A child that
+        somebody else ended (the kernel short of memory, a person) says nothing of file or backend: another child
+        does the same again.
 
         Args:
             request: What to make of it.
@@ -56,11 +65,24 @@ class VideoPool:
             backends: Names of those to try, in this order.
 
         Raises:
-            MediaError: If the clip cannot be used, takes too long, or kills its decoder twice.
+            MediaError: If the clip cannot be used, takes too long, or crashes its decoder twice; "transient" if its
+                children are killed again and again.
         """
         header = {"task": "clip", "request": request.to_dict(), "path": path}
-        tries = [list(backends), list(backends[1:]) or list(backends)]
-        reply, payload = self._ask([{**header, "backends": names} for names in tries], data)
+        tries = [list(backends), [*backends[1:], *backends[:1]]]
+        return self._clip([{**header, "backends": names} for names in tries], data)
+
+    def read_picture(self, data: bytes, request: ClipRequest) -> Clip:
+        """Decode a picture, as `picture.read_picture` does, where its decoder can harm nobody.
+
+        Raises:
+            MediaError: If the picture cannot be used, takes too long, or crashes its decoder twice.
+        """
+        header = {"task": "picture", "request": request.to_dict(), "path": None}
+        return self._clip([header, header], data)
+
+    def _clip(self, headers: list[dict[str, Any]], data: bytes) -> Clip:
+        reply, payload = self._ask(headers, data)
         pixels = np.frombuffer(payload, dtype=np.uint8).reshape(reply["shape"])
         facts = None if reply["facts"] is None else MediaFacts(**reply["facts"])
         return Clip(pixels=pixels, frame_valid=np.array(reply["frame_valid"], dtype=np.bool_), facts=facts)
@@ -80,7 +102,7 @@ class VideoPool:
             float32 [samples], or None when there is no audio track; see `video_audio.read_waveform`.
 
         Raises:
-            MediaError: If the sound cannot be used, takes too long, or kills its decoder twice.
+            MediaError: As `read_clip`.
         """
         header = {"task": "waveform", "request": request.to_dict(), "path": path, "max_pixels": max_pixels}
         reply, payload = self._ask([header, header], data)
@@ -91,24 +113,46 @@ class VideoPool:
         return [child.pid for child in self._children if child.pid is not None]
 
     def _ask(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Send one header after the other until a child survives it."""
+        """Send one header after the other until a child survives it, and again where it was killed from outside."""
         child = self._idle.get()
+        num_crashes = num_kills = 0
         try:
-            for header in headers:
-                reply = child.ask({**header, "timeout_s": self._timeout_s}, data, self._timeout_s)
-                if reply is not None:
-                    told, payload = reply
+            while num_crashes < len(headers) and num_kills < _MAX_KILLS:
+                answer = child.ask({**headers[num_crashes], "timeout_s": self._timeout_s}, data, self._timeout_s)
+                if not isinstance(answer, _Death):
+                    told, payload = answer
                     if "error_class" in told:
                         raise MediaError(told["error_class"], told["message"], stage=told["stage"])
                     return told, payload
+                num_kills += answer.is_foreign
+                num_crashes += not answer.is_foreign
         finally:
             self._idle.put(child)
-        raise MediaError("corrupt", "the decoder crashed twice on this file", tries=len(headers))
+        if num_kills == _MAX_KILLS:
+            message = f"the decoder was killed {num_kills} times from outside; is the machine short of memory?"
+            raise MediaError("transient", message, tries=num_kills + num_crashes)
+        raise MediaError("corrupt", f"the decoder crashed twice on this file ({answer})", tries=num_kills + num_crashes)
 
     def close(self) -> None:
         """End the children. A later request starts new ones."""
         for child in self._children:
             child.kill()
+
+
+@dataclass(frozen=True, slots=True)
+class _Death:
+    """How a child ended that gave no answer."""
+
+    returncode: int
+    """Minus the signal; `subprocess.Popen.returncode`."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether somebody else ended it: decoders die of their own faults by other signals."""
+        return -self.returncode in _FOREIGN_SIGNALS
+
+    def __str__(self) -> str:
+        return signal.Signals(-self.returncode).name if self.returncode < 0 else f"exit code {self.returncode}"
 
 
 class _Child:
@@ -122,8 +166,8 @@ class _Child:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes] | None:
-        """Send a request and wait for its reply; None when the child died of it.
+    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes] | _Death:
+        """Send a request and wait for its reply.
 
         Raises:
             MediaError: "timeout".
@@ -147,11 +191,21 @@ class _Child:
             reply = receive(cast(BinaryIO, process.stdout))
         finally:
             timer.cancel()
-        if reply is None or is_late.is_set():
+        if reply is not None:
+            if is_late.is_set():
+                self.kill()
+            return reply
+        if is_late.is_set():
             self.kill()
-        if reply is None and is_late.is_set():
             raise MediaError("timeout", f"decoding took longer than {timeout_s:g} s")
-        return reply
+        if self._process is not process:
+            raise MediaError("transient", "the decoder was closed while it worked")
+        try:
+            returncode = process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            returncode = 0  # it closed its pipe and lives on, which only a fault of its own can do
+        self.kill()
+        return _Death(returncode)
 
     def kill(self) -> None:
         process, self._process = self._process, None

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import tarfile
+import time
+import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -130,6 +134,38 @@ def test_everything_at_once(tmp_path, world, capsys, caplog):
     assert printed.splitlines()[-1] == "rows in 19 = rows used 7 + rows quarantined 12"
     with pytest.raises(UserError, match="already used"):
         _prepare(output, world)
+
+
+def _counted(ray):
+    """What Prometheus would read of `prepare`'s rows and seconds, by outcome or stage."""
+    found = {}
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        for labels, value in re.findall(
+            r"^ray_qformer_data_(?:rows|stage_seconds)_total\{(.*)\} (\S+)$", text, re.MULTILINE
+        ):
+            tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            if tags.get("job") == "prepare":
+                found[tags.get("outcome") or tags.get("stage")] = float(value)
+    return found
+
+
+def test_its_figures_go_to_prometheus(tmp_path, world, ray_local):
+    """Also those of rows that are wrong in their source, which no decoder sees."""
+    before = Counter(_counted(ray_local))
+    while time.sleep(2.5) or (later := Counter(_counted(ray_local))) != before:
+        before = later  # of the test before, still under way
+    _prepare(tmp_path / "out", world)
+    deadline = time.monotonic() + 60.0
+    expected = {"used": 7, "quarantined": 12}
+    while time.monotonic() < deadline:
+        now = _counted(ray_local)
+        found = {outcome: now.get(outcome, 0) - before[outcome] for outcome in expected}
+        if found == expected and now.get("decode", 0) > before["decode"]:
+            break
+        time.sleep(0.5)
+    assert found == expected and now["decode"] > before["decode"]
 
 
 def test_quarantined_rows_are_tried_again(tmp_path, world, monkeypatch, capsys):

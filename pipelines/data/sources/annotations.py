@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipelines.data import storage
 from pipelines.data.sources.coco import is_coco, read_coco
+from pipelines.data.sources.files import open_source
 from pipelines.data.sources.karpathy import is_karpathy, read_karpathy
 from pipelines.data.sources.lavis import is_lavis, read_lavis
 from pipelines.data.sources.raw import BadRow, RawRow
@@ -29,9 +29,9 @@ def read_annotations(path: str, format: str) -> Iterator[RawRow | BadRow]:  # no
 
     Raises:
         UserError: If it is no JSON, or not of this format.
-        OSError: If it cannot be read.
+        MediaError: If it cannot be read.
     """
-    with storage.open_regular(path) as file:
+    with open_source(path) as file:
         text = decoded(file.read())
     try:
         document: Any = json.loads(text)

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.data import schema, storage
+from pipelines.data import schema
+from pipelines.data.sources.files import open_source
 from pipelines.data.sources.raw import BadRow, RawRow
 from pipelines.data.sources.text import ERRORS
 from qformer.errors import UserError
@@ -18,9 +19,9 @@ def read_csv(path: str) -> Iterator[RawRow | BadRow]:
 
     Raises:
         UserError: If there is no header line.
-        OSError: If the file cannot be read.
+        MediaError: If the file cannot be read.
     """
-    with storage.open_regular(path) as file:
+    with open_source(path) as file:
         # Strict: else an unclosed quote would swallow the rest of the file without a word.
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", errors=ERRORS, newline=""), strict=True)
         try:
@@ -49,9 +50,9 @@ def header(path: str) -> list[str]:
     """The column names of a CSV file; none when it has no readable first line.
 
     Raises:
-        OSError: If the file cannot be read.
+        MediaError: If the file cannot be read.
     """
-    with storage.open_regular(path) as file:
+    with open_source(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors=ERRORS, newline="")
         try:
             return next(csv.reader(text), [])

@@ -1,9 +1,9 @@
 """What format a source is of, by its name and its first bytes."""
 
-from pipelines.data import storage
 from pipelines.data.media import kind_of_name
 from pipelines.data.sources import parquet
 from pipelines.data.sources.delimited import header
+from pipelines.data.sources.files import is_source_folder, list_source
 from pipelines.data.sources.webvid import is_webvid
 from qformer.errors import UserError
 
@@ -25,9 +25,9 @@ def format_of(path: str) -> str:
 
     Raises:
         UserError: If it cannot be told.
-        OSError: If a table cannot be read.
+        MediaError: If a table cannot be read.
     """
-    if storage.is_folder(path):
+    if is_source_folder(path):
         return _format_of_folder(path)
     lower = path.lower()
     if lower.endswith(_PACKED_EXTENSIONS):
@@ -39,7 +39,7 @@ def format_of(path: str) -> str:
 
 
 def _format_of_folder(path: str) -> str:
-    names = [name for name in storage.list_files(path) if not name.rpartition("/")[2].startswith(("_", "."))]
+    names = [name for name in list_source(path) if not name.rpartition("/")[2].startswith(("_", "."))]
     lower = [name.lower() for name in names]
     if any(name.endswith((".tar", *_PACKED_EXTENSIONS)) for name in lower):
         return "webdataset"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.data import schema, storage
-from pipelines.data.media import kind_of_name
+from pipelines.data.media import MediaError, kind_of_name
+from pipelines.data.sources.files import list_source, read_source_bytes
 from pipelines.data.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.sources.text import decoded
 from qformer.errors import UserError
@@ -23,8 +24,9 @@ def read_folder(path: str) -> Iterator[RawRow | BadRow]:
 
     Raises:
         UserError: If there are no media files.
+        MediaError: If the storage refuses to be read, or does not answer.
     """
-    names = storage.list_files(path)
+    names = list_source(path)
     there = set(names)
     number = 0
     for name in names:
@@ -76,8 +78,8 @@ def _sidecars(name: str) -> Iterator[str]:
 
 def _content(uri: str) -> bytes:
     try:
-        return storage.read_bytes(uri, _MAX_SIDECAR_BYTES)
-    except storage.FileTooLargeError as error:
-        raise BadRowError("too_large", f"{uri}: {error}") from error
-    except OSError as error:
-        raise BadRowError("config", f"cannot read {uri}: {error}") from error
+        return read_source_bytes(uri, _MAX_SIDECAR_BYTES)
+    except MediaError as error:
+        if error.error_class in ("transient", "config"):
+            raise  # the storage's fault, which no row may suffer for
+        raise BadRowError(error.error_class, f"{uri}: {error.message}") from error

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from pipelines.data import storage
+from pipelines.data.sources.files import open_source
 from pipelines.data.sources.raw import BadRow, RawRow
 from pipelines.data.sources.text import lines
 
@@ -12,9 +12,9 @@ def read_jsonl(path: str) -> Iterator[RawRow | BadRow]:
     """Yield the rows; a line that is no JSON object is a bad row.
 
     Raises:
-        OSError: If the file cannot be read.
+        MediaError: If the file cannot be read.
     """
-    with storage.open_regular(path) as file:
+    with open_source(path) as file:
         for number, line in lines(file):
             place = f"{path}, line {number}"
             if not line.strip():

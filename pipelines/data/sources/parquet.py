@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 
 from pipelines.data import storage
 from pipelines.data.manifest_files import manifest_files
+from pipelines.data.retries import with_retries
+from pipelines.data.sources.files import is_source_folder, list_source, open_source
 from pipelines.data.sources.raw import RawRow
 from pipelines.data.sources.text import decoded
 from qformer.errors import UserError
@@ -22,6 +24,7 @@ def read_parquet(path: str) -> Iterator[RawRow]:
 
     Raises:
         UserError: If a file is no Parquet.
+        MediaError: If it cannot be read.
     """
     number = 0
     for part in part_files(path):
@@ -33,11 +36,11 @@ def read_parquet(path: str) -> Iterator[RawRow]:
 
 def part_files(path: str) -> list[str]:
     """The Parquet files of a source; names that begin with "_" or "." are other programs' notes."""
-    if not storage.is_folder(path):
+    if not is_source_folder(path):
         return [path]
-    if written := manifest_files(path):
+    if written := with_retries(path, lambda: manifest_files(path)):
         return written  # and not the quarantine table beside it
-    names = [name for name in storage.list_files(path) if name.lower().endswith(EXTENSIONS)]
+    names = [name for name in list_source(path) if name.lower().endswith(EXTENSIONS)]
     kept = [name for name in names if not name.rpartition("/")[2].startswith(("_", "."))]
     if not kept:
         raise UserError(f"folder {path} holds no Parquet files; check the path or set format")
@@ -53,7 +56,7 @@ def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def _batches(path: str) -> Iterator[pa.RecordBatch]:
     try:
-        with storage.open_regular(path) as file:
+        with open_source(path) as file:
             yield from pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS)
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.data import members, schema, storage
-from pipelines.data.media import SNIFFED_BYTES, kind_of_name, sniff_kind
+from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.names import nearest
+from pipelines.data.retries import with_retries
 from pipelines.data.sources.raw import BadRowError, RawRow
 from pipelines.data.sources.text import require_unicode, text_of
 
@@ -63,9 +64,13 @@ class RowBuilder:
         """An absolute path or URI; relative paths stay below the media root."""
         if len(media) > _MAX_MEDIA_CHARS or "\0" in media:
             raise BadRowError("config", f"media {media[:60]!r}… is no path")
+        try:
+            storage.require_direct(media)
+        except storage.IndirectUriError as error:
+            raise BadRowError("config", str(error)) from error
         if "://" in media and not storage.is_local(media):
             return media
-        if media.startswith(("/", "file://")):
+        if "://" in media or media.startswith("/"):
             return storage.local_path(media)
         depth = 0
         for part in media.replace("\\", "/").split("/"):
@@ -151,6 +156,8 @@ def _sniffed(media: str | None, data: bytes | None) -> str | None:
     if media is None or not storage.is_local(media) or members.parse(media):
         return None
     try:
-        return sniff_kind(storage.read_range(media, 0, SNIFFED_BYTES))
-    except (OSError, ValueError):
+        return sniff_kind(with_retries(media, lambda: storage.read_range(media, 0, SNIFFED_BYTES)))
+    except MediaError as error:
+        if error.error_class == "transient":
+            raise  # an image it would be called, by mistake
         return None  # the probe reports the file

@@ -16,6 +16,7 @@ from pipelines.data.names import nearest
 from pipelines.data.seen import SeenNames
 from pipelines.data.sources import annotations, delimited, folders, jsonl, parquet, webdataset, webvid
 from pipelines.data.sources.detect import FORMATS, format_of
+from pipelines.data.sources.files import is_source_folder, source_exists
 from pipelines.data.sources.raw import BadRow, BadRowError, RawRow, Source
 from pipelines.data.sources.rows import Row, RowBuilder
 from qformer.errors import UserError
@@ -57,7 +58,8 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
     """
     check_source(source)
     seen = seen if seen is not None else SeenNames()
-    root = source.media_root or _own_folder(source)
+    with _told(source):
+        root = source.media_root or _own_folder(source)
     builder = RowBuilder(media_root=root, kind=source.kind, split=source.split, source=source.name)
     rows: list[tuple[RawRow, Row, str | None]] = []
     failures: list[Failure] = []
@@ -67,7 +69,8 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
             failures.append(_failure(source, raw, raw.error_class, raw.message, raw.media))
             continue
         try:
-            row, name = builder.build(raw)
+            with _told(source):
+                row, name = builder.build(raw)
         except BadRowError as error:
             failures.append(_failure(source, raw, error.error_class, error.message, raw.values.get(schema.MEDIA)))
             continue
@@ -95,12 +98,12 @@ def check_source(source: Source) -> None:
             )
     with _told(source):
         is_pattern = "{" in source.path and source.format in ("auto", "webdataset")
-        if not is_pattern and not storage.exists(source.path):
+        if not is_pattern and not source_exists(source.path):
             raise UserError(f"source {source.path} does not exist; check the path")
 
 
 def _own_folder(source: Source) -> str:
-    is_folder = source.format == "folder" or storage.is_folder(source.path)
+    is_folder = source.format == "folder" or is_source_folder(source.path)
     return source.path if is_folder else storage.parent(source.path)
 
 
@@ -117,11 +120,16 @@ def _told(source: Source) -> Iterator[None]:
     """Whatever stops the reading of a source is the user's to mend."""
     try:
         yield
-    except UserError:
+    except (UserError, BadRowError):
         raise
+    except MediaError as error:
+        # "config" tells what to mend; the others passed all tries.
+        raise UserError(
+            f"cannot read source {source.path}: {error.message.removeprefix(f'{source.path}: ')}"
+        ) from error
     except Exception as error:
         # Remote file systems raise their own types; on local disks anything but these is a fault of ours.
-        if storage.is_local(source.path) and not isinstance(error, OSError | UnicodeError | csv.Error | MediaError):
+        if storage.is_local(source.path) and not isinstance(error, OSError | UnicodeError | csv.Error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -141,7 +149,7 @@ def _reader(source: Source, known: str) -> Iterator[RawRow | BadRow]:
         case "webdataset":
             return webdataset.read_webdataset(path, dict(source.columns))
         case "folder":
-            if not storage.is_folder(path):
+            if not is_source_folder(path):
                 raise UserError(f"source {path} is a file; format=folder wants a folder")
             return folders.read_folder(path)
     if source.columns:

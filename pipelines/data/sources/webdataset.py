@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.data import members, schema, storage
 from pipelines.data.media import kind_of_name
+from pipelines.data.sources.files import is_source_folder, list_source, read_source_bytes
 from pipelines.data.sources.folders import sidecar_values
 from pipelines.data.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.sources.tar_index import TarMember, walk_tar
@@ -25,8 +26,8 @@ def shard_files(path: str) -> list[str]:
     Raises:
         UserError: If there are none, or one is named as compressed.
     """
-    if storage.is_folder(path):
-        names = storage.list_files(path)
+    if is_source_folder(path):
+        names = list_source(path)
         packed = next((name for name in names if name.lower().endswith((".tar.gz", ".tgz", ".tar.zst"))), None)
         if packed:
             raise UserError(f"{storage.join(path, packed)} is compressed, and cannot be read by position; unpack it")
@@ -56,7 +57,7 @@ def read_webdataset(path: str, columns: dict[str, str]) -> Iterator[RawRow | Bad
 
     Raises:
         UserError: If a tar is compressed or there is none.
-        OSError: If one cannot be read.
+        MediaError: If one cannot be read.
     """
     # References must hold wherever they are read.
     shards = [storage.local_path(shard) if storage.is_local(shard) else shard for shard in shard_files(path)]
@@ -135,7 +136,7 @@ def _is_media(extension: str, wanted: str | None) -> bool:
 def _content(shard: str, member: TarMember) -> bytes:
     if member.length > _MAX_TEXT_BYTES:
         raise BadRowError("too_large", f"member {member.name!r} holds {member.length} bytes of text")
-    return storage.read_range(shard, member.offset, member.length)
+    return read_source_bytes(members.spell(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
 
 
 def _reference(shard: str, group: list[TarMember]) -> str:

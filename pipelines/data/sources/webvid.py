@@ -22,7 +22,7 @@ def read_webvid(path: str) -> Iterator[RawRow | BadRow]:
 
     Raises:
         UserError: If the header is another.
-        OSError: If the file cannot be read.
+        MediaError: If the file cannot be read.
     """
     names = header(path)
     if not is_webvid(names):

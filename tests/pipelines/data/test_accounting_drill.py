@@ -1,5 +1,6 @@
 """Rows in = rows used + rows quarantined while decoders, workers and the object store fail."""
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from pipelines.data import storage
-from tests.pipelines.data.builders import jpeg, write_clip
+from tests.pipelines.data.builders import jpeg, open_files, write_clip, write_moving_clip
 from tests.pipelines.data.fault_proxy import failing_proxy
 from tests.pipelines.data.manifest_parts import cut_into_parts
 from tests.pipelines.data.object_store import CREDENTIALS, moto_program, s3_server
@@ -29,7 +30,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 EPOCHS, RANKS = 2, 2
 FAMILIES = ("coco", "karpathy", "lavis", "csv", "parquet")
 KILL_EVERY_S = 5.0
-"""Longer than any clip here takes: a clip whose decoder dies twice is rightly put down to the clip."""
+KILLS_AT_WORK = 2
+"""Of each GIF and AVI: so often its decoder is killed while it holds the file open."""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def stores(tmp_path_factory):
     ):
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
         fsspec.filesystem("s3").mkdir("corpus")
         yield proxy, counts
 
@@ -102,6 +105,12 @@ def _write_sources(folder):
         _clip(folder / "folder", number)
         (folder / "folder" / f"clip-{number}.txt").write_text(f"clip {number}")
     (folder / "folder" / "clip-3.mp4").write_bytes(b"\0" * 4000)
+    (folder / "moving").mkdir()
+    for number in range(3):
+        # Only PyAV decodes these, and long enough to be met at it.
+        for name, codec in ((f"g{number}.gif", "gif"), (f"a{number}.avi", "mpeg4")):
+            write_moving_clip(folder / "moving" / name, codec, shift=number)
+            (folder / "moving" / f"{name}.txt").write_text(f"moving {name}")
     for shard in ("s3", "local"):
         members = []
         for number in range(30):
@@ -120,7 +129,7 @@ def _write_sources(folder):
         rows.append({"sample_id": f"c{number}", "media": f"clip-{number}.mp4", "caption": f"far clip {number}"})
     _jsonl("s3://corpus/photos/rows.jsonl", rows)
     sources = [str(folder / "table" / "rows.jsonl"), str(folder / "folder"), str(folder / "local")]
-    sources += _write_annotations(folder / "annotated")
+    sources += [*_write_annotations(folder / "annotated"), str(folder / "moving")]
     return [*sources, "s3://corpus/tars", "s3://corpus/photos/rows.jsonl"], 6
 
 
@@ -155,17 +164,34 @@ def _children(pid):
 
 
 def _kill_while_it_runs(process, killed):
-    """SIGKILL a decoding child every few seconds, and twice a Ray worker that decodes."""
+    """SIGKILL a decoding child every few seconds, those of some clips at work, and twice a Ray worker that decodes."""
+    next_s = time.monotonic() + KILL_EVERY_S
+    at_work: Counter = Counter()
     while process.poll() is None:
-        time.sleep(KILL_EVERY_S)
+        time.sleep(0.02)
         below = _children(process.pid)
-        victims = {"child": [pid for pid, line in below.items() if "pipelines.data.video_child" in line]}
+        children = [pid for pid, line in below.items() if "pipelines.data.video_child" in line]
+        for pid in children:
+            for path in open_files(pid):
+                if path.endswith((".gif", ".avi")) and at_work[path] < KILLS_AT_WORK:
+                    _kill(pid)
+                    at_work[path] += 1
+                    killed["at work"] += 1
+        if time.monotonic() < next_s:
+            continue
+        next_s = time.monotonic() + KILL_EVERY_S
+        victims = {"child": children}
         if killed["child"] >= 2 and killed["worker"] < 2 and killed["worker"] < killed["child"] // 2:
             victims["worker"] = [pid for pid, line in below.items() if line.startswith("ray::MapWorker")]
         for what, pids in victims.items():
             for pid in pids[:1]:
-                os.kill(pid, signal.SIGKILL)
+                _kill(pid)
                 killed[what] += 1
+
+
+def _kill(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _read(manifests, folder, proxy):
@@ -196,7 +222,7 @@ def test_no_row_is_lost_and_no_healthy_file_is_blamed(stores, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     used = pq.read_table(tmp_path / "prepared" / "manifest.parquet")
     quarantined = pq.read_table(tmp_path / "prepared" / "quarantine.parquet").to_pylist()
-    num_rows = 41 + 12 + 30 + 30 + 68 + 6 * 6
+    num_rows = 41 + 12 + 30 + 30 + 68 + 6 * 6 + 6
     told = f"rows in {num_rows} = rows used {num_rows - num_bad} + rows quarantined {num_bad}"
     assert done.stdout.splitlines()[-1] == told, [(row["sample_id"], row["message"]) for row in quarantined]
     assert {row["error_class"] for row in quarantined} <= {"corrupt", "unsupported", "missing"}
@@ -231,5 +257,7 @@ def test_no_row_is_lost_and_no_healthy_file_is_blamed(stores, tmp_path):
     assert accounting["rows_in"] == accounting["rows_used"] + accounting["rows_quarantined"] == EPOCHS * len(rows)
     faults = {fault: counts[fault] - before[fault] for fault in ("served", "503", "cut", "half")}
     print(f"\n{accounting['line']}; SIGKILLed {dict(killed)}; requests while training: {faults}; in all {dict(counts)}")
-    assert killed["child"] >= 2 and killed["worker"] >= 1, f"the drill was over too soon: {killed}"
+    assert killed["at work"] >= 6 and killed["child"] >= 2 and killed["worker"] >= 1, (
+        f"the drill was over too soon: {killed}"
+    )
     assert min(faults.values()) > 0

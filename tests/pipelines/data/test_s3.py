@@ -30,6 +30,7 @@ def bucket(tmp_path_factory):
     with s3_server(moto_program(folder)) as address, pytest.MonkeyPatch.context() as patch:
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another test's server
         fsspec.filesystem("s3").mkdir("corpus")
         yield "s3://corpus"
 

@@ -48,6 +48,10 @@ def _cfr(start_s=0.0, end_s=2.0) -> ClipFrames:
         (Sampling(strategy="head_tail"), _cfr(), 4, [2, 7, 12, 17], "1111"),
         # An odd frame goes to the head: three centres of the first second, two of the other.
         (Sampling(strategy="head_tail"), _cfr(), 5, [1, 5, 8, 12, 17], "11111"),
+        # By time in a variable frame rate too: 0.5, 1.5, 2.5 and 3.5 s; then 0.33, 1, 1.67, 2.5 and 3.5 s.
+        (Sampling(strategy="random_segment"), _vfr(), 4, [4, 5, 6, 7], "1111"),
+        (Sampling(strategy="head_tail"), _vfr(), 4, [4, 5, 6, 7], "1111"),
+        (Sampling(strategy="head_tail"), _vfr(), 5, [3, 5, 5, 6, 7], "11011"),
         # Two a second for two seconds; the rest repeats the last.
         (Sampling(strategy="fps", fps=2.0), _cfr(), 6, [2, 7, 12, 17, 17, 17], "111100"),
         # The cap of the count comes first.
@@ -82,6 +86,25 @@ def test_chance_follows_the_seed_alone(strategy):
     assert len({tuple(draw) for draw in draws.values()}) > 10
     assert all(draw == sorted(draw) for draw in draws.values())
     assert choose_frames(Sampling(), _cfr(), 4, 3)[0].tolist() == choose_frames(Sampling(), _cfr(), 4, 4)[0].tolist()
+
+
+@pytest.mark.parametrize("clip", [_vfr(), _vfr(0.35, 2.2), _cfr(), _cfr(0.5, 1.7)])
+def test_random_frames_are_those_shown_at_random_times(clip):
+    """Of each segment, or each half, some moment is drawn, and a player shows the last frame that has started."""
+    length_s = clip.end_s - clip.start_s
+    quarters = [(clip.start_s + length_s * part / 4, clip.start_s + length_s * (part + 1) / 4) for part in range(4)]
+    halves = [(clip.start_s, clip.start_s + length_s / 2)] * 2 + [(clip.start_s + length_s / 2, clip.end_s)] * 2
+    for strategy, parts in (("random_segment", quarters), ("head_tail", halves)):
+        seen = [set() for _ in parts]
+        for seed in range(400):
+            indexes = choose_frames(Sampling(strategy=strategy), clip, 4, seed)[0].tolist()
+            for place, index in enumerate(indexes):
+                seen[place].add(index)
+        for place, (low_s, high_s) in enumerate(parts):
+            times_s = np.arange(low_s + 0.0005, high_s - 0.0004, 0.001)
+            shown = {max(index for index, start_s in enumerate(clip.starts_s) if start_s <= t) for t in times_s}
+            assert seen[place] <= shown, (strategy, place)
+            assert strategy == "head_tail" or seen[place] == shown, "every frame of the segment comes up"
 
 
 def test_random_times_stay_in_their_parts():

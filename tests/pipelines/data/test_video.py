@@ -1,5 +1,7 @@
+import contextlib
 import importlib.util
 import os
+import signal
 import threading
 import time
 
@@ -17,7 +19,7 @@ from pipelines.data.video_backends import BACKENDS
 from pipelines.data.video_pool import VideoPool
 from pipelines.data.video_pyav import PyAVBackend
 from pipelines.data.video_survey import open_container, survey
-from tests.pipelines.data.builders import PREPROCESSING, jpeg, write_clip
+from tests.pipelines.data.builders import PREPROCESSING, jpeg, open_files, write_clip, write_moving_clip
 
 GIB = 1024**3
 LEVEL_TOLERANCE = 4
@@ -137,25 +139,79 @@ def test_a_dead_child_is_replaced(tmp_path, pool):
     assert pool.child_pids() != first
 
 
-def test_a_file_that_kills_every_decoder_is_corrupt(tmp_path, pool):
-    """A child is killed while it reads, twice, as a crashing decoder would die."""
-    os.mkfifo(tmp_path / "fifo.mp4")
-    is_done = threading.Event()
+@contextlib.contextmanager
+def _killed(pool, number, is_due=lambda pid: True, most=99):
+    """Send a signal to every child for which `is_due`, up to so many; yields the list of their pids."""
+    victims, is_done = [], threading.Event()
 
     def kill_children():
-        while not is_done.wait(0.3):
+        while not is_done.wait(0.001):
             for pid in pool.child_pids():
-                os.kill(pid, 9)
+                if pid not in victims and len(victims) < most and is_due(pid):
+                    victims.append(pid)
+                    os.kill(pid, number)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
 
     killer = threading.Thread(target=kill_children)
     killer.start()
     try:
-        with pytest.raises(MediaError) as caught:
-            pool.read_clip(_request(), path=str(tmp_path / "fifo.mp4"))
+        yield victims
     finally:
         is_done.set()
         killer.join()
-    assert (caught.value.error_class, caught.value.tries) == ("corrupt", 2)
+
+
+def _has_open(path):
+    """Whether a child is at work on the file: it holds it open, and is stopped so that it still does when it dies."""
+
+    def is_due(pid):
+        if path not in open_files(pid):
+            return False
+        os.kill(pid, signal.SIGSTOP)
+        if path in open_files(pid):
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    return is_due
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.gif", "gif"), ("a.avi", "mpeg4"), ("a.mp4", "mpeg4")])
+def test_a_healthy_clip_whose_decoders_are_killed_is_used(tmp_path, pool, name, codec):
+    """Somebody else's SIGKILL says nothing of the file; GIF and AVI have no backend but the first."""
+    path = str(write_moving_clip(tmp_path / name, codec))
+    request = _request(num_frames=8)
+    with _killed(pool, signal.SIGKILL, _has_open(path), most=3) as victims:
+        clip = pool.read_clip(request, path=path)
+    assert len(victims) == 3
+    assert np.array_equal(clip.pixels, pool.read_clip(request, path=path).pixels) and clip.pixels.std() > 10
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.gif", "gif"), ("a.mp4", "mpeg4")])
+def test_one_crash_costs_no_clip_its_only_backend(tmp_path, pool, name, codec):
+    path = str(write_moving_clip(tmp_path / name, codec))
+    with _killed(pool, signal.SIGSEGV, _has_open(path), most=1) as victims:
+        assert pool.read_clip(_request(), path=path).pixels.shape == (4, 3, 32, 32)
+    assert len(victims) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "error_class", "tries"),
+    [(signal.SIGSEGV, "corrupt", 2), (signal.SIGABRT, "corrupt", 2), (9, "transient", 5)],
+)
+def test_what_ends_every_decoder(tmp_path, pool, number, error_class, tries):
+    """Decoders that crash on a file say that it is corrupt; those that somebody kills do not."""
+    fifo = str(tmp_path / "fifo.mp4")
+    os.mkfifo(fifo)
+    begun_s = {}
+
+    def is_due(pid):
+        return time.monotonic() > begun_s.setdefault(pid, time.monotonic()) + 0.3
+
+    with _killed(pool, number, is_due), pytest.raises(MediaError) as caught:
+        pool.read_clip(_request(), path=fifo)
+    assert (caught.value.error_class, caught.value.tries) == (error_class, tries)
     good = write_clip(tmp_path / "clip.mp4", [100] * 3)
     assert pool.read_clip(_request(), path=str(good)).pixels.shape == (4, 3, 32, 32)
 
@@ -196,7 +252,7 @@ def test_memory_beyond_the_ceiling_is_too_large(tmp_path):
         path = write_clip(tmp_path / "clip.mp4", [100] * 3)
         with pytest.raises(MediaError) as caught:
             pool.read_clip(_request(preprocessing=_huge()), path=str(path))
-        assert caught.value.error_class in ("too_large", "corrupt")
+        assert caught.value.error_class == "too_large"
         assert pool.read_clip(_request(), path=str(path)).pixels.shape == (4, 3, 32, 32)
     finally:
         pool.close()

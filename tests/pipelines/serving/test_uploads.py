@@ -2,13 +2,19 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 
 import pytest
+from PIL import Image
 
+from pipelines.data.samples import DecodeSettings
+from pipelines.serving.decoding import DecodePool
 from pipelines.serving.errors import ApiError
 from pipelines.serving.uploads import kinds_of, parse_upload, read_body
 from tests.media_files import jpeg_bytes, mp4_bytes
+from tests.pipelines.data.builders import PREPROCESSING, limited_memory
+from tests.pipelines.data.builders import encoded as image_bytes
 
 GIF = b"GIF89a" + bytes(30)
 PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"
@@ -132,3 +138,14 @@ def test_reading_stops_at_the_limit():
     with pytest.raises(ApiError):
         asyncio.run(read_body(aiter(chunks), None, max_bytes=10))
     assert chunks.taken == 3
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_thin_pictures_take_little_memory(size):
+    """They are a few hundred bytes; scaled to 224 as a whole, 12 GB."""
+    side = dataclasses.replace(PREPROCESSING, height=224, width=224, resize_short_side=224)
+    pool = DecodePool(DecodeSettings(preprocessing=side), num_threads=1)
+    upload = parse_upload("image/png", image_bytes(Image.new("RGB", size, (200, 10, 10)), "PNG"))
+    with limited_memory(2 * 1024**3):
+        pixels = asyncio.run(pool.decode(upload))
+    assert pixels.shape == (1, 3, 224, 224) and pixels.mean(axis=(0, 2, 3)).tolist() == [200, 10, 10]

@@ -53,5 +53,11 @@ def test_wrong_sidecars_and_names(tmp_path):
     rows, failures = read(tmp_path, name="f")
     assert [row["sample_id"] for row in rows] == ["e.jpg"]
     told = [(failure.sample_id, failure.error_class) for failure in failures]
-    assert told == [("f:1", "corrupt"), ("f:2", "corrupt"), ("f:3", "corrupt"), ("f:4", "config"), ("f:6", "corrupt")]
+    assert told == [
+        ("f:1", "corrupt"),
+        ("f:2", "corrupt"),
+        ("f:3", "corrupt"),
+        ("f:4", "unsupported"),
+        ("f:6", "corrupt"),
+    ]
     assert "f\\udcff.jpg" in failures[-1].message
