@@ -192,6 +192,8 @@ class ModelSettings(Settings):
     """Text put before every caption in stage 2, not counted in the loss; rows with an instruction bring their own."""
     qformer_reads_prompt: bool = False
     """Stage 2: give prompt or instruction to the Q-Former as well as to the language model (InstructBLIP)."""
+    lavis_reduction: bool = False
+    """Stage 1: reduce over workers as LAVIS does: gathered features without gradient, ITG over own tokens."""
     freeze_qformer: bool = False
     """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
     lora: LoraConfig | None = None

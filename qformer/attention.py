@@ -123,11 +123,12 @@ class Attention(nn.Module):
     def _attend(self, part: Part, query_ND: Tensor) -> Tensor:
         query_BHSK = self._heads(part.rows.pad(query_ND))
         dropout = self.dropout.p if self.training else 0.0
+        arguments = (query_BHSK, *part.key_value, part.mask, dropout)
         if dropout and query_BHSK.device.type == "cpu":
             # No fused kernel of the CPU knows dropout: probabilities and their dropout would be kept for the backward.
-            attended_BHSK = _recomputed(_dot_product_attention, query_BHSK, *part.key_value, part.mask, dropout)
+            attended_BHSK = _recomputed(F.scaled_dot_product_attention, *arguments, is_random=True)
         else:
-            attended_BHSK = _dot_product_attention(query_BHSK, *part.key_value, part.mask, dropout)
+            attended_BHSK = F.scaled_dot_product_attention(*arguments)
         return part.rows.pack(attended_BHSK.transpose(1, 2).flatten(2))
 
     def _heads(self, projected_BND: Tensor) -> Tensor:
@@ -147,24 +148,19 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Apply the block: [N, D] to [N, D]."""
-        down_ND = _recomputed(self._activate, self.up(hidden_ND))
+        down_ND = _recomputed(self._activate, self.up(hidden_ND), is_random=False)
         return self.norm(self.dropout(down_ND) + hidden_ND)
 
     def _activate(self, up_NI: Tensor) -> Tensor:
         return self.down(F.gelu(up_NI))
 
 
-def _dot_product_attention(
-    query_BHSK: Tensor, keys_BHNK: Tensor, values_BHNK: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    return F.scaled_dot_product_attention(query_BHSK, keys_BHNK, values_BHNK, attn_mask=mask, dropout_p=dropout)
-
-
-def _recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _recomputed(function: Callable[..., Tensor], *arguments: Any, is_random: bool) -> Tensor:
     """Call `function` and let the backward compute again what is cheap to compute but large to keep.
 
-    The second computation stops where the last kept tensor is known: before the final matrix product.
+    The second computation stops where the last kept tensor is known: before the final matrix product. Where the
+    function draws random numbers, it draws the same again.
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
+    return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=is_random))

@@ -1,6 +1,6 @@
 """What is built and how it generates: shapes of the Q-Former, low-rank updates, generation. Free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,17 +39,12 @@ class QFormerConfig:
     a third more work."""
 
     def __post_init__(self) -> None:
+        for size in fields(self):
+            value, least = getattr(self, size.name), 0 if size.name == "vocab_size" else 1
+            if size.type is int and value < least:
+                raise ValueError(f"{size.name}={value} must be at least {least}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
-        sizes = (
-            self.encoder_width,
-            self.hidden_size,
-            self.num_layers,
-            self.num_heads,
-            self.intermediate_size,
-        )
-        if min(*sizes, self.num_queries, self.cross_attention_frequency, self.max_positions, self.embed_dim) < 1:
-            raise ValueError(f"all Q-Former sizes must be positive, got {self}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
 

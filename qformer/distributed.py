@@ -1,5 +1,6 @@
 """Collectives that also work in one process without a process group."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ def rank() -> int:
     return distributed.get_rank() if world_size() > 1 else 0
 
 
+def stream_seed(stream: str, seed: int, step: int) -> int:
+    """Seed of one stream of randomness ("dropout", "negatives") at one step of a run on this rank."""
+    return int(hashlib.sha256(f"{stream}/{seed}/{step}/{rank()}".encode()).hexdigest()[:15], 16)
+
+
 class _GatherWithGradient(torch.autograd.Function):
     """Concatenate over ranks; the backward sums every rank's gradient of this rank's rows."""
 
@@ -25,9 +31,9 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        distributed.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        summed = grad.clone(memory_format=torch.contiguous_format)  # autograd may have given `grad` to others too
+        distributed.all_reduce(summed)
+        return summed.chunk(world_size())[rank()]
 
 
 def gather(local: Tensor, *, with_gradient: bool) -> Tensor:

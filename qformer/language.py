@@ -9,7 +9,7 @@ Reference: BLIP-2 (arXiv:2301.12597), section 3.3.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -44,8 +44,7 @@ class LanguageBatch:
 
     def without_labels(self, is_left_out_B: Tensor) -> "LanguageBatch":
         """The same batch with rows that no loss counts."""
-        labels_BT = self.labels_BT.masked_fill(is_left_out_B[:, None], IGNORED)
-        return LanguageBatch(self.input_ids_BS, self.is_input_BS, labels_BT, self.num_truncated)
+        return replace(self, labels_BT=self.labels_BT.masked_fill(is_left_out_B[:, None], IGNORED))
 
 
 class LanguageModel(nn.Module, ABC):
@@ -63,6 +62,10 @@ class LanguageModel(nn.Module, ABC):
     """
 
     is_encoder_decoder: bool
+    end_id: int
+    """Ends an answer in training: the tokenizer's end token, unless the model ends with others only."""
+    end_ids: list[int]
+    """Each ends an answer in generation: the tokenizer's end token and the model's own (BLIP-2's OPT: a newline)."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_prompt_tokens: int | None = None) -> None:
         super().__init__()
@@ -78,6 +81,10 @@ class LanguageModel(nn.Module, ABC):
                 f"model.language: the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} ids but the model "
                 f"embeds {embeddings.num_embeddings}; give the model its own tokenizer"
             )
+        end = int(tokenizer.eos_token_id)
+        own = [one for one in _own_end_ids(model) if one < embeddings.num_embeddings]
+        self.end_id = end if end in own or not own else own[0]
+        self.end_ids = sorted({end, *own})
 
     def train(self, mode: bool = True) -> "LanguageModel":
         """Stay in eval mode: a frozen language model drops nothing out."""
@@ -99,10 +106,8 @@ class LanguageModel(nn.Module, ABC):
         """Logits [B, T, vocabulary] after the soft prompts; entry t predicts label t."""
 
     @abstractmethod
-    def generate(
-        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
-    ) -> list[str]:
-        """Texts after soft prompts and prompts; a batch gives what its items give one by one."""
+    def _generation_inputs(self, prefix_BNL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings and mask that generation starts from."""
 
     def loss(self, prefix_BNL: Tensor, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the labelled tokens, as a sum and a count, so that ranks can average over all tokens."""
@@ -127,13 +132,20 @@ class LanguageModel(nn.Module, ABC):
             "attention_mask": torch.cat([is_prefix_BN, batch.is_input_BS], dim=1).long(),
         }
 
-    def _run_generation(self, inputs: dict[str, Tensor], settings: GenerationSettings) -> list[str]:
-        """Every sampling option is set here, since a model's own generation_config may bring others."""
-        device = inputs["inputs_embeds"].device
+    @torch.no_grad()
+    def generate(
+        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+    ) -> list[str]:
+        """Texts after soft prompts and prompts; a batch gives what its items give one by one.
+
+        What `settings` decide is set here, whatever the model's own generation_config says of it; what else that holds
+        (suppressed tokens, a shortest length) stays.
+        """
+        settings, device = settings or GenerationSettings(), prefix_BNL.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             ids_BT = cast(Any, self.model).generate(
-                **inputs,
+                **self._generation_inputs(prefix_BNL, prompts),
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=settings.top_p is not None,
                 num_beams=settings.num_beams,
@@ -143,7 +155,7 @@ class LanguageModel(nn.Module, ABC):
                 temperature=settings.temperature,
                 repetition_penalty=settings.repetition_penalty,
                 no_repeat_ngram_size=0,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.end_ids,
                 pad_token_id=self._pad_id,
             )
         return [text.strip() for text in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
@@ -177,7 +189,7 @@ class DecoderLanguageModel(LanguageModel):
             prompt_ids, answer_ids = self._split(prompt, answer)
             num_truncated += len(prompt_ids) > max_tokens or len(answer_ids) + 1 > max_tokens
             prompt_ids, answer_ids = prompt_ids[:max_tokens], answer_ids[: max_tokens - 1]
-            answer_ids.append(self.tokenizer.eos_token_id)
+            answer_ids.append(self.end_id)
             rows.append(prompt_ids + answer_ids)
             labels.append([IGNORED] * len(prompt_ids) + answer_ids)
         input_ids_BS, is_input_BS = _pad_right(rows, self._pad_id)
@@ -188,14 +200,10 @@ class DecoderLanguageModel(LanguageModel):
         logits_BRV = self.model(**self._with_prefix(prefix_BNL, batch), use_cache=False).logits
         return logits_BRV[:, prefix_BNL.shape[1] - 1 : -1]
 
-    @torch.no_grad()
-    def generate(
-        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
-    ) -> list[str]:
-        """See `LanguageModel.generate`.
+    def _generation_inputs(self, prefix_BNL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Padding goes in front of the soft prompts, so that every row's real tokens are contiguous.
 
-        Padding goes in front of the soft prompts, so that every row's real tokens are contiguous and the next one
-        comes right after them; positions follow from the mask.
+        The next one comes right after them; positions follow from the mask.
         """
         device, rows = prefix_BNL.device, []
         for prefix_NL, prompt in zip(prefix_BNL, prompts, strict=True):
@@ -203,11 +211,10 @@ class DecoderLanguageModel(LanguageModel):
             embedded_SL = self._embed(torch.tensor(ids, dtype=torch.long, device=device))
             rows.append(torch.cat([prefix_NL.to(embedded_SL.dtype), embedded_SL]))
         masks = [torch.ones(len(row), dtype=torch.long, device=device) for row in rows]
-        inputs = {
+        return {
             "inputs_embeds": pad_sequence(rows, batch_first=True, padding_side="left"),
             "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
         }
-        return self._run_generation(inputs, settings or GenerationSettings())
 
     def _split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids of the joint text, cut where the prompt's own ids end.
@@ -227,9 +234,9 @@ class EncoderDecoderLanguageModel(LanguageModel):
     is_encoder_decoder = True
 
     def tokenize(self, prompts: Sequence[str], answers: Sequence[str], *, max_tokens: int) -> LanguageBatch:
-        """See `LanguageModel.tokenize`; prompts end in the end token, as the encoder was trained."""
-        prompt_rows, prompts_cut = self._ended(prompts, max_tokens)
-        answer_rows, answers_cut = self._ended(answers, max_tokens)
+        """See `LanguageModel.tokenize`; prompts end in the tokenizer's end token, as the encoder was trained."""
+        prompt_rows, prompts_cut = self._ended(prompts, max_tokens, self.tokenizer.eos_token_id)
+        answer_rows, answers_cut = self._ended(answers, max_tokens, self.end_id)
         input_ids_BS, is_input_BS = _pad_right(prompt_rows, self._pad_id)
         labels_BT, _ = _pad_right(answer_rows, IGNORED)
         num_truncated = sum(a or b for a, b in zip(prompts_cut, answers_cut, strict=True))
@@ -244,28 +251,31 @@ class EncoderDecoderLanguageModel(LanguageModel):
             use_cache=False,
         ).logits
 
-    @torch.no_grad()
-    def generate(
-        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
-    ) -> list[str]:
-        """See `LanguageModel.generate`."""
-        rows, _ = self._ended(prompts, self.max_prompt_tokens)
+    def _generation_inputs(self, prefix_BNL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        rows, _ = self._ended(prompts, self.max_prompt_tokens, self.tokenizer.eos_token_id)
         input_ids_BS, is_input_BS = (t.to(prefix_BNL.device) for t in _pad_right(rows, self._pad_id))
-        inputs = self._with_prefix(prefix_BNL, LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS))
-        return self._run_generation(inputs, settings or GenerationSettings())
+        return self._with_prefix(prefix_BNL, LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS))
 
-    def _ended(self, texts: Sequence[str], max_tokens: int | None) -> tuple[list[list[int]], list[bool]]:
-        """Ids of each text with its end token, and which were cut."""
+    def _ended(self, texts: Sequence[str], max_tokens: int | None, end: int) -> tuple[list[list[int]], list[bool]]:
+        """Ids of each text with its end, and which were cut."""
         rows = [self._text_ids(text) for text in texts]
         kept = [row if max_tokens is None else row[: max_tokens - 1] for row in rows]
         cut = [len(a) < len(b) for a, b in zip(kept, rows, strict=True)]
-        return [[*row, self.tokenizer.eos_token_id] for row in kept], cut
+        return [[*row, end] for row in kept], cut
 
 
 def build_language_model(model: nn.Module, tokenizer: Any, max_prompt_tokens: int | None = None) -> LanguageModel:
     """Wrap a Hugging Face model by its kind."""
     kind = EncoderDecoderLanguageModel if cast(Any, model).config.is_encoder_decoder else DecoderLanguageModel
     return kind(model, tokenizer, max_prompt_tokens)
+
+
+def _own_end_ids(model: Any) -> list[int]:
+    """Ids that the model itself ends with: those of its generation_config, else of its config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        if (ids := getattr(config, "eos_token_id", None)) is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
 
 
 def _pad_right(rows: Sequence[list[int]], value: int) -> tuple[Tensor, Tensor]:

@@ -28,22 +28,14 @@ class QFormerLayer(nn.Module):
 
     def __init__(self, config: QFormerConfig, *, has_cross_attention: bool) -> None:
         super().__init__()
-        width, heads, dropout, eps = (
-            config.hidden_size,
-            config.num_heads,
-            config.dropout,
-            config.layer_norm_eps,
-        )
-        self.attention = Attention(width, heads, key_width=width, dropout=dropout, eps=eps)
+        width, heads, inner = config.hidden_size, config.num_heads, config.intermediate_size
+        common = {"dropout": config.dropout, "eps": config.layer_norm_eps}
+        self.attention = Attention(width, heads, key_width=width, **common)
         self.cross_attention = (
-            Attention(width, heads, key_width=config.encoder_width, dropout=dropout, eps=eps)
-            if has_cross_attention
-            else None
+            Attention(width, heads, key_width=config.encoder_width, **common) if has_cross_attention else None
         )
-        self.query_ffn = FeedForward(width, config.intermediate_size, dropout=dropout, eps=eps)
-        self.text_ffn = (
-            FeedForward(width, config.intermediate_size, dropout=dropout, eps=eps) if config.has_text_branch else None
-        )
+        self.query_ffn = FeedForward(width, inner, **common)
+        self.text_ffn = FeedForward(width, inner, **common) if config.has_text_branch else None
 
     def forward(
         self,
@@ -112,13 +104,8 @@ class QFormerLayers(nn.ModuleList):
         """As `QFormerLayer.forward`; `image` and `past` hold an entry a layer, `kept` concerns the last."""
         cache = []
         for i, layer in enumerate(self):
-            arguments = (
-                rows,
-                mask,
-                () if image is None else image[i],
-                None if past is None else past[i],
-                kept if i == len(self) - 1 else None,
-            )
+            parts, cached = () if image is None else image[i], None if past is None else past[i]
+            arguments = (rows, mask, parts, cached, kept if i == len(self) - 1 else None)
             if self.is_checkpointed and torch.is_grad_enabled():
                 hidden_ND, own = checkpoint(layer, hidden_ND, *arguments, use_reentrant=False)
             else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def padding_mask(is_text_BT: Tensor) -> Tensor:
-    """Text rows see every real text token: [B, 1, 1, T]."""
+    """All rows see every real token of a text or an image: [B, 1, 1, T]."""
     return is_text_BT.bool()[:, None, None, :]
 
 

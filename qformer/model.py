@@ -2,10 +2,11 @@
 
 Dimensions: B batch, P image tokens, V encoder width, Q queries, T text tokens, D hidden width, H heads, K head width,
 I images, R image-text pairs, N packed rows, M packed text tokens.
-Rows are packed (see `attention`): padding is never computed, whatever length the text comes in.
+Rows are packed (see `attention`): attention alone pads text, to the batch's longest; linear layers never see padding.
 Reference: BLIP-2 (arXiv:2301.12597), section 3.1; LAVIS `Qformer.py`.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -81,17 +82,19 @@ class QFormer(nn.Module):
         ]
 
     def check_image(self, image_V: Tensor, dimensions: str) -> None:
-        """Refuse image tokens that are no floating-point tensor of `dimensions` ("BPV", "BFPV") and the encoder width.
+        """Refuse image tokens of other `dimensions` ("BPV", "BFPV"), another width, or a dtype the weights cannot meet.
 
         Raises:
             ValueError: Naming both sides.
         """
-        width = self.config.encoder_width
-        if image_V.dim() != len(dimensions) or image_V.shape[-1] != width or not image_V.is_floating_point():
+        width, dtype = self.config.encoder_width, self.query_tokens.dtype
+        is_cast = dtype == torch.float32 and torch.is_autocast_enabled(image_V.device.type)
+        taken = (dtype, torch.float16, torch.bfloat16) if is_cast else (dtype,)
+        if image_V.dim() != len(dimensions) or image_V.shape[-1] != width or image_V.dtype not in taken:
             raise ValueError(
-                f"image tokens are {image_V.dtype} {tuple(image_V.shape)} but the Q-Former takes floating "
+                f"image tokens are {image_V.dtype} {tuple(image_V.shape)} but the Q-Former takes floating {dtype} "
                 f"[{', '.join(dimensions[:-1])}, {width}] (encoder_width={width}); use the encoder it was trained with "
-                "(model.vision), and give an image one frame"
+                f"(model.vision), give an image one frame, convert tokens with .to({dtype}) or run under torch.autocast"
             )
 
     def check_text(self, input_ids_BT: Tensor, is_text_BT: Tensor) -> None:
@@ -107,13 +110,18 @@ class QFormer(nn.Module):
                 "[B, T], the ids integers"
             )
 
-    def forward_queries(self, image: Sequence[KeyValue | None]) -> QueryOutput:
-        """Queries alone over an image (ITC, and the cache of ITG)."""
+    def forward_queries(self, image: Sequence[KeyValue | None], is_image_BP: Tensor | None = None) -> QueryOutput:
+        """Queries alone over an image (ITC, and the cache of ITG).
+
+        Args:
+            image: Its keys and values.
+            is_image_BP: True at real image tokens, at least one of an image; None where all are.
+        """
         num_queries = self.config.num_queries
         num_images = _num_images(image)
         hidden_ND = self._embed(self.query_tokens.expand(num_images, -1, -1).flatten(0, 1))
         rows = Rows(num_images, num_queries, num_queries)
-        hidden_ND, cache = self.layers(hidden_ND, rows, image=_parts(image, rows))
+        hidden_ND, cache = self.layers(hidden_ND, rows, image=_parts(image, rows, is_image_BP))
         return QueryOutput(hidden_ND.unflatten(0, (-1, num_queries)), cache)
 
     @torch.no_grad()
@@ -128,13 +136,11 @@ class QFormer(nn.Module):
             hidden_ND, (part,) = inputs
             maps.append(cast(Attention, attention).probabilities(hidden_ND, part))
 
-        blocks = [layer.cross_attention for layer in self.layers if layer.cross_attention is not None]
-        handles = [block.register_forward_pre_hook(keep) for block in blocks]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer in self.layers:
+                if layer.cross_attention is not None:
+                    hooks.callback(layer.cross_attention.register_forward_pre_hook(keep).remove)
             self.forward_queries(image)
-        finally:
-            for handle in handles:
-                handle.remove()
         return maps
 
     def forward_text(self, input_ids_BT: Tensor, is_text_BT: Tensor, *, is_cls_only: bool = False) -> Tensor:
@@ -163,6 +169,7 @@ class QFormer(nn.Module):
         input_ids_RT: Tensor,
         is_text_RT: Tensor,
         other_image: Sequence[KeyValue | None] | None = None,
+        is_image_IP: Tensor | None = None,
     ) -> Tensor:
         """Queries and text together, bi-directional (ITM).
 
@@ -172,6 +179,7 @@ class QFormer(nn.Module):
                 for each of `other_image`. An image's texts share its keys and values without a copy.
             is_text_RT: True at real tokens; as in `forward_text`, the first of a row always counts.
             other_image: Keys and values of further images, of one text each.
+            is_image_IP: True at real tokens of `image`, as in `forward_queries`; those of `other_image` all are.
 
         Returns:
             Hidden states of the queries [R, Q, D]; nothing reads the text's, and the last layer leaves them out.
@@ -198,7 +206,7 @@ class QFormer(nn.Module):
         query_rows = Rows(pairs, num_queries, num_queries)
         kept = Kept(torch.arange(query_rows.num_rows, device=index_R.device), query_rows)
         texts_each = (pairs - num_others) // num_images
-        parts = _parts(image, Rows(num_images, 0, texts_each * num_queries))
+        parts = _parts(image, Rows(num_images, 0, texts_each * num_queries), is_image_IP)
         if other_image is not None:
             others = _parts(other_image, Rows(num_others, 0, num_queries))
             parts = [[*own, *other] for own, other in zip(parts, others, strict=True)]
@@ -223,8 +231,11 @@ class QFormer(nn.Module):
         """Leave out padding.
 
         Raises:
-            ValueError: If a text is longer than the trained positions, or an id outside the vocabulary.
+            ValueError: If there is no text branch, a text is longer than the trained positions, or an id outside the
+                vocabulary.
         """
+        if not self.config.has_text_branch:
+            raise ValueError("text for a Q-Former without text branch (vocab_size=0); build it with its vocabulary")
         item_M, position_M = is_text_BT.nonzero(as_tuple=True)
         ids_M = input_ids_BT[item_M, position_M]
         length = int(position_M.max()) + 1 if len(ids_M) else 1
@@ -257,8 +268,9 @@ def _num_images(image: Sequence[KeyValue | None]) -> int:
     return next(kv.keys_BHNK.shape[0] for kv in image if kv is not None)
 
 
-def _parts(image: Sequence[KeyValue | None], rows: Rows) -> list[list[Part]]:
-    return [[] if kv is None else [Part(rows, kv)] for kv in image]
+def _parts(image: Sequence[KeyValue | None], rows: Rows, is_image_IP: Tensor | None = None) -> list[list[Part]]:
+    mask = None if is_image_IP is None else padding_mask(is_image_IP)
+    return [[] if kv is None else [Part(rows, kv, mask)] for kv in image]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -30,17 +30,23 @@ def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_v
         scores_BN: Similarities divided by the temperature.
         is_positive_BN: Matching pairs; with image ids, all texts of an image share the target mass.
         is_valid_B: Rows that count.
-        is_valid_N: Columns that exist.
+        is_valid_N: Columns that exist, those of the rows that count among them.
+
+    Returns:
+        This rank's share of the mean over all ranks' rows (`mean_over_ranks`): NaN if a row that counts holds one,
+        whatever masked rows and columns hold.
     """
     valid_B = is_valid_B.to(scores_BN.dtype)
-    log_probability_BN = scores_BN.masked_fill(~is_valid_N[None], float("-inf")).log_softmax(dim=1)
+    # Masked before the softmax: a NaN behind it would come back in its gradient.
+    scores_BN = scores_BN.masked_fill(~is_valid_N[None], float("-inf")).masked_fill(~is_valid_B[:, None], 0.0)
+    log_probability_BN = scores_BN.log_softmax(dim=1)
     target_BN = (is_positive_BN & is_valid_N[None]).to(scores_BN.dtype)
     target_BN = target_BN / target_BN.sum(dim=1, keepdim=True).clamp(min=1.0)
     uniform_N = is_valid_N.to(scores_BN.dtype) / is_valid_N.sum().clamp(min=1)
     target_BN = (1.0 - LABEL_SMOOTHING) * target_BN + LABEL_SMOOTHING * uniform_N[None]
     # 0 * -inf is NaN: masked columns have no target mass, so drop them from the sum.
     loss_B = -(target_BN * log_probability_BN.masked_fill(~is_valid_N[None], 0.0)).sum(dim=1)
-    return mean_over_ranks((loss_B.nan_to_num(0.0) * valid_B).sum(), valid_B.sum())
+    return mean_over_ranks((loss_B * valid_B).sum(), valid_B.sum())
 
 
 class Negatives(NamedTuple):
@@ -78,8 +84,13 @@ def sample_negatives(
 
 
 def itm_loss(logits_R2: Tensor, is_match_R: Tensor, is_valid_R: Tensor) -> Tensor:
-    """Two-way cross-entropy over matching and non-matching pairs; class 1 is "match"."""
-    loss_R = F.cross_entropy(logits_R2.float(), is_match_R.long(), reduction="none")
+    """Two-way cross-entropy over matching and non-matching pairs; class 1 is "match".
+
+    Returns:
+        This rank's share of the mean over all ranks' valid pairs; NaN as in `itc_loss`.
+    """
+    logits_R2 = logits_R2.float().masked_fill(~is_valid_R[:, None], 0.0)
+    loss_R = F.cross_entropy(logits_R2, is_match_R.long(), reduction="none")
     valid_R = is_valid_R.to(loss_R.dtype)
     return mean_over_ranks((loss_R * valid_R).sum(), valid_R.sum())
 
@@ -91,6 +102,9 @@ def itg_loss(logits_MV: Tensor, labels_M: Tensor, *, per_rank: bool = False) -> 
         logits_MV: Logits of the tokens that predict another.
         labels_M: The predicted ids.
         per_rank: Average over this rank's tokens, as LAVIS does, instead of over all ranks'.
+
+    Returns:
+        The mean over this rank's tokens, or this rank's share of the mean over all.
     """
     total = F.cross_entropy(logits_MV.float(), labels_M, label_smoothing=LABEL_SMOOTHING, reduction="sum")
     count = torch.tensor(len(labels_M), device=labels_M.device)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qformer.attention import KeyValue
 from qformer.backbones import require_finite
 from qformer.config import QFormerConfig
-from qformer.distributed import fetch_rows, gather, rank, world_size
+from qformer.distributed import fetch_rows, gather, stream_seed, world_size
 from qformer.model import QFormer
 from qformer.objectives import Negatives, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
 
@@ -94,7 +94,7 @@ class Stage1(nn.Module):
         Raises:
             ValueError: If the batch does not fit the model, or its features hold NaN or infinity.
         """
-        self._check(batch)
+        self.check(batch)
         frames = batch.image_BFPV.shape[1]
         # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
         is_masked_B111 = ~batch.is_valid_B[:, None, None, None]
@@ -204,8 +204,12 @@ class Stage1(nn.Module):
         logits_MV = self.qformer.decode_text(decoder_ids_BT, is_label_BT, [_join_frames(kv, frames) for kv in cache])
         return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT], per_rank=self.lavis_reduction)
 
-    def _check(self, batch: Stage1Batch) -> None:
-        """Refuse a batch that does not fit the model or itself."""
+    def check(self, batch: Stage1Batch) -> None:
+        """Refuse a batch that does not fit the model or itself.
+
+        Raises:
+            ValueError: Naming both sides.
+        """
         image = batch.image_BFPV
         self.qformer.check_image(image, "BFPV")
         self.qformer.check_text(batch.input_ids_BT, batch.is_text_BT)
@@ -214,20 +218,15 @@ class Stage1(nn.Module):
                 raise ValueError(
                     f"image_BFPV has {len(image)} samples but {name} {len(getattr(batch, name))}; give every sample one"
                 )
+        if batch.is_valid_B.dtype != torch.bool:
+            raise ValueError(f"is_valid_B is {batch.is_valid_B.dtype} but must be torch.bool; convert it with .bool()")
 
 
 def _join_frames(cached: KeyValue, frames: int) -> KeyValue:
     """[B*F, H, Q, K] to [B, H, F*Q, K], frames in time order."""
-    if frames == 1:
-        return cached
-
-    def join(states_GHQK: Tensor) -> Tensor:
-        return states_GHQK.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3)
-
-    return KeyValue(join(cached.keys_BHNK), join(cached.values_BHNK))
+    return KeyValue(*(states.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3) for states in cached))
 
 
 def sampling_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Randomness of one step's hard negatives on this rank: a function of (seed, step, rank) alone."""
-    generator = torch.Generator(device=device)
-    return generator.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
+    return torch.Generator(device=device).manual_seed(stream_seed("negatives", seed, step))

@@ -70,17 +70,18 @@ class Stage2(nn.Module):
 
         Raises:
             ValueError: If the image tokens are not floating [B, F, P, V] of the encoder's width, ids lie outside the
-                vocabulary, or instruction and text branch do not come together.
+                vocabulary, or instruction, its mask and text branch do not come together.
         """
         self.qformer.check_image(image_BFPV, "BFPV")
         config, frames = self.qformer.config, image_BFPV.shape[1]
-        tokens_GPV = self.vision_norm(image_BFPV).flatten(0, 1)
-        image = self.qformer.image_key_values(tokens_GPV)
-        if (instruction_ids_BT is None) == config.has_text_branch:
-            given, built = ("no", "vocab_size>0") if instruction_ids_BT is None else ("an", "vocab_size=0")
+        has_ids, has_mask = instruction_ids_BT is not None, is_instruction_BT is not None
+        if not has_ids == has_mask == config.has_text_branch:
             raise ValueError(
-                f"{given} instruction given but the Q-Former was built with {built}; set model.qformer_reads_prompt"
+                f"instruction_ids_BT given: {has_ids}, is_instruction_BT given: {has_mask}, but a Q-Former of "
+                f"vocab_size={config.vocab_size} takes {'both' if config.has_text_branch else 'neither'}; "
+                "change that, or model.qformer_reads_prompt"
             )
+        image = self.qformer.image_key_values(self.vision_norm(image_BFPV).flatten(0, 1))
         if instruction_ids_BT is None or is_instruction_BT is None:
             hidden_GQD = self.qformer.forward_queries(image).hidden_BQD
         else:

@@ -146,6 +146,11 @@ print(jobs.bench.stage1.PAPER.hidden_size)
     assert (done.stdout.strip(), done.stderr) == ("768", "")
 
 
+def test_a_reader_can_hold_the_model_library_in_the_head():
+    """Without conversion, which only those need who exchange weights (issue 3, Shows 5)."""
+    assert sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "qformer").glob("*.py")) < 2500
+
+
 def test_importing_qformer_loads_no_ray():
     modules = [".".join(path.with_suffix("").parts) for path in sources() if path.parts[0] == "qformer"]
     names = [name.removesuffix(".__init__") for name in modules]

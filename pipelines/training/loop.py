@@ -16,7 +16,7 @@ from pipelines.training.guard import StepGuard
 from pipelines.training.optim import learning_rate
 from pipelines.training.run_times import RunTimes
 from pipelines.training.stages import Stage
-from qformer.distributed import mean_of_ranks, rank, world_size
+from qformer.distributed import mean_of_ranks, stream_seed, world_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same.
-        torch.manual_seed(((settings.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
+        torch.manual_seed(stream_seed("dropout", settings.seed, step))
         with self._autocast():
             losses = self.stage.losses(self.call, batch, step)
         losses["total"].backward()

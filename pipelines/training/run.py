@@ -58,6 +58,8 @@ class ModelChoice:
     """"refuse" or "reinitialise"."""
     qformer_reads_prompt: bool = False
     """InstructBLIP: the prompt goes to the Q-Former as well as to the LM."""
+    lavis_reduction: bool = False
+    """Stage 1 equals LAVIS on several ranks, and not one process on the joined batch."""
     freeze_qformer: bool = False
     """MiniGPT-4: the projection alone is trained."""
     lora: LoraConfig | None = None
@@ -190,7 +192,7 @@ class TrainingRun:
     def _representation_stage(self, encode: Encode, device: torch.device, seed: int) -> RepresentationStage:
         self.tokenizer = load_text_tokenizer(self.choice.tokenizer, self.choice.max_text_tokens)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
-        stage1 = Stage1(self.config)
+        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction)
         self._start(stage1.qformer)
         return RepresentationStage(encode, stage1.to(device), self.tokenizer, seed)
 
@@ -200,6 +202,8 @@ class TrainingRun:
         choice = self.choice
         if choice.language is None:
             raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
+        if choice.lavis_reduction:
+            raise UserError("model.lavis_reduction belongs to stage 1; leave it out of stage 2")
         if choice.freeze_qformer and init_from is None:
             raise UserError("model.freeze_qformer=true needs a trained Q-Former: set init_from to a run")
         language = build_language_model(*load_language(choice.language, dtype=dtype)).to(device)

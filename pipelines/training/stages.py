@@ -3,7 +3,9 @@
 Dimensions: B local batch, F frames, T text tokens.
 """
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from pipelines.data.batch import SampleBatch
 from qformer.backbones import require_finite
-from qformer.distributed import mean_over_ranks, world_size
+from qformer.distributed import any_text, mean_over_ranks, world_size
 from qformer.errors import UserError
 from qformer.language import LanguageModel
 from qformer.stage1 import Stage1, Stage1Batch, sampling_generator
@@ -61,19 +63,23 @@ class RepresentationStage:
     def losses(self, call: Callable[..., Any], batch: SampleBatch, step: int) -> dict[str, Tensor]:
         """The three losses and their sum."""
         device = self.trainables.temperature.device
-        ids_BT, mask_BT, num_truncated = self.tokenizer.encode(batch.captions)
-        self.num_truncated += num_truncated
+        with _raised_by_all_ranks(device):
+            ids_BT, mask_BT, num_truncated = self.tokenizer.encode(batch.captions)
+            self.num_truncated += num_truncated
+            inputs = Stage1Batch(
+                image_BFPV=self.encode(batch),
+                input_ids_BT=ids_BT.to(device),
+                is_text_BT=mask_BT.to(device),
+                image_ids_B=torch.from_numpy(batch.image_ids).to(device),
+                is_valid_B=torch.from_numpy(batch.is_valid).to(device),
+                sample_ids=tuple(batch.sample_ids),
+            )
+            self.trainables.check(inputs)
+            require_finite(inputs.image_BFPV, inputs.is_valid_B, inputs.sample_ids)
         # Ranks exchange rows of text, which must be of one length.
-        extra = _longest_over_ranks(ids_BT.shape[1], device) - ids_BT.shape[1]
-        ids_BT, mask_BT = F.pad(ids_BT, (0, extra)), F.pad(mask_BT, (0, extra))
-        inputs = Stage1Batch(
-            image_BFPV=self.encode(batch),
-            input_ids_BT=ids_BT.to(device),
-            is_text_BT=mask_BT.to(device),
-            image_ids_B=torch.from_numpy(batch.image_ids).to(device),
-            is_valid_B=torch.from_numpy(batch.is_valid).to(device),
-            sample_ids=tuple(batch.sample_ids),
-        )
+        extra = _largest_over_ranks(ids_BT.shape[1], device) - ids_BT.shape[1]
+        ids_BT, mask_BT = F.pad(inputs.input_ids_BT, (0, extra)), F.pad(inputs.is_text_BT, (0, extra))
+        inputs = dataclasses.replace(inputs, input_ids_BT=ids_BT, is_text_BT=mask_BT)
         losses = call(inputs, sampling_generator(self.seed, step, device))
         return {"total": losses.total, "itc": losses.itc, "itm": losses.itm, "itg": losses.itg}
 
@@ -117,8 +123,10 @@ class GenerationStage:
         self.num_truncated += texts.num_truncated
         is_valid_B = torch.from_numpy(batch.is_valid)
         texts = texts.without_labels(~is_valid_B).to(device)
-        tokens_BFPV = self.encode(batch)
-        require_finite(tokens_BFPV, is_valid_B.to(device), batch.sample_ids)
+        with _raised_by_all_ranks(device):
+            tokens_BFPV = self.encode(batch)
+            self.trainables.qformer.check_image(tokens_BFPV, "BFPV")
+            require_finite(tokens_BFPV, is_valid_B.to(device), batch.sample_ids)
         # Zeros in place of a masked sample's features: NaN there would live through a gradient of zero.
         inputs = [tokens_BFPV.masked_fill(~is_valid_B.to(device)[:, None, None, None], 0.0)]
         if self.tokenizer is not None:
@@ -130,10 +138,24 @@ class GenerationStage:
         return {"total": loss, "lm": loss}
 
 
-def _longest_over_ranks(length: int, device: torch.device) -> int:
-    """Ranks exchange text rows, which must be of one length."""
+@contextlib.contextmanager
+def _raised_by_all_ranks(device: torch.device) -> Iterator[None]:
+    """Let one rank's bad data end all ranks with its message: the others would wait for it in a collective."""
+    mistake = None
+    try:
+        yield
+    except ValueError as error:
+        if world_size() == 1:
+            raise
+        mistake = error
+    if _largest_over_ranks(int(mistake is not None), device):
+        raise ValueError(any_text(None if mistake is None else str(mistake))) from mistake
+
+
+def _largest_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers."""
     if world_size() == 1:
-        return length
-    longest = torch.tensor(length, device=device)
-    distributed.all_reduce(longest, op=distributed.ReduceOp.MAX)
-    return int(longest)
+        return number
+    largest = torch.tensor(number, device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return int(largest)

@@ -1,13 +1,17 @@
 """Every fast path of stage 1 against the plain one: forward and gradient, in one process and in two."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from qformer.distributed import fetch_rows, gather
+from qformer.attention import Part, Rows
+from qformer.distributed import fetch_rows, gather, rank, world_size
 from qformer.objectives import Negatives
 from qformer.stage1 import Stage1
+from qformer.stage2 import Stage2
 from tests.distributed import run_processes
 from tests.qformer import plain
 from tests.qformer.test_stage1 import CLOSE, CONFIG, batch, cyclic_negatives, gradients, model, take
@@ -18,8 +22,9 @@ def assert_same_gradients(first, second):
         torch.testing.assert_close(gradients(second)[name], gradient, **CLOSE, msg=lambda text, name=name: name + text)
 
 
-def assert_fast_equals_plain(full, negatives):
+def assert_fast_equals_plain(full, negatives, *, is_checkpointed=False):
     fast, slow = model(), model()
+    fast.qformer.layers.is_checkpointed = is_checkpointed
     losses = fast(full, negatives=negatives)
     losses.total.backward()
     expected = plain.plain_losses(slow, full, negatives)
@@ -35,29 +40,70 @@ def test_fast_equals_plain(frames):
     assert_fast_equals_plain(batch(6, frames), cyclic_negatives(6))
 
 
-def test_fast_equals_plain_with_masked_samples_and_shared_images():
+def masked_and_shared(frames=1):
+    """Samples 0 and 1 and, across two ranks, 2 and 4 share an image; 3 is masked, and 2 has no negative."""
     full = take(
-        batch(6),
+        batch(6, frames),
         slice(None),
         image_ids_B=torch.tensor([0, 0, 2, 3, 2, 5]),
         is_valid_B=torch.tensor([True, True, True, False, True, True]),
     )
     has = torch.tensor([True, True, False, True, True, True])
-    negatives = Negatives(torch.tensor([2, 4, 0, 0, 5, 1]), torch.tensor([5, 5, 0, 1, 1, 2]), has)
-    assert_fast_equals_plain(full, negatives)
+    return full, Negatives(torch.tensor([2, 4, 0, 0, 5, 1]), torch.tensor([5, 5, 0, 1, 1, 2]), has)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_fast_equals_plain_with_masked_samples_and_shared_images(is_checkpointed):
+    assert_fast_equals_plain(*masked_and_shared(), is_checkpointed=is_checkpointed)
 
 
 def two_ranks_equal_plain(rank, world):
     rows = slice(rank * 3, rank * 3 + 3)
-    full = take(batch(6, frames=2), rows)
+
+    def own(full, negatives):
+        return take(full, rows), Negatives(*(values[rows] for values in negatives))
+
     # Rank 0 wants rows 3 (twice) and 1; rank 1 wants only its own, so nothing travels to it.
-    image = torch.tensor([3, 3, 1, 4, 5, 3])[rows]
-    text = torch.tensor([1, 5, 4, 0, 1, 2])[rows]
-    assert_fast_equals_plain(full, Negatives(image, text, torch.ones(3, dtype=torch.bool)))
+    image, text = torch.tensor([3, 3, 1, 4, 5, 3]), torch.tensor([1, 5, 4, 0, 1, 2])
+    chosen = Negatives(image, text, torch.ones(6, dtype=torch.bool))
+    assert_fast_equals_plain(*own(batch(6, frames=2), chosen))
+    for is_checkpointed in (False, True):
+        assert_fast_equals_plain(*own(*masked_and_shared(frames=2)), is_checkpointed=is_checkpointed)
+    assert_compiled_equals_eager()
 
 
 def test_fast_equals_plain_in_two_processes():
     run_processes(two_ranks_equal_plain, 2)
+
+
+def assert_compiled_equals_eager():
+    """With dropout, whose draws are the same from the same seed; under DDP where there are several ranks.
+
+    `aot_eager` traces forward and backward, as the real compiler does, and then runs them operation by operation. An
+    instruction-aware stage 2 has everything that a layer can do in the one pass to trace.
+    """
+    torch._dynamo.reset()
+    config, results = dataclasses.replace(CONFIG, num_layers=2, dropout=0.3, has_lm_head=False), []
+    full = batch(3, seed=rank())
+    for is_compiled in (False, True):
+        torch.manual_seed(3)
+        stage2 = Stage2(config, language_width=16).train()
+        if is_compiled:
+            stage2.qformer.layers.compile(backend="aot_eager", fullgraph=True)
+        call = DistributedDataParallel(stage2) if world_size() > 1 else stage2
+        torch.manual_seed(4 + rank())
+        prefix = call(full.image_BFPV, full.input_ids_BT, full.is_text_BT)
+        prefix.square().mean().backward()
+        results.append((stage2, prefix))
+    (eager, expected), (compiled, found) = results
+    torch.testing.assert_close(found, expected, **CLOSE)
+    for name, gradient in gradients(eager).items():
+        if gradient is not None:  # the last layer's text feed-forward is not trained
+            torch.testing.assert_close(gradients(compiled)[name], gradient, **CLOSE, msg=name)
+
+
+def test_compiled_equals_eager_with_dropout():
+    assert_compiled_equals_eager()
 
 
 def fetches_the_chosen_rows(rank, world):
@@ -101,6 +147,33 @@ def test_several_texts_of_an_image_share_its_keys_and_values():
     )
     with pytest.raises(ValueError, match="8 texts for 5 images"):
         stage1.qformer.forward_joint(key_values, texts.input_ids_BT, texts.is_text_BT)
+
+
+def test_masked_image_tokens_are_as_if_they_were_not_there():
+    """Queries alone, and with texts of which two share an image."""
+    stage1, texts, image = model(), batch(5), torch.randn(3, 7, 24)
+    is_real = torch.arange(7)[None] < torch.tensor([7, 2, 4])[:, None]
+    spoilt, qformer = stage1.qformer.image_key_values(image.masked_fill(~is_real[..., None], 9.0)), stage1.qformer
+    queries = qformer.forward_queries(spoilt, is_real).hidden_BQD
+    some, others = ([None if kv is None else kv.take(torch.tensor(rows)) for kv in spoilt] for rows in ([1, 2], [0]))
+    joint = qformer.forward_joint(some, texts.input_ids_BT, texts.is_text_BT, others, is_image_IP=is_real[[1, 2]])
+    for row, cut in enumerate((7, 2, 4)):
+        alone = qformer.image_key_values(image[row : row + 1, :cut])
+        torch.testing.assert_close(queries[row : row + 1], qformer.forward_queries(alone).hidden_BQD, **CLOSE)
+        for text in ([4], [0, 1], [2, 3])[row]:
+            ids, mask = texts.input_ids_BT[text : text + 1], texts.is_text_BT[text : text + 1]
+            torch.testing.assert_close(joint[text : text + 1], qformer.forward_joint(alone, ids, mask), **CLOSE)
+
+
+def test_only_what_draws_random_numbers_keeps_their_state_for_the_second_computation():
+    stage1 = Stage1(dataclasses.replace(CONFIG, dropout=0.3)).train()
+    layer, hidden = stage1.qformer.layers[0], torch.randn(10, 32)
+    rows = Rows(2, 5, 5)
+    with mock.patch.object(torch, "get_rng_state", wraps=torch.get_rng_state) as read:
+        layer.query_ffn(hidden)
+        assert not read.called
+        layer.attention(hidden, [Part(rows, layer.attention.packed_key_value(hidden, rows))])
+        assert read.called
 
 
 def test_attention_maps_on_request_are_those_of_the_plain_softmax():
@@ -169,6 +242,8 @@ def test_the_hot_path_compiles_without_graph_breaks(is_checkpointed):
     [
         ({"image_BFPV": torch.zeros(4, 7, 24)}, r"\(4, 7, 24\) .*\[B, F, P, 24\]"),
         ({"image_BFPV": torch.zeros(4, 1, 7, 24, dtype=torch.uint8)}, "uint8"),
+        ({"image_BFPV": torch.zeros(4, 1, 7, 24, dtype=torch.float16)}, r"torch\.float16 .* torch\.float32"),
+        ({"is_valid_B": torch.ones(4, dtype=torch.int64)}, r"is_valid_B is torch\.int64 .* torch\.bool"),
         ({"image_BFPV": torch.zeros(4, 1, 7, 25)}, r"\(4, 1, 7, 25\) .*encoder_width=24"),
         ({"image_BFPV": torch.zeros(3, 1, 7, 24)}, "3 samples but input_ids_BT 4"),
         ({"is_valid_B": torch.ones(5, dtype=torch.bool)}, "4 samples but is_valid_B 5"),

@@ -1,15 +1,19 @@
 """Our stage 1 and stage 2 against tensors recorded from LAVIS, fp32, dropout 0."""
 
+import contextlib
 import json
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from qformer import stage1 as stage1_module
 from qformer.backbones import import_torchvision
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
-from qformer.objectives import Negatives
+from qformer.masks import joint_mask
+from qformer.objectives import Negatives, itg_loss, sample_negatives
 from qformer.stage1 import Stage1, Stage1Batch
 from qformer.stage2 import Stage2
 from tests.distributed import run_processes
@@ -35,6 +39,8 @@ def stage1_from(goldens_dir):
         max_positions=bert["max_position_embeddings"],
         embed_dim=facts["embed_dim"],
         dropout=0.0,
+        layer_norm_eps=facts["layer_norm_eps"],
+        vision_norm_eps=facts["ln_vision_eps"],
     )
     model = Stage1(config, lavis_reduction=True)
     model.load_state_dict(our_weights(goldens_dir / "stage1_weights.safetensors"))
@@ -63,27 +69,103 @@ def assert_losses(losses, tensors, prefix=""):
 
 
 def assert_gradients(module, tensors, prefix="grad."):
+    """Every recorded gradient is compared: one without a counterpart of ours is an error."""
     own = dict(module.named_parameters())
     names = [name for name in tensors if name.startswith(prefix)]
-    compared = 0
+    assert names
     for name in names:
-        ours = own.get(our_name(name.removeprefix(prefix)))
-        if ours is None:
-            continue
-        expected = tensors[name]
-        worst = (ours.grad - expected).abs().max()
+        ours, expected = own[our_name(name.removeprefix(prefix))].grad, tensors[name]
+        worst = (ours - expected).abs().max()
         assert worst <= GRADIENT_SHARE * expected.abs().max(), f"{name}: {worst}"
-        compared += 1
-    assert compared >= len(names) - 1 and compared > 0
 
 
-def test_stage1_losses_and_gradients_equal_lavis(goldens_dir):
-    tensors = load_file(goldens_dir / "stage1_single.safetensors")
-    model = stage1_from(goldens_dir).train()
-    losses = model(stage1_batch(tensors), negatives=negatives_of(tensors))
-    assert_losses(losses, tensors)
+@contextlib.contextmanager
+def seen_inside(model):
+    """What a whole forward computes on its way, under the recorded names and in the recorded order."""
+    seen, scores, hidden = {}, [], []
+    itc_loss, itm_loss = stage1_module.itc_loss, stage1_module.itm_loss
+
+    def as_lavis(groups):
+        """Ours: positives, negative texts, negative images. Theirs: positives, negative images, negative texts."""
+        return torch.cat([groups[0], groups[2], groups[1]])
+
+    def itc(scores_BN, is_positive_BN, *masks):
+        scores.append((scores_BN, is_positive_BN))
+        return itc_loss(scores_BN, is_positive_BN, *masks)
+
+    def itm(logits_R2, is_match_R, is_valid_R):
+        seen["out.itm_logits"] = as_lavis(logits_R2.unflatten(0, (3, -1)))
+        seen["out.itm_labels"] = as_lavis(is_match_R.unflatten(0, (3, -1))).long()
+        return itm_loss(logits_R2, is_match_R, is_valid_R)
+
+    handle = model.itm_head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    with mock.patch.multiple(stage1_module, itc_loss=itc, itm_loss=itm):
+        yield seen
+    handle.remove()
+    (seen["out.sim_i2t"], is_positive), (seen["out.sim_t2i"], _) = scores
+    seen["out.itc_targets"] = is_positive.long().argmax(dim=1)
+    # The own and the negative text of every image in turn, then the negative images.
+    size = len(hidden[0]) // 3
+    both = hidden[0][: 2 * size].unflatten(0, (size, 2))
+    seen["out.itm_last_hidden"] = as_lavis([both[:, 0], both[:, 1], hidden[0][2 * size :]])
+
+
+def passes_of(model, batch):
+    """The passes apart, under the recorded names; of text the real tokens alone, since no others are computed."""
+    image = model.qformer.image_key_values(model.vision_norm(batch.image_BFPV[:, 0]))
+    queries = model.qformer.forward_queries(image)
+    decoder_ids = batch.input_ids_BT.clone()
+    decoder_ids[:, 0] = model.dec_id
+    return {
+        "out.query_last_hidden": queries.hidden_BQD,
+        "out.text_last_hidden": model.qformer.forward_text(batch.input_ids_BT, batch.is_text_BT),
+        "out.itg_logits": model.qformer.decode_text(decoder_ids, batch.is_text_BT, queries.cache),
+    }
+
+
+def weights_of_negatives(scores_i2t, scores_t2i, targets):
+    """What the negatives are drawn by."""
+    drawn_by = []
+    positives = torch.arange(scores_i2t.shape[1])[None] == targets[:, None]
+
+    def multinomial(weights, *arguments, **options):
+        drawn_by.append(weights)
+        return torch.zeros(len(weights), 1, dtype=torch.long)
+
+    with mock.patch.object(torch, "multinomial", multinomial):
+        sample_negatives(scores_i2t, scores_t2i, positives, torch.ones(scores_i2t.shape[1], dtype=torch.bool))
+    return dict(zip(("out.weights_t2i", "out.weights_i2t"), drawn_by, strict=True))
+
+
+def assert_outputs(ours, tensors, is_text, prefix=""):
+    """All that is recorded under "out." is compared, losses apart."""
+    losses = {f"{prefix}out.{name}" for name in ("loss", "loss_itc", "loss_itm", "loss_lm")}
+    recorded = {name for name in tensors if name.startswith(f"{prefix}out.")} - losses
+    assert recorded <= {prefix + name for name in ours}
+    for name in recorded:
+        expected, found = tensors[name], ours[name.removeprefix(prefix)]
+        if "text_last" in name or "itg_logits" in name:
+            expected = expected[is_text]
+        elif "itm_last" in name:
+            expected = expected[:, : found.shape[1]]  # of queries and text, which the last layer does not compute
+        torch.testing.assert_close(found, expected, **OUTPUT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_stage1(model, batch, tensors, prefix=""):
+    """Losses, all that leads to them, and gradients."""
+    with seen_inside(model) as seen:
+        losses = model(batch, negatives=negatives_of(tensors, prefix))
+    assert_losses(losses, tensors, prefix)
+    scores = seen["out.sim_i2t"], seen["out.sim_t2i"]
+    seen |= passes_of(model, batch) | weights_of_negatives(*scores, seen["out.itc_targets"])
+    assert_outputs(seen, tensors, batch.is_text_BT, prefix)
     losses.total.backward()
-    assert_gradients(model, tensors)
+    assert_gradients(model, tensors, f"{prefix}grad.")
+
+
+def test_stage1_equals_lavis(goldens_dir):
+    tensors = load_file(goldens_dir / "stage1_single.safetensors")
+    assert_stage1(stage1_from(goldens_dir).train(), stage1_batch(tensors), tensors)
 
 
 def test_image_id_variant_equals_lavis(goldens_dir):
@@ -94,37 +176,105 @@ def test_image_id_variant_equals_lavis(goldens_dir):
     assert_losses(losses, tensors, "image_id.")
 
 
-def test_hidden_states_equal_lavis(goldens_dir):
-    tensors = load_file(goldens_dir / "stage1_single.safetensors")
-    model = stage1_from(goldens_dir).eval()
-    batch = stage1_batch(tensors)
-    image = model.qformer.image_key_values(model.vision_norm(batch.image_BFPV[:, 0]))
-    queries = model.qformer.forward_queries(image)
-    torch.testing.assert_close(queries.hidden_BQD, tensors["out.query_last_hidden"], **OUTPUT)
-    text = model.qformer.forward_text(batch.input_ids_BT, batch.is_text_BT)
-    torch.testing.assert_close(text, tensors["out.text_last_hidden"][batch.is_text_BT], **OUTPUT)
-    decoder_ids = batch.input_ids_BT.clone()
-    decoder_ids[:, 0] = model.dec_id
-    logits = model.qformer.decode_text(decoder_ids, batch.is_text_BT, queries.cache)
-    torch.testing.assert_close(logits, tensors["out.itg_logits"][batch.is_text_BT], **OUTPUT)
-
-
 def two_process_worker(rank, world, goldens_dir):
     tensors = load_file(goldens_dir / "stage1_dist2.safetensors")
     model = stage1_from(goldens_dir).train()
     prefix = f"rank{rank}."
-    batch = stage1_batch(tensors, prefix)
-    size = len(batch.input_ids_BT)
-    ids = torch.arange(rank * size, (rank + 1) * size)
-    batch = stage1_batch(tensors, prefix, image_ids=ids)
-    losses = model(batch, negatives=negatives_of(tensors, prefix))
-    assert_losses(losses, tensors, prefix)
-    losses.total.backward()
-    assert_gradients(model, tensors, f"{prefix}grad.")
+    size = len(tensors[f"{prefix}in.input_ids"])
+    batch = stage1_batch(tensors, prefix, image_ids=torch.arange(rank * size, (rank + 1) * size))
+    assert_stage1(model, batch, tensors, prefix)
+    for parameter in model.parameters():
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= world
+    assert_gradients(model, tensors, "ddp_mean_grad.")
 
 
 def test_two_processes_equal_lavis(goldens_dir):
     run_processes(two_process_worker, 2, goldens_dir)
+
+
+def paths_of(model, tensors):
+    """Every recorded path of the Q-Former, under its recorded name; of text the real tokens alone.
+
+    Recorded "in." tensors and those that say how the others were made are compared with what we make of the same.
+    """
+    qformer, ids, is_text = model.qformer, tensors["in.input_ids"], tensors["in.attention_mask"].bool()
+    num_queries, embedded, layers = qformer.config.num_queries, [], []
+    qformer.embedding_norm.register_forward_hook(lambda _, inputs, output: embedded.append(output))
+    for layer in qformer.layers:
+        layer.register_forward_hook(lambda _, inputs, output: layers.append(output[0]))
+    image = qformer.image_key_values(tensors["in.image_embeds"])
+    ours = {}
+
+    queries = qformer.forward_queries(image)
+    ours["image.last_hidden_state"] = queries.hidden_BQD
+    for i, hidden in enumerate([embedded[-1], *layers]):
+        ours[f"image.hidden_states.{i}"] = hidden.unflatten(0, (-1, num_queries))
+    for i, (keys, values) in enumerate(queries.cache):
+        ours |= {f"image.past_key_values.{i}.key": keys, f"image.past_key_values.{i}.value": values}
+    is_image = tensors["image_masked.encoder_attention_mask"].bool()
+    ours["image_masked.last_hidden_state"] = qformer.forward_queries(image, is_image).hidden_BQD
+
+    ours["text.last_hidden_state"] = qformer.forward_text(ids, is_text)
+    ours["text.embedding_output"] = embedded[-1]
+
+    ours["itm.attention_mask"] = joint_mask(is_text, num_queries)[:, 0, 0].long()
+    ours["itm.last_hidden_state"] = qformer.forward_joint(image, ids, is_text)
+    ours["itm.embedding_output"] = embedded[-1]
+    ours["compute_itm.logit"] = model.match_logits(image, ids, is_text, frames=1)[:, 1]
+
+    decoder_ids = torch.cat([torch.full_like(ids[:, :1], model.dec_id), ids[:, 1:]], dim=1)
+    logits = qformer.decode_text(decoder_ids, is_text, queries.cache)
+    ours |= {"itg.decoder_input_ids": decoder_ids, "itg.logits": logits, "itg.logits_one_pass": logits}
+    is_label = is_text[:, 1:]
+    labels = ids[:, 1:]
+    ours["itg.labels"] = labels.masked_fill(~is_label, -100)
+    item, position = is_text.nonzero(as_tuple=True)
+    predicts = position + 1 < is_text.sum(dim=1)[item]
+    ours["itg.loss"] = itg_loss(logits[predicts], labels[is_label])
+    each = [(logits[predicts & (item == row)], labels[row][is_label[row]]) for row in range(len(ids))]
+    ours["itg.loss_per_sample_sum"] = torch.stack([itg_loss(rows, label) * len(label) for rows, label in each])
+
+    features = "extract_features."
+    ids, is_text = tensors[f"{features}input_ids"], tensors[f"{features}attention_mask"].bool()
+    ours[f"{features}image.image_embeds"] = queries.hidden_BQD
+    ours[f"{features}image.image_embeds_proj"] = model.embed_queries(queries.hidden_BQD, frames=1)
+    text = qformer.forward_text(ids, is_text)
+    ours[f"{features}text.text_embeds"] = text
+    ours[f"{features}text.text_embeds_proj"] = torch.nn.functional.normalize(model.text_projection(text), dim=-1)
+    ours[f"{features}multimodal.multimodal_embeds"] = qformer.forward_joint(image, ids, is_text)
+    torch.testing.assert_close(
+        model.embed_text(ids, is_text), tensors[f"{features}text.text_embeds_proj"][:, 0], **OUTPUT
+    )
+    return ours
+
+
+def recorded_path(name, tensors, num_queries):
+    """A recorded tensor without what we never compute: padding, and the text rows of the joint pass's last layer."""
+    expected = tensors[name]
+    is_text = tensors["extract_features.attention_mask" if "extract" in name else "in.attention_mask"].bool()
+    if name == "itm.last_hidden_state":
+        return expected[:, :num_queries]
+    if name == "itm.embedding_output":  # packed: all queries, then all text
+        return torch.cat([expected[:, :num_queries].flatten(0, 1), expected[:, num_queries:][is_text]])
+    if name == "itg.labels":
+        return expected[:, 1:]  # the first is never predicted
+    is_of_text = name.startswith(("text.", "extract_features.text.", "itg.logits"))
+    return expected[is_text] if is_of_text else expected
+
+
+@torch.no_grad()
+def test_every_recorded_path_of_the_qformer_equals_lavis(goldens_dir):
+    tensors = load_file(goldens_dir / "qformer_paths.safetensors")
+    model = stage1_from(goldens_dir).eval()
+    ours = paths_of(model, tensors)
+    given = {"image_masked.encoder_attention_mask", "extract_features.input_ids", "extract_features.attention_mask"}
+    assert ours.keys() == {name for name in tensors if not name.startswith("in.")} - given
+    for name, tensor in ours.items():
+        expected = recorded_path(name, tensors, model.qformer.config.num_queries)
+        torch.testing.assert_close(tensor, expected, **OUTPUT, msg=lambda text, name=name: f"{name}: {text}")
+    difference = tensors["image_masked.last_hidden_state"] - tensors["image.last_hidden_state"]
+    assert difference.abs().max() > 1e-3  # the mask of the image matters
 
 
 class NumberTokenizer:

@@ -46,8 +46,8 @@ def our_name(name):
     return name
 
 
-def text_config(family):
-    ids = {"vocab_size": VOCABULARY + 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+def text_config(family, end=2):
+    ids = {"vocab_size": VOCABULARY + 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": end}
     if family == "t5":
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
         return {"model_type": "t5", **ids, **sizes, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}
@@ -64,11 +64,17 @@ def text_config(family):
 
 @pytest.fixture(params=[(kind, family) for kind in ("blip2", "instruct") for family in ("opt", "t5")], ids="-".join)
 def pair(request):
-    """Their model, our bridge and language model over the same weights, and the image tokens before the layer norm."""
+    return make_pair(*request.param)
+
+
+def make_pair(kind, family, end=2):
+    """Their model, our bridge and language model over the same weights, and the image tokens before the layer norm.
+
+    Weights follow from kind and family alone; `end` is what the model's config calls the end, the tokenizer's is 2.
+    """
     import_torchvision()
     import transformers as hf
 
-    kind, family = request.param
     vision = {
         "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": 8, "patch_size": 4, "layer_norm_eps": 1e-5,
@@ -79,7 +85,7 @@ def pair(request):
         "encoder_hidden_size": 24, "vocab_size": TEXT_VOCABULARY,
     }  # fmt: skip
     values = {
-        "vision_config": vision, "qformer_config": shape, "text_config": text_config(family),
+        "vision_config": vision, "qformer_config": shape, "text_config": text_config(family, end),
         "num_query_tokens": NUM_QUERIES, "image_token_index": IMAGE_TOKEN,
     }  # fmt: skip
     torch.manual_seed(9)  # of those tried, one whose texts differ from each other
@@ -174,11 +180,17 @@ def test_hidden_states_loss_and_gradients_equal_hugging_face(pair):
 @pytest.mark.parametrize("beams", [1, 4])
 def test_generated_tokens_equal_hugging_face(pair, beams):
     """Theirs item by item, so that no padding of theirs is in play; ours in one ragged batch."""
+    ours = generated_by_both(pair, beams)
+    assert len(set(ours)) > 1
+
+
+def generated_by_both(pair, beams):
+    """Our texts, whose ids are theirs."""
     theirs, stage2, language, pixels, image = pair
     for_theirs, for_ours = instruction(stage2)
     settings = GenerationSettings(max_new_tokens=10, num_beams=beams)
     with torch.no_grad(), recorded_ids(language) as calls:
-        language.generate(stage2(image, *for_ours), PROMPTS, settings)
+        texts = language.generate(stage2(image, *for_ours), PROMPTS, settings)
     expected = []
     for row, prompt in enumerate(PROMPTS):
         text = torch.tensor([language.tokenizer.encode(prompt)])
@@ -190,7 +202,27 @@ def test_generated_tokens_equal_hugging_face(pair, beams):
         start = 0 if language.is_encoder_decoder else ids.shape[1]
         expected += without_padding(generated[:, start:], language.tokenizer.pad_token_id)
     assert calls == [expected]
-    assert len({tuple(row) for row in expected}) > 1
+    return texts
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("is_list", [False, True], ids=["one", "list"])
+def test_generation_ends_where_the_model_s_own_config_says(beams, is_list):
+    """As BLIP-2's OPT, whose config names the newline (50118) and whose tokenizer `</s>`."""
+    plain = make_pair("blip2", "opt")
+    texts = generated_by_both(plain, beams)
+    words = [text.split() for text in texts]
+    word = next(word for row in words for word in row[2:-1] if row.index(word) > 1)
+    end = plain[2].tokenizer.convert_tokens_to_ids(word)
+    pair = make_pair("blip2", "opt", [end, VOCABULARY] if is_list else end)
+    language = pair[2]
+    assert language.end_id == end and set(language.end_ids) == {end, 2} | ({VOCABULARY} if is_list else set())
+    ended = generated_by_both(pair, beams)
+    assert ended != texts and all(row.split().count(word) <= 1 for row in ended)
+    assert any(row.split()[-1] == word for row in ended)
+    # Training teaches an end that the model stops at.
+    labels = language.tokenize(PROMPTS, ANSWERS, max_tokens=16).labels_BT
+    assert [row[row != -100][-1] for row in labels] == [end] * 3
 
 
 def test_the_batch_is_what_the_library_is_given(pair):

@@ -215,6 +215,34 @@ def test_wrong_generation_settings_are_named(values, message):
         GenerationSettings(**values)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("own", "end_id", "end_ids"),
+    [
+        (None, 2, [2]),  # the model names no end
+        ([7, 2], 2, [2, 7]),  # the tokenizer's is one of several: training keeps it
+        ([7, 9], 7, [2, 7, 9]),  # it is none of them
+        (7, 7, [2, 7]),
+        (50256, 2, [2]),  # a config's default, outside the embeddings
+    ],
+)
+def test_generation_ends_at_the_tokenizer_s_and_the_model_s_own_end(family, own, end_id, end_ids):
+    language = tiny_language(family)
+    language.model.generation_config.eos_token_id = language.model.config.eos_token_id = own
+    language = build_language_model(language.model, language.tokenizer)
+    assert (language.end_id, language.end_ids) == (end_id, end_ids)
+    batch = language.tokenize(["red"], ["circle"], max_tokens=8)
+    assert batch.labels_BT[0, -1] == end_id
+    if language.is_encoder_decoder:
+        assert batch.input_ids_BS[0, -1] == 2  # the encoder's texts end as its tokenizer ends them
+
+
+def test_a_generation_config_overrules_the_config():
+    language = tiny_language("llama")
+    language.model.generation_config.eos_token_id, language.model.config.eos_token_id = 7, 9
+    assert build_language_model(language.model, language.tokenizer).end_ids == [2, 7]
+
+
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused():
     language = tiny_language("llama")
     language.tokenizer.add_tokens(["purple"])

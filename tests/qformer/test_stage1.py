@@ -1,12 +1,18 @@
 """Stage 1 beyond the recorded cases: masks, processes, frames, batches of one."""
 
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
 
+from qformer import stage1 as stage1_module
 from qformer.config import QFormerConfig
-from qformer.objectives import Negatives, sample_negatives
+from qformer.distributed import gather, mean_of_ranks, stream_seed
+from qformer.objectives import Negatives, itc_loss, itm_loss, sample_negatives
 from qformer.stage1 import Stage1, Stage1Batch, sampling_generator
 from tests.distributed import run_processes
+from tests.qformer import plain
 
 CONFIG = QFormerConfig(
     encoder_width=24,
@@ -67,22 +73,63 @@ def masked_batch():
     return take(full, slice(None), is_valid_B=valid)
 
 
+def shared_batch():
+    """Images that several samples share, on one rank and across the two."""
+    return take(batch(6), slice(None), image_ids_B=torch.tensor([0, 1, 0, 1, 4, 0]))
+
+
+JOINED = {"whole": batch(6), "masked": masked_batch(), "shared": shared_batch()}
+# Fit all three: never a sample of the own image.
+NEGATIVES = Negatives(torch.tensor([4, 2, 1, 5, 0, 3]), torch.tensor([3, 0, 4, 2, 1, 1]), torch.ones(6).bool())
+
+
 def two_rank_worker(rank, world, folder):
-    for case, full in (("whole", batch(6)), ("masked", masked_batch())):
+    rows = slice(rank * 3, rank * 3 + 3)
+    negatives = Negatives(*(values[rows] for values in NEGATIVES))
+    for case, full in JOINED.items():
         expected = torch.load(folder / f"{case}.pt")
-        stage1, rows = model(), slice(rank * 3, rank * 3 + 3)
-        losses = stage1(take(full, rows), negatives=cyclic_negatives(6, rows))
+        stage1 = model()
+        losses = stage1(take(full, rows), negatives=negatives)
+        for name, loss in expected["losses"].items():
+            assert mean_of_ranks(float(getattr(losses, name).detach())) == pytest.approx(loss, abs=1e-5), (case, name)
         losses.total.backward()
         for name, parameter in stage1.named_parameters():
             torch.distributed.all_reduce(parameter.grad)
-            torch.testing.assert_close(parameter.grad / world, expected[name], **CLOSE)
+            joined = expected["gradients"][name]
+            torch.testing.assert_close(parameter.grad / world, joined, **CLOSE, msg=f"{case} {name}")
+    no_drawn_negative_shares_the_image(rows)
+    gather_leaves_the_gradient_it_is_given(rank)
+
+
+def no_drawn_negative_shares_the_image(rows):
+    full, drawn = shared_batch(), []
+    kept = mock.Mock(side_effect=lambda *arguments: drawn.append(sample_negatives(*arguments)) or drawn[-1])
+    with mock.patch.object(stage1_module, "sample_negatives", kept):
+        for seed in range(20):
+            model()(take(full, rows), torch.Generator().manual_seed(seed))
+    for negatives in drawn:
+        for chosen in (negatives.image_B, negatives.text_B):
+            assert (full.image_ids_B[chosen] != full.image_ids_B[rows]).all()
+
+
+def gather_leaves_the_gradient_it_is_given(rank):
+    """The sum hands the very same tensor to both its terms: summing over ranks in place would spoil the other's."""
+    leaf, local = torch.ones(4, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    other = leaf * 1.0  # made first, so that its backward comes after the gather's
+    weight = torch.arange(12.0).view(4, 3)
+    ((gather(local, with_gradient=True) + other) * (weight + rank)).sum().backward()
+    torch.testing.assert_close(leaf.grad, weight + rank)
+    torch.testing.assert_close(local.grad, (2 * weight + 1)[rank * 2 : rank * 2 + 2])
 
 
 def test_gather_with_gradient_equals_one_process_on_the_joined_batch(tmp_path):
-    for case, full in (("whole", batch(6)), ("masked", masked_batch())):
+    """Losses, as means over the ranks, and gradients."""
+    for case, full in JOINED.items():
         stage1 = model()
-        stage1(full, negatives=cyclic_negatives(6)).total.backward()
-        torch.save(gradients(stage1), tmp_path / f"{case}.pt")
+        losses = stage1(full, negatives=NEGATIVES)
+        losses.total.backward()
+        values = {name: float(getattr(losses, name).detach()) for name in ("itc", "itm", "itg", "total")}
+        torch.save({"losses": values, "gradients": gradients(stage1)}, tmp_path / f"{case}.pt")
     run_processes(two_rank_worker, 2, tmp_path)
 
 
@@ -114,15 +161,67 @@ def test_a_masked_sample_changes_nothing(frames):
         torch.testing.assert_close(gradients(with_bad)[name], gradient, **CLOSE, msg=name)
 
 
-def test_a_batch_of_one_has_finite_losses_and_no_negatives():
-    losses = model()(batch(1), sampling_generator(0, 0, torch.device("cpu")))
-    assert all(torch.isfinite(value) for value in (losses.itc, losses.itm, losses.itg))
+def test_a_batch_of_one_has_no_negatives_and_equals_plain():
+    stage1, slow, full = model(), model(), batch(1)
+    losses = stage1(full, sampling_generator(0, 0, torch.device("cpu")))
+    losses.total.backward()
+    none = Negatives(torch.tensor([0]), torch.tensor([0]), torch.tensor([False]))
+    expected = plain.plain_losses(slow, full, none)
+    sum(expected).backward()
+    for ours, theirs in zip((losses.itc, losses.itm, losses.itg), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    for name, gradient in gradients(stage1).items():
+        assert gradient.isfinite().all(), name
+        torch.testing.assert_close(gradient, gradients(slow)[name], **CLOSE, msg=name)
+    assert all(gradients(stage1)[name].abs().max() > 0 for name in ("itm_head.weight", "qformer.lm_bias"))
 
 
-def test_a_batch_without_a_valid_row_has_zero_loss():
-    full = batch(2)
-    losses = model()(take(full, slice(None), is_valid_B=torch.zeros(2, dtype=torch.bool)))
+def test_a_batch_without_a_valid_row_has_zero_loss_and_zero_gradients():
+    full, stage1 = batch(2), model()
+    losses = stage1(take(full, slice(None), is_valid_B=torch.zeros(2, dtype=torch.bool)))
     assert losses.total.item() == 0.0
+    losses.total.backward()
+    for name, gradient in gradients(stage1).items():  # every one is there, as DDP needs it
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+
+
+def masked_objectives():
+    """Loss of scores or logits of four rows, of which the third is masked."""
+    valid = torch.tensor([True, True, False, True])
+    match = torch.tensor([True, False, True, False])
+    return {
+        "itc": (torch.zeros(4, 4), lambda scores: itc_loss(scores, torch.eye(4).bool(), valid, valid)),
+        "itm": (torch.zeros(4, 2), lambda logits: itm_loss(logits, match, valid)),
+    }
+
+
+@pytest.mark.parametrize("objective", ["itc", "itm"])
+def test_nan_of_a_masked_row_changes_nothing_and_of_a_valid_row_is_not_hidden(objective):
+    start, loss_of = masked_objectives()[objective]
+    start.normal_(generator=torch.Generator().manual_seed(0))
+    plainly, masked, spoilt = (start.clone() for _ in range(3))
+    masked[2] = float("nan")
+    if objective == "itc":
+        masked[:, 2] = float("nan")  # a masked sample is no column either
+    spoilt[1, 0] = float("nan")
+    losses = []
+    for scores in (plainly, masked, spoilt):
+        losses.append(loss_of(scores.requires_grad_()))
+        losses[-1].backward()
+    assert losses[0].isfinite() and torch.equal(losses[1], losses[0])
+    assert torch.equal(masked.grad, plainly.grad) and plainly.grad[2].eq(0).all()
+    assert losses[2].isnan()
+
+
+def test_negatives_and_dropout_are_drawn_from_streams_of_their_own():
+    seeds = {
+        stream_seed(stream, seed, step) for stream in ("dropout", "negatives") for seed in (0, 1) for step in (0, 1)
+    }
+    assert len(seeds) == 8
+    generator = sampling_generator(1, 2, torch.device("cpu"))
+    assert generator.initial_seed() == stream_seed("negatives", 1, 2)
+    again = sampling_generator(1, 2, torch.device("cpu"))
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=again))
 
 
 def test_negatives_are_never_positives_nor_masked():
@@ -158,6 +257,23 @@ def test_extra_padding_of_the_text_changes_nothing():
     )
     first = stage1(full, negatives=cyclic_negatives(4)).total
     torch.testing.assert_close(stage1(longer, negatives=cyclic_negatives(4)).total, first, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+        ({"encoder_width": -24}, "encoder_width=-24 must be at least 1"),
+        ({"cross_attention_frequency": 0}, "cross_attention_frequency=0 must be at least 1"),
+        ({"vocab_size": -3}, "vocab_size=-3 must be at least 0"),
+        ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=32"),
+        ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
 
 
 def test_queries_outside_a_text_branch_are_refused():

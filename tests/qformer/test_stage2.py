@@ -133,10 +133,49 @@ def test_bad_input_names_both_sides(image, ids, message):
         stage2(image, ids, None if ids is None else torch.ones_like(ids, dtype=torch.bool))
 
 
-def test_an_instruction_for_a_qformer_without_text_branch_is_refused():
+@pytest.mark.parametrize(
+    ("config", "has_ids", "has_mask", "message"),
+    [
+        (CONFIG, True, True, "ids_BT given: True, is_.* given: True, .*vocab_size=0 takes neither"),
+        (CONFIG, True, False, "ids_BT given: True, is_.* given: False, .*vocab_size=0 takes neither"),
+        (CONFIG, False, True, "ids_BT given: False, is_.* given: True, .*vocab_size=0 takes neither"),
+        (INSTRUCTED, False, False, "ids_BT given: False, is_.* given: False, .*vocab_size=30 takes both"),
+        (INSTRUCTED, True, False, "ids_BT given: True, is_.* given: False, .*vocab_size=30 takes both"),
+        (INSTRUCTED, False, True, "ids_BT given: False, is_.* given: True, .*vocab_size=30 takes both"),
+    ],
+)
+def test_half_an_instruction_and_one_that_no_text_branch_reads_are_refused(config, has_ids, has_mask, message):
     ids = torch.ones(2, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="qformer_reads_prompt"):
-        Stage2(CONFIG, language_width=16)(torch.zeros(2, 1, 5, 128), ids, ids.bool())
+    arguments = (ids if has_ids else None, ids.bool() if has_mask else None)
+    with pytest.raises(ValueError, match=f"{message}.*qformer_reads_prompt"):
+        Stage2(config, language_width=16)(torch.zeros(2, 1, 5, 128), *arguments)
+
+
+def test_text_for_a_qformer_without_text_branch_is_refused():
+    qformer, ids = Stage2(CONFIG, language_width=16).qformer, torch.ones(2, 2, dtype=torch.long)
+    image = qformer.image_key_values(torch.zeros(2, 5, 128))
+    for call in (
+        lambda: qformer.forward_text(ids, ids.bool()),
+        lambda: qformer.forward_joint(image, ids, ids.bool()),
+        lambda: qformer.decode_text(ids, ids.bool(), qformer.forward_queries(image).cache),
+    ):
+        with pytest.raises(ValueError, match="without text branch"):
+            call()
+
+
+@pytest.mark.parametrize(("weights", "features"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_features_of_another_dtype_than_the_weights_are_named_but_autocast_takes_half_precision(weights, features):
+    stage2 = Stage2(CONFIG, language_width=16).to(weights).eval()
+    image = torch.randn(2, 1, 5, 128, dtype=features)
+    with pytest.raises(ValueError, match=rf"tokens are {features} .*takes floating {weights} .*\.to\({weights}\)"):
+        stage2(image)
+    assert stage2(image.to(weights)).dtype == weights
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if weights == torch.float32:
+            assert stage2(image).isfinite().all()
+        else:  # autocast casts what a layer is given, and a layer norm is not among them
+            with pytest.raises(ValueError, match=rf"{features} .*{weights}"):
+                stage2(image)
 
 
 def test_a_stage_1_head_has_no_place_in_stage_2():

@@ -1,4 +1,5 @@
-"""Stage 2 under DDP: two gloo ranks have the losses and gradients of one process on the joined batch."""
+"""Stage 2 under DDP: two gloo ranks have the losses and gradients of one process on the joined batch; bad data of one
+rank ends both stages on all ranks."""
 
 import dataclasses
 
@@ -8,10 +9,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.data.batch import SampleBatch
-from pipelines.training.stages import GenerationStage
+from pipelines.training.stages import GenerationStage, RepresentationStage
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.distributed import mean_of_ranks
 from qformer.lora import Lora
+from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from tests.distributed import run_processes
 from tests.qformer.test_language import tiny_language
@@ -68,7 +70,34 @@ def gradients(stage):
     return {name: p.grad for name, p in stage.trainables.named_parameters() if p.requires_grad}
 
 
+def make_stage1():
+    tokenizer = text_tokenizer()
+    torch.manual_seed(7)
+    stage1 = Stage1(dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size, embed_dim=16)).train()
+    return RepresentationStage(lambda batch: torch.from_numpy(batch.images), stage1, tokenizer, seed=0)
+
+
+def bad_data_of_one_rank_ends_all(rank):
+    """Without it the good rank waits for the bad one until it is killed, and its own message tells nothing."""
+    for stage in (make_stage1(), make_stage()):
+        call = DistributedDataParallel(stage.trainables)
+        for spoil, message in (
+            (lambda images: images.__setitem__((1, 0, 2, 3), np.nan), "NaN or infinity .* 1 of 3 samples: s4"),
+            (lambda images: images[..., :-1], r"\(3, 2, 7, 23\) .*encoder_width=24"),
+        ):
+            own = part(joined_batch(), slice(rank * 3, rank * 3 + 3))
+            if rank == 1:
+                images = own.images.copy()
+                cut = spoil(images)
+                own = dataclasses.replace(own, images=images if cut is None else cut)
+            with pytest.raises(ValueError, match=message):
+                stage.losses(call, own, 0)
+        good = part(joined_batch(), slice(rank * 3, rank * 3 + 3))
+        stage.losses(call, good, 0)["total"].backward()  # no rank is left behind in a collective
+
+
 def ranks_equal_one(rank, world, folder):
+    bad_data_of_one_rank_ends_all(rank)
     for index, (kind, options) in enumerate(KINDS.items()):
         stage = make_stage(**options)
         call = DistributedDataParallel(stage.trainables)

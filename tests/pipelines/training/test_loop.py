@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jobs.settings import ModelSettings
 from pipelines.data import checkpoint_folders, storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
@@ -18,7 +19,7 @@ from pipelines.training.ema import Ema
 from pipelines.training.guard import StepGuard
 from pipelines.training.loop import Loop, LoopSettings
 from pipelines.training.optim import build_optimizer
-from pipelines.training.run import ModelChoice, TrainingRun
+from pipelines.training.run import ModelChoice, TrainingRun, choice_from
 from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner, load_retriever, read_info
 from qformer.config import GenerationSettings
@@ -132,6 +133,29 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, tokenizer, tmp_path):
     expected = whole.stage.trainables.state_dict()
     for name, tensor in resumed.stage.trainables.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_dropout_and_negatives_of_a_step_are_drawn_from_streams_of_their_own(tokenizer, tmp_path):
+    run, seeds = make_run(1, tokenizer), []
+
+    def call(inputs, generator):
+        seeds.append((torch.initial_seed(), generator.initial_seed()))
+        return run.stage.trainables(inputs, generator)
+
+    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    Loop(run.stage, call, optimizer, Accounting(), settings(steps=3), lambda _: None, lambda _: None).run(batches(), 0)
+    assert len({seed for pair in seeds for seed in pair}) == 6
+
+
+def test_the_lavis_reduction_is_a_setting_of_stage_1(tokenizer):
+    model = ModelSettings(
+        vision=str(MODELS / "vision"), language=str(MODELS / "language"), lavis_reduction=True, qformer=QFORMER
+    )
+    chosen = choice_from(model.model_dump(), stage=1, num_frames=2, tokenizer=str(tokenizer))
+    run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
+    assert run.stage.trainables.lavis_reduction and not make_run(1, tokenizer).stage.trainables.lavis_reduction
+    with pytest.raises(UserError, match=r"model\.lavis_reduction belongs to stage 1"):
+        TrainingRun(dataclasses.replace(chosen, stage=2), torch.device("cpu"), precision="fp32", seed=5, init_from=None)
 
 
 @pytest.mark.slow
