@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,10 +192,11 @@ def _batches(
     arguments: dict[str, Any], settings: TrainSettings, run: "TrainingRun", start_step: int
 ) -> "Iterator[SampleBatch]":
     from pipelines.training.feed import rank_batches
-    from qformer.distributed import rank, world_size
+    from qformer.distributed import any_text, rank, world_size
 
     return rank_batches(
         arguments["feed"],
+        attempt=str(any_text(uuid.uuid4().hex)),  # the first rank's, on every rank
         start_step=start_step,
         total_steps=settings.steps,
         rank=rank(),
