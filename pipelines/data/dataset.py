@@ -235,7 +235,7 @@ def encode_features(
     Yields:
         What `EncodeShards` returns about each, as they are done.
     """
-    from pipelines.data.encode_shards import EncodeShards
+    from pipelines.data.encode_shards import DecodeShards, EncodeShards
 
     arguments = {
         "choice": choice,
@@ -243,7 +243,7 @@ def encode_features(
         "frames_per_pass": frames_per_pass,
         "device": "cuda" if use_gpu else "cpu",
     }
-    dataset = _mapped(shards, DecodeRows, (decode,), decode_workers)
+    dataset = _mapped(shards, DecodeShards, (decode,), decode_workers)
     yield from map_blocks([dataset], EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
 
 
