@@ -99,10 +99,11 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
 def _require_few(quarantined: pa.Table, num_rows: int, settings: FeaturesSettings) -> None:
     if _is_too_many(len(quarantined), num_rows, settings):
         reasons = ", ".join(sorted(set(quarantined[schema.ERROR_CLASS].to_pylist())))
+        table = storage.join(settings.output, QUARANTINE_FILE)
         raise UserError(
             f"{len(quarantined)} of {num_rows} rows are quarantined ({reasons}), more than max_quarantine_share="
-            f"{settings.max_quarantine_share:g} allows; see {storage.join(settings.output, QUARANTINE_FILE)}, mend them "
-            "or raise the share, and run the same command again: what is encoded stays"
+            f"{settings.max_quarantine_share:g} allows; see {table}, mend them or raise the share, "
+            "and run the same command again: what is encoded stays"
         )
 
 

@@ -300,7 +300,6 @@ class ReadFeatures:
             failures.append(failure)
         return pack(rows, images, failures, costs)
 
-
     def _stored(self, name: str, source: int, shard: int, place: int) -> pa.RecordBatch:
         """The record batch of a row.
 

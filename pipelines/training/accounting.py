@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from torch import distributed
 
-from pipelines.data import quarantine, schema
+from pipelines.data import schema
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.quarantine import accounting_line
 from qformer.distributed import rank, world_size
@@ -33,8 +33,8 @@ class Accounting:
     rows_used: int = 0
     rows_quarantined: int = 0
     quarantined: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """On the first rank, which writes them: failures of all ranks so far, keyed by epoch and sample id. A row that fails
-    at two visits of an epoch is one entry, and counts twice in `rows_quarantined`."""
+    """On the first rank, which writes them: failures of all ranks so far, keyed by epoch and sample id. A row that
+    fails at two visits of an epoch is one entry, and counts twice in `rows_quarantined`."""
     reasons: set[str] = field(default_factory=set)
     """Classes of the failures so far, on every rank."""
     _failed: dict[int, set[int]] = field(default_factory=dict)
@@ -77,8 +77,9 @@ class Accounting:
         is_hopeless = self.rows_quarantined > expected + _SIGMAS * math.sqrt(expected) + _MIN_FAILURES
         nothing_used = self.rows_in > 0 and self.rows_used == 0
         if count > max_share * rows_per_epoch or is_hopeless or nothing_used:
+            reasons = ", ".join(sorted(self.reasons))
             raise TooManyQuarantinedError(
-                f"{count} of {rows_per_epoch} rows of epoch {epoch} are quarantined ({', '.join(sorted(self.reasons))}; "
+                f"{count} of {rows_per_epoch} rows of epoch {epoch} are quarantined ({reasons}; "
                 f"{self.line}), more than max_quarantine_share={max_share:g} allows; see quarantine.parquet in the run "
                 "folder, run `qformer prepare`, or raise the share"
             )

@@ -62,7 +62,9 @@ def test_a_real_run_is_seen_by_prometheus_and_told_in_the_summary(ray_local, set
 def test_too_many_bad_rows_stop_the_job_and_what_is_encoded_stays(ray_local, settings, tmp_path):
     for bad in (3, 7):
         (tmp_path / f"{bad}.jpg").unlink()
-    with pytest.raises(UserError, match=r"2 of 12 rows are quarantined \(missing\), more than max_quarantine_share=0.05"):
+    with pytest.raises(
+        UserError, match=r"2 of 12 rows are quarantined \(missing\), more than max_quarantine_share=0.05"
+    ):
         features.main(settings)
     cache = Path(settings.output)
     table = pq.read_table(cache / "quarantine.parquet")

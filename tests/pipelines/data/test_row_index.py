@@ -170,7 +170,9 @@ def test_rows_that_hold_their_media_are_cut_by_bytes(tmp_path, monkeypatch):
     # The single file that grew stays one for small media, and becomes parts when it holds too much.
     small = manifest([{"sample_id": "t0", "media_bytes": b"x" * 100}])
     manifest_files.write_manifest([small], 1, str(tmp_path / "grown"))
-    assert [path.endswith("/manifest.parquet") for path in manifest_files.manifest_files(str(tmp_path / "grown"))] == [True]
+    assert [path.endswith("/manifest.parquet") for path in manifest_files.manifest_files(str(tmp_path / "grown"))] == [
+        True
+    ]
     manifest_files.append_rows(table, str(tmp_path / "grown"))
     assert len(manifest_files.manifest_files(str(tmp_path / "grown"))) > 2
     whole = pa.concat_tables([small, table])
