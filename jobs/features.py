@@ -17,11 +17,20 @@ from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.feature_forecast import Forecast, forecast, measured_blocks
 from pipelines.data.feature_spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.features import finished_shard, shard_blocks, write_index
+from pipelines.data.features import (
+    PASSING,
+    QUARANTINE_FILE,
+    finished_shard,
+    open_for_change,
+    shard_blocks,
+    write_index,
+    write_quarantine,
+)
 from pipelines.data.manifest import read_manifest
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.stage_costs import StageCosts, summed
 from pipelines.data.stage_report import Pool, size, stage_table
+from qformer.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.data.encode_shards import EncoderChoice
@@ -35,10 +44,13 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     """Write or complete the cache, and settings.yaml and summary.json beside it.
 
     Returns:
-        The summary: fingerprint, rows_in, rows_used, rows_quarantined, and under "stages" what the new rows took.
+        The summary: fingerprint, rows_in, rows_used, rows_quarantined, quarantine_rate, and under "stages" what the
+        new rows took: seconds, how long the encoders waited (wait_s), and how many shards waited for them on average
+        (queue_depth).
 
     Raises:
-        UserError: If the folder holds something else or another encoder's features, or the manifest cannot be read.
+        UserError: If the folder holds something else or another encoder's features, the manifest cannot be read, or
+            more rows are quarantined than `max_quarantine_share` allows; quarantine.parquet is there then, too.
     """
     data = settings.data
     manifest = read_manifest(data.manifest, data.split, needs_captions=False, kind=data.kind)
@@ -58,21 +70,45 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     shards = shard_blocks(manifest, decode)
     missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
     progress = _Progress(len(manifest), sum(map(len, missing)))
-    if missing:
-        _encode(settings, output, choice, spec, decode, missing, progress)
+    try:
+        if missing:
+            open_for_change(output)
+            _encode(settings, output, choice, spec, decode, missing, progress)
+    finally:
+        quarantined = write_quarantine(output, len(shards))
+    _require_few(quarantined, len(manifest), settings)
     index = write_index(output, len(shards))
     failed = pc.sum(pc.is_valid(index[schema.ERROR_CLASS])).as_py() or 0
     print(quarantine.accounting_line(len(manifest), len(index) - failed, failed))
+    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(PASSING))).as_py() or 0
+    if passing:
+        logger.warning("%d rows failed for reasons that may pass; the same command tries them again", passing)
     summary = {
         "fingerprint": spec.fingerprint,
         "rows_in": len(index),
         "rows_used": len(index) - failed,
         "rows_quarantined": failed,
-        "stages": progress.costs.seconds(),
+        "quarantine_rate": failed / len(index),
+        "stages": progress.stages(),
     }
     storage.write_text(storage.join(output, "summary.json"), json.dumps(summary, indent=2) + "\n")
     logger.info("next: qformer train … --set data.features=%s", settings.output)
     return summary
+
+
+def _require_few(quarantined: pa.Table, num_rows: int, settings: FeaturesSettings) -> None:
+    if _is_too_many(len(quarantined), num_rows, settings):
+        reasons = ", ".join(sorted(set(quarantined[schema.ERROR_CLASS].to_pylist())))
+        table = storage.join(settings.output, QUARANTINE_FILE)
+        raise UserError(
+            f"{len(quarantined)} of {num_rows} rows are quarantined ({reasons}), more than max_quarantine_share="
+            f"{settings.max_quarantine_share:g} allows; see {table}, mend them or raise the share, "
+            "and run the same command again: what is encoded stays"
+        )
+
+
+def _is_too_many(num_quarantined: int, num_rows: int, settings: FeaturesSettings) -> bool:
+    return num_quarantined > settings.max_quarantine_share * num_rows
 
 
 def _choice(settings: FeaturesSettings) -> "EncoderChoice":
@@ -127,6 +163,10 @@ def _encode(
             progress.add(done)
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
             metrics.count(summed(done), rows_used=rows - failed, rows_quarantined=failed)
+            for wait_s in done["wait_s"].to_pylist():
+                metrics.waited(wait_s, queue_depth=progress.queue_depth)
+            if _is_too_many(progress.num_failed, progress.num_rows, settings):
+                break  # the rest would only take time
     print(progress.table(settings))
 
 
@@ -148,8 +188,9 @@ class _Progress:
     """
 
     def __init__(self, num_rows: int, num_missing: int) -> None:
-        self._num_rows, self._num_missing = num_rows, num_missing
-        self._done = 0
+        self.num_rows, self._num_missing = num_rows, num_missing
+        self._done = self.num_failed = 0
+        self._wait_s = self._queued_s = 0.0
         self.costs = StageCosts()
         self.begin()
         if num_missing < num_rows:
@@ -162,14 +203,27 @@ class _Progress:
     def add(self, done: pa.Table) -> None:
         """Count finished shards, as `EncodeShards` describes them."""
         self._done += pc.sum(done["rows"]).as_py()
+        self.num_failed += pc.sum(done["failed"]).as_py()
+        self._wait_s += pc.sum(done["wait_s"]).as_py()
+        self._queued_s += pc.sum(done["queued_s"]).as_py()
         self.costs.add(summed(done))
         now_s = time.monotonic()
         if self._done == self._num_missing or now_s - self._told_at_s > _PROGRESS_EVERY_S:
             self._told_at_s = now_s
             rate = self._done / (now_s - self._begun_s)
             left_s = (self._num_missing - self._done) / rate
-            there = self._num_rows - self._num_missing + self._done
-            logger.info("encoded %d of %d rows, %.0f rows/s, %.0f s left", there, self._num_rows, rate, left_s)
+            there = self.num_rows - self._num_missing + self._done
+            logger.info("encoded %d of %d rows, %.0f rows/s, %.0f s left", there, self.num_rows, rate, left_s)
+
+    @property
+    def queue_depth(self) -> float:
+        """Decoded shards that waited for an encoder, on average over the time: by Little's law."""
+        return self._queued_s / max(time.monotonic() - self._begun_s, 1e-9)
+
+    def stages(self) -> dict[str, float]:
+        """For the summary: seconds of each stage, and of waiting."""
+        seconds = self.costs.seconds()
+        return {**seconds, "wait_s": self._wait_s, "queue_depth": self.queue_depth} if self._done else seconds
 
     def table(self, settings: FeaturesSettings) -> str:
         """Where the time went."""

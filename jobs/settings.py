@@ -296,6 +296,8 @@ class FeaturesSettings(Settings):
     """Encoder actors."""
     decode_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
+    max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
+    """The job stops when more than this share of the rows is quarantined; its table and what is encoded stay."""
     ray: RaySettings = RaySettings()
 
 

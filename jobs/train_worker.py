@@ -1,6 +1,7 @@
 """What one rank of `qformer train` does: build or restore the run, train, and tell what came of it."""
 
 import json
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
 def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) -> Iterator[SampleBatch]:
     return rank_batches(
         arguments["feed"],
+        attempt=str(any_text(uuid.uuid4().hex)),  # the first rank's, on every rank
         start_step=state.start_step,
         total_steps=settings.steps,
         rank=rank(),

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from jobs.bench.result import BenchResult
 from jobs.cluster_session import ray_session
 from jobs.settings import RaySettings
 from pipelines.data import schema
+from pipelines.data.batch import SampleBatch
 from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import Order
 from pipelines.data.row_index import TableRows
@@ -33,11 +34,12 @@ from pipelines.data.samples import DecodeSettings, SampleDecoder
 from qformer.preprocessing import Preprocessing
 
 WORKERS = 2
+RAY = RaySettings(num_cpus=WORKERS)
+"""With more, both segments would decode where one hands over to the next."""
 MAX_LEVELS = 1.5
 """Mean difference of pixels, of 255, that scaled decoding may make."""
 MAX_CLIP_LEVELS = 6.0
 """Scalers differ more than that only where the frames are not the same."""
-SEGMENT_STEPS = 512
 DECODE = DecodeSettings(
     preprocessing=Preprocessing(
         height=SIDE,
@@ -60,7 +62,9 @@ class Case:
     jpegs: int = 48
     jpeg_size: tuple[int, int] = JPEG_SIZE
     jpeg_bytes: int = JPEG_BYTES
-    images: Window = Window(warm_up=8, timed=32)
+    images: Window = Window(warm_up=8, timed=64)
+    image_segment_steps: int = 40
+    """One segment hands over to the next inside the images' window; in training once in 512 steps."""
     clips_each: int = 6
     clip_frames: int = 300
     gops: tuple[int, ...] = (30, 250)
@@ -89,7 +93,7 @@ def measure(case: Case) -> BenchResult:
         jpegs = write_jpegs(root / "jpegs", case.jpegs, case.jpeg_size, case.jpeg_bytes)
         clips = {gop: write_clips(root / f"gop{gop}", case.clips_each, gop, case.clip_frames) for gop in case.gops}
         small = write_jpegs(root / "small", case.jpegs, (160, 120), 6_000)
-        with peer() as other, ray_session(RaySettings()):
+        with peer() as other, ray_session(RAY):
             image_ratio = _images(case, jpegs, other, seconds)
             clip_ratio = min(_clips(case, clips[gop], f"gop {gop}", other, seconds) for gop in case.gops)
             _ray_readers(case, jpegs, clips[case.gops[0]], seconds)
@@ -148,7 +152,7 @@ def _alternate(
     files = _repeated(paths, case.batch_size * window.batches)
     ours, theirs = [], []
     for _ in range(case.rounds):
-        ours.append(_our_seconds(files, kind, case.batch_size, window))
+        ours.append(_our_seconds(files, kind, case, window))
         theirs.append(other.seconds_per_batch(read, files, case.batch_size, window, WORKERS))
     ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
     seconds[f"{title}, batch, ours"] = statistics.median(ours)
@@ -161,28 +165,45 @@ def _alternate(
     return statistics.median(ratios)
 
 
-def _our_seconds(paths: list[str], kind: str, batch_size: int, window: Window) -> float:
-    return window.seconds_per_batch(_checked(our_batches(paths, kind, batch_size)))
+def _our_seconds(paths: list[str], kind: str, case: Case, window: Window) -> float:
+    segment_steps = case.image_segment_steps if kind == schema.IMAGE else None
+    return window.seconds_per_batch(_checked(our_batches(paths, kind, case.batch_size, segment_steps)))
 
 
-def our_batches(paths: list[str], kind: str, batch_size: int) -> Any:
-    """Our batches of these files, in the order of training, through Ray Data as training reads them."""
+def our_batches(
+    paths: list[str], kind: str, batch_size: int, segment_steps: int | None = None
+) -> Iterator[SampleBatch]:
+    """Our batches of these files, in the order of training, by the feed that training reads from.
+
+    Args:
+        paths: Files.
+        kind: "image" or "video".
+        batch_size: Of a step.
+        segment_steps: Most steps of a segment; None as in training.
+    """
     import ray
 
-    from pipelines.data.dataset import build_segment
+    from pipelines.training.feed import SEGMENT_STEPS, BatchFeed, rank_batches
 
     corpus = Corpus([Source("bench", TableRows(_manifest(paths, kind)))])
-    order, rows = Order(corpus.streams("proportional"), 0, batch_size), ray.put(corpus)
-    step = 0
-    while step < order.steps_per_epoch:
-        end = min(step + SEGMENT_STEPS, order.steps_per_epoch)
-        options = {"first_step": step, "end_step": end, "world_size": 1}
-        (stream,) = build_segment(order, rows, **options, source=DECODE, decode_workers=WORKERS)
-        yield from stream
-        step += stream.num_steps
+    order = Order(corpus.streams("proportional"), 0, batch_size)
+    feed = (
+        ray.remote(BatchFeed)
+        .options(num_cpus=0)
+        .remote(
+            order,
+            [ray.put(corpus)],
+            total_steps=order.steps_per_epoch,
+            decode_workers=WORKERS,
+            segment_steps=segment_steps or SEGMENT_STEPS,
+        )
+    )
+    options = {"start_step": 0, "total_steps": order.steps_per_epoch, "rank": 0, "world_size": 1}
+    yield from rank_batches(feed, attempt="bench", **options, source=DECODE)
+    ray.kill(feed)
 
 
-def _checked(batches: Any) -> Any:
+def _checked(batches: Iterable[SampleBatch]) -> Iterator[SampleBatch]:
     for batch in batches:
         assert batch.is_valid.all(), batch.failures
         yield batch
@@ -242,7 +263,7 @@ def _peak_bytes(case: Case, paths: list[str], count: int) -> int:
 
 
 def _report_peak(sender: Any, paths: list[str], count: int, batch_size: int) -> None:
-    with ray_session(RaySettings()):
+    with ray_session(RAY):
         memory = PeakMemory(os.getpid())
         with memory.watch():
             for _ in our_batches(_repeated(paths, count // batch_size * batch_size), schema.IMAGE, batch_size):

@@ -55,6 +55,8 @@ class SampleBatch:
     """What each caption answers; "" where the run's own prompt serves, () where it serves all."""
     costs: StageCosts = field(default_factory=StageCosts)
     """Of these rows together."""
+    queue_depth: int = 0
+    """Batches that were ready behind this one when the training worker took it."""
 
 
 class ImageRows:

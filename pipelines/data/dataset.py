@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _PREFETCHED_BATCHES = 2
 _SEGMENT_BLOCKS = 2048
 """Most input blocks of one dataset: Ray handles all of them before the first comes out."""
+_MIN_SEGMENT_STEPS, _MAX_SEGMENT_BLOCKS = 64, 16_384
+"""With many ranks a segment has more blocks, lest it ends before the next has started: that takes some seconds, and
+about 1.4 ms a block more."""
 _MAX_RESTARTS = 3
 """How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
 _MAX_TASK_RETRIES = 2
@@ -122,7 +125,7 @@ def build_segment(
     """
     sample_bytes = max(map(source.row_bytes, order.kinds))
     steps_per_block = block_steps(sample_bytes * -(-order.global_batch // world_size))
-    most = max(1, _SEGMENT_BLOCKS // world_size) * steps_per_block
+    most = segment_blocks(world_size) * steps_per_block
     steps = np.arange(first_step, min(end_step, first_step + most))
     blocks = training_blocks(
         order.at(steps), first_step=first_step, world_size=world_size, steps_per_block=steps_per_block
@@ -132,6 +135,19 @@ def build_segment(
     # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
     splits = dataset.streaming_split(world_size, equal=False)
     return [RankStream(split, rank, first_step, len(steps)) for rank, split in enumerate(splits)]
+
+
+def segment_blocks(world_size: int) -> int:
+    """Most input blocks of one rank in a segment."""
+    wanted = _MIN_SEGMENT_STEPS * world_size
+    return max(1, min(max(_SEGMENT_BLOCKS, wanted), _MAX_SEGMENT_BLOCKS) // world_size)
+
+
+def close_segment(streams: Sequence[RankStream]) -> None:
+    """End a segment whose ranks are dead: its dataset would wait for them, and its decode actors with it."""
+    for stream in streams[:1]:
+        # 2.60 has no public way; the actors that decode belong to this one and go with it.
+        ray.kill(stream.blocks._coord_actor)
 
 
 def evaluation_datasets(
@@ -219,7 +235,7 @@ def encode_features(
     Yields:
         What `EncodeShards` returns about each, as they are done.
     """
-    from pipelines.data.encode_shards import EncodeShards
+    from pipelines.data.encode_shards import DecodeShards, EncodeShards
 
     arguments = {
         "choice": choice,
@@ -227,7 +243,7 @@ def encode_features(
         "frames_per_pass": frames_per_pass,
         "device": "cuda" if use_gpu else "cpu",
     }
-    dataset = _mapped(shards, DecodeRows, (decode,), decode_workers)
+    dataset = _mapped(shards, DecodeShards, (decode,), decode_workers)
     yield from map_blocks([dataset], EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
 
 

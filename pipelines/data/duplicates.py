@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ COLUMNS = (
     *(schema.SAMPLE_ID, schema.MEDIA, schema.SPLIT, schema.START_S, schema.END_S),
     schema.CONTENT_HASH,
 )
+_FILE_COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.SPLIT, schema.CONTENT_HASH)
+_COMPARED_ROWS = 1_000_000
+"""As Python objects about 1 GB; what is more takes another pass over the rows."""
 Row = Mapping[str, Any]
 
 
@@ -25,31 +28,27 @@ def find_duplicates(read: Callable[[list[str]], Iterable[pa.Table]]) -> pa.Table
     (several captions, several parts of a video) do not. A training row counts when an evaluation row shows the same
     bytes and, of a video, a part in common, whether by another file or the same.
 
-    Takes 8 bytes a row, and more only for rows that are duplicates.
+    Takes 8 bytes a row, 17 for each content that several rows share, and beside the duplicates themselves at most
+    `_COMPARED_ROWS` rows at a time, or all those of one content. Rows that share one file of one split are never held.
 
     Args:
         read: Yields all rows with the columns it is asked for, in the same order each time.
 
     Returns:
-        In `schema.DUPLICATES_SCHEMA`; a training row that is in evaluation too is there once, as that.
+        In `schema.DUPLICATES_SCHEMA`, sorted by content; a training row that is in evaluation too is there once, as
+        that.
     """
-    # Half of the hash tells which rows to look at more closely.
-    keys = np.concatenate(
-        [np.empty(0, np.uint64), *(_keys(block) for block in read([schema.CONTENT_HASH]))], dtype=np.uint64
-    )
-    keys.sort()
-    repeated = np.unique(keys[1:][keys[1:] == keys[:-1]])
-    del keys
-    suspects: list[Row] = []
-    if len(repeated):
+    found = [schema.DUPLICATES_SCHEMA.empty_table()]
+    for wanted in _portions(*_suspects(read)):
+        rows: list[Row] = []
         for block in read(list(COLUMNS)):
-            is_suspect = np.isin(_keys(block), repeated)
-            suspects += block.filter(pa.array(is_suspect)).to_pylist() if is_suspect.any() else []
-    suspects.sort(key=lambda row: row[schema.CONTENT_HASH])  # stable: the rows of a group stay in order
-    found: list[dict[str, Any]] = []
-    for _, group in itertools.groupby(suspects, key=lambda row: row[schema.CONTENT_HASH]):
-        found += _of_group(list(group))
-    return pa.Table.from_pylist(found, schema=schema.DUPLICATES_SCHEMA)
+            is_wanted = _places(_keys(block), wanted) >= 0
+            rows += block.filter(pa.array(is_wanted)).to_pylist() if is_wanted.any() else []
+        rows.sort(key=lambda row: row[schema.CONTENT_HASH])  # stable: the rows of a group stay in order
+        groups = itertools.groupby(rows, key=lambda row: row[schema.CONTENT_HASH])
+        duplicates = [row for _, group in groups for row in _of_group(list(group))]
+        found.append(pa.Table.from_pylist(duplicates, schema=schema.DUPLICATES_SCHEMA))
+    return pa.concat_tables(found)
 
 
 def is_leak(duplicates: pa.Table) -> NDArray[np.bool_]:
@@ -57,6 +56,49 @@ def is_leak(duplicates: pa.Table) -> NDArray[np.bool_]:
     splits = duplicates[schema.SPLIT].to_pylist()
     others = duplicates[schema.DUPLICATE_OF_SPLIT].to_pylist()
     return np.array([one != other for one, other in zip(splits, others, strict=True)], dtype=np.bool_)
+
+
+def _suspects(read: Callable[[list[str]], Iterable[pa.Table]]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Keys of contents that more than one file of a split shows, or files of several splits; and how many rows do."""
+    keys = np.concatenate(
+        [np.empty(0, np.uint64), *(_keys(block) for block in read([schema.CONTENT_HASH]))], dtype=np.uint64
+    )
+    keys.sort()
+    repeated = np.unique(keys[1:][keys[1:] == keys[:-1]])
+    del keys
+    counts, files = np.zeros(len(repeated), np.int64), np.zeros(len(repeated), np.int64)
+    is_mixed = np.zeros(len(repeated), np.bool_)
+    for block in read(list(_FILE_COLUMNS)) if len(repeated) else ():
+        places = _places(_keys(block), repeated)
+        chosen = np.flatnonzero(places >= 0)
+        if not len(chosen):
+            continue
+        places = places[chosen]
+        rows = block.select([schema.SAMPLE_ID, schema.MEDIA, schema.SPLIT]).take(pa.array(chosen)).to_pylist()
+        shown = np.fromiter((hash((row[schema.SPLIT], _file(row))) or 1 for row in rows), np.int64, len(rows))
+        is_new = files[places] == 0
+        files[places[is_new]] = shown[is_new]  # of several the last; the others differ from it below
+        is_mixed[places[files[places] != shown]] = True
+        np.add.at(counts, places, 1)
+    return repeated[is_mixed], counts[is_mixed]
+
+
+def _portions(keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
+    """Runs of keys that at most `_COMPARED_ROWS` rows have, or of one key."""
+    start = rows = 0
+    for place, count in enumerate(counts.tolist()):
+        if rows and rows + count > _COMPARED_ROWS:
+            yield keys[start:place]
+            start, rows = place, 0
+        rows += count
+    if len(keys):
+        yield keys[start:]
+
+
+def _places(keys: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where each key stands among the wanted ones, which are sorted; -1 where it is none of them."""
+    places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+    return np.where(wanted[places] == keys, places, -1)
 
 
 def _of_group(group: list[Row]) -> list[dict[str, Any]]:
@@ -91,6 +133,6 @@ def _overlap(one: Row, other: Row) -> bool:
 
 
 def _keys(block: pa.Table) -> NDArray[np.uint64]:
-    """The first 64 bits of each hash."""
+    """The first 64 bits of each hash, in the order of the hashes."""
     digits = "".join(text[:16] for text in block[schema.CONTENT_HASH].to_pylist())
-    return np.frombuffer(bytes.fromhex(digits), dtype=np.uint64)
+    return np.frombuffer(bytes.fromhex(digits), dtype=">u8").astype(np.uint64)

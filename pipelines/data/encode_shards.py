@@ -1,5 +1,6 @@
 """The actor that runs the frozen encoder over decoded blocks and writes the feature cache; itself free of Ray."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,10 +10,11 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from pipelines.data import schema
 from pipelines.data.batch import SampleBatch, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.feature_spec import FeatureSpec
-from pipelines.data.features import write_shard
+from pipelines.data.features import STATE, file_states, write_shard
 from pipelines.data.quarantine import require_readable
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.sampling import Sampling
@@ -20,6 +22,8 @@ from pipelines.data.stage_costs import StageCosts, cost_columns
 from pipelines.data.token_codec import TokenDtype, encode_tokens
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
 from qformer.errors import UserError
+
+_DONE_AT_S = "done_at_s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,23 @@ class EncoderChoice:
         return encoder, spec
 
 
+class DecodeShards:
+    """`DecodeRows` for shards: notes how each file was before it was read, and when the block was done.
+
+    Args:
+        decode: How files become pixels.
+    """
+
+    def __init__(self, decode: DecodeSettings) -> None:
+        self._decode = DecodeRows(decode)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Decode a block."""
+        states = pa.array(file_states(rows[schema.MEDIA].to_pylist()), pa.string())
+        decoded = self._decode(rows).append_column(STATE, states)
+        return decoded.append_column(_DONE_AT_S, pa.array([time.time()] * len(decoded), pa.float64()))
+
+
 class EncodeShards:
     """Encodes one decoded block and writes it as one shard.
 
@@ -79,20 +100,32 @@ class EncodeShards:
         encoder, self._spec = choice.load()
         self._encoder = encoder.to(device)
         self._folder, self._frames_per_pass, self._device = folder, frames_per_pass, device
+        self._idle_since_s = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Write a shard; return one row about it: rows, failed rows, bytes, and the costs of all stages."""
-        batch = unpack(block)
+        """Write a shard, out of `DecodeShards`.
+
+        Returns:
+            One row about it: rows, failed, bytes; wait_s that this actor waited for it; queued_s that it waited for
+            an actor (of all blocks together divided by the time they took: the mean length of the queue); and the
+            costs of all stages.
+        """
+        wait_s = time.perf_counter() - self._idle_since_s
+        # Clocks of two machines may differ.
+        queued_s = max(0.0, time.time() - block[_DONE_AT_S][0].as_py())
+        batch, states = unpack(block), block[STATE].to_pylist()
         require_readable(batch.failures)
         try:
             with batch.costs.measure("encode"):
                 tokens = self.tokens(batch)
             with batch.costs.measure("write"):
-                size_bytes = write_shard(self._folder, batch, tokens, self._spec.dtype)
+                size_bytes = write_shard(self._folder, batch, tokens, self._spec.dtype, states)
         except ValueError as error:
             raise UserError(f"shard {batch.step} (sample {batch.sample_ids[0]!r} and on): {error}") from error
         counts = {"rows": len(batch.sample_ids), "failed": len(batch.failures), "bytes": size_bytes}
-        return pa.table({**{name: [count] for name, count in counts.items()}, **cost_columns([batch.costs])})
+        values = {**counts, "wait_s": wait_s, "queued_s": queued_s}
+        self._idle_since_s = time.perf_counter()
+        return pa.table({**{name: [value] for name, value in values.items()}, **cost_columns([batch.costs])})
 
     @torch.inference_mode()
     def tokens(self, batch: SampleBatch) -> list[NDArray[np.float32] | None]:

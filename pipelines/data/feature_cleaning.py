@@ -11,10 +11,10 @@ import fsspec
 
 from pipelines.data import storage
 from pipelines.data.feature_spec import SPEC_FILE, read_spec
-from pipelines.data.features import INDEX_FILE
+from pipelines.data.features import INDEX_FILE, QUARANTINE_FILE
 from qformer.errors import UserError
 
-_JOB_FILES = ("settings.yaml", "summary.json")
+_JOB_FILES = ("settings.yaml", "summary.json", QUARANTINE_FILE)
 _SHARD_FILE = re.compile(r"shard-\d{8}\.(arrow|parquet)")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 

@@ -15,7 +15,7 @@ from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
 SPEC_FILE = "features.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _WITHOUT_EFFECT = ("limits", "augmentation")
 """Of `DecodeSettings`: limits decide which rows fail, not what the others look like; a cache is never augmented."""
 

@@ -1,7 +1,7 @@
 """The files of a manifest: one Parquet file, or a folder of parts that each hold one kind and split.
 
-A part's row groups hold 1,024 rows each, so that any row is reached by reading few others. The index is written last: a
-folder without it is not finished.
+A part's row groups hold 1,024 rows each, fewer where the rows hold their media's bytes, so that any row is reached by
+reading little else. The index is written last: a folder without it is not finished.
 """
 
 import contextlib
@@ -9,9 +9,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
 
@@ -21,9 +23,14 @@ MANIFEST_FOLDER, INDEX_FILE = "manifest", "index.parquet"
 """In place of it where there are more rows."""
 MAX_FILE_ROWS = 1_000_000
 """As many rows, and more, go into parts."""
+MAX_FILE_MEDIA_BYTES = 64 * 1024**2
+"""Rows that hold more bytes of media than that together do, too: a single file is read as a whole."""
 PART_ROWS = 131_072
 """Whoever wants a row anywhere reads its part's whole footer first: 128 row groups tell about themselves in 100 KB."""
-ROW_GROUP_ROWS = 1024
+PART_MEDIA_BYTES = 1024**3
+"""Parts of rows that hold their media end sooner, lest the footer tell of too many row groups."""
+ROW_GROUP_ROWS, ROW_GROUP_MEDIA_BYTES = 1024, 4 * 1024**2
+"""Most rows of a row group, and about how many bytes of media."""
 _MARK = {b"qformer": b"manifest"}
 _MARKED_SCHEMA = schema.MANIFEST_SCHEMA.with_metadata(_MARK)
 
@@ -63,8 +70,12 @@ def iterate_rows(output: str, columns: list[str] | None = None) -> Iterator[pa.T
     names = columns if columns is not None else schema.MANIFEST_SCHEMA.names
     for path in manifest_files(output):
         with storage.open_regular(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, columns=names):
-                yield pa.Table.from_batches([batch]).select(names).replace_schema_metadata(None)
+            parquet = pq.ParquetFile(file)
+            # A group at a time: of rows that hold their media it has few.
+            for group in range(parquet.num_row_groups):
+                batches = parquet.iter_batches(batch_size=ROW_GROUP_ROWS, row_groups=[group], columns=names)
+                for batch in batches:
+                    yield pa.Table.from_batches([batch]).select(names).replace_schema_metadata(None)
 
 
 def write_manifest(blocks: Iterable[pa.Table], num_rows: int, output: str) -> None:
@@ -72,13 +83,16 @@ def write_manifest(blocks: Iterable[pa.Table], num_rows: int, output: str) -> No
 
     Args:
         blocks: Its rows.
-        num_rows: How many they are; `MAX_FILE_ROWS` and more go into a folder of parts.
+        num_rows: How many they are; `MAX_FILE_ROWS` and more, or such as hold more than `MAX_FILE_MEDIA_BYTES` of
+            media, go into a folder of parts.
         output: Folder.
     """
-    if num_rows < MAX_FILE_ROWS:
-        _write_file(blocks, storage.join(output, MANIFEST_FILE))
-    else:
-        _write_parts(blocks, storage.join(output, MANIFEST_FOLDER), [])
+    single, folder = storage.join(output, MANIFEST_FILE), storage.join(output, MANIFEST_FOLDER)
+    if num_rows >= MAX_FILE_ROWS:
+        _write_parts(blocks, folder, [])
+    elif _write_file(blocks, single) > MAX_FILE_MEDIA_BYTES:
+        _write_parts(iterate_rows(output), folder, [])
+        storage.remove_file(single)
 
 
 def append_rows(rows: pa.Table, output: str) -> None:
@@ -97,14 +111,19 @@ def append_rows(rows: pa.Table, output: str) -> None:
         return
     # Not over the file that is being read: some stores empty it at once.
     fresh = f"{single}.new"
-    _write_file(blocks, fresh)
+    media_bytes = _write_file(blocks, fresh)
     storage.move_file(fresh, single)
+    if media_bytes > MAX_FILE_MEDIA_BYTES:
+        _write_parts(iterate_rows(output), folder, [])
+        storage.remove_file(single)
 
 
-def _write_file(blocks: Iterable[pa.Table], uri: str) -> None:
+def _write_file(blocks: Iterable[pa.Table], uri: str) -> int:
+    """Write one file; return the bytes of media that its rows hold."""
     with _Part(uri) as part:
         for block in blocks:
             part.append(block)
+    return part.media_bytes
 
 
 def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, Any]]) -> None:
@@ -116,7 +135,7 @@ def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, 
                 rows = block.filter(is_member)
                 while len(rows):
                     part = parts.get((kind, split))
-                    if part is None or part.num_rows == PART_ROWS:
+                    if part is None or part.is_full:
                         stem = f"part-{kind}-{_file_name(split)}"
                         number = sum(row["file"].startswith(f"{stem}-") for row in index)
                         name = f"{stem}-{number:05d}.parquet"
@@ -124,7 +143,7 @@ def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, 
                         index.append({"file": name, schema.KIND: kind, schema.SPLIT: split, "rows": 0, "part": part})
                     fitting = rows.slice(0, PART_ROWS - part.num_rows)
                     part.append(fitting)
-                    if part.num_rows == PART_ROWS:
+                    if part.is_full:
                         part.close()
                     rows = rows.slice(len(fitting))
     rows_of_parts = [{**row, "rows": row["part"].num_rows if "part" in row else row["rows"]} for row in index]
@@ -136,26 +155,34 @@ class _Part(contextlib.AbstractContextManager["_Part"]):
     """One Parquet file that grows by row groups of equal size."""
 
     def __init__(self, uri: str) -> None:
-        self.num_rows = 0
+        self.num_rows = self.media_bytes = 0
         self._waiting: list[pa.Table] = []
-        self._num_waiting = 0
+        self._num_waiting = self._waiting_bytes = 0
         self._stack = contextlib.ExitStack()
         file = self._stack.enter_context(storage.open_output(uri))
         self._writer = self._stack.enter_context(
             pq.ParquetWriter(file, _MARKED_SCHEMA, compression="zstd", write_statistics=False)
         )
 
+    @property
+    def is_full(self) -> bool:
+        """Whether further rows belong into another part."""
+        return self.num_rows >= PART_ROWS or self.media_bytes >= PART_MEDIA_BYTES
+
     def append(self, rows: pa.Table) -> None:
+        added_bytes = int(_media_bytes(rows).sum())
         self.num_rows += len(rows)
+        self.media_bytes += added_bytes
         self._num_waiting += len(rows)
+        self._waiting_bytes += added_bytes
         self._waiting.append(rows.select(schema.MANIFEST_SCHEMA.names))
-        if self._num_waiting >= ROW_GROUP_ROWS:
-            self._flush(self._num_waiting - self._num_waiting % ROW_GROUP_ROWS)
+        if self._num_waiting >= ROW_GROUP_ROWS or self._waiting_bytes >= ROW_GROUP_MEDIA_BYTES:
+            self._flush(is_last=False)
 
     def close(self) -> None:
         """Finish the file; more rows are an error."""
         if self._num_waiting:
-            self._flush(self._num_waiting)
+            self._flush(is_last=True)
         self._stack.close()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -164,11 +191,30 @@ class _Part(contextlib.AbstractContextManager["_Part"]):
         else:
             self._stack.__exit__(kind, error, trace)
 
-    def _flush(self, count: int) -> None:
+    def _flush(self, *, is_last: bool) -> None:
         joined = pa.concat_tables(self._waiting)
-        self._writer.write_table(joined.slice(0, count).cast(_MARKED_SCHEMA), row_group_size=ROW_GROUP_ROWS)
-        self._waiting = [joined.slice(count)]
-        self._num_waiting -= count
+        sizes, start = _media_bytes(joined), 0
+        ends = np.cumsum(sizes)
+        while start < len(joined):
+            # A row that reaches the limit is the last of its group.
+            limit = (int(ends[start - 1]) if start else 0) + ROW_GROUP_MEDIA_BYTES
+            end = min(start + ROW_GROUP_ROWS, int(np.searchsorted(ends, limit)) + 1)
+            if end > len(joined) or (end == len(joined) and end - start < ROW_GROUP_ROWS and ends[-1] < limit):
+                if not is_last:
+                    break
+                end = len(joined)
+            group = joined.slice(start, end - start).cast(_MARKED_SCHEMA)
+            self._writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
+            start = end
+        self._waiting = [joined.slice(start)]
+        self._num_waiting = len(joined) - start
+        self._waiting_bytes = int(sizes[start:].sum())
+
+
+def _media_bytes(rows: pa.Table) -> NDArray[np.int64]:
+    """Bytes of media that each row holds itself."""
+    lengths = pc.fill_null(pc.binary_length(rows[schema.MEDIA_BYTES]), 0)
+    return np.asarray(lengths.to_numpy(), dtype=np.int64)
 
 
 def _groups(block: pa.Table) -> list[tuple[str, str]]:

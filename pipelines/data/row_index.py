@@ -1,7 +1,7 @@
 """Manifests as numbered rows that can be taken in any order; the large ones without reading them.
 
 A manifest in parts (`manifest_files`) is never held in memory: whoever takes rows reads the footers of the parts and
-the row groups that hold the rows, and keeps the latest of both.
+the row groups that hold the rows, of many parts at a time, and keeps the latest of both.
 """
 
 import bisect
@@ -9,8 +9,10 @@ import functools
 import hashlib
 import itertools
 import posixpath
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +38,8 @@ _KEPT_FOOTER_BYTES = 8 * 1024**2
 """Of parsed footers; in memory they take some six times as much."""
 _KEPT_GROUP_BYTES = 64 * 1024**2
 _STREAMED_ROWS = 8192
+_READERS = 32
+"""Parts read at a time: remote stores answer late, but many questions at once."""
 
 
 class Rows(Protocol):
@@ -135,27 +139,32 @@ class PartRows:
             UserError: If a part cannot be read, or is not the one that the index tells of.
         """
         if not len(rows):
-            return self._group_of(0)[0].slice(0, 0)
+            return self._pieces(0, np.zeros(1, np.int64))[0][0].slice(0, 0)
         order = np.argsort(rows, kind="stable")
-        ascending, pieces, at = rows[order], [], 0
-        while at < len(ascending):
-            group, first, end = self._group_of(int(ascending[at]))
-            begun, at = at, int(np.searchsorted(ascending, end))
-            pieces.append(group.take(pa.array(ascending[begun:at] - first)))
+        ascending = rows[order]
+        parts = np.searchsorted(self._ends, ascending, side="right")
+        numbers, starts = np.unique(parts, return_index=True)
+        wanted = list(zip(numbers.tolist(), np.split(ascending, starts[1:]), strict=True))
+        pieces = []
+        # One thread a part: a file is read at one place at a time.
+        with ThreadPoolExecutor(min(_READERS, len(wanted))) as pool:
+            for taken in pool.map(lambda of_part: self._pieces(*of_part), wanted):
+                pieces += taken
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return pa.concat_tables(pieces).take(pa.array(back))
 
-    def _group_of(self, row: int) -> tuple[pa.Table, int, int]:
-        """The row group that holds a row, the number of its first row, and its exclusive end."""
-        number = bisect.bisect_right(self._ends, row)
-        part = self._parts[number]
+    def _pieces(self, number: int, rows: NDArray[np.int64]) -> list[pa.Table]:
+        """Rows of one part, asked for in ascending order, from each of the row groups that hold some."""
         file, ends = self._footers.get(number) or self._opened(number)
-        first = self._ends[number] - part.num_rows
-        group = bisect.bisect_right(ends, row - first)
-        start = ends[group - 1] if group else 0
-        table = self._groups.get((number, group)) or self._group(number, group, file)
-        return table, first + start, first + ends[group]
+        places = rows - (self._ends[number] - self._parts[number].num_rows)
+        pieces, at = [], 0
+        while at < len(places):
+            group = bisect.bisect_right(ends, places[at])
+            table = self._groups.get((number, group)) or self._group(number, group, file)
+            begun, at = at, int(np.searchsorted(places, ends[group]))
+            pieces.append(table.take(pa.array(places[begun:at] - (ends[group - 1] if group else 0))))
+        return pieces
 
     def _opened(self, number: int) -> tuple[pq.ParquetFile, list[int]]:
         part = self._parts[number]
@@ -178,10 +187,16 @@ class PartRows:
         self._groups.put((number, group), table, table.nbytes)
         return table
 
+    def count_read(self, num_bytes: int) -> None:
+        """Add to `bytes_read`; several threads read."""
+        with self._counting:
+            self.bytes_read += num_bytes
+
     def _forget(self) -> None:
         self.bytes_read = 0
         """By this object so far, footers included."""
         self._footers, self._groups = _Latest(_KEPT_FOOTER_BYTES), _Latest(_KEPT_GROUP_BYTES)
+        self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("folder", "counts", "_parts", "_ends")
@@ -193,25 +208,28 @@ class PartRows:
 
 
 class _Latest:
-    """Keeps what was used last, up to a number of bytes, and always the newest."""
+    """Keeps what was used last, up to a number of bytes, and always the newest. For several threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._held_bytes = max_bytes, 0
         self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Any) -> Any:
         """What was put under `key`, None if it is gone."""
-        if key not in self._items:
-            return None
-        self._items.move_to_end(key)
-        return self._items[key][0]
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key][0]
 
     def put(self, key: Any, value: Any, size_bytes: int) -> None:
         """Keep a new value."""
-        self._items[key] = value, size_bytes
-        self._held_bytes += size_bytes
-        while self._held_bytes > self._max_bytes and len(self._items) > 1:
-            self._held_bytes -= self._items.popitem(last=False)[1][1]
+        with self._lock:
+            self._items[key] = value, size_bytes
+            self._held_bytes += size_bytes
+            while self._held_bytes > self._max_bytes and len(self._items) > 1:
+                self._held_bytes -= self._items.popitem(last=False)[1][1]
 
 
 class _CountedFile:
@@ -229,7 +247,7 @@ class _CountedFile:
 
     def read(self, size: int = -1) -> bytes:
         content: bytes = self._file.read(size)
-        self._rows.bytes_read += len(content)
+        self._rows.count_read(len(content))
         return content
 
     def seek(self, offset: int, whence: int = 0) -> int:

@@ -28,9 +28,15 @@ class DataMetrics:
         self._bytes.set_default_tags(tags)
         self._share = Gauge("qformer_data_quarantine_rate", "Share of the rows so far that are quarantined", keys)
         self._share.set_default_tags(tags)
-        self._depth = Gauge("qformer_data_queue_depth", "Batches that are ready for the training worker", keys)
+        self._depth = Gauge(
+            "qformer_data_queue_depth",
+            "Batches (features: shards, on average so far) that are ready for the model",
+            keys,
+        )
         self._depth.set_default_tags(tags)
-        self._wait = Histogram("qformer_data_wait_seconds", "Wait for the next batch", _WAIT_BOUNDS_S, keys)
+        self._wait = Histogram(
+            "qformer_data_wait_seconds", "Wait for the next batch (features: shard)", _WAIT_BOUNDS_S, keys
+        )
         self._wait.set_default_tags(tags)
         self._num_used = self._num_quarantined = 0
 
@@ -47,7 +53,7 @@ class DataMetrics:
             self._bytes.inc(costs.fetched_bytes)
         self._share.set(self._num_quarantined / max(1, self._num_used + self._num_quarantined))
 
-    def waited(self, seconds: float, queue_depth: int) -> None:
-        """Record one step's wait, and how many batches were ready after it."""
+    def waited(self, seconds: float, queue_depth: float) -> None:
+        """Record one wait of the model, and how many batches are ready for it."""
         self._wait.observe(seconds)
         self._depth.set(queue_depth)

@@ -23,6 +23,10 @@ class RunTimes:
     wait_s: float = 0.0
     """For the next batch."""
     rows: int = 0
+    rows_quarantined: int = 0
+    steps: int = 0
+    queued: int = 0
+    """Batches that were ready when one was taken, summed over the steps."""
     costs: StageCosts = field(default_factory=StageCosts)
     """What the batches took the data plane's workers, which work at the same time."""
     _window: StageCosts = field(default_factory=StageCosts)
@@ -31,6 +35,9 @@ class RunTimes:
         """Count one batch."""
         self.wait_s += wait_s
         self.rows += sum(1 for sample_id in batch.sample_ids if sample_id)
+        self.rows_quarantined += len(batch.failures)
+        self.steps += 1
+        self.queued += batch.queue_depth
         self.costs.add(batch.costs)
         self._window.add(batch.costs)
 
@@ -42,11 +49,17 @@ class RunTimes:
     def combined(self, encode_s: float) -> dict[str, float]:
         """Sums over all ranks, which must all call: wait_s, encode_s, rows, and the data plane's costs.
 
+        And two shares: queue_depth, batches ready for a rank on average, and quarantine_rate, of the rows.
+
         Args:
             encode_s: Seconds that this rank spent in the frozen encoder.
         """
         own = {"wait_s": self.wait_s, "encode_s": encode_s, "rows": self.rows, **_data_costs(self.costs)}
-        return {"wall_s": self.wall_s, **{name: mean_of_ranks(value) * world_size() for name, value in own.items()}}
+        sums = {name: mean_of_ranks(value) * world_size() for name, value in own.items()}
+        queue_depth = mean_of_ranks(self.queued / max(1, self.steps))
+        quarantined = mean_of_ranks(self.rows_quarantined) * world_size()
+        shares = {"queue_depth": queue_depth, "quarantine_rate": quarantined / max(1.0, sums["rows"])}
+        return {"wall_s": self.wall_s, **sums, **shares}
 
 
 class TimedEncode:

@@ -20,6 +20,7 @@ TINY = data.Case(
     jpeg_size=(640, 480),
     jpeg_bytes=40_000,
     images=Window(warm_up=1, timed=1, tail=1),
+    image_segment_steps=2,
 )
 
 
@@ -67,6 +68,13 @@ def test_images_are_measured_side_by_side(ray_local, jpegs, capsys):
         assert "No such file" in other.read(data_peers.read_image, "/nowhere.jpg")
     assert ratio > 0 and set(seconds) == {"images, batch, ours", "images, batch, dataloader"}
     assert "mean pixel difference" in capsys.readouterr().out
+
+
+def test_ours_reads_as_training_does_and_hands_over_inside_the_window(ray_local, jpegs):
+    case = data.Case()
+    assert case.images.warm_up < case.image_segment_steps < case.images.warm_up + case.images.timed
+    steps = [batch.step for batch in data.our_batches(jpegs * 5, "image", 2, segment_steps=2)]
+    assert steps == list(range(5))
 
 
 def test_rays_own_readers_are_measured(ray_local, jpegs, tmp_path):

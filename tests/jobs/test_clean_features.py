@@ -32,7 +32,13 @@ SPEC = FeatureSpec(
 def _cache(folder, age_days=3, extra=()):
     write_spec(str(folder), SPEC)
     (folder / "settings.yaml").write_text("output: here")
-    for name in ("summary.json", "shard-00000000.arrow", "shard-00000000.parquet", "shard-00000001.arrow.0123abcd.tmp"):
+    for name in (
+        "summary.json",
+        "quarantine.parquet",
+        "shard-00000000.arrow",
+        "shard-00000000.parquet",
+        "shard-00000001.arrow.0123abcd.tmp",
+    ):
         (folder / name).write_bytes(b"x" * 100)
     for name in extra:
         (folder / name).write_bytes(b"x" * 100)

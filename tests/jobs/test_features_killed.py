@@ -79,7 +79,7 @@ def test_a_cache_killed_and_resumed_is_bit_equal_to_one_written_in_one_go(ray_lo
     one, other = _files(tmp_path / "whole"), _files(killed.output)
     left_over = {name for name in other if name.endswith(".tmp")}
     assert {name: data for name, data in other.items() if name not in left_over} == one
-    assert len(one) == 2 + 2 * NUM_SHARDS
+    assert len(one) == 3 + 2 * NUM_SHARDS
     assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == whole
     assert yaml.safe_load((tmp_path / "whole" / "settings.yaml").read_text())["vision_image_size"] == IMAGE_SIZE
     index = pq.read_table(Path(killed.output) / "index.parquet")

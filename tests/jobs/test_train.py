@@ -1,5 +1,6 @@
 """`qformer train` with real Ray Train workers on a small world."""
 
+import contextlib
 import json
 import os
 import signal
@@ -162,6 +163,54 @@ def test_what_this_machine_lacks_is_told_at_once(ray_local, world, tmp_path, cha
     with pytest.raises(UserError, match=message):
         train.main(settings(world, tmp_path / "run", **changes))
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def _train_workers(root_pid):
+    """Processes below one that hold a rank of Ray Train."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                pid = int(folder.name)
+                parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                names[pid] = (folder / "cmdline").read_text()
+    tree = {root_pid}
+    while grown := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
+        tree |= grown
+    return sorted(pid for pid in tree if "RayTrainWorker" in names.get(pid, ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", [1000, 1])
+def test_a_killed_train_worker_is_restarted_and_every_row_counts_once(checkpoint_every, world, tmp_path):
+    """SIGKILL one of two ranks, before any checkpoint and after some; `max_failures` starts both again."""
+    output, steps = tmp_path / "run", 60
+    config = tmp_path / "train.yaml"
+    chosen = settings(
+        world, output, steps=steps, checkpoint_every=checkpoint_every, max_failures=1, log_every=1, decode_workers=1
+    )
+    config.write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(config)]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(command, cwd=MODELS.parents[2], start_new_session=True, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while not (output / "metrics.jsonl").exists() or len(read_metrics(str(output))) < 5:
+            assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            time.sleep(0.05)
+        workers = _train_workers(job.pid)
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        assert job.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["resumed_from_step"] > 0) == (checkpoint_every == 1)
+    assert [record["step"] for record in read_metrics(str(output))] == list(range(1, steps + 1))
+    # 60 steps are 10 epochs of 150 rows, three of them broken.
+    counts = [summary[f"rows_{name}"] for name in ("in", "used", "quarantined")]
+    assert counts == [1500, 1470, 30]
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def main(manifests: list[str], epochs: int, ranks: int, output: str) -> None:
 
         def read(rank: int) -> None:
             batches = rank_batches(
-                feed, start_step=0, total_steps=num_steps, rank=rank, world_size=ranks, source=DECODE
+                feed, attempt="", start_step=0, total_steps=num_steps, rank=rank, world_size=ranks, source=DECODE
             )
             with open(Path(output) / f"rank-{rank}", "w") as file:
                 for batch in batches:

@@ -6,16 +6,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipelines.data import schema
-from pipelines.data.batch import SampleBatch
-from pipelines.data.dataset import build_segment, evaluation_datasets, to_batch
+from pipelines.data.batch import RANK, STEP, ImageRows, SampleBatch, pack
+from pipelines.data.dataset import RankStream, build_segment, evaluation_datasets, segment_blocks, to_batch
 from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import PADDING, Order, rank_columns
+from pipelines.data.plan import evaluation_blocks
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import SampleDecoder
-from tests.pipelines.data.builders import DECODE, image_manifest
+from pipelines.data.stage_costs import StageCosts
+from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -106,3 +109,44 @@ def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path, ray_local
         np.testing.assert_array_equal(by_path, evaluated.images[row])
         np.testing.assert_array_equal(by_bytes, evaluated.images[row])
     decoder.close()
+
+
+class Delivered:
+    """Stands for Ray's iterator of one rank: a block of one row for each (step, rank)."""
+
+    def __init__(self, places):
+        (row,) = evaluation_blocks(TableRows(manifest([{"sample_id": "s", "media": "/s.jpg"}])), 1)
+        block = pack(row, ImageRows([(1, 1)]), [None], [StageCosts()])
+        types = {name: block.schema.field(name).type for name in (STEP, RANK)}
+        self.blocks = []
+        for values in places:
+            for name, value in zip(types, values, strict=True):
+                column = block.schema.get_field_index(name)
+                block = block.set_column(column, name, pa.array([value], types[name]))
+            self.blocks.append(block)
+
+    def iter_batches(self, **_):
+        return iter(self.blocks)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([(5, 1), (6, 1), (7, 1)], None),
+        ([(5, 1), (6, 0), (7, 1)], "rank 1 expected step 6, got step 6 of rank 0"),
+        ([(5, 1), (7, 1), (6, 1)], "rank 1 expected step 6, got step 7 of rank 1"),
+        ([(5, 1), (5, 1)], "rank 1 expected step 6, got step 5"),
+        ([(5, 1), (6, 1)], "rank 1 got 2 of 3 steps"),
+    ],
+)
+def test_a_rank_refuses_what_is_not_its_own(places, message):
+    stream = RankStream(Delivered(places), rank=1, first_step=5, num_steps=3)
+    if message is None:
+        assert [batch.step for batch in stream] == [5, 6, 7]
+        return
+    with pytest.raises(RuntimeError, match=message):
+        list(stream)
+
+
+def test_segments_of_many_ranks_are_long_enough_to_start_the_next():
+    assert [segment_blocks(ranks) for ranks in (1, 8, 32, 64, 256, 512, 10**6)] == [2048, 256, 64, 64, 64, 32, 1]

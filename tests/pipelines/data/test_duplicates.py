@@ -1,13 +1,16 @@
+import functools
+
 import pyarrow as pa
 import pytest
 
+from pipelines.data import duplicates
 from pipelines.data.corpus_summary import CorpusSummary
 from pipelines.data.duplicates import COLUMNS, find_duplicates, is_leak
 from pipelines.data.facts import content_hash
 from tests.pipelines.data.builders import manifest
 
 
-def _find(rows):
+def _find(rows, read=None):
     """Duplicates of (id, media, split, start_s, end_s, content) as {id: (other, is it a leak)}."""
     table = pa.table(
         {
@@ -15,7 +18,8 @@ def _find(rows):
             for place, name in enumerate(COLUMNS)
         }
     )
-    found = find_duplicates(lambda columns: (table.select(columns).slice(at, 2) for at in range(0, len(table), 2)))
+    read = read or (lambda table, columns: (table.select(columns).slice(at, 2) for at in range(0, len(table), 2)))
+    found = find_duplicates(functools.partial(read, table))
     return {
         row["sample_id"]: (row["duplicate_of"], bool(leak))
         for row, leak in zip(found.to_pylist(), is_leak(found), strict=True)
@@ -56,6 +60,37 @@ def _find(rows):
 )
 def test_duplicates(rows, expected):
     assert _find(rows) == expected
+
+
+def _rows(count, content, media, split="train"):
+    return [(f"{split}{content}{n}", media(n), split, None, None, content) for n in range(count)]
+
+
+def test_rows_that_share_one_file_are_never_held(monkeypatch):
+    """Five captions a picture: only what another file or split shows, too, is looked at."""
+    held = []
+    monkeypatch.setattr(duplicates, "_of_group", lambda group: held.append(len(group)) or [])
+    rows = [row for content in "abcdefgh" for row in _rows(50, content, lambda n, content=content: f"/{content}.jpg")]
+    rows += _rows(2, "z", lambda n: f"/{n}.jpg")
+    assert _find(rows) == {} and held == [2]
+
+
+def test_many_suspects_are_compared_a_portion_at_a_time(monkeypatch):
+    rows = [row for content in "abcdefgh" for row in _rows(3, content, lambda n, content=content: f"/{content}{n}.jpg")]
+    rows += _rows(7, "i", str) + _rows(1, "a", lambda n: "/a1.jpg", "val")
+    rows = rows[::2] + rows[1::2]
+    whole = _find(rows)
+    assert len(whole) == 8 * 2 + 6 + 1
+    compared = []
+
+    def read(table, columns):
+        blocks = [table.select(columns).slice(at, 2) for at in range(0, len(table), 2)]
+        compared.extend([columns] if columns == list(COLUMNS) else [])
+        return blocks
+
+    monkeypatch.setattr(duplicates, "_COMPARED_ROWS", 6)
+    assert _find(rows, read) == whole
+    assert 5 <= len(compared) <= 7
 
 
 def test_counts_of_captions():

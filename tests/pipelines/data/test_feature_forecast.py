@@ -50,7 +50,7 @@ def test_files_are_as_large_as_forecast(tmp_path, dtype):
         0, 0, names, [""] * 3, np.arange(3), np.ones(3, bool), np.zeros((3, 1)), [], np.ones((3, 1), bool)
     )
     tokens = [np.random.default_rng(n).standard_normal((1, 257, 1408)).astype(np.float32) for n in range(3)]
-    write_shard(str(tmp_path), batch, tokens, dtype)
+    write_shard(str(tmp_path), batch, tokens, dtype, [None] * 3)
     found = sum(path.stat().st_size for path in tmp_path.iterdir())
     expected = forecast(_shards(3, 0), dataclasses.replace(VIT_G, dtype=dtype), [], decode_workers=1, workers=1)
     assert expected.size_bytes == pytest.approx(found, rel=0.01)

@@ -4,21 +4,24 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipelines.data import schema, storage
-from pipelines.data.batch import split_steps, unpack
+from pipelines.data.batch import Failure, split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
-from pipelines.data.encode_shards import EncoderChoice, EncodeShards
+from pipelines.data.encode_shards import DecodeShards, EncoderChoice, EncodeShards
 from pipelines.data.feature_spec import write_spec
 from pipelines.data.features import (
     FeatureCache,
     ReadFeatures,
+    file_states,
     finished_shard,
     locate,
     open_cache,
     write_index,
+    write_quarantine,
     write_shard,
 )
 from pipelines.data.order import PADDING, Batches
@@ -47,12 +50,20 @@ def _table(folder) -> pa.Table:
     return pa.concat_tables([images, manifest([{"sample_id": "clip", "media": str(clip), "kind": "video"}])])
 
 
+def _blocks(table):
+    return list(evaluation_blocks(TableRows(table), ROWS_PER_SHARD))
+
+
+def _finished(table, folder):
+    return [finished_shard(str(folder), shard, block) for shard, block in enumerate(_blocks(table))]
+
+
 def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
     spec = choice.load()[1]
     write_spec(str(folder), spec)
-    decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    decode = DecodeShards(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     encode = EncodeShards(choice, str(folder), 2, "cpu")
-    blocks = list(evaluation_blocks(TableRows(table), ROWS_PER_SHARD))
+    blocks = _blocks(table)
     for shard, block in enumerate(blocks):
         if not finished_shard(str(folder), shard, block):
             encode(decode(block))
@@ -144,8 +155,75 @@ def test_a_changed_row_makes_its_shard_anew(tmp_path, encoder):
     rows = table.to_pylist()
     rows[0]["media"] = str(tmp_path / "1.jpg")
     changed = pa.Table.from_pylist(rows, schema=table.schema)
-    blocks = list(evaluation_blocks(TableRows(changed), ROWS_PER_SHARD))
-    assert [finished_shard(folder, shard, block) for shard, block in enumerate(blocks)] == [False, True, True]
+    assert _finished(changed, folder) == [False, True, True]
+
+
+def test_a_file_that_was_replaced_in_place_makes_its_shard_anew(tmp_path, encoder):
+    table = _table(tmp_path)
+    _write(table, tmp_path / "cache", encoder)
+    assert _finished(table, tmp_path / "cache") == [True, True, True]
+    (tmp_path / "1.jpg").unlink()
+    assert _finished(table, tmp_path / "cache") == [True, True, True], "what it showed is still known"
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
+    assert _finished(table, tmp_path / "cache") == [False, True, True]
+    (tmp_path / "2.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())  # was missing
+    _write(table, tmp_path / "cache", encoder)
+    assert _finished(table, tmp_path / "cache") == [True, True, True]
+    assert not len(write_quarantine(str(tmp_path / "cache"), 3))
+
+
+def test_the_state_of_a_tar_member_is_its_shards(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"x" * 9)
+    one, member, *others = file_states([*(f"{tmp_path}/a.tar{end}" for end in ("", "#offset=3&length=2")), None, "/no"])
+    assert one == member and one.startswith("9/") and others == [None, None]
+    assert file_states(["s3://bucket/a.jpg", "bad\0name"]) == [None, None]
+
+
+@pytest.mark.parametrize("error_class", ["transient", "timeout", "corrupt"])
+def test_only_failures_that_may_pass_are_tried_again(tmp_path, encoder, error_class):
+    table = _table(tmp_path)
+    block, spec = _blocks(table)[0], encoder[1]
+    decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    batch = unpack(decode(block))
+    failure = Failure("s2", str(tmp_path / "2.jpg"), "read", error_class, "503", 4)
+    tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]
+    states = file_states(block[schema.MEDIA].to_pylist())
+    write_shard(str(tmp_path), dataclasses.replace(batch, failures=[failure]), tokens, "fp16", states)
+    assert finished_shard(str(tmp_path), 0, block) == (error_class == "corrupt")
+    (row,) = write_quarantine(str(tmp_path), 2).to_pylist()
+    assert row == {**dataclasses.asdict(failure), "epoch": 0}
+    assert pq.read_table(tmp_path / "quarantine.parquet").to_pylist() == [row]
+
+
+def test_a_shard_that_is_being_replaced_is_unfinished(tmp_path, encoder, monkeypatch):
+    """Killed between the shard and its list of rows: the old list must not speak for the new shard."""
+    table = _table(tmp_path)
+    _write(table, tmp_path / "cache", encoder)
+    monkeypatch.setattr("pipelines.data.features._write_table", lambda table, path: None)
+    spec = encoder[1]
+    decode = DecodeShards(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    EncodeShards(CHOICE, str(tmp_path / "cache"), 2, "cpu")(decode(_blocks(table)[1]))
+    assert _finished(table, tmp_path / "cache") == [True, False, True]
+
+
+def test_a_cache_that_changes_under_its_training_stops_it(tmp_path, encoder):
+    table = _table(tmp_path)
+    cache = _write(table, tmp_path / "cache", encoder)
+    (block,) = _training_blocks(locate(table, cache), [[0, 1]])
+    rows = table.to_pylist()
+    rows[0], rows[1] = {**rows[0], "sample_id": "s1"}, {**rows[1], "sample_id": "s0"}
+    _write(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "cache", encoder)
+    # The ids are there again, in turned places; then the ids are right, and the media are not.
+    with pytest.raises(UserError, match="row 0 is 's1' of other media, not sample 's0'; .* run `qformer features"):
+        ReadFeatures(cache)(block)
+    rows = table.to_pylist()
+    rows[0]["media"] = str(tmp_path / "1.jpg")
+    _write(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "cache", encoder)
+    with pytest.raises(UserError, match="row 0 is 's0' of other media, not sample 's0'"):
+        ReadFeatures(cache)(block)
+    (tmp_path / "cache" / "shard-00000000.arrow").unlink()
+    with pytest.raises(UserError, match="sample 's0' is not there .*; the cache was changed or damaged"):
+        ReadFeatures(cache)(block)
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path, encoder):
@@ -209,7 +287,7 @@ def test_write_shard_stores_failures_beside_tokens(tmp_path, encoder):
     decode = DecodeRows(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     batch = unpack(decode(block))
     tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]
-    write_shard(str(tmp_path), batch, tokens, "fp16")
+    write_shard(str(tmp_path), batch, tokens, "fp16", [None] * 4)
     stored = pa.ipc.open_file(pa.memory_map(str(tmp_path / "shard-00000000.arrow")))
     assert stored.num_record_batches == 4
     assert stored.get_batch(2)[schema.ERROR_CLASS][0].as_py() == "missing"

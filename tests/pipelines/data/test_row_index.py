@@ -1,10 +1,14 @@
 import pickle
+import time
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.data import row_index, schema
+from pipelines.data import manifest_files, row_index, schema
 from pipelines.data.row_index import PartRows, TableRows, streamed, total
 from qformer.errors import UserError
 from tests.pipelines.data.builders import manifest
@@ -82,6 +86,97 @@ def test_parts_lie_on_any_filesystem(parts):
     assert remote.fingerprint == local.fingerprint
     assert remote.bytes_read == local.bytes_read
     filesystem.rm("/corpus", recursive=True)
+
+
+class SlowFileSystem(MemoryFileSystem):
+    """Answers every read after 50 ms, as a remote store; `slow://`."""
+
+    protocol = "slow"
+    latency_s = 0.05
+    store, pseudo_dirs = {}, [""]
+    num_reads = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("slow://", "/"))
+
+    def _open(self, path, mode="rb", **options):
+        file = super()._open(path, mode, **options)
+        return _SlowFile(file) if mode == "rb" else file
+
+
+class _SlowFile:
+    def __init__(self, file):
+        self._file = file
+
+    def read(self, size=-1):
+        time.sleep(SlowFileSystem.latency_s)
+        SlowFileSystem.num_reads += 1
+        return self._file.read(size)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_a_batch_from_a_remote_store_waits_for_many_parts_at_once(tmp_path):
+    """32 rows of 40 parts: one read after the other, footers and groups would take some 4 s."""
+    folder = write_parts(tmp_path / "manifest", {("image", "train"): 40 * 50}, rows_per_part=50)
+    fsspec.register_implementation("slow", SlowFileSystem, clobber=True)
+    filesystem = fsspec.filesystem("slow")
+    filesystem.put(str(folder), "/corpus", recursive=True)
+    rows = PartRows("slow://corpus", "train")
+    asked = np.random.default_rng(0).permutation(40)[:32].astype(np.int64) * 50 + 7
+    SlowFileSystem.num_reads, begun_s = 0, time.monotonic()
+    table = rows.take(asked)
+    took_s = time.monotonic() - begun_s
+    assert names(table) == [row_contents(row)[schema.SAMPLE_ID] for row in asked.tolist()]
+    assert SlowFileSystem.num_reads >= 2 * 32
+    assert took_s < 32 * 2 * SlowFileSystem.latency_s / 3, f"{SlowFileSystem.num_reads} reads in {took_s:.2f} s"
+    begun_s = time.monotonic()
+    assert rows.take(asked[::-1]).equals(table.take(pa.array(np.arange(32)[::-1])))
+    assert time.monotonic() - begun_s < SlowFileSystem.latency_s, "all of it is kept"
+    filesystem.rm("/corpus", recursive=True)
+
+
+def test_rows_that_hold_their_media_are_cut_by_bytes(tmp_path, monkeypatch):
+    """A row is reached without reading many megabytes beside it, and the manifest is never held as a whole."""
+    monkeypatch.setattr(manifest_files, "ROW_GROUP_MEDIA_BYTES", 10_000)
+    monkeypatch.setattr(manifest_files, "PART_MEDIA_BYTES", 100_000)
+    monkeypatch.setattr(manifest_files, "MAX_FILE_MEDIA_BYTES", 150_000)
+    chance = np.random.default_rng(0)
+    sizes = [*chance.integers(100, 4000, 150).tolist(), 35_000, 10, 20]
+    rows = [{"sample_id": f"s{i}", "media_bytes": chance.bytes(size)} for i, size in enumerate(sizes)]
+    table = manifest(rows)
+    manifest_files.write_manifest((table.slice(at, 40) for at in range(0, len(table), 40)), len(table), str(tmp_path))
+    files = manifest_files.manifest_files(str(tmp_path))
+    assert len(files) > 2 and not (tmp_path / "manifest.parquet").exists()
+    for path in files:
+        parquet = pq.ParquetFile(path)
+        for group in range(parquet.num_row_groups):
+            *others, last = parquet.read_row_group(group)["media_bytes"].to_pylist()
+            assert sum(map(len, others)) < 10_000, "the last row is the one that reaches the limit"
+            is_last = group == parquet.num_row_groups - 1
+            assert is_last or sum(map(len, others)) + len(last) >= 10_000
+        assert sum(len(one) for one in parquet.read()["media_bytes"].to_pylist()) < 100_000 + 40 * 4000 + 35_000
+    assert pa.concat_tables(manifest_files.iterate_rows(str(tmp_path))).equals(table)
+    found = PartRows(str(tmp_path / "manifest"))
+    assert names(found.take(np.array([100]))) == ["s100"] and found.bytes_read < 2**16 + 16_000
+    # The single file that grew stays one for small media, and becomes parts when it holds too much.
+    small = manifest([{"sample_id": "t0", "media_bytes": b"x" * 100}])
+    manifest_files.write_manifest([small], 1, str(tmp_path / "grown"))
+    assert [path.endswith("/manifest.parquet") for path in manifest_files.manifest_files(str(tmp_path / "grown"))] == [
+        True
+    ]
+    manifest_files.append_rows(table, str(tmp_path / "grown"))
+    assert len(manifest_files.manifest_files(str(tmp_path / "grown"))) > 2
+    whole = pa.concat_tables([small, table])
+    assert pa.concat_tables(manifest_files.iterate_rows(str(tmp_path / "grown"))).equals(whole)
 
 
 def test_the_fingerprint_follows_the_rows(parts, tmp_path):

@@ -1,5 +1,7 @@
 """When a run stops because its data is going bad."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -60,3 +62,31 @@ def test_the_quarantine_table_names_epoch_and_reason():
         ("s0", "missing", 0),
         ("s1", "missing", 0),
     ]
+
+
+def test_only_the_first_rank_holds_the_rows_and_all_come_to_the_same_verdict(monkeypatch):
+    states = []
+    for rank in (0, 1):
+        monkeypatch.setattr("pipelines.training.accounting.rank", lambda rank=rank: rank)
+        accounting = seen(90, 6)
+        with pytest.raises(TooManyQuarantinedError, match=r"6 of 100 rows of epoch 0 are quarantined \(missing;"):
+            accounting.check(epoch=0, rows_per_epoch=100, max_share=0.05)
+        states.append(accounting.state())
+        assert len(accounting.quarantined) == len(accounting.table()) == (6 if rank == 0 else 0)
+        # A resumed run, of which every rank reads the first one's state.
+        resumed = Accounting.from_state(states[0])
+        assert len(resumed.quarantined) == (6 if rank == 0 else 0)
+        with pytest.raises(TooManyQuarantinedError, match=r"6 of 100 rows of epoch 0 are quarantined \(missing;"):
+            resumed.check(epoch=0, rows_per_epoch=100, max_share=0.05)
+    assert states[0]["rows_quarantined"] == states[1]["rows_quarantined"] == 6
+
+
+def test_a_large_table_is_built_at_once():
+    accounting = seen(3, 1)
+    (values,) = accounting.quarantined.values()
+    accounting.quarantined |= {f"1/{n}": {**values, "epoch": 1, "sample_id": str(n)} for n in range(100_000)}
+    begun_s = time.monotonic()
+    table = accounting.table()
+    assert len(table) == 100_001 and table["epoch"].to_pylist()[:2] == [0, 1]
+    assert time.monotonic() - begun_s < 10.0, "a table a row took minutes"
+    assert table["sample_id"].num_chunks == 1

@@ -1,29 +1,14 @@
 """The data plane's metrics arrive where Prometheus looks for them."""
 
-import re
 import time
-import urllib.request
 
 import pytest
 
 from pipelines.data.stage_costs import StageCosts
 from pipelines.training.data_metrics import DataMetrics
+from tests.metrics_endpoint import scraped
 
 TIMEOUT_S = 60.0
-
-
-def _scraped(ray):
-    """{(name, the tags that are ours): value} of every node's metrics endpoint."""
-    text = ""
-    for node in ray.nodes():
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        text += urllib.request.urlopen(url, timeout=10).read().decode()
-    found = {}
-    for name, labels, value in re.findall(r"^(ray_qformer_data_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        if tags.get("job") == "test":
-            found[name, tags.get("stage") or tags.get("outcome") or tags.get("le") or ""] = float(value)
-    return found
 
 
 def test_prometheus_sees_what_was_counted(ray_local):
@@ -44,6 +29,6 @@ def test_prometheus_sees_what_was_counted(ray_local):
         ("ray_qformer_data_wait_seconds_bucket", "3.0"): 2,
     }
     deadline = time.monotonic() + TIMEOUT_S
-    while not expected.keys() <= (found := _scraped(ray_local)).keys() and time.monotonic() < deadline:
+    while not expected.keys() <= (found := scraped(ray_local, "test")).keys() and time.monotonic() < deadline:
         time.sleep(0.5)
     assert {key: found.get(key) for key in expected} == pytest.approx(expected)

@@ -1,5 +1,7 @@
 """The sequence of samples that ranks are given, with real decode actors, whoever reads and whatever dies."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -45,20 +47,23 @@ def expected(corpus, order, num_steps):
     return [[names[row] for row in rows if row != PADDING] for rows in rows_SG]
 
 
-def start_feed(ray, corpus, order, num_steps, decode_workers):
+def start_feed(ray, corpus, order, num_steps, decode_workers, **options):
     from pipelines.training.feed import BatchFeed
 
     actor = ray.remote(BatchFeed).options(num_cpus=0)
-    return actor.remote(order, [ray.put(corpus)], total_steps=num_steps, decode_workers=decode_workers)
+    return actor.remote(order, [ray.put(corpus)], total_steps=num_steps, decode_workers=decode_workers, **options)
 
 
-def read_rank(feed, path, start_step, num_steps, rank, world_size):
-    """Write down each step's ids as they come."""
+def open_rank(feed, start_step, num_steps, rank, world_size, attempt="first"):
     from pipelines.training.feed import rank_batches
 
-    batches = rank_batches(
-        feed, start_step=start_step, total_steps=num_steps, rank=rank, world_size=world_size, source=DECODE
-    )
+    options = {"attempt": attempt, "rank": rank, "world_size": world_size, "source": DECODE}
+    return rank_batches(feed, start_step=start_step, total_steps=num_steps, **options)
+
+
+def read_rank(feed, path, *arguments):
+    """Write down each step's ids as they come."""
+    batches, rank = open_rank(feed, *arguments), arguments[2]
     with open(path, "a") as file:
         for batch in batches:
             assert not batch.failures and batch.is_valid.tolist() == [bool(name) for name in batch.sample_ids]
@@ -78,9 +83,11 @@ def written(folder, start_step, end_step):
     return [[name for rank in range(world_size) for name in steps[step, rank]] for step in range(start_step, end_step)]
 
 
-def read_by_threads(feed, folder, start_step, num_steps, world_size):
+def read_by_threads(feed, folder, start_step, num_steps, world_size, attempt="first"):
     folder.mkdir()
-    arguments = [(feed, folder / f"rank-{rank}", start_step, num_steps, rank, world_size) for rank in range(world_size)]
+    arguments = [
+        (feed, folder / f"rank-{rank}", start_step, num_steps, rank, world_size, attempt) for rank in range(world_size)
+    ]
     threads = [threading.Thread(target=read_rank, args=values) for values in arguments]
     for thread in threads:
         thread.start()
@@ -90,13 +97,14 @@ def read_by_threads(feed, folder, start_step, num_steps, world_size):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "decode_workers", "num_steps"),
-    [(1, 1, 40), (2, 3, 530), (3, 2, 40), (8, 1, 40)],  # the second crosses into another segment
+    ("world_size", "decode_workers", "num_steps", "segment_steps"),
+    # The second goes from one segment into the next, the third does so time and again.
+    [(1, 1, 40, 512), (2, 3, 530, 512), (3, 2, 40, 9), (8, 1, 40, 512)],
 )
 def test_the_sequence_is_the_same_for_any_number_of_readers(
-    world_size, decode_workers, num_steps, corpus, order, ray_local, tmp_path
+    world_size, decode_workers, num_steps, segment_steps, corpus, order, ray_local, tmp_path
 ):
-    feed = start_feed(ray_local, corpus, order, num_steps, decode_workers)
+    feed = start_feed(ray_local, corpus, order, num_steps, decode_workers, segment_steps=segment_steps)
     found = read_by_threads(feed, tmp_path / "read", 0, num_steps, world_size)
     assert found == expected(corpus, order, num_steps)
     ray_local.kill(feed)
@@ -136,3 +144,136 @@ def test_the_sequence_goes_on_after_a_kill_with_another_number_of_readers(corpus
     went_on = read_by_threads(feed, tmp_path / "after", done, num_steps, 3)
     assert survived + went_on == expected(corpus, order, num_steps)
     ray_local.kill(feed)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What a feed builds and ends, without Ray: segments of at most two steps."""
+    told = []
+
+    def build(order, rows, *, first_step, end_step, world_size, **others):
+        told.append(("build", first_step, end_step))
+        return [(len(told), rank) for rank in range(world_size)]
+
+    monkeypatch.setattr("pipelines.training.feed.build_segment", build)
+    monkeypatch.setattr("pipelines.training.feed.close_segment", lambda streams: told.append(("close", *streams)))
+    return told
+
+
+def test_an_attempt_shares_its_segments_and_the_next_attempt_gets_its_own(order, built):
+    from pipelines.training.feed import BatchFeed
+
+    feed = BatchFeed(order, [None], total_steps=100, decode_workers=1, segment_steps=2)
+    streams = feed.segment("a", 4, 2, DECODE)
+    assert feed.segment("a", 4, 2, DECODE) is streams and built == [("build", 4, 6)]
+    # The same step and as many ranks: nothing of the part-consumed segment may come back.
+    again = feed.segment("b", 4, 2, DECODE)
+    assert again != streams and built[1:] == [("close", *streams), ("build", 4, 6)]
+    with pytest.raises(RuntimeError, match="attempt a asks for step 6, but b has begun"):
+        feed.segment("a", 6, 2, DECODE)
+    following = [feed.segment("b", step, 2, DECODE) for step in (6, 8, 10)]
+    assert [feed.segment("b", step, 2, DECODE) for step in (6, 8, 10)] == following
+    assert len(built) == 6 and len(feed._segments) == 3, "the oldest is let go, and not closed: it may still be read"
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_second_attempt_gets_all_batches_after_the_first_died(taken, corpus, order, ray_local, tmp_path):
+    """The first died between its ranks' arrivals at Ray's barrier, or in the middle of a segment."""
+    feed = start_feed(ray_local, corpus, order, 20, 1)
+    if taken:
+        ranks = [open_rank(feed, 0, 20, rank, 2, "dead") for rank in range(2)]
+        firsts = [threading.Thread(target=next, args=(batches,)) for batches in ranks]
+        for first in firsts:
+            first.start()
+        for first in firsts:
+            first.join()
+        for _ in range(taken - 1):
+            next(ranks[0])
+    else:
+
+        def arrive_alone():
+            with contextlib.suppress(ray_local.exceptions.ActorDiedError):  # what the dead would not see
+                next(open_rank(feed, 0, 20, 1, 2, "dead"))
+
+        threading.Thread(target=arrive_alone, daemon=True).start()
+        time.sleep(3.0)
+    assert read_by_threads(feed, tmp_path / "read", 0, 20, 2, "second") == expected(corpus, order, 20)
+    ray_local.kill(feed)
+
+
+class OneRankFeed:
+    """Stands for the feed of one rank: hands out lists of batches, and notes when each was asked for."""
+
+    def __init__(self, ray, steps_of_segments, batch):
+        self.segments = {steps[0]: [batch(step) for step in steps] for steps in steps_of_segments}
+        self.asked, self.segment, self._ray, self.num_steps = [], self, ray, None
+
+    def remote(self, attempt, step, world_size, source):
+        self.asked.append(step)
+        return self._ray.put([Stream(self.segments[step], step, self.num_steps or len(self.segments[step]))])
+
+
+@dataclasses.dataclass
+class Stream:
+    batches: list
+    first_step: int
+    num_steps: int
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.fixture
+def batch():
+    from pipelines.data.batch import SampleBatch
+
+    def build(step, rank=0):
+        one = np.ones(1, bool)
+        return SampleBatch(step, rank, ["s"], [""], np.zeros(1), one, np.zeros((1, 1)), [], one[None])
+
+    return build
+
+
+def test_the_next_segment_is_under_way_before_this_one_ends(ray_local, batch):
+    feed = OneRankFeed(ray_local, [range(100), range(100, 130), range(130, 160)], batch)
+    seen = []
+    for one in open_rank(feed, 0, 160, 0, 1):
+        seen.append(one.step)
+        deadline = time.monotonic() + 10
+        # From 64 steps before the end, and all the time beside a short segment; but never two segments ahead.
+        most = [0, 100] if one.step < 100 else [0, 100, 130]
+        wanted = [0] if one.step < 36 else most
+        while len(feed.asked) < len(wanted) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert feed.asked in (wanted, most), one.step
+    assert seen == list(range(160))
+
+
+def test_a_slow_start_is_begun_sooner():
+    from pipelines.training.feed import _SegmentReader
+
+    reader = _SegmentReader(lambda step: Stream([], 0, 0), 0, 0)
+    reader.end_step, reader.start_s = 512, 5.0
+    assert not reader.is_near_end(0, 0.0)
+    assert not reader.is_near_end(200, 20.0)  # 31 s are left
+    assert reader.is_near_end(200, 6.0)  # 9 s
+
+
+@pytest.mark.parametrize(
+    ("step", "rank", "message"),
+    [(1, 1, r"rank 0 at step 1 was given \(1, 1\)"), (2, 0, r"rank 0 at step 1 was given \(2, 0\)")],
+)
+def test_a_wrong_batch_stops_the_rank(step, rank, message, ray_local, batch):
+    feed = OneRankFeed(ray_local, [range(3)], batch)
+    feed.segments[0][1] = batch(step, rank)
+    batches = open_rank(feed, 0, 3, 0, 1)
+    assert next(batches).step == 0
+    with pytest.raises(RuntimeError, match=message):
+        next(batches)
+
+
+def test_a_segment_that_lost_a_batch_stops_the_rank(ray_local, batch):
+    feed = OneRankFeed(ray_local, [range(3)], batch)
+    feed.num_steps = 4
+    with pytest.raises(RuntimeError, match="ended before step 3, not 4"):
+        list(open_rank(feed, 0, 4, 0, 1))

@@ -1,0 +1,58 @@
+"""Ray Train starts its workers again after one died between the ranks' arrivals at a segment."""
+
+import json
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipelines.data.mixture import Corpus, Source
+from pipelines.data.order import Order
+from pipelines.data.row_index import TableRows
+from tests.pipelines.data.builders import DECODE, image_manifest
+
+STEPS = 12
+
+
+def read_and_die_once(arguments):
+    """Rank 1 of the first attempt is killed when rank 0 waits for it."""
+    from pipelines.training.feed import rank_batches
+    from qformer.distributed import any_text, rank
+
+    folder = Path(arguments["folder"])
+    is_first = not (folder / "killed").exists()
+    attempt = str(any_text(uuid.uuid4().hex))  # as `jobs.train` does
+    if is_first and rank() == 1:
+        while not (folder / "arriving").exists():
+            time.sleep(0.1)
+        time.sleep(5.0)
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "arriving").touch()
+    options = {"start_step": 0, "total_steps": STEPS, "rank": rank(), "world_size": 2, "source": DECODE}
+    found = [[batch.step, batch.sample_ids] for batch in rank_batches(arguments["feed"], attempt=attempt, **options)]
+    (folder / f"rank-{rank()}.json").write_text(json.dumps(found))
+    return {}
+
+
+@pytest.mark.slow
+def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
+    from pipelines.training.feed import BatchFeed
+    from pipelines.training.launch import launch
+
+    table = image_manifest(tmp_path, 24)
+    corpus = Corpus([Source("", TableRows(table))])
+    order = Order(corpus.streams("proportional"), 3, 4)
+    actor = ray_local.remote(BatchFeed).options(num_cpus=0)
+    feed = actor.remote(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1)
+    options = {"use_gpu": False, "max_failures": 1, "name": "restart", "scratch": str(tmp_path / "scratch")}
+    launch(read_and_die_once, {"folder": str(tmp_path), "feed": feed}, workers=2, total_steps=STEPS, **options)
+    assert (tmp_path / "killed").exists()
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [[step for step, _ in steps] for steps in ranks] == [list(range(STEPS))] * 2
+    names = [name for steps in ranks for _, of_step in steps for name in of_step]
+    assert sorted(names) == sorted(2 * table["sample_id"].to_pylist())
+    ray_local.kill(feed)
