@@ -85,6 +85,10 @@ class DecodeShards:
         decoded = self._decode(rows).append_column(STATE, states)
         return decoded.append_column(_DONE_AT_S, pa.array([time.time()] * len(decoded), pa.float64()))
 
+    def close(self) -> None:
+        """End the video children."""
+        self._decode.close()
+
 
 class EncodeShards:
     """Encodes one decoded block and writes it as one shard.

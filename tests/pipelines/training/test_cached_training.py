@@ -7,8 +7,7 @@ import torch
 from jobs.demo.world import write_world
 from pipelines.data import schema
 from pipelines.data.batch import split_steps, unpack
-from pipelines.data.decode_rows import DecodeRows
-from pipelines.data.encode_shards import EncoderChoice, EncodeShards
+from pipelines.data.encode_shards import DecodeShards, EncoderChoice, EncodeShards
 from pipelines.data.feature_spec import write_spec
 from pipelines.data.features import ReadFeatures, locate, open_cache, shard_blocks, write_index
 from pipelines.data.manifest import read_manifest
@@ -43,7 +42,7 @@ def world(tmp_path_factory):
     decode = DecodeSettings(preprocessing=spec.preprocessing, num_frames=2)
     cache = str(folder / "cache")
     write_spec(cache, spec)
-    decode_rows, encode = DecodeRows(decode), EncodeShards(ENCODER, cache, 16, "cpu")
+    decode_rows, encode = DecodeShards(decode), EncodeShards(ENCODER, cache, 16, "cpu")
     shards = shard_blocks(manifest, decode)
     for shard in shards:
         encode(decode_rows(shard))
