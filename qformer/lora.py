@@ -44,9 +44,9 @@ class Lora(nn.Module):
         chosen = {n for n in modules if f".{n}".endswith(tuple(f".{target}" for target in config.targets))}
         if not chosen or chosen - linear:
             known, wrong = ({name.rpartition(".")[2] for name in names} for names in (linear, chosen - linear))
-            what = f"{sorted(wrong)} are no linear layers" if wrong else "no layer has such a name"
+            what = f"name {sorted(wrong)}, no linear layers" if wrong else "name no layer"
             raise UserError(
-                f"model.lora.targets={list(config.targets)}: {what}; the model's linear layers are {sorted(known)}"
+                f"model.lora.targets={list(config.targets)} {what}; the model's linear layers are {sorted(known)}"
             )
         adapter = PeftConfig(
             r=config.rank,

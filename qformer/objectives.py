@@ -39,13 +39,12 @@ def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_v
     valid_B = is_valid_B.to(scores_BN.dtype)
     # Masked before the softmax: a NaN behind it would come back in its gradient.
     scores_BN = scores_BN.masked_fill(~is_valid_N[None], float("-inf")).masked_fill(~is_valid_B[:, None], 0.0)
-    log_probability_BN = scores_BN.log_softmax(dim=1)
+    log_probability_BN = scores_BN.log_softmax(dim=1).masked_fill(~is_valid_N[None], 0.0)  # 0 * -inf would be NaN
     target_BN = (is_positive_BN & is_valid_N[None]).to(scores_BN.dtype)
     target_BN = target_BN / target_BN.sum(dim=1, keepdim=True).clamp(min=1.0)
     uniform_N = is_valid_N.to(scores_BN.dtype) / is_valid_N.sum().clamp(min=1)
     target_BN = (1.0 - LABEL_SMOOTHING) * target_BN + LABEL_SMOOTHING * uniform_N[None]
-    # 0 * -inf is NaN: masked columns have no target mass, so drop them from the sum.
-    loss_B = -(target_BN * log_probability_BN.masked_fill(~is_valid_N[None], 0.0)).sum(dim=1)
+    loss_B = -(target_BN * log_probability_BN).sum(dim=1)
     return mean_over_ranks((loss_B * valid_B).sum(), valid_B.sum())
 
 

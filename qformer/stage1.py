@@ -160,14 +160,10 @@ class Stage1(nn.Module):
         """
         size, frames = tokens_BFPV.shape[:2]
         fetched_MFPV, place_B = fetch_rows(tokens_BFPV, negatives.image_B)
+        known = image
         if world_size() > 1:  # also when nothing was fetched: the exchange's backward needs every rank
             fetched = self.qformer.image_key_values(fetched_MFPV.flatten(0, 1))
-            known: list[KeyValue | None] = [
-                None if own is None or other is None else own.concatenate(other, dim=0)
-                for own, other in zip(image, fetched, strict=True)
-            ]
-        else:
-            known = image
+            known = [own and other and own.concatenate(other, dim=0) for own, other in zip(image, fetched, strict=True)]
         place_G = (place_B[:, None] * frames + torch.arange(frames, device=place_B.device)).flatten()
         other_image = [None if kv is None else kv.take(place_G) for kv in known]
 
@@ -205,11 +201,7 @@ class Stage1(nn.Module):
         return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT], per_rank=self.lavis_reduction)
 
     def check(self, batch: Stage1Batch) -> None:
-        """Refuse a batch that does not fit the model or itself.
-
-        Raises:
-            ValueError: Naming both sides.
-        """
+        """Refuse a batch that does not fit the model or itself with a ValueError that names both sides."""
         image = batch.image_BFPV
         self.qformer.check_image(image, "BFPV")
         self.qformer.check_text(batch.input_ids_BT, batch.is_text_BT)

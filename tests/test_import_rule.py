@@ -18,9 +18,9 @@ LOADERS = {
     "qformer/bridge.py": {"safetensors"},
     "qformer/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
-    "qformer/conversion/bundle.py": {"safetensors"},
     "qformer/conversion/frozen.py": {"transformers"},
-    "qformer/conversion/huggingface.py": {"safetensors", "transformers"},
+    "qformer/conversion/huggingface.py": {"transformers"},
+    "qformer/conversion/layouts.py": {"safetensors"},
     "qformer/conversion/vision.py": {"safetensors", "transformers"},
 }
 # The folder -> the project's own packages it may import besides itself.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qformer.backbones import import_torchvision
 from qformer.config import LoraConfig
 from qformer.conversion.bundle import read_tensors, reason_of
 from qformer.errors import UserError
@@ -66,6 +67,19 @@ def read_language(
         dtypes = {k: v.dtype for k, v in read_tensors(Path(name)).items()}
         weights = {k: v.to(dtypes.get(k, v.dtype)) for k, v in weights.items()}
     return weights, model.config.to_dict()
+
+
+def language_width(name: str) -> int | None:
+    """Width of a language model's embeddings by its config, or None where that does not lie on this machine."""
+    import_torchvision()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+        # An OPT may embed in another width than it computes in.
+        return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
+    except Exception:
+        return None
 
 
 def read_language_tokenizer(name: str) -> Any:

@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qformer.backbones import VisionEncoder, import_torchvision, load_vision
+from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridge import BESIDE, BridgeInfo
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors
+from qformer.conversion.frozen import language_width
 from qformer.conversion.names import LAVIS, LAVIS_LLM, LAVIS_OPT, LAVIS_T5, Table, from_peer
 from qformer.conversion.report import shown
 from qformer.conversion.vision import write_timm_vit
@@ -232,15 +233,8 @@ def _check_language(source: Path, name: str, width: int) -> list[str]:
     Raises:
         UserError: If they differ.
     """
-    import_torchvision()
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
-        own = getattr(
-            config, "word_embed_proj_dim", config.hidden_size
-        )  # OPT's smallest embeds in fewer than it computes
-    except Exception:
+    own = language_width(name)
+    if own is None:
         return [f"language model unchecked: no config of {name!r} on this machine; it must be {width} wide"]
     if own != width:
         raise UserError(
