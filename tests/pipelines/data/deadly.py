@@ -9,14 +9,14 @@ from pipelines.data.samples import DecodeSettings
 
 DEADLY_SIZE = (13, 13)
 _PLUGIN = f"""
-import os, signal
+import ctypes
 from PIL import PngImagePlugin
 
 before = PngImagePlugin.PngImageFile.load_prepare
 
 def load_prepare(self):
     if self.size == {DEADLY_SIZE}:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        ctypes.string_at(0)  # not os.kill: any thread may take its signal, while this one decodes on
     before(self)
 
 PngImagePlugin.PngImageFile.load_prepare = load_prepare
