@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from jobs.settings import Settings
+from jobs.settings_data import Settings
 from pipelines.data import storage
 from pipelines.data.feature_cleaning import find_caches, remove_cache
 from pipelines.data.stage_report import size

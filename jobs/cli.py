@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jobs.cluster_session import set_ray_environment
-from jobs.settings import Settings
+from jobs.settings_data import Settings
 from jobs.settings_help import describe_settings
 from jobs.settings_loading import load, resolved_yaml
 from qformer.errors import UserError

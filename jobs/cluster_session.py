@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.settings import RaySettings
+from jobs.settings_data import RaySettings
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)

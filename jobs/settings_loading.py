@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from jobs.settings import Settings
+from jobs.settings_data import Settings
 from qformer.errors import UserError
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

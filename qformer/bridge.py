@@ -55,6 +55,8 @@ class BridgeInfo:
     max_text_tokens: int
     prompt: str = ""
     """Text before every answer, for the language model and, where it has a text branch, the stage-2 Q-Former."""
+    answer_end_id: int | None = None
+    """Token that ends an answer besides the tokenizer's end token; None: the language model's own. See LAVIS' OPT."""
     vision_image_size: int | None = None
     """Resolution that the encoder's positions were interpolated to; None is its own."""
     lora: LoraConfig | None = None
@@ -268,7 +270,10 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
         UserError: If the folder is no stage-2 checkpoint, or a backbone cannot be loaded.
     """
     info = _info_of_stage(folder, 2, "captions")
-    language = build_language_model(*load_language(cast(str, info.language)), info.max_text_tokens)
+    model, words = load_language(cast(str, info.language))
+    if info.answer_end_id is not None:
+        cast(Any, model).generation_config.eos_token_id = info.answer_end_id
+    language = build_language_model(model, words, info.max_text_tokens)
     lora = Lora(language.model, info.lora) if info.lora else None
     stage2 = Stage2(info.qformer, language_width=language.width, lora=lora)
     load_weights(stage2, folder)

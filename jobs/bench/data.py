@@ -24,7 +24,7 @@ from jobs.bench.data_memory import PeakMemory
 from jobs.bench.data_peers import NUM_FRAMES, SIDE, VIDEO_READS, Peer, Read, Window, peer, read_image
 from jobs.bench.result import BenchResult
 from jobs.cluster_session import ray_session
-from jobs.settings import RaySettings
+from jobs.settings_data import RaySettings
 from pipelines.data import schema
 from pipelines.data.batch import SampleBatch
 from pipelines.data.mixture import Corpus, Source

@@ -21,15 +21,9 @@ from jobs import features, train
 from jobs.bench.data_media import write_jpegs
 from jobs.bench.result import BenchResult
 from jobs.bench.train_torchrun import PeerCase, as_json
-from jobs.settings import (
-    DataSettings,
-    FeaturesSettings,
-    ModelSettings,
-    OptimSettings,
-    QFormerSettings,
-    TrainDataSettings,
-    TrainSettings,
-)
+from jobs.settings import FeaturesSettings, TrainSettings
+from jobs.settings_data import DataSettings, TrainDataSettings
+from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
 from jobs.train_inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.manifest import write_table

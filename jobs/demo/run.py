@@ -13,18 +13,9 @@ from jobs.demo.settings import DemoSettings
 from jobs.demo.steps import Steps
 from jobs.demo.world import write_world
 from jobs.serve import require_free_port
-from jobs.settings import (
-    DataSettings,
-    EvaluateSettings,
-    FeaturesSettings,
-    ModelSettings,
-    OptimSettings,
-    PrepareSettings,
-    QFormerSettings,
-    SourceSettings,
-    TrainDataSettings,
-    TrainSettings,
-)
+from jobs.settings import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
+from jobs.settings_data import DataSettings, SourceSettings, TrainDataSettings
+from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
 
 MODELS = Path(__file__).parent / "models"
 LOOPBACK = "127.0.0.1"

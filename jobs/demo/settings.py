@@ -2,7 +2,8 @@
 
 from pydantic import Field
 
-from jobs.settings import QFormerSettings, RaySettings, Settings
+from jobs.settings_data import RaySettings, Settings
+from jobs.settings_model import QFormerSettings
 
 
 class WorldSettings(Settings):

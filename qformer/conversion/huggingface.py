@@ -99,6 +99,8 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
         name = cast(str, info.language)
         language, text_config = read_language(name, image_id, processor.tokenizer, info.lora, updates)
         placed |= {f"language_model.{name}": tensor for name, tensor in language.items()}
+        if info.answer_end_id is not None:
+            text_config["eos_token_id"] = info.answer_end_id
         settings |= {"text_config": text_config, "image_token_index": image_id}
     model_class = getattr(transformers, layout.architecture)
     write_model(model_class, model_class.config_class(**settings), placed, output)

@@ -34,6 +34,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """CLIP's, with which LAVIS normalises pictures for every encoder."""
 VISION_FOLDER = "vision"
 _BERT_HEAD_WIDTH = 64
+_OPT_NEWLINE_ID = 50118
+"""LAVIS teaches every OPT to end an answer with a newline (`blip2_opt.py`)."""
 _LN_VISION_EPS = 1e-5
 _VISION_PREFIX = "visual_encoder."
 _LANGUAGE_PREFIXES = ("opt_model.", "t5_model.", "llm_model.")
@@ -53,11 +55,13 @@ class _Kind:
     table: Table
     mark: str
     """A tensor that only this kind has."""
+    answer_end_id: int | None = None
+    """See `BridgeInfo`."""
 
 
 _KINDS = (
     _Kind(1, LAVIS, "vision_proj.weight"),
-    _Kind(2, LAVIS_OPT, "opt_proj.weight"),
+    _Kind(2, LAVIS_OPT, "opt_proj.weight", _OPT_NEWLINE_ID),
     _Kind(2, LAVIS_T5, "t5_proj.weight"),
     _Kind(2, LAVIS_LLM, "llm_proj.weight"),
 )
@@ -98,6 +102,7 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
         num_frames=options.num_frames,
         max_text_tokens=options.max_text_tokens,
         prompt=options.prompt,
+        answer_end_id=kind.answer_end_id,
         **vision,
     )
     tokenizer = None

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.bench import train as bench
-from jobs.settings import QFormerSettings
+from jobs.settings_model import QFormerSettings
 
 TINY = QFormerSettings(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, num_queries=2, embed_dim=8)
 

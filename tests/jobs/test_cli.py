@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
-from jobs.settings import Settings
+from jobs.settings_data import Settings
 from qformer.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 from jobs.cluster_session import ray_session, set_ray_environment
-from jobs.settings import RaySettings
+from jobs.settings_data import RaySettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SESSION = """
 import os
 from jobs.cluster_session import ray_session
-from jobs.settings import RaySettings
+from jobs.settings_data import RaySettings
 
 with ray_session(RaySettings(num_cpus=3)):
     import ray

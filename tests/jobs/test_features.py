@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import features
-from jobs.settings import DataSettings, FeaturesSettings
+from jobs.settings import FeaturesSettings
+from jobs.settings_data import DataSettings
 from pipelines.data.features import open_cache
 from pipelines.data.manifest import write_table
 from qformer.errors import UserError

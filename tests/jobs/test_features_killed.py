@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from jobs import features
-from jobs.settings import DataSettings, FeaturesSettings
+from jobs.settings import FeaturesSettings
+from jobs.settings_data import DataSettings
 from pipelines.data import schema
 from pipelines.data.manifest import write_table
 from tests.pipelines.data.builders import image_manifest

@@ -3,7 +3,9 @@
 import pytest
 
 from jobs.run_folder import run_folder
-from jobs.settings import ModelSettings, TrainDataSettings, TrainSettings
+from jobs.settings import TrainSettings
+from jobs.settings_data import TrainDataSettings
+from jobs.settings_model import ModelSettings
 from qformer.errors import UserError
 
 

@@ -7,7 +7,8 @@ import yaml
 
 from jobs import settings as job_settings
 from jobs.demo.settings import DemoSettings
-from jobs.settings import CaptionSettings, DataSettings, PrepareSettings, ServeSettings, TrainSettings
+from jobs.settings import CaptionSettings, PrepareSettings, ServeSettings, TrainSettings
+from jobs.settings_data import DataSettings
 from jobs.settings_loading import load, resolved_yaml
 from pipelines.data.sampling import Sampling
 from qformer.errors import UserError

@@ -15,15 +15,9 @@ import yaml
 
 from jobs import features, train
 from jobs.demo.world import write_world
-from jobs.settings import (
-    DataSettings,
-    FeaturesSettings,
-    ModelSettings,
-    OptimSettings,
-    QFormerSettings,
-    TrainDataSettings,
-    TrainSettings,
-)
+from jobs.settings import FeaturesSettings, TrainSettings
+from jobs.settings_data import DataSettings, TrainDataSettings
+from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
 from pipelines.data import checkpoint_folders
 from pipelines.training.telemetry import read_metrics
 from qformer.errors import UserError

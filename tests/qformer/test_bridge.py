@@ -1,12 +1,14 @@
 """A captioner in use: what becomes of instructions that are longer than those of training."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from qformer.bridge import Captioner, load_captioner
 from qformer.config import GenerationSettings
+from qformer.conversion.huggingface import export_huggingface
 from tests.tiny_checkpoints import TEXT, WORDS, text_tokenizer, write_stage2
 
 LONG = f"{TEXT} {TEXT} {TEXT}"  # 45 words; the checkpoint takes 16 tokens, with the leading one
@@ -15,6 +17,18 @@ LONG = f"{TEXT} {TEXT} {TEXT}"  # 45 words; the checkpoint takes 16 tokens, with
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
     return load_captioner(write_stage2(tmp_path_factory.mktemp("bridge") / "stage2"))
+
+
+def test_answers_end_as_the_bridge_was_taught(tmp_path):
+    """As LAVIS' OPT with a newline; an exported folder says the same to stock."""
+    folder = write_stage2(tmp_path / "stage2")
+    file = folder / "bridge.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "answer_end_id": 9}))
+    language = load_captioner(folder).language
+    assert set(language.end_ids) == {9, language.tokenizer.eos_token_id}
+    export_huggingface(folder, tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["text_config"]["eos_token_id"] == 9
 
 
 def pixels(captioner, count):

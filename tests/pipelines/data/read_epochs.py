@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from jobs.cluster_session import ray_session
-from jobs.settings import RaySettings
+from jobs.settings_data import RaySettings
 from pipelines.data.mixture import open_corpus
 from pipelines.data.order import Order
 from pipelines.training.accounting import Accounting

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jobs.evaluate import main
-from jobs.settings import DataSettings, EvaluateSettings
+from jobs.settings import EvaluateSettings
+from jobs.settings_data import DataSettings
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from qformer.bridge import load_captioner, load_retriever
 from qformer.config import GenerationSettings

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.settings import ModelSettings
+from jobs.settings_model import ModelSettings
 from pipelines.data import checkpoint_folders
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.settings import ModelSettings
+from jobs.settings_model import ModelSettings
 from pipelines.data import checkpoint_folders, storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
