@@ -250,10 +250,10 @@ def _seconds_of(batches: Iterable[Any]) -> float:
 
 
 def _peak_bytes(case: Case, paths: list[str], count: int) -> int:
-    """Peak memory of a process, with its own Ray, that reads `count` images."""
+    """Peak memory of a process, with its own Ray, that reads `count` images in several segments."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_report_peak, args=(sender, paths, count, case.batch_size))
+    child = context.Process(target=_report_peak, args=(sender, paths, count, case.batch_size, case.image_segment_steps))
     child.start()
     sender.close()
     try:
@@ -262,11 +262,13 @@ def _peak_bytes(case: Case, paths: list[str], count: int) -> int:
         child.join()
 
 
-def _report_peak(sender: Any, paths: list[str], count: int, batch_size: int) -> None:
+def _report_peak(sender: Any, paths: list[str], count: int, batch_size: int, segment_steps: int) -> None:
     with ray_session(RAY):
         memory = PeakMemory(os.getpid())
         with memory.watch():
-            for _ in our_batches(_repeated(paths, count // batch_size * batch_size), schema.IMAGE, batch_size):
+            # Both counts hand segments over, the larger one time and again: that costs a process, once.
+            files = _repeated(paths, count // batch_size * batch_size)
+            for _ in our_batches(files, schema.IMAGE, batch_size, segment_steps):
                 pass
         sender.send(memory.num_bytes)
 

@@ -23,8 +23,9 @@ PREFETCHED_BATCHES = 4
 _LEAD_STEPS, _LEAD_STARTS = 64, 2.0
 """The next segment starts when so few steps are left, or no more than will take twice the time that this one took to
 start. A short segment therefore has its successor beside it all the time."""
-_KEPT_SEGMENTS = 3
-"""Of one attempt: ranks may be a segment apart, and the next one is under way."""
+_KEPT_SEGMENTS = 2
+"""Of one attempt: who asks for the next has batches of this one, so that every rank has asked for this one. Each costs
+a process, also when all of it was read."""
 
 
 class BatchFeed:
