@@ -22,8 +22,8 @@ MAX_PIXELS = 50_000_000
 MEAN_TOLERANCE, QUADRANT_TOLERANCE = 3.1, 4.0
 """Levels, "about 3" by the manifest. The truth was taken from packed RGB, whose colours have half the width and are
 rounded down: the exact conversion of `sample_h265.ts` is 3.13 off in the mean. 10-bit and HDR get three times that:
-their way to 8 bits is a matter of taste. Quadrants tell the rotation; which of them has the middle line of an odd size in
-the truth is not known."""
+their way to 8 bits is a matter of taste. Quadrants tell the rotation; which of them has the middle line of an odd size
+in the truth is not known."""
 SCALED_TOLERANCE = 2.5
 """Levels between the means of a frame and of the same frame decoded at the size of the encoder: scaling comes before
 the colours are cut off at 0 and 255, which shows in saturated pictures, and unscaled frames are rounded down."""
