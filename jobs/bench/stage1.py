@@ -15,7 +15,6 @@ import json
 import os
 import random
 import re
-import resource
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,7 +203,7 @@ def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) 
         torch.set_num_threads(THREADS)
     # What the reference imports belongs to no step: bring it in on both sides before the size is read.
     build(Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
-    before = _resident_bytes()
+    before = _resident_bytes("VmRSS")
     model: nn.Module = Stage1(case.config) if name == "ours" else _reference_alone(case.config)
     model.to(case.device).train()
     for seed in range(2):
@@ -213,7 +212,7 @@ def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) 
     if case.device == "cuda":
         sender.send(torch.cuda.max_memory_allocated())
     else:
-        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        sender.send(_resident_bytes("VmHWM") - before)
 
 
 def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
@@ -223,9 +222,10 @@ def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
     return HuggingFaceStage1(shapes, has_weights=False)
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _resident_bytes(what: str) -> int:
+    """Of this process: "VmRSS" now, "VmHWM" at most since it began (`ru_maxrss` would start with the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:
