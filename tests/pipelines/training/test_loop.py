@@ -143,7 +143,9 @@ def test_dropout_and_negatives_of_a_step_are_drawn_from_streams_of_their_own(tok
         return run.stage.trainables(inputs, generator)
 
     optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    Loop(run.stage, call, optimizer, Accounting(), settings(steps=3), lambda _: None, lambda _: None).run(batches(), 0)
+    chosen, guard = settings(steps=3), StepGuard(1, print, print)
+    loop = Loop(run.stage, call, optimizer, Accounting(), chosen, lambda _: None, lambda _: None, guard)
+    loop.run(batches(), 0)
     assert len({seed for pair in seeds for seed in pair}) == 6
 
 
