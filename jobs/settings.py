@@ -17,6 +17,20 @@ from jobs.settings_model import ModelSettings, OptimSettings
 from qformer.config import GenerationSettings
 
 
+class ValidationSettings(Settings):
+    """Losses over an evaluation set as training goes on; best.json names the best checkpoint, which is kept."""
+
+    manifest: str | None = None
+    """null: that of `data`."""
+    split: str = "val"
+    every: int = Field(gt=0)
+    """Steps between validations; each is a checkpoint too."""
+    features: str | None = None
+    """Feature cache of its rows; where `data.features` is set, and only there."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the training after so many validations in a row without a lower loss; null: never."""
+
+
 class TrainSettings(Settings):
     """`qformer train`: one stage of training into one run folder."""
 
@@ -33,9 +47,16 @@ class TrainSettings(Settings):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     """Global batch: samples of one optimizer step over all workers."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Most samples that a worker keeps a graph of at a time; null: its whole share. Stage 1 computes a larger share
+    twice (gradient caching), stage 2 adds gradients up; both get the gradient of the whole batch."""
     workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with so few when nodes are lost, and with more again, up to `workers`, when nodes come; batches, order and
+    learning rates stay what they are. null: `workers` or none."""
     use_gpu: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the computations; the bridge's own weights are always fp32. fp16 scales its losses."""
     compile: bool = False
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
@@ -45,6 +66,10 @@ class TrainSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failures: int = Field(default=0, ge=0)
     """How often Ray Train may restart the workers after a crash."""
+    hang_timeout_s: float = Field(default=1800.0, gt=0)
+    """A step that takes longer has the stacks of all workers written to stacks/ in the run folder."""
+    validation: ValidationSettings | None = None
+    """null: no validation."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Steps without a finite gradient change nothing and are listed in bad_steps.jsonl; this many in a row end the run.
     """

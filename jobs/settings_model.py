@@ -69,6 +69,19 @@ class ModelSettings(Settings):
     """What becomes of tensors that do not fit on starting from `qformer_init` or `init_from`."""
 
 
+class LossWeightSettings(Settings):
+    """Factors of the loss terms; one of 0 has no gradient and is only reported."""
+
+    itc: float = Field(default=1.0, ge=0)
+    itm: float = Field(default=1.0, ge=0)
+    itg: float = Field(default=1.0, ge=0)
+    lm: float = Field(default=1.0, ge=0)
+    diversity: float = Field(default=0.0, ge=0)
+    """Of the mean squared cosine between an image's query outputs: 0.1 keeps queries from collapsing into one."""
+    is_learned: bool = False
+    """Also learn a factor of each term (uncertainty weighting)."""
+
+
 class OptimSettings(Settings):
     """AdamW with warm-up and cosine (BLIP-2, section 3.4)."""
 
@@ -80,3 +93,4 @@ class OptimSettings(Settings):
     clip_norm: float = Field(default=1.0, gt=0)
     ema_decay: Decay | None = None
     """Save an exponential moving average of the weights in their place, e.g. 0.999; null: the weights themselves."""
+    loss_weights: LossWeightSettings = LossWeightSettings()

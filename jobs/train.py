@@ -1,6 +1,5 @@
 """`qformer train`: one stage of training into one run folder."""
 
-import functools
 import itertools
 import json
 import logging
@@ -13,12 +12,10 @@ from jobs.cli import run_job
 from jobs.cluster_session import ray_session, require_resources
 from jobs.run_folder import run_folder
 from jobs.settings import TrainSettings
-from jobs.train_checks import check, manifests
-from jobs.train_inputs import LEARN_TOKENIZER, decode_settings, tokenizer_folder, with_absolute_paths
+from jobs.train_inputs import LEARN_TOKENIZER, tokenizer_folder, with_absolute_paths
+from jobs.train_rows import TrainingRows, start_feed, training_rows, validation_rows
 from pipelines.data import schema, storage
-from pipelines.data.features import FeatureCache, locate, open_cache
-from pipelines.data.mixture import Corpus, open_corpus
-from pipelines.data.order import Order
+from pipelines.data.mixture import Corpus
 from pipelines.data.row_index import streamed
 from pipelines.data.stage_report import run_table
 from qformer.errors import UserError
@@ -35,18 +32,12 @@ def main(settings: TrainSettings) -> dict[str, Any]:
         UserError: If settings, data or checkpoints do not fit; see each message.
     """
     settings = with_absolute_paths(settings)
-    data = settings.data
-    corpus = open_corpus(manifests(settings), split=data.split, kind=data.kind)
-    order = Order(corpus.streams(data.mixture), settings.seed, settings.batch_size)
-    check(settings, order.rows_per_epoch)
-    cache = open_cache(data.features) if data.features else None
-    if cache:
-        cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
-        corpus = corpus.in_memory(functools.partial(locate, cache=cache))
+    rows = training_rows(settings)
+    validation_rows(settings)  # whose mistakes should not wait for a cluster
     with run_folder(settings):
         if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
-            _learn_tokenizer(settings, corpus)
-        summary = _launch(settings, corpus, order, cache)
+            _learn_tokenizer(settings, rows.corpus)
+        summary = _launch(settings, rows)
         if "mistake" in summary:
             raise UserError(summary["mistake"])
     storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
@@ -64,35 +55,45 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     return summary
 
 
-def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: FeatureCache | None) -> dict[str, Any]:
+def _launch(settings: TrainSettings, rows: TrainingRows) -> dict[str, Any]:
     """Run `train_worker` on every rank and return the first rank's result."""
     with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
+        workers = settings.min_workers or settings.workers
         require_resources(
             settings.ray,
-            {"workers": settings.workers, "decode_workers": settings.decode_workers},
-            gpus={"workers": settings.workers} if settings.use_gpu else {},
+            {"workers": workers, "decode_workers": settings.decode_workers},
+            gpus={"workers": workers} if settings.use_gpu else {},
         )
         import ray
 
         from jobs.train_worker import train_worker
-        from pipelines.training.feed import BatchFeed
         from pipelines.training.launch import launch
 
-        actor = ray.remote(BatchFeed).options(num_cpus=0)
-        rows = ray.put(corpus)
-        feed = actor.remote(order, [rows], total_steps=settings.steps, decode_workers=settings.decode_workers)
+        feed = start_feed(rows, total_steps=settings.steps, decode_workers=settings.decode_workers)
+        feeds = [feed]
+        arguments = {
+            "settings": settings.model_dump(),
+            "feed": feed,
+            "cache": rows.cache,
+            "order": f"{rows.order.fingerprint}/{rows.corpus.fingerprint}/{settings.stage}",
+            "rows": rows.order.rows_per_epoch,
+            "steps_per_epoch": rows.order.steps_per_epoch,
+        }
+        if (validation := validation_rows(settings)) is not None:
+            steps = validation.order.steps_per_epoch
+            feeds.append(start_feed(validation, total_steps=steps, decode_workers=settings.decode_workers))
+            arguments |= {
+                "validation_feed": feeds[-1],
+                "validation_cache": validation.cache,
+                "validation_rows": validation.order.rows_per_epoch,
+                "validation_steps": steps,
+            }
         try:
             return launch(
                 train_worker,
-                {
-                    "settings": settings.model_dump(),
-                    "feed": feed,
-                    "cache": cache,
-                    "order": f"{order.fingerprint}/{corpus.fingerprint}/{settings.stage}",
-                    "rows": order.rows_per_epoch,
-                    "steps_per_epoch": order.steps_per_epoch,
-                },
+                arguments,
                 workers=settings.workers,
+                min_workers=settings.min_workers,
                 use_gpu=settings.use_gpu,
                 max_failures=settings.max_failures,
                 name=f"stage {settings.stage}",
@@ -100,7 +101,8 @@ def _launch(settings: TrainSettings, corpus: Corpus, order: Order, cache: Featur
                 total_steps=settings.steps,
             )
         finally:
-            ray.kill(feed)
+            for feed in feeds:
+                ray.kill(feed)
 
 
 def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:

@@ -25,6 +25,8 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
         update={
             "output": output,
             "data": settings.data.model_copy(update={"features": absolute(settings.data.features)}),
+            "validation": settings.validation
+            and settings.validation.model_copy(update={"features": absolute(settings.validation.features)}),
             "init_from": absolute(settings.init_from),
             "model": model.model_copy(update=folders),
         }

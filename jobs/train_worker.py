@@ -1,37 +1,39 @@
 """What one rank of `qformer train` does: build or restore the run, train, and tell what came of it."""
 
-import json
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray.train
 import torch
 from ray.train.torch import get_device
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.run_folder import QUARANTINE_FILE
 from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
 from jobs.train_inputs import decode_settings, tokenizer_folder
-from pipelines.data import storage
+from jobs.train_reporter import Reporter
+from jobs.train_validation import Validation
 from pipelines.data.batch import SampleBatch
 from pipelines.data.checkpoint_folders import newest_whole_checkpoint
 from pipelines.data.features import FeatureCache
-from pipelines.data.manifest import write_table
 from pipelines.training.accounting import Accounting, TooManyQuarantinedError
-from pipelines.training.checkpoint_writer import CheckpointError, CheckpointWriter
+from pipelines.training.checkpoint_writer import CheckpointError
 from pipelines.training.ema import Ema
 from pipelines.training.feed import rank_batches
+from pipelines.training.flops import StepFlops
 from pipelines.training.guard import StepGuard
-from pipelines.training.loop import Loop, LoopSettings
+from pipelines.training.health import QueryWatch
+from pipelines.training.loop import Hooks, Loop, LoopSettings
+from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
-from pipelines.training.run import TrainingRun, choice_from
-from pipelines.training.telemetry import RunLog
+from pipelines.training.precision import Precision
+from pipelines.training.run import Training, TrainingRun, choice_from
+from pipelines.training.watchdog import Watchdog
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError
-
-BAD_STEPS_FILE = "bad_steps.jsonl"
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: settings (dumped), feed and board (actor handles), cache (`FeatureCache` or None), order (its
-            fingerprint), rows (of an epoch), steps_per_epoch.
+            fingerprint), rows (of an epoch), steps_per_epoch; of the validation, if any, validation_feed,
+            validation_cache, validation_rows and validation_steps.
     """
     settings, mistake = TrainSettings.model_validate(arguments["settings"]), None
     try:
@@ -51,10 +54,20 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     # Other ranks may have come through, and would wait for this one.
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
-    reporter = _Reporter(arguments, settings, state.start_step) if rank() == 0 else None
-    loop = _loop(arguments, settings, state, reporter)
+    reporter = Reporter(arguments["board"], settings, state.start_step) if rank() == 0 else None
+    say = reporter.say if reporter else arguments["board"].say.remote
+    hosts = _hosts()
+    if reporter:
+        run = state.run
+        trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
+        group = {"step": state.start_step, "workers": world_size(), "hosts": hosts}
+        reporter.started({**group, "trainable": trainable, "frozen_sha256": dict(run.fingerprints)})
+        verb = "resuming" if state.start_step else "starting"
+        say(f"{verb} at step {state.start_step} with {world_size()} worker(s) on {', '.join(sorted(set(hosts)))}")
+    watchdog = Watchdog(settings.output, rank(), timeout_s=settings.hang_timeout_s, alarm=say)
+    loop = _loop(arguments, settings, state, reporter, watchdog)
     try:
-        loop.run(_batches(arguments, settings, state), state.start_step)
+        done = loop.run(_batches(arguments, settings, state), state.start_step)
         state.run.assert_frozen()
         if reporter:
             reporter.writer.close()
@@ -63,14 +76,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     except CheckpointError as error:  # of the last step: no other rank waits for this one any more
         mistake = str(error)
     finally:
+        watchdog.close()
         if reporter:
             reporter.log.close()
-            write_table(state.accounting.table(), storage.join(settings.output, QUARANTINE_FILE))
+            reporter.write_quarantine(state.accounting)
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
     stages = loop.times.combined(state.run.encode.seconds)
     last = reporter.log.records[-1] if reporter and reporter.log.records else {}
-    return {**_summary(settings, state), "last": last, "stages": stages}
+    return {**_summary(settings, state), "steps": done, "last": last, "stages": stages}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,27 +92,10 @@ class _State:
     """A run as it starts or goes on."""
 
     run: TrainingRun
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None
+    training: Training
     accounting: Accounting
     start_step: int
     """Steps done before."""
-
-
-class _Reporter:
-    """The first rank's records: log, checkpoints, bad steps, and lines for the user."""
-
-    def __init__(self, arguments: dict[str, Any], settings: TrainSettings, start_step: int) -> None:
-        self.say = arguments["board"].say.remote
-        self.log = RunLog(settings.output, arguments["board"], start_step)
-        self.writer = CheckpointWriter(settings.output, keep=settings.keep_checkpoints, alarm=self.say)
-        self._bad_steps_uri = storage.join(settings.output, BAD_STEPS_FILE)
-        self._bad_steps: list[str] = []
-
-    def bad_step(self, values: dict[str, Any]) -> None:
-        """Keep what became of a step that was left out."""
-        self._bad_steps.append(json.dumps(values) + "\n")
-        storage.write_text(self._bad_steps_uri, "".join(self._bad_steps))
 
 
 def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
@@ -110,6 +107,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         tokenizer=tokenizer_folder(settings),
     )
     cache: FeatureCache | None = arguments["cache"]
+    share = -(-settings.batch_size // world_size())
     run = TrainingRun(
         choice,
         get_device(),
@@ -118,18 +116,27 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         init_from=settings.init_from,
         features=cache.spec if cache else None,
         is_compiled=settings.compile,
+        micro_batch=settings.micro_batch if settings.micro_batch is not None and settings.micro_batch < share else None,
     )
     optim, trainables = settings.optim, run.stage.trainables
-    optimizer = build_optimizer(trainables, weight_decay=optim.weight_decay, betas=optim.betas)
-    ema = Ema(trainables, optim.ema_decay) if optim.ema_decay is not None else None
+    weights = optim.loss_weights.model_dump(exclude={"is_learned"})
+    objective = Objective(run.stage.terms, weights, is_learned=optim.loss_weights.is_learned)
+    extra = [] if objective.log_variances is None else [objective.log_variances]
+    training = Training(
+        optimizer=build_optimizer(trainables, weight_decay=optim.weight_decay, betas=optim.betas, extra=extra),
+        objective=objective,
+        precision=Precision(settings.precision, get_device()),
+        ema=Ema(trainables, optim.ema_decay) if optim.ema_decay is not None else None,
+        order=arguments["order"],
+    )
     if rank() == 0:
         arguments["board"].say.remote(f"weights {run.load_report}")
     accounting, start_step = Accounting(), 0
     newest = newest_whole_checkpoint(settings.output)
     if newest is not None:
-        saved = run.restore(newest, optimizer, order=arguments["order"], ema=ema)
+        saved = run.restore(newest, training)
         accounting, start_step = Accounting.from_state(saved.accounting), saved.step
-    return _State(run=run, optimizer=optimizer, ema=ema, accounting=accounting, start_step=start_step)
+    return _State(run=run, training=training, accounting=accounting, start_step=start_step)
 
 
 def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) -> Iterator[SampleBatch]:
@@ -144,49 +151,84 @@ def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) 
     )
 
 
-def _loop(arguments: dict[str, Any], settings: TrainSettings, state: _State, reporter: _Reporter | None) -> Loop:
-    run = state.run
+def _loop(
+    arguments: dict[str, Any], settings: TrainSettings, state: _State, reporter: Reporter | None, watchdog: Watchdog
+) -> Loop:
+    run, training = state.run, state.training
     call: torch.nn.Module = run.stage.trainables
-    if world_size() > 1:
+    if world_size() > 1 and run.stage.micro_batch is None:
         device = get_device()
         call = DistributedDataParallel(call, device_ids=[device.index] if device.type == "cuda" else None)
 
     def save(done: int) -> None:
         if reporter is not None:
-            order, yaml = arguments["order"], resolved_yaml(settings)
-            reporter.writer.submit(
-                run.checkpoint(done, state.optimizer, state.accounting, order=order, settings=yaml, ema=state.ema)
-            )
+            yaml = resolved_yaml(settings)
+            reporter.writer.submit(run.checkpoint(done, training, state.accounting, settings=yaml))
+            reporter.write_quarantine(state.accounting)
 
+    validation = Validation(arguments, settings, run, training, reporter, state.start_step)
     report, alarm = (reporter.bad_step, reporter.say) if reporter else (_ignore, _ignore)
+    optim = settings.optim
     return Loop(
         stage=run.stage,
         call=call,
-        optimizer=state.optimizer,
+        optimizer=training.optimizer,
+        objective=training.objective,
+        precision=training.precision,
         accounting=state.accounting,
         settings=LoopSettings(
             steps=settings.steps,
             steps_per_epoch=arguments["steps_per_epoch"],
             rows_per_epoch=arguments["rows"],
+            learning_rate=optim.learning_rate,
+            min_learning_rate=optim.min_learning_rate,
+            warmup_steps=optim.warmup_steps,
+            clip_norm=optim.clip_norm,
             checkpoint_every=settings.checkpoint_every,
             log_every=settings.log_every,
             seed=settings.seed,
             max_quarantine_share=settings.max_quarantine_share,
-            precision=settings.precision,
-            **settings.optim.model_dump(exclude={"weight_decay", "betas", "ema_decay"}),
+            validate_every=settings.validation.every if settings.validation else None,
         ),
-        log=reporter.log.write if reporter else _ignore,
-        save=save,
         guard=StepGuard(settings.max_bad_steps, report, alarm),
-        ema=state.ema,
+        queries=QueryWatch(alarm),
+        flops=StepFlops(get_device()),
+        hooks=Hooks(
+            log=reporter.log.write if reporter else _ignore,
+            save=save,
+            validate=validation,
+            is_preempted=_PreemptionNotice(alarm),
+            beat=watchdog.beat,
+        ),
+        ema=training.ema,
     )
+
+
+class _PreemptionNotice:
+    """Asks Ray whether a machine of the group goes away soon; true once for each notice."""
+
+    def __init__(self, alarm: Any) -> None:
+        self._alarm, self._seen = alarm, None
+
+    def __call__(self) -> bool:
+        notice = ray.train.get_preemption_info()  # a barrier: every rank is told the same
+        is_new, self._seen = notice is not None and notice != self._seen, notice
+        if is_new:
+            self._alarm(f"a machine of the group goes away ({notice}); taking a checkpoint first")
+        return is_new
+
+
+def _hosts() -> list[str]:
+    names: list[str] = [socket.gethostname()] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(names, socket.gethostname())
+    return names
 
 
 def _summary(settings: TrainSettings, state: _State) -> dict[str, Any]:
     run, accounting = state.run, state.accounting
     return {
         "stage": settings.stage,
-        "steps": settings.steps,
         "resumed_from_step": state.start_step,
         "accounting": accounting.line,
         "rows_in": accounting.rows_in,
@@ -194,7 +236,7 @@ def _summary(settings: TrainSettings, state: _State) -> dict[str, Any]:
         "rows_quarantined": accounting.rows_quarantined,
         "texts_truncated": run.num_truncated(),
         "load_report": run.load_report,
-        "trainable_parameters": sum(p.numel() for p in run.stage.trainables.parameters() if p.requires_grad),
+        "trainable_parameters": run.num_trainable,
         "trainable_names": run.trainable_names,
         "frozen_sha256": run.fingerprints,
     }

@@ -42,6 +42,10 @@ class LanguageBatch:
         input_ids_BS, is_input_BS = self.input_ids_BS.to(device), self.is_input_BS.to(device)
         return LanguageBatch(input_ids_BS, is_input_BS, self.labels_BT.to(device), self.num_truncated)
 
+    def rows(self, part: slice) -> "LanguageBatch":
+        """Some of the rows."""
+        return LanguageBatch(self.input_ids_BS[part], self.is_input_BS[part], self.labels_BT[part])
+
     def without_labels(self, is_left_out_B: Tensor) -> "LanguageBatch":
         """The same batch with rows that no loss counts."""
         return replace(self, labels_BT=self.labels_BT.masked_fill(is_left_out_B[:, None], IGNORED))

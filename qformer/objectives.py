@@ -2,7 +2,8 @@
 
 Dimensions: B local batch, N global batch, Q queries (of all frames), E joint embedding width, M predicted tokens,
 R pairs.
-Every function takes validity masks: a masked sample is no row, no column and no negative of any other.
+Every function takes validity masks: a masked sample is no row, no column and no negative of any other. Losses come as
+a sum over this rank's items and their number, which `distributed.mean_over_ranks` makes a mean.
 Reference: BLIP-2 (arXiv:2301.12597), section 3.2; LAVIS `blip2_qformer.py`.
 """
 
@@ -11,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from qformer.distributed import mean_over_ranks
 
 LABEL_SMOOTHING = 0.1
 
@@ -23,7 +22,9 @@ def similarity(queries_BQE: Tensor, text_NE: Tensor) -> Tensor:
         return torch.einsum("bqe,ne->bqn", queries_BQE.float(), text_NE.float()).amax(dim=1)
 
 
-def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_valid_N: Tensor) -> Tensor:
+def itc_loss(
+    scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_valid_N: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of one direction with label smoothing over the valid columns.
 
     Args:
@@ -33,8 +34,7 @@ def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_v
         is_valid_N: Columns that exist, those of the rows that count among them.
 
     Returns:
-        This rank's share of the mean over all ranks' rows (`mean_over_ranks`): NaN if a row that counts holds one,
-        whatever masked rows and columns hold.
+        Sum and number of the rows that count. The sum is NaN if one of them holds a NaN, whatever others hold.
     """
     valid_B = is_valid_B.to(scores_BN.dtype)
     # Masked before the softmax: a NaN behind it would come back in its gradient.
@@ -45,7 +45,7 @@ def itc_loss(scores_BN: Tensor, is_positive_BN: Tensor, is_valid_B: Tensor, is_v
     uniform_N = is_valid_N.to(scores_BN.dtype) / is_valid_N.sum().clamp(min=1)
     target_BN = (1.0 - LABEL_SMOOTHING) * target_BN + LABEL_SMOOTHING * uniform_N[None]
     loss_B = -(target_BN * log_probability_BN).sum(dim=1)
-    return mean_over_ranks((loss_B * valid_B).sum(), valid_B.sum())
+    return (loss_B * valid_B).sum(), valid_B.sum()
 
 
 class Negatives(NamedTuple):
@@ -60,51 +60,76 @@ class Negatives(NamedTuple):
 
 
 def sample_negatives(
-    scores_i2t_BN: Tensor,
-    scores_t2i_BN: Tensor,
-    is_positive_BN: Tensor,
-    is_valid_N: Tensor,
-    generator: torch.Generator | None = None,
+    scores_i2t_BN: Tensor, scores_t2i_BN: Tensor, is_positive_BN: Tensor, is_valid_N: Tensor, noise: "PairNoise"
 ) -> Negatives:
-    """Draw one hard negative image per text and one text per image, likelier the more similar (section 3.2, ITM)."""
+    """Draw one hard negative image per text and one text per image, likelier the more similar (section 3.2, ITM).
+
+    The largest of scores with Gumbel noise is drawn with the probabilities of their softmax.
+    """
     is_candidate_BN = is_valid_N[None] & ~is_positive_BN
-    has_negative_B = is_candidate_BN.any(dim=1)
 
-    def draw(scores_BN: Tensor) -> Tensor:
-        weights_BN = scores_BN.detach().float().masked_fill(~is_candidate_BN, float("-inf")).softmax(dim=1)
-        # Rows without a candidate are NaN here, and so are all rows of a run that diverged. Any index serves: the
-        # former are masked by has_negative_B, the latter stop at the loop's own check, which names the samples.
-        weights_BN = torch.where(weights_BN.isfinite(), weights_BN, torch.ones_like(weights_BN))
-        # A candidate's weight may underflow to zero, which would make the whole row undrawable.
-        weights_BN = weights_BN + is_candidate_BN * torch.finfo(weights_BN.dtype).tiny
-        return torch.multinomial(weights_BN, 1, generator=generator).flatten()
+    def draw(scores_BN: Tensor, direction: int) -> Tensor:
+        # Rows of NaN, of a run that diverged, draw any: they stop at the loop's own check, which names the samples.
+        scores_BN = scores_BN.detach().float().masked_fill(~is_candidate_BN, float("-inf"))
+        return noisy_argmax(scores_BN, noise.gumbel(direction))
 
-    return Negatives(draw(scores_t2i_BN), draw(scores_i2t_BN), has_negative_B)
+    return Negatives(draw(scores_t2i_BN, 0), draw(scores_i2t_BN, 1), is_candidate_BN.any(dim=1))
 
 
-def itm_loss(logits_R2: Tensor, is_match_R: Tensor, is_valid_R: Tensor) -> Tensor:
+class PairNoise(NamedTuple):
+    """Randomness of one step's hard negatives, the same however many ranks share the batch.
+
+    That of a pair is a hash of the key and of both places, so that every rank knows its own rows' alone.
+    """
+
+    key: int
+    """63 bits; of the run's seed and the step."""
+    place_B: Tensor
+    """int64 place of each row in the global batch."""
+    place_N: Tensor
+    """Of each column."""
+
+    def gumbel(self, direction: int) -> Tensor:
+        """Standard Gumbel noise of every pair: [B, N]."""
+        hash_B1 = _mixed(_mixed(self.place_B + self.key)[:, None] + direction)
+        hash_BN = _mixed(_mixed(hash_B1 + self.place_N[None]))
+        uniform_BN = ((hash_BN & 0xFFFFFF).double() + 0.5) / 2**24  # never 0 nor 1
+        return -(-uniform_BN.log()).log().float()
+
+
+def noisy_argmax(scores_BN: Tensor, noise_BN: Tensor) -> Tensor:
+    """Column of each row's largest sum: [B]."""
+    return (scores_BN + noise_BN).argmax(dim=1)
+
+
+def _mixed(hash_X: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 on int64, whose products wrap around as those of unsigned numbers do."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        hash_X = (hash_X ^ ((hash_X >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return hash_X
+
+
+def itm_loss(logits_R2: Tensor, is_match_R: Tensor, is_valid_R: Tensor) -> tuple[Tensor, Tensor]:
     """Two-way cross-entropy over matching and non-matching pairs; class 1 is "match".
 
     Returns:
-        This rank's share of the mean over all ranks' valid pairs; NaN as in `itc_loss`.
+        Sum and number of the valid pairs; NaN as in `itc_loss`.
     """
     logits_R2 = logits_R2.float().masked_fill(~is_valid_R[:, None], 0.0)
     loss_R = F.cross_entropy(logits_R2, is_match_R.long(), reduction="none")
     valid_R = is_valid_R.to(loss_R.dtype)
-    return mean_over_ranks((loss_R * valid_R).sum(), valid_R.sum())
+    return (loss_R * valid_R).sum(), valid_R.sum()
 
 
-def itg_loss(logits_MV: Tensor, labels_M: Tensor, *, per_rank: bool = False) -> Tensor:
+def itg_loss(logits_MV: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy with label smoothing.
 
     Args:
         logits_MV: Logits of the tokens that predict another.
         labels_M: The predicted ids.
-        per_rank: Average over this rank's tokens, as LAVIS does, instead of over all ranks'.
 
     Returns:
-        The mean over this rank's tokens, or this rank's share of the mean over all.
+        Sum and number of the tokens.
     """
     total = F.cross_entropy(logits_MV.float(), labels_M, label_smoothing=LABEL_SMOOTHING, reduction="sum")
-    count = torch.tensor(len(labels_M), device=labels_M.device)
-    return total / count.clamp(min=1) if per_rank else mean_over_ranks(total, count)
+    return total, torch.tensor(len(labels_M), device=labels_M.device)

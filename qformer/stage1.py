@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from qformer.attention import KeyValue
 from qformer.backbones import require_finite
 from qformer.config import QFormerConfig
-from qformer.distributed import fetch_rows, gather, stream_seed, world_size
+from qformer.distributed import fetch_rows, gather, mean_over_ranks, rank, world_size
 from qformer.model import QFormer
-from qformer.objectives import Negatives, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
+from qformer.objectives import Negatives, PairNoise, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
 
 INITIAL_TEMPERATURE = 0.07
 
@@ -39,7 +39,7 @@ class Stage1Batch:
     is_valid_B: Tensor
     """False for padded and quarantined rows."""
     sample_ids: Sequence[str] = ()
-    """Names for error messages; may be left out."""
+    """Names for error messages, "" for rows that pad this rank's share; may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,33 @@ class Stage1Losses:
     itc: Tensor
     itm: Tensor
     itg: Tensor
+    hidden_GQD: Tensor
+    """What the queries came out as, for those who watch them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the objectives share: the two unimodal passes."""
+
+    image: list[KeyValue | None]
+    """Cross-attention keys and values of all frames."""
+    hidden_GQD: Tensor
+    cache: list[KeyValue]
+    """Self-attention keys and values of the queries."""
+    queries_BQE: Tensor
+    text_BE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What each sample's image and text do not match."""
+
+    image: list[KeyValue | None]
+    """As `Encoded.image`, of each text's negative image."""
+    input_ids_BT: Tensor
+    """Of each image's negative text."""
+    is_text_BT: Tensor
+    has_negative_B: Tensor
 
 
 class Stage1(nn.Module):
@@ -81,48 +108,68 @@ class Stage1(nn.Module):
         """Id of [DEC], the token that starts ITG's text."""
         return self.qformer.config.vocab_size - 1
 
-    def forward(
-        self, batch: Stage1Batch, generator: torch.Generator | None = None, negatives: Negatives | None = None
-    ) -> Stage1Losses:
+    def forward(self, batch: Stage1Batch, *, noise_key: int = 0, negatives: Negatives | None = None) -> Stage1Losses:
         """All three losses of one step; the gradient of `total` averaged over ranks is the joined batch's.
 
         Args:
             batch: Every rank must bring equally many samples and frames, and text padded to one length.
-            generator: Randomness of the hard negatives.
+            noise_key: Of the hard negatives' `PairNoise`; the same on every rank.
             negatives: Use these instead of drawing (for comparison with recorded runs).
 
         Raises:
             ValueError: If the batch does not fit the model, or its features hold NaN or infinity.
         """
         self.check(batch)
-        frames = batch.image_BFPV.shape[1]
-        # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
+        tokens_BFPV = self.normalised(batch)
+        encoded = self.encode(batch, tokens_BFPV)
+        itc, drawn = self.contrast(batch, encoded.queries_BQE, encoded.text_BE, noise_key)
+        others = self._others(batch, tokens_BFPV, encoded.image, negatives or drawn)
+        itm = mean_over_ranks(*self.match(batch, encoded.image, others))
+        total, count = self.caption(batch, encoded.cache)
+        itg = total / count.clamp(min=1) if self.lavis_reduction else mean_over_ranks(total, count)
+        total = itc + itm + itg
+        if not total.isfinite():
+            # Only then, so that a healthy run does not look; where features are finite the weights are to blame.
+            require_finite(batch.image_BFPV, batch.is_valid_B, batch.sample_ids)
+        return Stage1Losses(total, itc, itm, itg, encoded.hidden_GQD)
+
+    def normalised(self, batch: Stage1Batch) -> Tensor:
+        """Encoder tokens behind the trained norm: [B, F, P, V].
+
+        Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
+        """
         is_masked_B111 = ~batch.is_valid_B[:, None, None, None]
-        tokens_BFPV = self.vision_norm(batch.image_BFPV.masked_fill(is_masked_B111, 0.0))
+        normalised_BFPV: Tensor = self.vision_norm(batch.image_BFPV.masked_fill(is_masked_B111, 0.0))
+        return normalised_BFPV
+
+    def encode(self, batch: Stage1Batch, tokens_BFPV: Tensor) -> Encoded:
+        """The unimodal passes, over this rank's samples or some of them."""
         image = self.qformer.image_key_values(tokens_BFPV.flatten(0, 1))
         queries = self.qformer.forward_queries(image)
-        queries_BQE = self.embed_queries(queries.hidden_BQD, frames)
+        queries_BQE = self.embed_queries(queries.hidden_BQD, tokens_BFPV.shape[1])
         text_BE = self.embed_text(batch.input_ids_BT, batch.is_text_BT)
+        return Encoded(image, queries.hidden_BQD, queries.cache, queries_BQE, text_BE)
 
+    def contrast(
+        self, batch: Stage1Batch, queries_BQE: Tensor, text_BE: Tensor, noise_key: int
+    ) -> tuple[Tensor, Negatives]:
+        """ITC over the global batch, and the hard negatives that its similarities suggest."""
         with_gradient = not self.lavis_reduction
         scores_i2t_BN = similarity(queries_BQE, gather(text_BE, with_gradient=with_gradient)) / self.temperature
         all_queries_NQE = gather(queries_BQE, with_gradient=with_gradient)
         scores_t2i_BN = similarity(all_queries_NQE, text_BE).T / self.temperature
         is_valid_N = gather(batch.is_valid_B, with_gradient=False)
         is_positive_BN = batch.image_ids_B[:, None] == gather(batch.image_ids_B, with_gradient=False)[None]
-        itc_i2t = itc_loss(scores_i2t_BN, is_positive_BN, batch.is_valid_B, is_valid_N)
-        itc_t2i = itc_loss(scores_t2i_BN, is_positive_BN, batch.is_valid_B, is_valid_N)
-
-        if negatives is None:
-            negatives = sample_negatives(scores_i2t_BN, scores_t2i_BN, is_positive_BN, is_valid_N, generator)
-        itm = self._itm(batch, tokens_BFPV, image, negatives)
-        itg = self._itg(batch, queries.cache, frames)
-        itc = (itc_i2t + itc_t2i) / 2
-        total = itc + itm + itg
-        if not total.isfinite():
-            # Only then, so that a healthy run does not look; where features are finite the weights are to blame.
-            require_finite(batch.image_BFPV, batch.is_valid_B, batch.sample_ids)
-        return Stage1Losses(total, itc, itm, itg)
+        totals, counts = zip(
+            *(
+                itc_loss(scores, is_positive_BN, batch.is_valid_B, is_valid_N)
+                for scores in (scores_i2t_BN, scores_t2i_BN)
+            ),
+            strict=True,
+        )
+        noise = _noise(batch, noise_key)
+        negatives = sample_negatives(scores_i2t_BN, scores_t2i_BN, is_positive_BN, is_valid_N, noise)
+        return mean_over_ranks(sum(totals) / 2, counts[0]), negatives
 
     def embed_queries(self, hidden_GQD: Tensor, frames: int) -> Tensor:
         """L2-normalised query embeddings of all frames: [B, F*Q, E] from [B*F, Q, D]."""
@@ -150,55 +197,63 @@ class Stage1(nn.Module):
         )
         return self.itm_head(hidden_GQD).unflatten(0, (-1, frames)).mean(dim=(1, 2))
 
-    def _itm(
-        self, batch: Stage1Batch, tokens_BFPV: Tensor, image: list[KeyValue | None], negatives: Negatives
-    ) -> Tensor:
-        """Matching and non-matching pairs, 1 to 2.
+    def match(self, batch: Stage1Batch, image: Sequence[KeyValue | None], others: Others) -> tuple[Tensor, Tensor]:
+        """ITM over matching and non-matching pairs, 1 to 2, as a sum and a count.
 
-        An image meets its own text and its negative text over one set of keys and values. Negative images of this rank
-        are indexed; those of other ranks come as encoder tokens, which are smaller than six layers' keys and values.
+        An image meets its own text and its negative text over one set of keys and values.
         """
-        size, frames = tokens_BFPV.shape[:2]
-        fetched_MFPV, place_B = fetch_rows(tokens_BFPV, negatives.image_B)
-        known = image
-        if world_size() > 1:  # also when nothing was fetched: the exchange's backward needs every rank
-            fetched = self.qformer.image_key_values(fetched_MFPV.flatten(0, 1))
-            known = [own and other and own.concatenate(other, dim=0) for own, other in zip(image, fetched, strict=True)]
-        place_G = (place_B[:, None] * frames + torch.arange(frames, device=place_B.device)).flatten()
-        other_image = [None if kv is None else kv.take(place_G) for kv in known]
-
-        ids_BT, mask_BT = batch.input_ids_BT, batch.is_text_BT
-        negative_ids_BT = gather(ids_BT, with_gradient=False)[negatives.text_B]
-        negative_mask_BT = gather(mask_BT, with_gradient=False)[negatives.text_B]
+        size, frames = batch.image_BFPV.shape[:2]
 
         def rows(own_BT: Tensor, negative_BT: Tensor) -> Tensor:
             """Own and negative text of every frame in turn, then the own text of every negative frame."""
             both_GST = torch.stack([own_BT, negative_BT], dim=1).repeat_interleave(frames, 0)
             return torch.cat([both_GST.flatten(0, 1), own_BT.repeat_interleave(frames, 0)])
 
-        hidden_GQD = self.qformer.forward_joint(
-            image, rows(ids_BT, negative_ids_BT), rows(mask_BT, negative_mask_BT), other_image
-        )
-        logits_G2 = self.itm_head(hidden_GQD).mean(dim=1)
+        ids_RT = rows(batch.input_ids_BT, others.input_ids_BT)
+        is_text_RT = rows(batch.is_text_BT, others.is_text_BT)
+        logits_G2 = self.itm_head(self.qformer.forward_joint(image, ids_RT, is_text_RT, others.image)).mean(dim=1)
         own_logits_BF22, other_logits_BF2 = logits_G2.split([2 * size * frames, size * frames])
         own_logits_B22 = own_logits_BF22.unflatten(0, (size, frames, 2)).mean(dim=1)
         other_logits_B2 = other_logits_BF2.unflatten(0, (size, frames)).mean(dim=1)
         logits_R2 = torch.cat([own_logits_B22[:, 0], own_logits_B22[:, 1], other_logits_B2])
         valid_B = batch.is_valid_B
-        has_negative_B = valid_B & negatives.has_negative_B
+        has_negative_B = valid_B & others.has_negative_B
         is_match_R = torch.cat([torch.ones_like(valid_B), torch.zeros_like(valid_B), torch.zeros_like(valid_B)])
         return itm_loss(logits_R2, is_match_R, torch.cat([valid_B, has_negative_B, has_negative_B]))
 
-    def _itg(self, batch: Stage1Batch, cache: list[KeyValue], frames: int) -> Tensor:
-        """Text decoded against the cached keys and values of all frames' queries.
+    def _others(
+        self, batch: Stage1Batch, tokens_BFPV: Tensor, image: list[KeyValue | None], negatives: Negatives
+    ) -> Others:
+        """The negatives' images and texts.
+
+        Negative images of this rank are indexed; those of other ranks come as encoder tokens, which are smaller than
+        six layers' keys and values.
+        """
+        frames = tokens_BFPV.shape[1]
+        fetched_MFPV, place_B = fetch_rows(tokens_BFPV, negatives.image_B)
+        known = image
+        if world_size() > 1:  # also when nothing was fetched: the exchange's backward needs every rank
+            fetched = self.qformer.image_key_values(fetched_MFPV.flatten(0, 1))
+            known = [own and other and own.concatenate(other, dim=0) for own, other in zip(image, fetched, strict=True)]
+        place_G = (place_B[:, None] * frames + torch.arange(frames, device=place_B.device)).flatten()
+        return Others(
+            image=[None if kv is None else kv.take(place_G) for kv in known],
+            input_ids_BT=gather(batch.input_ids_BT, with_gradient=False)[negatives.text_B],
+            is_text_BT=gather(batch.is_text_BT, with_gradient=False)[negatives.text_B],
+            has_negative_B=negatives.has_negative_B,
+        )
+
+    def caption(self, batch: Stage1Batch, cache: list[KeyValue]) -> tuple[Tensor, Tensor]:
+        """ITG, text decoded against the cached keys and values of all frames' queries, as a sum and a count.
 
         Only tokens that predict a token of a valid sample are computed; the last one, [SEP], predicts none.
         """
+        frames = batch.image_BFPV.shape[1]
         is_label_BT = batch.is_text_BT[:, 1:].bool() & batch.is_valid_B[:, None]
         decoder_ids_BT = batch.input_ids_BT[:, :-1].clone()
         decoder_ids_BT[:, 0] = self.dec_id
         logits_MV = self.qformer.decode_text(decoder_ids_BT, is_label_BT, [_join_frames(kv, frames) for kv in cache])
-        return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT], per_rank=self.lavis_reduction)
+        return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT])
 
     def check(self, batch: Stage1Batch) -> None:
         """Refuse a batch that does not fit the model or itself with a ValueError that names both sides."""
@@ -219,6 +274,9 @@ def _join_frames(cached: KeyValue, frames: int) -> KeyValue:
     return KeyValue(*(states.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3) for states in cached))
 
 
-def sampling_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Randomness of one step's hard negatives on this rank: a function of (seed, step, rank) alone."""
-    return torch.Generator(device=device).manual_seed(stream_seed("negatives", seed, step))
+def _noise(batch: Stage1Batch, key: int) -> PairNoise:
+    """Noise by place in the global batch, which rows that only pad a rank's share have none of."""
+    names = batch.sample_ids or ["?"] * len(batch.is_valid_B)
+    is_row_B = torch.tensor([bool(name) for name in names], device=batch.is_valid_B.device)
+    place_N = gather(is_row_B, with_gradient=False).cumsum(dim=0) - 1
+    return PairNoise(key, place_N.chunk(world_size())[rank()], place_N)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jobs.bench
-from jobs.bench.result import BenchResult, as_json, as_table, circumstances, write_result
+from jobs.bench.result import BenchResult, as_json, as_table, write_result
+from jobs.circumstances import circumstances
 from qformer.errors import UserError
 
 _NO_BENCHES = {

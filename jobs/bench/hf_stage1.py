@@ -86,7 +86,7 @@ class HuggingFaceStage1(nn.Module):
         itc = self._itc(query_BQD, text_BTD[:, 0])
         itm = self._itm(image_BPV, ids_BT, mask_BT, negatives)
         itg = self._itg(ids_BT, mask_BT, cache)
-        return Stage1Losses(itc + itm + itg, itc, itm, itg)
+        return Stage1Losses(itc + itm + itg, itc, itm, itg, query_BQD)
 
     def _query_pass(self, image_BPV: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Queries over the image, keeping what self-attention computes as keys and values anyway."""

@@ -10,7 +10,7 @@ RUN/checkpoints/step-00000500/
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class TrainingState:
     """Fingerprint of what decides the order of samples."""
     raw_weights: dict[str, Tensor] | None = None
     """Trainables as training left them, where the checkpoint's weights are their moving average."""
+    log_variances: Tensor | None = None
+    """Of the objective, where it learns its weights."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """State of the fp16 loss scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

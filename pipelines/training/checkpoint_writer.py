@@ -25,10 +25,14 @@ class CheckpointWriter:
         output: Run folder.
         keep: How many of the newest stay.
         alarm: Called from the thread with a line for the user.
+
+    Attributes:
+        best_step: Of a checkpoint that stays besides; 0 for none.
     """
 
     def __init__(self, output: str, *, keep: int, alarm: Callable[[str], None]) -> None:
         self._output, self._keep, self._alarm = output, keep, alarm
+        self.best_step = 0
         self._thread: threading.Thread | None = None
         self._failed: tuple[Checkpoint, Exception] | None = None
 
@@ -73,7 +77,7 @@ class CheckpointWriter:
             )
             return
         try:
-            prune(self._output, self._keep)
+            prune(self._output, self._keep, always=(self.best_step,))
         except Exception as error:
             self._alarm(f"older checkpoints of {self._output} cannot be removed: {_told(error)}")
 

@@ -1,6 +1,7 @@
 """Exponential moving average of the trainables: what is saved for use, while the raw weights go on training."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,21 @@ class Ema:
         """Take in the weights after optimizer step `step` (0-based)."""
         weight = 1.0 - min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), weight)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The trainables hold the averages inside the block, and their own weights after it."""
+        own = {name: p.detach().clone() for name, p in self._live.items()}
+        self._copy(self._average)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._live.items():
+            parameter.copy_(weights[name])
 
     def over(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of the trainables with the averages in place of what they follow."""

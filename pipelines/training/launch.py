@@ -9,12 +9,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.training.telemetry import ProgressBoard, live_progress
 
+_RESIZE_PAUSE_S = 60.0
+"""Between looks for nodes that have come. Growing restarts the workers, from the last checkpoint."""
+
 
 def launch(
     worker: Callable[[dict[str, Any]], dict[str, Any]],
     arguments: dict[str, Any],
     *,
     workers: int,
+    min_workers: int | None,
     use_gpu: bool,
     max_failures: int,
     name: str,
@@ -27,6 +31,7 @@ def launch(
         worker: The training function; importable by the workers.
         arguments: Its settings and actor handles.
         workers: Ranks.
+        min_workers: As few are enough to start or to go on; None: all.
         use_gpu: One GPU a rank.
         max_failures: Restarts of the whole group after a crash.
         name: Shown in Ray's dashboard and the progress line.
@@ -38,7 +43,11 @@ def launch(
         worker,
         train_loop_config={**arguments, "board": board},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=workers if min_workers is None else (min_workers, workers),
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=_RESIZE_PAUSE_S,
+        ),
         run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=max_failures)),
     )
     with live_progress(board, total_steps, name):

@@ -1,21 +1,25 @@
 """The training loop: batches in, optimizer steps out; no Ray here, one process or many."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipelines.data.batch import SampleBatch
+from pipelines.data.order import keyed_hash
 from pipelines.training.accounting import Accounting
 from pipelines.training.ema import Ema
+from pipelines.training.flops import StepFlops
 from pipelines.training.guard import StepGuard
-from pipelines.training.optim import learning_rate
+from pipelines.training.health import QueryWatch, chance_levels
+from pipelines.training.objective import Objective
+from pipelines.training.optim import average_gradients, learning_rate
+from pipelines.training.precision import Precision
 from pipelines.training.run_times import RunTimes
-from pipelines.training.stages import Stage
+from pipelines.training.stages import Outcome, Stage
 from qformer.distributed import mean_of_ranks, stream_seed, world_size
 
 
@@ -34,79 +38,120 @@ class LoopSettings:
     log_every: int
     seed: int
     max_quarantine_share: float
-    precision: str = "fp32"
+    validate_every: int | None = None
+    """Steps between validations, each of which is a checkpoint too; None: no validation."""
 
 
-@dataclass(slots=True)
+def _nothing(_: object) -> None:
+    """What most callbacks of a loop do on most ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """What a run does between steps; every rank calls each of them at the same steps."""
+
+    log: Callable[[dict[str, float]], None] = _nothing
+    """Takes the figures of a logged step."""
+    save: Callable[[int], None] = _nothing
+    """Takes a checkpoint after so many steps."""
+    validate: Callable[[int], bool] = lambda _: True
+    """Looks at the evaluation set after so many steps; False ends the training. The same on all ranks."""
+    is_preempted: Callable[[], bool] = lambda: False
+    """Asked at logged steps: whether a machine goes away soon, and a checkpoint is wanted now. The same on all ranks.
+    """
+    beat: Callable[[int], None] = _nothing
+    """Told after every step that it is done."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Loop:
     """State of a training run on one rank.
 
     Args:
-        stage: Computes the losses.
+        stage: Computes losses and gradients.
         call: The trainables, or DDP around them.
-        optimizer: Over the trainables.
+        optimizer: Over the trainables, and over the objective's own weights where it learns any.
+        objective: Weighs the loss terms.
+        precision: In what numbers to compute.
         accounting: Rows so far.
         settings: See `LoopSettings`.
-        log: Called on every rank at each logged step; only the first rank's has an effect.
-        save: Called on every rank when a checkpoint is due, with the number of steps done.
         guard: Leaves out steps whose gradient is not finite.
+        queries: Watches the query outputs.
+        flops: Counts what the steps compute.
+        hooks: See `Hooks`.
         ema: Follows the trainables; None where no average is wanted.
     """
 
     stage: Stage
     call: Callable[..., Any]
     optimizer: torch.optim.Optimizer
+    objective: Objective
+    precision: Precision
     accounting: Accounting
     settings: LoopSettings
-    log: Callable[[dict[str, float]], None]
-    save: Callable[[int], None]
     guard: StepGuard
+    queries: QueryWatch
+    flops: StepFlops
+    hooks: Hooks = Hooks()
     ema: Ema | None = None
     times: RunTimes = field(default_factory=RunTimes)
 
-    def run(self, batches: Iterator[SampleBatch], start_step: int) -> None:
-        """Do steps `start_step` to `settings.steps`.
+    def run(self, batches: Iterator[SampleBatch], start_step: int) -> int:
+        """Do steps `start_step` to `settings.steps`, or until a validation ends the run.
 
         Args:
             batches: This rank's batches in step order, beginning at `start_step`.
             start_step: Steps done before.
 
+        Returns:
+            Steps done in all.
+
         Raises:
             UserError: If too many rows are quarantined.
             ValueError: If the gradients of several steps in a row are not finite.
         """
-        settings = self.settings
+        settings, hooks = self.settings, self.hooks
         self.stage.trainables.train()
-        begun = window_start = time.perf_counter()
-        waited_s, samples = 0.0, 0
+        begun_s, done = time.perf_counter(), start_step
+        window = _Window(self.flops.total)
         for step in range(start_step, settings.steps):
-            before = time.perf_counter()
+            before_s = time.perf_counter()
             batch = next(batches)
-            wait_s = time.perf_counter() - before
-            waited_s += wait_s
+            wait_s = time.perf_counter() - before_s
+            window.waited_s += wait_s
             self.times.add(batch, wait_s)
-            epoch = step // settings.steps_per_epoch
-            self.accounting.add(batch, epoch)
-            samples += int(batch.is_valid.sum())
-            losses, gradient_norm, rate = self._step(batch, step)
-            done = step + 1
+            epoch, done = step // settings.steps_per_epoch, step + 1
             is_last = done == settings.steps
+            self.accounting.add(batch, epoch)
+            window.samples += int(batch.is_valid.sum())
+            with self.flops.counted(batch.images.shape):
+                outcome, figures = self._step(batch, step)
+            is_preempted = False
             if done % settings.log_every == 0 or is_last:
                 self.accounting.combine()
-                elapsed_s = time.perf_counter() - window_start
-                values = self._log_values(losses, gradient_norm, rate, samples, elapsed_s, waited_s)
-                self.log({"step": done, "epoch": epoch, **values})
-                window_start, waited_s, samples = time.perf_counter(), 0.0, 0
+                hooks.log({"step": done, "epoch": epoch, **self._log_values(outcome, figures, window, done)})
+                window = _Window(self.flops.total)
                 self.accounting.check(
                     epoch=epoch, rows_per_epoch=settings.rows_per_epoch, max_share=settings.max_quarantine_share
                 )
-            if done % settings.checkpoint_every == 0 or is_last:
+                is_preempted = hooks.is_preempted()
+            is_validated = settings.validate_every is not None and (done % settings.validate_every == 0 or is_last)
+            if done % settings.checkpoint_every == 0 or is_last or is_validated or is_preempted:
                 self.accounting.combine()
-                self.save(done)
-        self.times.wall_s += time.perf_counter() - begun
+                hooks.save(done)
+            hooks.beat(done)
+            if is_validated:
+                paused_s = time.perf_counter()
+                if not hooks.validate(done):
+                    break
+                self.stage.trainables.train()
+                window.begun_s += time.perf_counter() - paused_s
+                begun_s += time.perf_counter() - paused_s
+        self.times.wall_s += time.perf_counter() - begun_s
+        return done
 
-    def _step(self, batch: SampleBatch, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
-        settings = self.settings
+    def _step(self, batch: SampleBatch, step: int) -> tuple[Outcome, dict[str, float]]:
+        settings, optimizer, objective = self.settings, self.optimizer, self.objective
         rate = learning_rate(
             step,
             peak=settings.learning_rate,
@@ -114,46 +159,68 @@ class Loop:
             warmup_steps=settings.warmup_steps,
             total_steps=settings.steps,
         )
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same.
+        # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same; negatives are one
+        # of (seed, step) alone, so that another number of ranks does.
         torch.manual_seed(stream_seed("dropout", settings.seed, step))
-        with self._autocast():
-            losses = self.stage.losses(self.call, batch, step)
-        losses["total"].backward()
-        gradient_norm = nn.utils.clip_grad_norm_(self.stage.trainables.parameters(), settings.clip_norm)
-        if self.guard.admits(step, float(gradient_norm), losses, batch.sample_ids):
-            self.optimizer.step()
+        noise_key = keyed_hash("negatives", settings.seed, step) >> 1
+        objective.scale = self.precision.scale
+        outcome = self.stage.backward(self.call, batch, noise_key, objective, self.precision)
+        if self.call is self.stage.trainables:  # and not DDP
+            average_gradients(self.stage.trainables)
+        self.precision.unscale(optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.stage.trainables.parameters(), settings.clip_norm))
+        is_overflow = self.precision.overflowed(norm)
+        if not is_overflow and self.guard.admits(step, norm, outcome.losses, batch.sample_ids):
+            if objective.log_variances is not None:
+                objective.learn(_means(outcome))
+            optimizer.step()
             if self.ema is not None:
                 self.ema.update(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses, gradient_norm, rate
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.precision == "fp32":
-            return contextlib.nullcontext()
-        device = next(self.stage.trainables.parameters()).device
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        optimizer.zero_grad(set_to_none=True)
+        return outcome, {"learning_rate": rate, "gradient_norm": norm}
 
     def _log_values(
-        self,
-        losses: dict[str, Tensor],
-        gradient_norm: Tensor,
-        rate: float,
-        samples: int,
-        elapsed_s: float,
-        waited_s: float,
+        self, outcome: Outcome, figures: dict[str, float], window: "_Window", done: int
     ) -> dict[str, float]:
-        """Loss terms as means over ranks, and how fast the last window went."""
-        means = {f"loss/{name}": mean_of_ranks(float(value.detach())) for name, value in losses.items()}
+        """Loss terms as means over ranks beside chance, and how fast the last window went."""
+        means, cosine = _means(outcome), mean_of_ranks(float(outcome.query_cosine))
+        self.queries.see(cosine, done)
+        elapsed_s = window.elapsed_s
+        rate = mean_of_ranks(window.samples) * world_size() / elapsed_s
         return {
-            **means,
-            "learning_rate": rate,
-            "gradient_norm": float(gradient_norm),
-            "samples_per_s": mean_of_ranks(samples) * world_size() / max(elapsed_s, 1e-9),
-            "data_wait_share": mean_of_ranks(waited_s) / max(elapsed_s, 1e-9),
+            "loss/total": self.objective.total(means),
+            **{f"loss/{name}": value for name, value in means.items()},
+            **{f"chance/{name}": value for name, value in chance_levels(means, int(outcome.num_samples)).items()},
+            **{f"weight/{name}": value for name, value in self.objective.learned_weights().items()},
+            "query_cosine": cosine,
+            **figures,
+            "samples_per_s": rate,
+            "data_wait_share": mean_of_ranks(window.waited_s) / elapsed_s,
+            **self.flops.figures(self.flops.total - window.first_flops, elapsed_s),
             "rows_quarantined": float(self.accounting.rows_quarantined),
             "bad_steps": float(self.guard.num_bad),
             "gradient_norm_spikes": float(self.guard.num_spikes),
+            **self.precision.figures(),
             **self.times.window(),
         }
+
+
+@dataclass(slots=True)
+class _Window:
+    """Since the last logged step."""
+
+    first_flops: float
+    begun_s: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+    samples: int = 0
+
+    @property
+    def elapsed_s(self) -> float:
+        return max(time.perf_counter() - self.begun_s, 1e-9)
+
+
+def _means(outcome: Outcome) -> dict[str, float]:
+    """Loss terms as means over ranks; every rank must call."""
+    return {name: mean_of_ranks(float(value)) for name, value in outcome.losses.items()}

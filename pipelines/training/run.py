@@ -16,6 +16,8 @@ from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
 from pipelines.training.ema import Ema
+from pipelines.training.objective import Objective
+from pipelines.training.precision import DTYPES, Precision, PrecisionName
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
@@ -65,18 +67,31 @@ class ModelChoice:
     lora: LoraConfig | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """What changes with every step beside the trainables, and belongs into a checkpoint with them."""
+
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    precision: Precision
+    ema: Ema | None
+    order: str
+    """Fingerprint of what decides the order of samples."""
+
+
 class TrainingRun:
     """Frozen backbones and the trainables of one stage, on one device.
 
     Args:
         choice: What to build.
         device: Where.
-        precision: "bf16" keeps frozen weights in bf16; trainables are always fp32.
+        precision: "bf16" and "fp16" keep frozen weights in that; trainables are always fp32.
         seed: Of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
         init_from: Run or checkpoint of stage 1 or 2 whose Q-Former starts stage 2; None starts from fresh weights, or
             from the BERT that `choice` names.
         is_compiled: Compile the Q-Former's layers; names and bytes of the weights stay as they are.
+        micro_batch: Most samples of this rank that have a graph at a time; None: all.
 
     Raises:
         UserError: If a backbone cannot be loaded, or settings and checkpoint do not fit.
@@ -87,14 +102,15 @@ class TrainingRun:
         choice: ModelChoice,
         device: torch.device,
         *,
-        precision: str,
+        precision: PrecisionName,
         seed: int,
         init_from: str | None,
         features: FeatureSpec | None = None,
         is_compiled: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
-        frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.choice = choice
+        frozen_dtype = DTYPES[precision] or torch.float32
+        self.choice, self._micro_batch = choice, micro_batch
         self.frozen: dict[str, nn.Module] = {}
         self.fingerprints: dict[str, str] = {}
         encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
@@ -104,7 +120,7 @@ class TrainingRun:
         torch.manual_seed(seed)
         self.stage: RepresentationStage | GenerationStage
         if choice.stage == 1:
-            self.stage = self._representation_stage(self.encode, device, seed)
+            self.stage = self._representation_stage(self.encode, device)
         else:
             self.stage = self._generation_stage(self.encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
@@ -115,6 +131,11 @@ class TrainingRun:
     def trainable_names(self) -> list[str]:
         """Exactly the parameters that the optimizer moves."""
         return sorted(name for name, p in self.stage.trainables.named_parameters() if p.requires_grad)
+
+    @property
+    def num_trainable(self) -> int:
+        """Numbers in them."""
+        return sum(p.numel() for p in self.stage.trainables.parameters() if p.requires_grad)
 
     def num_truncated(self) -> int:
         """Texts of all ranks that lost their last words since this process began; every rank must call."""
@@ -140,19 +161,19 @@ class TrainingRun:
             lora=choice.lora,
         )
 
-    def checkpoint(
-        self,
-        step: int,
-        optimizer: torch.optim.Optimizer,
-        accounting: Accounting,
-        *,
-        order: str,
-        settings: str,
-        ema: Ema | None = None,
-    ) -> Checkpoint:
+    def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
         """The run as it stands after `step` steps, in copies."""
-        raw = copied(self.stage.trainables.state_dict())
-        state = TrainingState(step, copied(optimizer.state_dict()), accounting.state(), order, raw if ema else None)
+        raw, ema = copied(self.stage.trainables.state_dict()), training.ema
+        log_variances = training.objective.log_variances
+        state = TrainingState(
+            step=step,
+            optimizer=copied(training.optimizer.state_dict()),
+            accounting=accounting.state(),
+            order=training.order,
+            raw_weights=raw if ema else None,
+            log_variances=None if log_variances is None else copied(log_variances),
+            loss_scale=copied(training.precision.state()),
+        )
         return Checkpoint(
             info=self.info(step),
             weights=copied(ema.over(raw)) if ema else raw,
@@ -161,20 +182,24 @@ class TrainingRun:
             settings_yaml=settings,
         )
 
-    def restore(
-        self, folder: Path, optimizer: torch.optim.Optimizer, *, order: str, ema: Ema | None = None
-    ) -> TrainingState:
+    def restore(self, folder: Path, training: "Training") -> TrainingState:
         """Continue from a checkpoint's local folder.
 
         Raises:
             UserError: If it is of another model, stage, or order of the data.
         """
-        state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=order)
-        if ema is not None:
-            ema.restore(self.stage.trainables.state_dict())
+        state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=training.order)
+        if training.ema is not None:
+            training.ema.restore(self.stage.trainables.state_dict())
         if state.raw_weights is not None:
             self.stage.trainables.load_state_dict(state.raw_weights)
-        optimizer.load_state_dict(state.optimizer)
+        log_variances = training.objective.log_variances
+        if (log_variances is None) != (state.log_variances is None):
+            raise UserError("resume: optim.loss_weights.is_learned differs from the run's own; restore it")
+        if log_variances is not None and state.log_variances is not None:
+            log_variances.data.copy_(state.log_variances)
+        training.optimizer.load_state_dict(state.optimizer)
+        training.precision.restore(state.loss_scale)
         if "qformer" in self.frozen:
             self.fingerprints["qformer"] = weights_fingerprint(self.frozen["qformer"])
         return state
@@ -189,12 +214,12 @@ class TrainingRun:
             if weights_fingerprint(module) != self.fingerprints[name]:
                 raise RuntimeError(f"the frozen {name} model changed during training")
 
-    def _representation_stage(self, encode: Encode, device: torch.device, seed: int) -> RepresentationStage:
+    def _representation_stage(self, encode: Encode, device: torch.device) -> RepresentationStage:
         self.tokenizer = load_text_tokenizer(self.choice.tokenizer, self.choice.max_text_tokens)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
         stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction)
         self._start(stage1.qformer)
-        return RepresentationStage(encode, stage1.to(device), self.tokenizer, seed)
+        return RepresentationStage(encode, stage1.to(device), self.tokenizer, self._micro_batch)
 
     def _generation_stage(
         self, encode: Encode, device: torch.device, dtype: torch.dtype, init_from: str | None
@@ -227,7 +252,13 @@ class TrainingRun:
         if choice.freeze_qformer:
             self.frozen["qformer"] = stage2.qformer
         return GenerationStage(
-            encode, stage2, language, self.tokenizer, prompt=choice.prompt, max_tokens=choice.max_text_tokens
+            encode,
+            stage2,
+            language,
+            self.tokenizer,
+            prompt=choice.prompt,
+            max_tokens=choice.max_text_tokens,
+            micro_batch=self._micro_batch,
         )
 
     def _start(self, qformer: QFormer) -> None:

@@ -1,25 +1,43 @@
-"""A decoded batch to the losses of a stage: what the training loop needs to know of stage 1 and stage 2.
+"""A decoded batch to the losses of a stage and their gradient: what the loop needs to know of stage 1 and stage 2.
 
-Dimensions: B local batch, F frames, T text tokens.
+Dimensions: B local batch, F frames, T text tokens, G frames of several samples, Q queries, D their width.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from pipelines.data.batch import SampleBatch
+from pipelines.training.gradient_cache import cached_losses
+from pipelines.training.objective import Objective
+from pipelines.training.precision import Precision
+from qformer.analysis.queries import diversity_loss, mean_cosine
 from qformer.backbones import require_finite
-from qformer.distributed import any_text, mean_over_ranks, world_size
+from qformer.distributed import any_text, gather, mean_over_ranks, world_size
 from qformer.errors import UserError
-from qformer.language import LanguageModel
-from qformer.stage1 import Stage1, Stage1Batch, sampling_generator
+from qformer.language import IGNORED, LanguageModel
+from qformer.stage1 import Stage1, Stage1Batch
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer
+
+DIVERSITY = "diversity"
+"""Term of every stage: mean squared cosine between an image's query outputs."""
+
+
+class Outcome(NamedTuple):
+    """What came of a step, without gradient; of this rank's share, and a mean over ranks once that is taken."""
+
+    losses: dict[str, Tensor]
+    """Terms by name, before their weights."""
+    query_cosine: Tensor
+    """Mean cosine between an image's query outputs."""
+    num_samples: Tensor
+    """Valid ones, on all ranks: what chance levels depend on."""
 
 
 class Stage(Protocol):
@@ -29,16 +47,25 @@ class Stage(Protocol):
     """Texts of this rank that lost their last words so far, an instruction once for each of its readers."""
 
     @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms, `DIVERSITY` among them."""
+
+    @property
     def trainables(self) -> nn.Module:
         """What the optimizer moves."""
 
-    def losses(self, call: Callable[..., Any], batch: SampleBatch, step: int) -> dict[str, Tensor]:
-        """Loss terms by name, "total" among them.
+    def backward(
+        self, call: Callable[..., Any], batch: SampleBatch, noise_key: int, objective: Objective, precision: Precision
+    ) -> Outcome:
+        """Compute the losses and add their gradient to the trainables'.
 
         Args:
-            call: The trainables, or DDP around them.
+            call: The trainables, or DDP around them; with `micro_batch` the trainables alone, and the caller averages
+                gradients over ranks.
             batch: This rank's share of the step.
-            step: Keys the step's randomness.
+            noise_key: Keys the step's randomness; the same on every rank.
+            objective: Weighs the terms.
+            precision: Of the forward computations.
         """
 
 
@@ -53,21 +80,51 @@ class RepresentationStage:
         encode: See `Encode`.
         trainables: On the same device.
         tokenizer: Of the Q-Former's text branch.
-        seed: Of the run.
+        micro_batch: Most samples that have a graph at a time, by gradient caching; None: all.
     """
 
-    def __init__(self, encode: Encode, trainables: Stage1, tokenizer: TextTokenizer, seed: int) -> None:
-        self.encode, self.tokenizer, self.seed = encode, tokenizer, seed
+    terms = ("itc", "itm", "itg", DIVERSITY)
+
+    def __init__(
+        self, encode: Encode, trainables: Stage1, tokenizer: TextTokenizer, micro_batch: int | None = None
+    ) -> None:
+        self.encode, self.tokenizer, self.micro_batch = encode, tokenizer, micro_batch
         self.trainables, self.num_truncated = trainables, 0
 
-    def losses(self, call: Callable[..., Any], batch: SampleBatch, step: int) -> dict[str, Tensor]:
-        """The three losses and their sum."""
+    def backward(
+        self, call: Callable[..., Any], batch: SampleBatch, noise_key: int, objective: Objective, precision: Precision
+    ) -> Outcome:
+        """See `Stage.backward`."""
+        inputs = self._inputs(batch, precision)
+        valid_B = inputs.is_valid_B
+        if self.micro_batch is not None:
+            terms, hidden_GQD = cached_losses(
+                self.trainables,
+                inputs,
+                micro_batch=self.micro_batch,
+                noise_key=noise_key,
+                backward=objective.backward,
+                autocast=precision.autocast,
+            )
+        else:
+            with precision.autocast():
+                losses = call(inputs, noise_key=noise_key)
+            hidden_GQD = losses.hidden_GQD
+            diversity = mean_over_ranks(*diversity_loss(hidden_GQD, valid_B))
+            terms = {"itc": losses.itc, "itm": losses.itm, "itg": losses.itg, DIVERSITY: diversity}
+            objective.backward(terms)
+        return _outcome(terms, hidden_GQD, valid_B)
+
+    def _inputs(self, batch: SampleBatch, precision: Precision) -> Stage1Batch:
         device = self.trainables.temperature.device
         with _raised_by_all_ranks(device):
             ids_BT, mask_BT, num_truncated = self.tokenizer.encode(batch.captions)
             self.num_truncated += num_truncated
+            parts = _parts(batch, self.micro_batch)
+            with precision.autocast():
+                image_BFPV = torch.cat([self.encode(_rows(batch, part)) for part in parts])
             inputs = Stage1Batch(
-                image_BFPV=self.encode(batch),
+                image_BFPV=image_BFPV,
                 input_ids_BT=ids_BT.to(device),
                 is_text_BT=mask_BT.to(device),
                 image_ids_B=torch.from_numpy(batch.image_ids).to(device),
@@ -79,9 +136,7 @@ class RepresentationStage:
         # Ranks exchange rows of text, which must be of one length.
         extra = _largest_over_ranks(ids_BT.shape[1], device) - ids_BT.shape[1]
         ids_BT, mask_BT = F.pad(inputs.input_ids_BT, (0, extra)), F.pad(inputs.is_text_BT, (0, extra))
-        inputs = dataclasses.replace(inputs, input_ids_BT=ids_BT, is_text_BT=mask_BT)
-        losses = call(inputs, sampling_generator(self.seed, step, device))
-        return {"total": losses.total, "itc": losses.itc, "itm": losses.itm, "itg": losses.itg}
+        return dataclasses.replace(inputs, input_ids_BT=ids_BT, is_text_BT=mask_BT)
 
 
 class GenerationStage:
@@ -94,10 +149,13 @@ class GenerationStage:
         tokenizer: Of the Q-Former's text branch, where it reads the prompt.
         prompt: Text before every caption whose sample brings no instruction of its own.
         max_tokens: Longest prompt and longest caption.
+        micro_batch: Most samples that have a graph at a time, whose gradients are added up; None: all.
 
     Raises:
         UserError: If the prompt alone is longer.
     """
+
+    terms = ("lm", DIVERSITY)
 
     def __init__(
         self,
@@ -108,34 +166,80 @@ class GenerationStage:
         *,
         prompt: str,
         max_tokens: int,
+        micro_batch: int | None = None,
     ) -> None:
         self.encode, self.language, self.tokenizer = encode, language, tokenizer
         self.trainables, self.num_truncated = trainables, 0
-        self.prompt, self.max_tokens = prompt, max_tokens
+        self.prompt, self.max_tokens, self.micro_batch = prompt, max_tokens, micro_batch
         if language.tokenize([prompt], [""], max_tokens=max_tokens).num_truncated:
             raise UserError(f"model.prompt={prompt!r} is longer than max_text_tokens={max_tokens} tokens; raise that")
 
-    def losses(self, call: Callable[..., Any], batch: SampleBatch, step: int) -> dict[str, Tensor]:
-        """The language-modelling loss."""
+    def backward(
+        self, call: Callable[..., Any], batch: SampleBatch, noise_key: int, objective: Objective, precision: Precision
+    ) -> Outcome:
+        """See `Stage.backward`."""
         device = self.trainables.language_projection.weight.device
         prompts = [text or self.prompt for text in batch.instructions or [""] * len(batch.captions)]
         texts = self.language.tokenize(prompts, batch.captions, max_tokens=self.max_tokens)
         self.num_truncated += texts.num_truncated
-        is_valid_B = torch.from_numpy(batch.is_valid)
-        texts = texts.without_labels(~is_valid_B).to(device)
+        valid_B = torch.from_numpy(batch.is_valid).to(device)
+        texts = texts.to(device).without_labels(~valid_B)
+        instruction: list[Tensor] = []
+        if self.tokenizer is not None:
+            *ids_and_mask, num_truncated = self.tokenizer.encode(prompts)
+            self.num_truncated += num_truncated
+            instruction = [tensor.to(device) for tensor in ids_and_mask]
+        share = mean_over_ranks(torch.ones((), device=device), (texts.labels_BT != IGNORED).sum())
+        share_of_row = mean_over_ranks(torch.ones((), device=device), valid_B.sum())
+        sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.terms}
+        hidden: list[Tensor] = []
+        for part in _parts(batch, self.micro_batch):
+            with precision.autocast():
+                tokens_BFPV = self._tokens(_rows(batch, part), device)
+                prefix_BNL = call(tokens_BFPV, *(tensor[part] for tensor in instruction))
+                total, _ = self.language.loss(prefix_BNL, texts.rows(part))
+            outputs_GQL = self._outputs(prefix_BNL)
+            diversity, _ = diversity_loss(outputs_GQL, valid_B[part])
+            terms = {"lm": total * share, DIVERSITY: diversity * share_of_row}
+            objective.backward(terms)
+            sums = {name: sums[name] + value.detach() for name, value in terms.items()}
+            hidden.append(outputs_GQL.detach())
+        return _outcome(sums, torch.cat(hidden), valid_B)
+
+    def _tokens(self, batch: SampleBatch, device: torch.device) -> Tensor:
+        is_valid_B = torch.from_numpy(batch.is_valid).to(device)
         with _raised_by_all_ranks(device):
             tokens_BFPV = self.encode(batch)
             self.trainables.qformer.check_image(tokens_BFPV, "BFPV")
-            require_finite(tokens_BFPV, is_valid_B.to(device), batch.sample_ids)
+            require_finite(tokens_BFPV, is_valid_B, batch.sample_ids)
         # Zeros in place of a masked sample's features: NaN there would live through a gradient of zero.
-        inputs = [tokens_BFPV.masked_fill(~is_valid_B.to(device)[:, None, None, None], 0.0)]
-        if self.tokenizer is not None:
-            instruction = self.tokenizer.encode(prompts)
-            self.num_truncated += instruction.num_truncated
-            inputs += [instruction.input_ids_BT.to(device), instruction.is_text_BT.to(device)]
-        prefix_BNL = call(*inputs)
-        loss = mean_over_ranks(*self.language.loss(prefix_BNL, texts))
-        return {"total": loss, "lm": loss}
+        return tokens_BFPV.masked_fill(~is_valid_B[:, None, None, None], 0.0)
+
+    def _outputs(self, prefix_BNL: Tensor) -> Tensor:
+        """Query outputs as the language model reads them, without the bias that all of them share."""
+        queries = self.trainables.qformer.config.num_queries
+        return (prefix_BNL - self.trainables.language_projection.bias).unflatten(1, (-1, queries)).flatten(0, 1)
+
+
+def _parts(batch: SampleBatch, micro_batch: int | None) -> list[slice]:
+    size = micro_batch or len(batch.sample_ids)
+    return [slice(start, start + size) for start in range(0, len(batch.sample_ids), size)]
+
+
+def _rows(batch: SampleBatch, part: slice) -> SampleBatch:
+    """Some rows of a batch, for an encoder."""
+    return dataclasses.replace(
+        batch, sample_ids=batch.sample_ids[part], is_valid=batch.is_valid[part], images=batch.images[part]
+    )
+
+
+def _outcome(terms: dict[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor) -> Outcome:
+    valid_G = valid_B.repeat_interleave(len(hidden_GQD) // len(valid_B))
+    cosine = mean_cosine(hidden_GQD.detach()).masked_fill(~valid_G, 0.0).sum()
+    num_samples = gather(valid_B, with_gradient=False).sum()
+    return Outcome(
+        {name: value.detach() for name, value in terms.items()}, mean_over_ranks(cosine, valid_G.sum()), num_samples
+    )
 
 
 @contextlib.contextmanager

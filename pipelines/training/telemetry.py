@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import fsspec
 import ray
 
 from pipelines.data import storage
+from pipelines.training.train_metrics import TrainMetrics
 
 METRICS_FILE = "metrics.jsonl"
 POLL_PAUSE_S = 0.5
@@ -37,6 +38,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.uri, self.board = storage.join(output, METRICS_FILE), board
+        self.metrics = TrainMetrics(output)
         self.records = [record for record in read_metrics(output) if record["step"] <= start_step]
         self.writer = SummaryWriter(storage.join(output, "tensorboard"), purge_step=start_step + 1)
         self._rewrite()
@@ -52,8 +54,15 @@ class RunLog:
         for name, value in values.items():
             if name not in ("step", "epoch"):
                 self.writer.add_scalar(name, value, int(values["step"]))
+        self.metrics.set(values)
         if self.board is not None:
             self.board.put.remote(values)
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Record a validation in TensorBoard and for Prometheus."""
+        for name, value in losses.items():
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        self.metrics.set({f"validation/{name}": value for name, value in losses.items()})
 
     def close(self) -> None:
         """Write what is still in memory."""
@@ -110,12 +119,18 @@ def live_progress(board: Any, total_steps: int, title: str) -> Iterator[None]:
 
 
 def describe(values: dict[str, float]) -> str:
-    """One line of figures: losses, rate, speed, data wait."""
-    losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+    """One line of figures: losses beside chance, rate, speed, data wait."""
+    losses = "  ".join(_with_chance(name, values) for name in values if name.startswith("loss/"))
     return (
         f"{losses}  lr {values['learning_rate']:.1e}  {values['samples_per_s']:.0f} samples/s  "
         f"data wait {values['data_wait_share']:.0%}"
     )
+
+
+def _with_chance(name: str, values: dict[str, float]) -> str:
+    term = name.removeprefix("loss/")
+    chance = values.get(f"chance/{term}")
+    return f"{term} {values[name]:.3f}" + ("" if chance is None else f" (chance {chance:.3f})")
 
 
 def _poll(board: Any) -> dict[str, float]:

@@ -11,16 +11,8 @@ import torch
 
 import jobs.bench
 from jobs.bench.__main__ import bench_names, main
-from jobs.bench.result import (
-    BenchResult,
-    Circumstances,
-    as_json,
-    as_table,
-    circumstances,
-    commit,
-    hardware,
-    write_result,
-)
+from jobs.bench.result import BenchResult, as_json, as_table, write_result
+from jobs.circumstances import Circumstances, circumstances, commit, hardware
 
 BOX = Circumstances(
     date="2026-11-21",

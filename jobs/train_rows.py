@@ -1,0 +1,74 @@
+"""Which rows a training run reads, in which order, and the feed that hands them out."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.settings import TrainSettings
+from jobs.train_checks import check, manifests
+from jobs.train_inputs import decode_settings
+from pipelines.data.features import FeatureCache, locate, open_cache
+from pipelines.data.mixture import Corpus, open_corpus
+from pipelines.data.order import Order
+from qformer.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRows:
+    """Rows of a feed."""
+
+    corpus: Corpus
+    order: Order
+    cache: FeatureCache | None
+    """Read in place of pixels."""
+
+
+def training_rows(settings: TrainSettings) -> TrainingRows:
+    """Those to train on.
+
+    Raises:
+        UserError: If settings and data do not fit.
+    """
+    data = settings.data
+    corpus = open_corpus(manifests(settings), split=data.split, kind=data.kind)
+    order = Order(corpus.streams(data.mixture), settings.seed, settings.batch_size)
+    check(settings, order.rows_per_epoch)
+    return _with_cache(settings, corpus, order, data.features)
+
+
+def validation_rows(settings: TrainSettings) -> TrainingRows | None:
+    """Those to validate on, every one of them once an epoch; None without validation.
+
+    Raises:
+        UserError: If settings and data do not fit.
+    """
+    validation, data = settings.validation, settings.data
+    if validation is None:
+        return None
+    if (validation.features is None) != (data.features is None):
+        raise UserError(
+            f"data.features={data.features!r} but validation.features={validation.features!r}: the encoder runs for "
+            "both or for neither; run `qformer features` over the validation split too"
+        )
+    paths = manifests(settings) if validation.manifest is None else [(validation.manifest, None)]
+    corpus = open_corpus([(path, None) for path, _ in paths], split=validation.split, kind=data.kind)
+    order = Order(corpus.streams("proportional"), settings.seed, settings.batch_size)
+    return _with_cache(settings, corpus, order, validation.features)
+
+
+def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int) -> Any:
+    """An actor that hands the rows out; see `BatchFeed`."""
+    import ray
+
+    from pipelines.training.feed import BatchFeed
+
+    actor = ray.remote(BatchFeed).options(num_cpus=0)
+    return actor.remote(rows.order, [ray.put(rows.corpus)], total_steps=total_steps, decode_workers=decode_workers)
+
+
+def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features: str | None) -> TrainingRows:
+    if features is None:
+        return TrainingRows(corpus, order, None)
+    cache = open_cache(features)
+    cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
+    return TrainingRows(corpus.in_memory(functools.partial(locate, cache=cache)), order, cache)

@@ -1,0 +1,1 @@
+"""What tells a healthy Q-Former from a broken one, on tensors."""
