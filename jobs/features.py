@@ -15,17 +15,17 @@ from jobs.cluster_session import ray_session
 from jobs.settings import FeaturesSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
+from pipelines.data.feature_files import QUARANTINE_FILE
 from pipelines.data.feature_forecast import Forecast, forecast, measured_blocks
-from pipelines.data.feature_spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.features import (
+from pipelines.data.feature_shards import (
     PASSING,
-    QUARANTINE_FILE,
     finished_shard,
     open_for_change,
     shard_blocks,
     write_index,
     write_quarantine,
 )
+from pipelines.data.feature_spec import FeatureSpec, read_spec, write_spec
 from pipelines.data.manifest import read_manifest
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.stage_costs import StageCosts, summed

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from pipelines.data import schema
 from pipelines.data.batch import SampleBatch, unpack
 from pipelines.data.decode_rows import DecodeRows
+from pipelines.data.feature_files import STATE
+from pipelines.data.feature_shards import file_states, write_shard
 from pipelines.data.feature_spec import FeatureSpec
-from pipelines.data.features import STATE, file_states, write_shard
 from pipelines.data.quarantine import require_readable
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.sampling import Sampling

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import fsspec
 
 from pipelines.data import storage
+from pipelines.data.feature_files import INDEX_FILE, QUARANTINE_FILE
 from pipelines.data.feature_spec import SPEC_FILE, read_spec
-from pipelines.data.features import INDEX_FILE, QUARANTINE_FILE
 from qformer.errors import UserError
 
 _JOB_FILES = ("settings.yaml", "summary.json", QUARANTINE_FILE)

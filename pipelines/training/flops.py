@@ -1,7 +1,6 @@
 """How many floating-point operations training does, and what share of the device's peak that is (MFU)."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +12,8 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362,
 class StepFlops:
     """Counts the operations of a rank's steps, frozen encoder and backward pass among them.
 
-    The first step of each shape is counted operation by operation, which takes longer; later ones are taken as equal.
+    Steps of one shape are taken as equal. For each shape a step is done once more for the count alone: operations are
+    counted where they are taken apart, which rounds otherwise than a training step does.
 
     Args:
         device: That computes.
@@ -28,15 +28,12 @@ class StepFlops:
         self._by_shape: dict[tuple[int, ...], int] = {}
         self.total = 0.0
 
-    @contextlib.contextmanager
-    def counted(self, shape: tuple[int, ...]) -> Iterator[None]:
-        """Around a step over pixels or features of this shape."""
-        if shape in self._by_shape:
-            yield
-        else:
+    def add(self, shape: tuple[int, ...], step: Callable[[], object]) -> None:
+        """Count a step over pixels or features of this shape; `step` does one like it, without consequences."""
+        if shape not in self._by_shape:
             # Compiled layers show no operations; for this step they run as they were written.
             with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-                yield
+                step()
             self._by_shape[shape] = counter.get_total_flops()
         self.total += self._by_shape[shape]
 

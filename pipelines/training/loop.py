@@ -1,5 +1,6 @@
 """The training loop: batches in, optimizer steps out; no Ray here, one process or many."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -124,8 +125,8 @@ class Loop:
             is_last = done == settings.steps
             self.accounting.add(batch, epoch)
             window.samples += int(batch.is_valid.sum())
-            with self.flops.counted(batch.images.shape):
-                outcome, figures = self._step(batch, step)
+            self.flops.add(batch.images.shape, functools.partial(self._backward, batch, step, is_rehearsal=True))
+            outcome, figures = self._step(batch, step)
             is_preempted = False
             if done % settings.log_every == 0 or is_last:
                 self.accounting.combine()
@@ -150,6 +151,18 @@ class Loop:
         self.times.wall_s += time.perf_counter() - begun_s
         return done
 
+    def _backward(self, batch: SampleBatch, step: int, is_rehearsal: bool = False) -> Outcome:
+        # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same; negatives are one
+        # of (seed, step) alone, so that another number of ranks does.
+        torch.manual_seed(stream_seed("dropout", self.settings.seed, step))
+        noise_key = keyed_hash("negatives", self.settings.seed, step) >> 1
+        self.objective.scale, num_truncated = self.precision.scale, self.stage.num_truncated
+        outcome = self.stage.backward(self.call, batch, noise_key, self.objective, self.precision)
+        if is_rehearsal:
+            self.stage.num_truncated = num_truncated
+            self.optimizer.zero_grad(set_to_none=True)
+        return outcome
+
     def _step(self, batch: SampleBatch, step: int) -> tuple[Outcome, dict[str, float]]:
         settings, optimizer, objective = self.settings, self.optimizer, self.objective
         rate = learning_rate(
@@ -161,12 +174,7 @@ class Loop:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same; negatives are one
-        # of (seed, step) alone, so that another number of ranks does.
-        torch.manual_seed(stream_seed("dropout", settings.seed, step))
-        noise_key = keyed_hash("negatives", settings.seed, step) >> 1
-        objective.scale = self.precision.scale
-        outcome = self.stage.backward(self.call, batch, noise_key, objective, self.precision)
+        outcome = self._backward(batch, step)
         if self.call is self.stage.trainables:  # and not DDP
             average_gradients(self.stage.trainables)
         self.precision.unscale(optimizer)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qformer import objectives
 from qformer import stage1 as stage1_module
 from qformer.backbones import import_torchvision
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.masks import joint_mask
-from qformer.objectives import Negatives, itg_loss, sample_negatives
+from qformer.objectives import Negatives, PairNoise, itg_loss, sample_negatives
 from qformer.stage1 import Stage1, Stage1Batch
 from qformer.stage2 import Stage2
 from tests.distributed import run_processes
@@ -128,12 +129,14 @@ def weights_of_negatives(scores_i2t, scores_t2i, targets):
     drawn_by = []
     positives = torch.arange(scores_i2t.shape[1])[None] == targets[:, None]
 
-    def multinomial(weights, *arguments, **options):
-        drawn_by.append(weights)
-        return torch.zeros(len(weights), 1, dtype=torch.long)
+    def argmax(scores, noise):
+        drawn_by.append(scores.softmax(dim=1))
+        return torch.zeros(len(scores), dtype=torch.long)
 
-    with mock.patch.object(torch, "multinomial", multinomial):
-        sample_negatives(scores_i2t, scores_t2i, positives, torch.ones(scores_i2t.shape[1], dtype=torch.bool))
+    places, is_valid = torch.arange(scores_i2t.shape[1]), torch.ones(scores_i2t.shape[1], dtype=torch.bool)
+    with mock.patch.object(objectives, "noisy_argmax", argmax):
+        noise = PairNoise(0, places[: len(scores_i2t)], places)
+        sample_negatives(scores_i2t, scores_t2i, positives, is_valid, noise)
     return dict(zip(("out.weights_t2i", "out.weights_i2t"), drawn_by, strict=True))
 
 
@@ -231,9 +234,10 @@ def paths_of(model, tensors):
     ours["itg.labels"] = labels.masked_fill(~is_label, -100)
     item, position = is_text.nonzero(as_tuple=True)
     predicts = position + 1 < is_text.sum(dim=1)[item]
-    ours["itg.loss"] = itg_loss(logits[predicts], labels[is_label])
+    total, count = itg_loss(logits[predicts], labels[is_label])
+    ours["itg.loss"] = total / count
     each = [(logits[predicts & (item == row)], labels[row][is_label[row]]) for row in range(len(ids))]
-    ours["itg.loss_per_sample_sum"] = torch.stack([itg_loss(rows, label) * len(label) for rows, label in each])
+    ours["itg.loss_per_sample_sum"] = torch.stack([itg_loss(rows, label)[0] for rows, label in each])
 
     features = "extract_features."
     ids, is_text = tensors[f"{features}input_ids"], tensors[f"{features}attention_mask"].bool()

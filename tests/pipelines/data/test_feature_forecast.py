@@ -9,8 +9,8 @@ from pipelines.data import schema
 from pipelines.data.batch import SampleBatch
 from pipelines.data.encode_shards import EncoderChoice, measure_rows
 from pipelines.data.feature_forecast import forecast, measured_blocks
+from pipelines.data.feature_shards import shard_blocks, write_shard
 from pipelines.data.feature_spec import FeatureSpec
-from pipelines.data.features import shard_blocks, write_shard
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.sampling import Sampling
 from pipelines.data.stage_costs import StageCosts

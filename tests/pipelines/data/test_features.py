@@ -12,18 +12,9 @@ from pipelines.data import schema, storage
 from pipelines.data.batch import Failure, split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.encode_shards import DecodeShards, EncoderChoice, EncodeShards
+from pipelines.data.feature_shards import file_states, finished_shard, write_index, write_quarantine, write_shard
 from pipelines.data.feature_spec import write_spec
-from pipelines.data.features import (
-    FeatureCache,
-    ReadFeatures,
-    file_states,
-    finished_shard,
-    locate,
-    open_cache,
-    write_index,
-    write_quarantine,
-    write_shard,
-)
+from pipelines.data.features import FeatureCache, ReadFeatures, locate, open_cache
 from pipelines.data.order import PADDING, Batches
 from pipelines.data.plan import RowLookup, evaluation_blocks, training_blocks
 from pipelines.data.row_index import TableRows
@@ -199,7 +190,7 @@ def test_a_shard_that_is_being_replaced_is_unfinished(tmp_path, encoder, monkeyp
     """Killed between the shard and its list of rows: the old list must not speak for the new shard."""
     table = _table(tmp_path)
     _write(table, tmp_path / "cache", encoder)
-    monkeypatch.setattr("pipelines.data.features._write_table", lambda table, path: None)
+    monkeypatch.setattr("pipelines.data.feature_shards.write_table", lambda table, path: None)
     spec = encoder[1]
     decode = DecodeShards(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     EncodeShards(CHOICE, str(tmp_path / "cache"), 2, "cpu")(decode(_blocks(table)[1]))

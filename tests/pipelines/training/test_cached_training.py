@@ -8,20 +8,18 @@ from jobs.demo.world import write_world
 from pipelines.data import schema
 from pipelines.data.batch import split_steps, unpack
 from pipelines.data.encode_shards import DecodeShards, EncoderChoice, EncodeShards
+from pipelines.data.feature_shards import shard_blocks, write_index
 from pipelines.data.feature_spec import write_spec
-from pipelines.data.features import ReadFeatures, locate, open_cache, shard_blocks, write_index
+from pipelines.data.features import ReadFeatures, locate, open_cache
 from pipelines.data.manifest import read_manifest
 from pipelines.data.mixture import Corpus, Source
 from pipelines.data.order import Order
 from pipelines.data.plan import RowLookup, training_blocks
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
-from pipelines.training.accounting import Accounting
-from pipelines.training.guard import StepGuard
-from pipelines.training.loop import Loop
-from pipelines.training.optim import build_optimizer
 from pipelines.training.run import TrainingRun
 from pipelines.training.vocabulary import learn_text_tokenizer
+from tests.pipelines.training.loops import make_loop
 from tests.pipelines.training.test_loop import MODELS, choice, settings
 
 SEED, BATCH, STEPS = 5, 8, 8
@@ -66,10 +64,9 @@ def _losses(world, stage, is_cached):
     run = TrainingRun(
         choice(stage, tokenizer), torch.device("cpu"), precision="fp32", seed=SEED, init_from=None, features=features
     )
-    optimizer, logged = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98)), []
+    logged = []
     changes = {"steps": num_steps, "log_every": 1, "checkpoint_every": 1000, "rows_per_epoch": len(manifest)}
-    call, chosen, guard = run.stage.trainables, settings(**changes), StepGuard(1, print, print)
-    loop = Loop(run.stage, call, optimizer, Accounting(), chosen, logged.append, lambda step: None, guard)
+    loop = make_loop(run, settings(**changes), log=logged.append)
     loop.run(batches, 0)
     return logged, loop, run
 

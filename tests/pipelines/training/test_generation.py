@@ -11,13 +11,13 @@ from jobs.settings_model import ModelSettings
 from pipelines.data import checkpoint_folders
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
-from pipelines.training.optim import build_optimizer
 from pipelines.training.run import TrainingRun, choice_from
 from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
 from qformer.text import load_text_tokenizer
+from tests.pipelines.training.loops import backward, make_training
 from tests.pipelines.training.test_loop import CAPTIONS, MODELS, QFORMER, batches, choice, encoded, train
 from tests.qformer.test_language import tiny_language
 
@@ -58,7 +58,7 @@ def stage1(tokenizer, tmp_path_factory):
 def loss_of(run):
     """Over all the pictures it trains on, without dropout."""
     run.stage.trainables.eval()
-    return sum(float(run.stage.losses(run.stage.trainables, batch, 0)["lm"]) for batch in batches())
+    return sum(backward(run.stage, batch)["lm"] for batch in batches())
 
 
 def kinds(tokenizer, t5):
@@ -114,9 +114,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(kind, tokenizer, t5, stage1, tmp
     with pytest.raises(InterruptedError):
         train(make_run(chosen, stage1), tmp_path / "cut", stop_at=4)
     resumed = make_run(chosen, stage1)
-    optimizer = build_optimizer(resumed.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    state = resumed.restore(newest(tmp_path / "cut"), optimizer, order="order")
-    train(resumed, tmp_path / "cut", state.step, Accounting.from_state(state.accounting), optimizer)
+    training = make_training(resumed)
+    state = resumed.restore(newest(tmp_path / "cut"), training)
+    train(resumed, tmp_path / "cut", state.step, Accounting.from_state(state.accounting), training)
     resumed.assert_frozen()
     expected = whole.stage.trainables.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.stage.trainables.state_dict().items())
@@ -140,7 +140,7 @@ def test_the_instruction_is_not_in_the_loss_and_reaches_both_models(tokenizer, t
         seen.append(inputs)
         return run.stage.trainables(*inputs)
 
-    run.stage.losses(call, batch, 0)
+    backward(run.stage, batch, call=call)
     (image, ids, mask) = seen[0]
     text = load_text_tokenizer(str(tokenizer), 16)
     assert [text.tokenizer.decode(row[1:-1]) for row in ids] == ["what is in the picture"] * 4 and mask.all()
@@ -158,7 +158,7 @@ def test_a_sample_brings_its_own_instruction(tokenizer, t5, stage1):
     run.stage.trainables.eval()
     instructions = ["what is in the picture", "a small", "", "a large blue"]
     given = dataclasses.replace(batch, instructions=instructions)
-    together = run.stage.losses(run.stage.trainables, given, 0)["lm"]
+    together = backward(run.stage, given)["lm"]
     total, count = 0.0, 0
     for row, instruction in enumerate(instructions):
         alone = make_run(dataclasses.replace(chosen, prompt=instruction or chosen.prompt), stage1)
@@ -169,17 +169,17 @@ def test_a_sample_brings_its_own_instruction(tokenizer, t5, stage1):
         one = dataclasses.replace(batch, is_valid=is_valid)
         prompts, captions = [instruction or chosen.prompt], [batch.captions[row]]
         tokens = int((alone.stage.language.tokenize(prompts, captions, max_tokens=16).labels_BT != -100).sum())
-        total += float(alone.stage.losses(alone.stage.trainables, one, 0)["lm"]) * tokens
+        total += backward(alone.stage, one)["lm"] * tokens
         count += tokens
-    assert float(together) == pytest.approx(total / count, rel=1e-4)
-    plain = run.stage.losses(run.stage.trainables, batch, 0)["lm"]
-    assert abs(float(plain) - float(together)) > 1e-4
+    assert together == pytest.approx(total / count, rel=1e-4)
+    plain = backward(run.stage, batch)["lm"]
+    assert abs(plain - together) > 1e-4
 
 
 def test_a_long_instruction_is_cut_and_counted_for_each_reader(tokenizer, t5, stage1):
     run, batch = make_run(kinds(tokenizer, t5)["instructed"], stage1), next(batches())
     given = dataclasses.replace(batch, instructions=["a small red circle " * 9, "", "", ""])
-    run.stage.losses(run.stage.trainables, given, 0)
+    backward(run.stage, given)
     assert run.num_truncated() == 2
 
 
@@ -221,7 +221,7 @@ def test_features_that_are_not_finite_are_named_by_sample(stage, tokenizer):
     is_valid = np.array([True, True, True, False])  # a quarantined row's content does not matter
     with pytest.raises(ValueError, match="features of 2 of 4 samples: s1, s2;"):
         batch = dataclasses.replace(good, images=bad, is_valid=is_valid)
-        run.stage.losses(run.stage.trainables, batch, 0)
+        backward(run.stage, batch)
 
 
 def test_a_quarantined_row_may_hold_nan_without_a_trace_in_the_gradients(tokenizer):
@@ -234,7 +234,7 @@ def test_a_quarantined_row_may_hold_nan_without_a_trace_in_the_gradients(tokeniz
         images[3] = value
         run.stage.encode = lambda batch: torch.from_numpy(batch.images)
         batch = dataclasses.replace(good, images=images, is_valid=np.array([True, True, True, False]))
-        run.stage.losses(run.stage.trainables, batch, 0)["lm"].backward()
+        backward(run.stage, batch)
         results.append([p.grad for p in run.stage.trainables.parameters()])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
@@ -245,7 +245,7 @@ def test_truncated_texts_are_counted(stage, tokenizer):
     batch = next(batches())
     long = dataclasses.replace(batch, captions=["a small red circle " * 9, "a", "a small blue square " * 9, "a"])
     for given in (batch, long, long):
-        run.stage.losses(run.stage.trainables, given, 0)
+        backward(run.stage, given)
     assert run.num_truncated() == 4
 
 
@@ -273,8 +273,7 @@ def test_settings_become_a_choice():
 def test_another_resolution_is_saved_with_the_bridge(tokenizer, tmp_path):
     run = make_run(dataclasses.replace(choice(2, tokenizer), vision_image_size=96))
     assert run.preprocessing.height == 96
-    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.0, betas=(0.9, 0.98))
-    checkpoint = run.checkpoint(1, optimizer, Accounting(), order="order", settings="stage: 2\n")
+    checkpoint = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")
     write_checkpoint(str(tmp_path / "two"), checkpoint)
     captioner = load_captioner(newest(tmp_path / "two"))
     assert captioner.preprocessing == run.preprocessing

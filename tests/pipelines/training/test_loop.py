@@ -17,13 +17,13 @@ from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.ema import Ema
 from pipelines.training.guard import StepGuard
-from pipelines.training.loop import Loop, LoopSettings
-from pipelines.training.optim import build_optimizer
+from pipelines.training.loop import LoopSettings
 from pipelines.training.run import ModelChoice, TrainingRun, choice_from
 from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner, load_retriever, read_info
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
+from tests.pipelines.training.loops import make_loop, make_training
 
 MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
 CAPTIONS = ["a small red circle", "a large blue square", "a small green star", "a large yellow cross"]
@@ -91,22 +91,17 @@ def settings(**changes):
     return LoopSettings(**{**values, **changes})
 
 
-def train(
-    run, output, start_step=0, accounting=None, optimizer=None, stop_at=None, given=None, ema=None, bad=None, **changes
-):
-    optimizer = optimizer or build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    accounting = accounting or Accounting()
-    logged = []
+def train(run, output, start_step=0, accounting=None, training=None, stop_at=None, given=None, bad=None, **changes):
+    training, accounting, logged = training or make_training(run), accounting or Accounting(), []
 
     def save(done):
-        taken = run.checkpoint(done, optimizer, accounting, order="order", settings="stage: 1\n", ema=ema)
-        write_checkpoint(str(output), taken)
+        write_checkpoint(str(output), run.checkpoint(done, training, accounting, settings="stage: 1\n"))
         if done == stop_at:
             raise InterruptedError
 
     guard = StepGuard(2, [].append if bad is None else bad.append, print)
-    chosen, log = settings(**changes), logged.append
-    loop = Loop(run.stage, run.stage.trainables, optimizer, accounting, chosen, log, save, guard, ema)
+    options = {"training": training, "accounting": accounting, "guard": guard}
+    loop = make_loop(run, settings(**changes), **options, log=logged.append, save=save)
     loop.run(given or batches(start_step), start_step)
     return logged
 
@@ -125,11 +120,11 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, tokenizer, tmp_path):
     with pytest.raises(InterruptedError):
         train(make_run(stage, tokenizer), tmp_path / "cut", stop_at=4)
     resumed = make_run(stage, tokenizer)
-    optimizer = build_optimizer(resumed.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    training = make_training(resumed)
     newest = checkpoint_folders.newest_checkpoint(str(tmp_path / "cut"))
-    state = resumed.restore(Path(newest), optimizer, order="order")
+    state = resumed.restore(Path(newest), training)
     assert state.step == 4
-    train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), optimizer)
+    train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), training)
     expected = whole.stage.trainables.state_dict()
     for name, tensor in resumed.stage.trainables.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -138,14 +133,11 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, tokenizer, tmp_path):
 def test_dropout_and_negatives_of_a_step_are_drawn_from_streams_of_their_own(tokenizer, tmp_path):
     run, seeds = make_run(1, tokenizer), []
 
-    def call(inputs, generator):
-        seeds.append((torch.initial_seed(), generator.initial_seed()))
-        return run.stage.trainables(inputs, generator)
+    def call(inputs, noise_key):
+        seeds.append((torch.initial_seed(), noise_key))
+        return run.stage.trainables(inputs, noise_key=noise_key)
 
-    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    chosen, guard = settings(steps=3), StepGuard(1, print, print)
-    loop = Loop(run.stage, call, optimizer, Accounting(), chosen, lambda _: None, lambda _: None, guard)
-    loop.run(batches(), 0)
+    make_loop(run, settings(steps=3), call=call).run(batches(), 0)
     assert len({seed for pair in seeds for seed in pair}) == 6
 
 
@@ -230,7 +222,7 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(stage, tokenizer, tm
     logged = {}
     for precision in ("fp32", "bf16"):
         run = TrainingRun(chosen, torch.device("cpu"), precision=precision, seed=5, init_from=None)
-        logged[precision] = train(run, tmp_path / precision, precision=precision)
+        logged[precision] = train(run, tmp_path / precision, training=make_training(run, precision=precision))
         assert all(p.dtype == torch.float32 for p in run.stage.trainables.parameters())
         frozen_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         assert next(run.frozen["vision"].parameters()).dtype == frozen_dtype
@@ -281,14 +273,10 @@ def test_checkpoints_become_models_with_the_same_preprocessing(tokenizer, tmp_pa
 
 def test_failed_rows_are_counted_once_an_epoch_and_too_many_stop_the_run(tokenizer, tmp_path):
     run = make_run(1, tokenizer)
-    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
 
     def loop(failed, share):
         accounting = Accounting()
-        changed = settings(max_quarantine_share=share)
-        call, guard = run.stage.trainables, StepGuard(1, print, print)
-        trainer = Loop(run.stage, call, optimizer, accounting, changed, lambda _: None, lambda _: None, guard)
-        trainer.run(batches(failed=failed), 0)
+        make_loop(run, settings(max_quarantine_share=share), accounting=accounting).run(batches(failed=failed), 0)
         return accounting
 
     accounting = loop((1,), 0.3)
@@ -314,25 +302,25 @@ def test_steps_that_are_not_finite_change_nothing_and_too_many_end_the_run(token
 def test_one_bad_step_is_as_if_it_had_not_been(tokenizer, tmp_path):
     """A loss that overflows once: the weights are those of a run whose optimizer left the step out."""
     runs, spoilt = [make_run(2, tokenizer), make_run(2, tokenizer)], 3
-    losses = runs[0].stage.losses
+    backward = runs[0].stage.backward
 
-    def overflowing(call, batch, step):
-        factor = float("inf") if step == spoilt else 1.0
-        return {name: value * factor for name, value in losses(call, batch, step).items()}
+    def overflowing(call, batch, noise_key, objective, precision):
+        objective.scale *= float("inf") if batch.step == spoilt else 1.0
+        return backward(call, batch, noise_key, objective, precision)
 
-    runs[0].stage.losses = overflowing
+    runs[0].stage.backward = overflowing
     logged = train(runs[0], tmp_path / "bad")
     assert [record["bad_steps"] for record in logged] == [0, 1, 1, 1]
-    optimizer = build_optimizer(runs[1].stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-    update, calls = optimizer.step, []
+    training = make_training(runs[1])
+    update, calls = training.optimizer.step, []
 
     def all_but_one():
         calls.append(None)
         if len(calls) - 1 != spoilt:
             update()
 
-    optimizer.step = all_but_one
-    train(runs[1], tmp_path / "plain", optimizer=optimizer)
+    training.optimizer.step = all_but_one
+    train(runs[1], tmp_path / "plain", training=training)
     one, other = (run.stage.trainables.state_dict() for run in runs)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
@@ -348,18 +336,17 @@ def test_spikes_are_told_and_do_not_become_usual(capsys):
 def test_the_average_is_saved_and_a_resumed_run_goes_on_with_both(tokenizer, tmp_path):
     def prepared():
         run = make_run(1, tokenizer)
-        optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
-        return run, optimizer, Ema(run.stage.trainables, 0.9)
+        return run, make_training(run, ema=Ema(run.stage.trainables, 0.9))
 
-    whole, optimizer, ema = prepared()
-    train(whole, tmp_path / "whole", optimizer=optimizer, ema=ema)
-    cut, optimizer, ema = prepared()
+    whole, training = prepared()
+    train(whole, tmp_path / "whole", training=training)
+    cut, training = prepared()
     with pytest.raises(InterruptedError):
-        train(cut, tmp_path / "cut", optimizer=optimizer, ema=ema, stop_at=4)
-    resumed, optimizer, ema = prepared()
+        train(cut, tmp_path / "cut", training=training, stop_at=4)
+    resumed, training = prepared()
     newest = Path(checkpoint_folders.newest_checkpoint(str(tmp_path / "cut")))
-    state = resumed.restore(newest, optimizer, order="order", ema=ema)
-    train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), optimizer, ema=ema)
+    state = resumed.restore(newest, training)
+    train(resumed, tmp_path / "cut", 4, Accounting.from_state(state.accounting), training)
     files = [tmp_path / name / "checkpoints" / "step-00000008" / "bridge.safetensors" for name in ("whole", "cut")]
     averages = [load_file(file) for file in files]
     raw = whole.stage.trainables.state_dict()
@@ -410,9 +397,9 @@ def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_
         file = Path(newest) / "bridge.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
     run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
-    optimizer = build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98))
+    training = dataclasses.replace(make_training(run), order=order)
     with pytest.raises(UserError, match=message):
-        run.restore(Path(newest), optimizer, order=order)
+        run.restore(Path(newest), training)
 
 
 def test_checkpoints_lie_on_any_filesystem(tokenizer):
