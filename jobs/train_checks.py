@@ -44,6 +44,10 @@ def _check_batch(settings: TrainSettings, num_rows: int) -> None:
             f"batch_size={settings.batch_size} is larger than the {num_rows} rows of split {settings.data.split!r} in "
             f"{', '.join(path for path, _ in manifests(settings))}; lower it"
         )
+    if settings.min_workers is not None and settings.min_workers > settings.workers:
+        raise UserError(
+            f"min_workers={settings.min_workers} is more than workers={settings.workers}, the most there are; lower it"
+        )
     if settings.batch_size < settings.workers:
         raise UserError(
             f"batch_size={settings.batch_size} gives some of the {settings.workers} workers nothing; raise it"
@@ -53,6 +57,16 @@ def _check_batch(settings: TrainSettings, num_rows: int) -> None:
 def _check_stage_1(settings: TrainSettings) -> None:
     if settings.init_from is not None:
         raise UserError(f"init_from={settings.init_from!r} belongs to stage 2; to go on with stage 1 use --resume")
+    if settings.model.lavis_reduction and settings.min_workers is not None:
+        raise UserError(
+            "model.lavis_reduction reduces over each worker's own samples, whose number min_workers changes; leave one "
+            "of them out"
+        )
+    if settings.model.lavis_reduction and settings.micro_batch is not None:
+        raise UserError(
+            "model.lavis_reduction reduces over what a worker computes at a time, which micro_batch changes; leave one "
+            "of them out"
+        )
     for name in ("lora", "freeze_qformer", "qformer_reads_prompt"):
         if getattr(settings.model, name):
             raise UserError(f"model.{name} belongs to stage 2, which has a language model; leave it out of stage 1")

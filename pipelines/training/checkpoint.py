@@ -43,6 +43,8 @@ class TrainingState:
     """Trainables as training left them, where the checkpoint's weights are their moving average."""
     log_variances: Tensor | None = None
     """Of the objective, where it learns its weights."""
+    workers: int = 0
+    """Ranks that took the step; 0 where an older version did not say."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 loss scale."""
 

@@ -130,7 +130,9 @@ class Loop:
             is_preempted = False
             if done % settings.log_every == 0 or is_last:
                 self.accounting.combine()
-                hooks.log({"step": done, "epoch": epoch, **self._log_values(outcome, figures, window, done)})
+                names = {"batch_ids": batch_fingerprint(batch.sample_ids)}
+                values = self._log_values(outcome, figures, window, done)
+                hooks.log({"step": done, "epoch": epoch, **names, **values})
                 window = _Window(self.flops.total)
                 self.accounting.check(
                     epoch=epoch, rows_per_epoch=settings.rows_per_epoch, max_share=settings.max_quarantine_share
@@ -227,6 +229,12 @@ class _Window:
     @property
     def elapsed_s(self) -> float:
         return max(time.perf_counter() - self.begun_s, 1e-9)
+
+
+def batch_fingerprint(sample_ids: list[str]) -> int:
+    """A number of 32 bits that tells which samples a global batch holds, however many ranks share it."""
+    own = sum(keyed_hash("batch", name) >> 32 for name in sample_ids if name)
+    return round(mean_of_ranks(own) * world_size()) % 2**32
 
 
 def _means(outcome: Outcome) -> dict[str, float]:

@@ -172,6 +172,7 @@ class TrainingRun:
             order=training.order,
             raw_weights=raw if ema else None,
             log_variances=None if log_variances is None else copied(log_variances),
+            workers=world_size(),
             loss_scale=copied(training.precision.state()),
         )
         return Checkpoint(
@@ -193,6 +194,11 @@ class TrainingRun:
             training.ema.restore(self.stage.trainables.state_dict())
         if state.raw_weights is not None:
             self.stage.trainables.load_state_dict(state.raw_weights)
+        if self.choice.lavis_reduction and state.workers not in (0, world_size()):
+            raise UserError(
+                f"resume: {str(folder)!r} is of {state.workers} workers and there are {world_size()} now, which with "
+                f"model.lavis_reduction changes the losses; set workers={state.workers}"
+            )
         log_variances = training.objective.log_variances
         if (log_variances is None) != (state.log_variances is None):
             raise UserError("resume: optim.loss_weights.is_learned differs from the run's own; restore it")

@@ -52,7 +52,7 @@ class RunLog:
         elif time.monotonic() - self.written_at > REMOTE_PAUSE_S:
             self._rewrite()
         for name, value in values.items():
-            if name not in ("step", "epoch"):
+            if name not in ("step", "epoch", "batch_ids"):
                 self.writer.add_scalar(name, value, int(values["step"]))
         self.metrics.set(values)
         if self.board is not None:

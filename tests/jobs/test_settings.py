@@ -74,7 +74,7 @@ def test_resolved_yaml_is_read_back_the_same(tmp_path):
         # wrong type, out of range, not one of the choices
         ("steps=abc", "--set steps=abc: steps = 'abc': input should be a valid integer"),
         ("steps=0", "steps = 0: input should be greater than 0"),
-        ("precision=fp8", "precision = 'fp8': input should be 'fp32' or 'bf16'"),
+        ("precision=fp8", "precision = 'fp8': input should be 'fp32', 'bf16' or 'fp16'"),
         ("output=", "output = null: input should be a valid string"),
         # no assignment
         ("steps", "--set steps: write --set key=value"),

@@ -1,0 +1,76 @@
+"""Losses over the evaluation set, the best checkpoint, early stopping."""
+
+import json
+
+import pytest
+import torch
+
+from pipelines.training.ema import Ema
+from pipelines.training.validation import Best, BestCheckpoint, read_best, validation_losses
+from tests.pipelines.training.loops import backward, make_loop, make_training
+from tests.pipelines.training.test_loop import batches, make_run, settings, tokenizer, train  # noqa: F401
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_losses_are_means_over_samples_without_dropout_and_leave_no_trace(stage, tokenizer):  # noqa: F811
+    run = make_run(stage, tokenizer)
+    training = make_training(run)
+    given = [*batches(6), *batches(7, failed=(1, 2))]
+    before = {name: tensor.clone() for name, tensor in run.stage.trainables.state_dict().items()}
+    arguments = (training.objective, training.precision, None)
+    losses, samples = validation_losses(run.stage, iter(given), *arguments)
+    assert samples == 10 and validation_losses(run.stage, iter(given), *arguments) == (losses, samples)
+    assert run.stage.num_truncated == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.stage.trainables.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.stage.trainables.parameters())
+    if stage == 2:  # whose terms need no noise
+        run.stage.trainables.eval()
+        each = [backward(run.stage, batch)["lm"] for batch in given]
+        assert losses["lm"] == pytest.approx((4 * each[0] + 4 * each[1] + 2 * each[2]) / 10, rel=1e-5)
+
+
+def test_the_moving_average_is_what_is_validated(tokenizer):  # noqa: F811
+    run = make_run(2, tokenizer)
+    training = make_training(run, ema=Ema(run.stage.trainables, 0.9))
+    averaged, _ = validation_losses(run.stage, batches(7), training.objective, training.precision, None)
+    with torch.no_grad():
+        for parameter in run.stage.trainables.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    moved = {name: tensor.clone() for name, tensor in run.stage.trainables.state_dict().items()}
+    arguments = (run.stage, batches(7), training.objective, training.precision)
+    assert validation_losses(*arguments, training.ema)[0] == averaged
+    assert validation_losses(run.stage, batches(7), *arguments[2:], None)[0] != averaged
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in run.stage.trainables.state_dict().items())
+
+
+def test_the_best_is_kept_and_patience_ends(tmp_path):
+    best = BestCheckpoint(str(tmp_path), patience=2, start_step=0)
+    assert [best.see(step, loss) for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5))] == [True, True, True]
+    best.write()
+    assert read_best(str(tmp_path)) == Best(20, 2.0, 1)
+    resumed = BestCheckpoint(str(tmp_path), patience=2, start_step=30)
+    assert resumed.see(40, 2.0) is False and resumed.best.step == 20
+    redone = BestCheckpoint(str(tmp_path), patience=None, start_step=10)  # the validation at step 20 comes again
+    assert redone.best == Best() and all(redone.see(step, 9.0) for step in range(5))
+    assert not torch.isfinite(torch.tensor(BestCheckpoint(str(tmp_path / "new"), patience=1, start_step=0).best.loss))
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 20
+
+
+def test_a_loop_validates_when_it_is_due_saves_first_and_stops_when_told(tokenizer):  # noqa: F811
+    run, seen = make_run(2, tokenizer), []
+
+    def validate(done):
+        seen.append(("validate", done))
+        run.stage.trainables.eval()
+        return done < 6
+
+    loop = make_loop(
+        run,
+        settings(validate_every=3, checkpoint_every=100),
+        validate=validate,
+        save=lambda done: seen.append(("save", done)),
+        is_preempted=lambda: len(seen) == 0,
+    )
+    assert loop.run(batches(), 0) == 6
+    # The notice of a preemption at the first logged step brought a checkpoint of its own.
+    assert seen == [("save", 2), ("save", 3), ("validate", 3), ("save", 6), ("validate", 6)]
