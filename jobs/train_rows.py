@@ -61,8 +61,9 @@ def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int) -> 
     import ray
 
     from pipelines.training.feed import BatchFeed
+    from pipelines.training.launch import beside_driver
 
-    actor = ray.remote(BatchFeed).options(num_cpus=0)
+    actor = ray.remote(BatchFeed).options(num_cpus=0, scheduling_strategy=beside_driver())
     return actor.remote(rows.order, [ray.put(rows.corpus)], total_steps=total_steps, decode_workers=decode_workers)
 
 

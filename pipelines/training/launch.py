@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.training.telemetry import ProgressBoard, live_progress
 
@@ -38,7 +39,7 @@ def launch(
         scratch: Folder for Ray Train's own records; our checkpoints lie in the run folder.
         total_steps: For the progress line.
     """
-    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=beside_driver()).remote()
     trainer = TorchTrainer(
         worker,
         train_loop_config={**arguments, "board": board},
@@ -53,3 +54,8 @@ def launch(
     with live_progress(board, total_steps, name):
         result = trainer.fit()
     return result.return_value
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Keeps an actor on the node of the caller, without which the run ends anyway; any other may be lost."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

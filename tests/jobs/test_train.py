@@ -1,6 +1,5 @@
 """`qformer train` with real Ray Train workers on a small world."""
 
-import contextlib
 import json
 import os
 import signal
@@ -15,12 +14,13 @@ import yaml
 
 from jobs import features, train
 from jobs.demo.world import write_world
-from jobs.settings import FeaturesSettings, TrainSettings
+from jobs.settings import FeaturesSettings, TrainSettings, ValidationSettings
 from jobs.settings_data import DataSettings, TrainDataSettings
 from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
 from pipelines.data import checkpoint_folders
 from pipelines.training.telemetry import read_metrics
 from qformer.errors import UserError
+from tests.jobs.train_jobs import Job
 
 MODELS = Path(__file__).parents[2] / "jobs" / "demo" / "models"
 TINY = QFormerSettings(
@@ -83,9 +83,10 @@ def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(ca
 def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, cache, source, tmp_path, caplog):
     caplog.set_level("INFO")
     data = settings(world, "x").data
+    validation = ValidationSettings(split="test", every=5) if source == "pixels" else None
     if source == "features":
         data = data.model_copy(update={"features": cache.output})
-    summary = train.main(settings(world, tmp_path / "run", data=data))
+    summary = train.main(settings(world, tmp_path / "run", data=data, validation=validation))
     assert "weights re-initialised: everything" in caplog.text and "0 texts were cut" in caplog.text
     # 10 steps of 30 rows: 6 steps an epoch (4 of images, 2 of clips), one of them not full.
     assert summary["rows_in"] == summary["rows_used"] + summary["rows_quarantined"]
@@ -99,8 +100,25 @@ def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, ca
     assert checkpoint_folders.newest_checkpoint(str(tmp_path / "run")).endswith("step-00000010")
     assert any((tmp_path / "run" / "tensorboard").iterdir())
     assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["batch_size"] == 30
+    (start,) = (json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines())
+    assert (start["step"], start["workers"]) == (0, 2) and start["versions"]["torch"]
+    assert start["trainable"]["names"] == summary["trainable_names"]
+    assert start["frozen_sha256"] == summary["frozen_sha256"]
+    if source == "pixels":
+        assert_validated(tmp_path / "run", caplog.text)
     with pytest.raises(UserError, match="already used"):
         train.main(settings(world, tmp_path / "run"))
+
+
+def assert_validated(run, log):
+    """Over all 18 rows of the split after steps 5 and 10, with a checkpoint each; events.jsonl keeps what was said."""
+    best = json.loads((run / "best.json").read_text())
+    assert best["step"] in (5, 10) and 0 < best["loss"] < 30
+    assert (run / "checkpoints" / "step-00000005" / "complete.json").exists()
+    for step in (5, 10):
+        assert f"validation at step {step} over 18 of 18 rows: total" in log
+    events = [json.loads(line)["text"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[0].startswith("starting at step 0 with 2 worker(s) on ") and "validation at step 10" in events[-1]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +130,9 @@ def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, ca
         ({"init_from": "somewhere"}, "belongs to stage 2"),
         ({"stage": 2, "init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"resume": True}, "does not exist"),
+        ({"min_workers": 3}, "min_workers=3 is more than workers=2"),
+        ({"validation": ValidationSettings(every=5)}, "split 'val' of .* is empty; it has test, train"),
+        ({"validation": ValidationSettings(every=5, features="/c")}, "validation.features='/c': the encoder runs for"),
         (
             {"data": {"manifest": "M", "features": "/c", "augmentation": {"random_resized_crop": True}}},
             "data.augmentation cannot change it",
@@ -159,46 +180,18 @@ def test_what_this_machine_lacks_is_told_at_once(ray_local, world, tmp_path, cha
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def _train_workers(root_pid):
-    """Processes below one that hold a rank of Ray Train."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                pid = int(folder.name)
-                parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[pid] = (folder / "cmdline").read_text()
-    tree = {root_pid}
-    while grown := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
-        tree |= grown
-    return sorted(pid for pid in tree if "RayTrainWorker" in names.get(pid, ""))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_every", [1000, 1])
 def test_a_killed_train_worker_is_restarted_and_every_row_counts_once(checkpoint_every, world, tmp_path):
     """SIGKILL one of two ranks, before any checkpoint and after some; `max_failures` starts both again."""
     output, steps = tmp_path / "run", 60
-    config = tmp_path / "train.yaml"
     chosen = settings(
         world, output, steps=steps, checkpoint_every=checkpoint_every, max_failures=1, log_every=1, decode_workers=1
     )
-    config.write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
-    command = [sys.executable, "-m", "jobs.train", "--config", str(config)]
-    with open(tmp_path / "log", "w") as log:
-        job = subprocess.Popen(command, cwd=MODELS.parents[2], start_new_session=True, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 180
-        while not (output / "metrics.jsonl").exists() or len(read_metrics(str(output))) < 5:
-            assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()[-2000:]
-            time.sleep(0.05)
-        workers = _train_workers(job.pid)
-        assert len(workers) == 2
-        os.kill(workers[0], signal.SIGKILL)
-        assert job.wait(240) == 0, (tmp_path / "log").read_text()[-2000:]
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
+    with Job(chosen, tmp_path / "log") as job:
+        job.wait_for_step(5)
+        job.kill_one("RayTrainWorker")
+        assert job.end() == 0, job.log.read_text()[-2000:]
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["resumed_from_step"] > 0) == (checkpoint_every == 1)
     assert [record["step"] for record in read_metrics(str(output))] == list(range(1, steps + 1))
