@@ -51,8 +51,6 @@ def _check_batch(settings: TrainSettings, num_rows: int) -> None:
 
 
 def _check_stage_1(settings: TrainSettings) -> None:
-    if settings.init_from is not None:
-        raise UserError(f"init_from={settings.init_from!r} belongs to stage 2; to go on with stage 1 use --resume")
     for name in ("lora", "freeze_qformer", "qformer_reads_prompt"):
         if getattr(settings.model, name):
             raise UserError(f"model.{name} belongs to stage 2, which has a language model; leave it out of stage 1")
