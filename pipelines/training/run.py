@@ -24,7 +24,7 @@ from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
-from qformer.conversion.initialisation import start_stage1, start_stage2
+from qformer.conversion.initialisation import require_stage1, start_stage1, start_stage2
 from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
 from qformer.language import build_language_model
@@ -216,6 +216,8 @@ class TrainingRun:
 
     def _representation_stage(self, encode: Encode, device: torch.device, init_from: str | None) -> RepresentationStage:
         folder = _checkpoint(init_from)
+        if folder is not None:
+            require_stage1(folder)  # before its tokenizer, which stage 2 may lack
         self.tokenizer = self._tokenizer(folder)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
         stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction)

@@ -72,6 +72,19 @@ def load_matching(
     )
 
 
+def require_stage1(folder: Path) -> None:
+    """Refuse what `start_stage1` cannot start from.
+
+    Raises:
+        UserError: If the folder is no checkpoint, or one of stage 2.
+    """
+    if (stage := read_info(folder).stage) != 1:
+        raise UserError(
+            f"init_from: {str(folder)!r} is a stage-{stage} checkpoint, which has no heads to contrast and match with; "
+            "give stage 1 a stage-1 run, or set stage=2"
+        )
+
+
 def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = False) -> LoadReport:
     """Start stage 1 from a checkpoint of stage 1, as fine-tuning on one corpus does; the temperature comes along.
 
@@ -81,14 +94,9 @@ def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = Fal
         allow_mismatch: See `load_matching`.
 
     Raises:
-        UserError: If the folder is no checkpoint of stage 1, or a tensor has another shape.
+        UserError: If the checkpoint is of another stage, or a tensor has another shape.
     """
-    info = read_info(folder)
-    if info.stage != 1:
-        raise UserError(
-            f"init_from: {str(folder)!r} is a stage-{info.stage} checkpoint, which has no heads to contrast and match "
-            "with; give stage 1 a stage-1 run, or set stage=2"
-        )
+    require_stage1(folder)
     return load_matching(trainables, read_weights(folder), source=repr(str(folder)), allow_mismatch=allow_mismatch)
 
 

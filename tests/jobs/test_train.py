@@ -109,7 +109,7 @@ def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, ca
         ({"batch_size": 1000}, r"batch_size=1000 is larger than the 150 rows"),
         ({"batch_size": 1}, "gives some of the 2 workers nothing"),
         ({"stage": 2, "model": ModelSettings(vision="x")}, "model.language is not set"),
-        ({"init_from": "somewhere"}, "belongs to stage 2"),
+        ({"init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"stage": 2, "init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"resume": True}, "does not exist"),
         (
