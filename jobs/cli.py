@@ -1,4 +1,4 @@
-"""The `qformer` command: one job, one YAML file, a few overrides."""
+"""The `qformer` command: one job, its YAML files, a few overrides."""
 
 import argparse
 import difflib
@@ -59,7 +59,7 @@ JOBS = {
         module="jobs.train",
         settings="jobs.settings:TrainSettings",
         summary="train the Q-Former: stage 1 (contrast, match, generate) or stage 2 (prompt a model)",
-        example="qformer train --config jobs/configs/train_stage1.yaml --set output=runs/stage1",
+        example="qformer train --config jobs/configs/blip2_stage1.yaml --set output=runs/stage1",
     ),
     "evaluate": Job(
         module="jobs.evaluate",
@@ -224,14 +224,21 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file of settings; may be repeated, later files are merged over earlier ones, key by key",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override one setting, with dots for nested keys; may be repeated",
+        help="override one setting of the files, with dots for nested keys; may be repeated",
     )
     parser.add_argument("--show-config", action="store_true", help="print the resolved settings and stop")
     if name == "train":
@@ -253,7 +260,7 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
 def _overview() -> str:
     width = max(map(len, JOBS))
     lines = [
-        "usage: qformer JOB [--config FILE] [--set KEY=VALUE …] [--show-config]",
+        "usage: qformer JOB [--config FILE …] [--set KEY=VALUE …] [--show-config]",
         "",
         "Train and serve Q-Former vision-language bridges on Ray.",
         "",

@@ -38,7 +38,7 @@ class TrainSettings(Settings):
     """Run folder (local path or fsspec URI): settings, checkpoints, metrics, quarantine, TensorBoard."""
     stage: Literal[1, 2]
     init_from: str | None = None
-    """Run folder or checkpoint whose Q-Former starts this stage (stage 2 from stage 1, or from another stage 2)."""
+    """Run folder or checkpoint that this run starts from: of stage 1, or for stage 2 of either stage."""
     resume: bool = False
     """Continue from the newest checkpoint in `output`."""
     model: ModelSettings

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to checked settings, with errors a person can act on."""
+"""From YAML files and `--set` overrides to checked settings, with errors a person can act on."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,15 @@ from qformer.errors import UserError
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def load(model: type[SettingsT], config: Path | None, overrides: Sequence[str] = ()) -> SettingsT:
-    """Read a YAML file, apply `key=value` overrides, check everything.
+def load(
+    model: type[SettingsT], config: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()
+) -> SettingsT:
+    """Read YAML files, merge them, apply `key=value` overrides, check everything.
 
     Args:
         model: The job's settings class.
-        config: YAML file whose top level is a mapping; None starts from the defaults.
+        config: YAML files whose top levels are mappings, later ones merged over earlier ones: mappings key by key, all
+            else replaces. One may stand alone; none starts from the defaults.
         overrides: Dotted assignments such as "optim.learning_rate=1e-4"; values are YAML, later ones win.
             A number in the key addresses an item of a list: "sources.0.path=photos".
 
@@ -29,10 +32,14 @@ def load(model: type[SettingsT], config: Path | None, overrides: Sequence[str] =
         The frozen settings.
 
     Raises:
-        UserError: If the file is unreadable or no mapping, an override is not key=value, a key is unknown, or a
-            value is missing or wrong. One line per mistake.
+        UserError: If a file is unreadable or no mapping, an override is not key=value, a key is unknown, or a value is
+            missing or wrong. One line per mistake, each naming the file or override that holds it.
     """
-    values: Any = {} if config is None else _read_mapping(config)
+    paths = [] if config is None else [config] if isinstance(config, Path) else config
+    files = [(path, _read_mapping(path)) for path in paths]
+    values: Any = {}
+    for _, own in files:
+        values = _merged(values, own)
     assignments: list[tuple[tuple[str, ...], str]] = []
     for text in overrides:
         keys, value = _parse_override(text)
@@ -41,7 +48,7 @@ def load(model: type[SettingsT], config: Path | None, overrides: Sequence[str] =
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(model, details, config, assignments) for details in error.errors()]
+        lines = [_describe(model, details, files, assignments) for details in error.errors()]
     raise UserError("\n".join(lines))
 
 
@@ -89,6 +96,13 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
 
 
+def _merged(values: Any, over: Any) -> Any:
+    """Both as one: mappings key by key, anything else is replaced."""
+    if not isinstance(values, dict) or not isinstance(over, dict):
+        return over
+    return {**values, **{key: _merged(values.get(key), value) for key, value in over.items()}}
+
+
 def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     key, equals, value = text.partition("=")
     keys = tuple(part.strip() for part in key.split("."))
@@ -122,17 +136,18 @@ def _assigned(values: Any, keys: tuple[str, ...], value: Any, text: str) -> Any:
 def _describe(
     model: type[Settings],
     details: ErrorDetails,
-    config: Path | None,
+    files: Sequence[tuple[Path, Any]],
     assignments: Sequence[tuple[tuple[str, ...], str]],
 ) -> str:
     keys = tuple(str(part) for part in details["loc"])
     dotted = ".".join(keys)
-    origin = _origin(keys, config, assignments)
+    origin = _origin(keys, files, assignments)
     match details["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
             return f"{origin}: unknown key {dotted!r}; {_suggestion(model, keys)}"
         case "missing":
-            place = f"write `{keys[-1]}: …` in {config}" if config else "give a --config file"
+            file = _file_of(keys, files)
+            place = f"write `{keys[-1]}: …` in {file}" if file else "give a --config file"
             return f"{origin}: {dotted!r} is missing; {place} or add --set {dotted}=VALUE"
         case _:
             problem = details["msg"].removeprefix("Value error, ")
@@ -147,12 +162,34 @@ def _shortened(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _origin(keys: tuple[str, ...], config: Path | None, assignments: Sequence[tuple[tuple[str, ...], str]]) -> str:
-    """Where the value at `keys` was written: the last override that reaches it, else the file."""
+def _origin(
+    keys: tuple[str, ...], files: Sequence[tuple[Path, Any]], assignments: Sequence[tuple[tuple[str, ...], str]]
+) -> str:
+    """Where the value at `keys` was written: the last override that reaches it, else the last such file."""
     for assigned, text in reversed(assignments):
         if keys[: len(assigned)] == assigned:
             return f"--set {text}"
-    return str(config) if config else "settings"
+    return str(_file_of(keys, files) or "settings")
+
+
+def _file_of(keys: tuple[str, ...], files: Sequence[tuple[Path, Any]]) -> Path | None:
+    """The last file that holds the value at `keys` or, where none does, most of the way to it; else the first."""
+    depths = [_depth(keys, values) for _, values in files]
+    for path, depth in zip(reversed([path for path, _ in files]), reversed(depths), strict=True):
+        if depth > 0 and depth == max(depths):
+            return path
+    return files[0][0] if files else None
+
+
+def _depth(keys: tuple[str, ...], values: Any) -> int:
+    """How many of `keys` a file's nest of values has; what is no mapping decides all that lies below it."""
+    for depth, key in enumerate(keys):
+        if not isinstance(values, dict):
+            return len(keys)
+        if key not in values:
+            return depth
+        values = values[key]
+    return len(keys)
 
 
 def _suggestion(model: type[Settings], keys: tuple[str, ...]) -> str:

@@ -49,7 +49,7 @@ class ModelSettings(Settings):
     """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of the Q-Former: hub name, local folder, or "corpus" to learn WordPiece from the captions. A
-    stage 2 that reads prompts takes the one of `init_from` where that has one."""
+    Q-Former that reads text takes the one of `init_from` where that has one."""
     max_text_tokens: int = Field(default=32, ge=4)
     """Longest caption and longest prompt; longer ones lose their last words, and are counted."""
     prompt: str = ""

@@ -35,7 +35,8 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     rows = training_rows(settings)
     validation_rows(settings)  # whose mistakes should not wait for a cluster
     with run_folder(settings):
-        if (settings.stage == 1 or settings.model.qformer_reads_prompt) and settings.model.tokenizer == LEARN_TOKENIZER:
+        reads_text = settings.init_from is None if settings.stage == 1 else settings.model.qformer_reads_prompt
+        if reads_text and settings.model.tokenizer == LEARN_TOKENIZER:
             _learn_tokenizer(settings, rows.corpus)
         summary = _launch(settings, rows)
         if "mistake" in summary:

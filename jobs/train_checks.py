@@ -55,8 +55,6 @@ def _check_batch(settings: TrainSettings, num_rows: int) -> None:
 
 
 def _check_stage_1(settings: TrainSettings) -> None:
-    if settings.init_from is not None:
-        raise UserError(f"init_from={settings.init_from!r} belongs to stage 2; to go on with stage 1 use --resume")
     if settings.model.lavis_reduction and settings.min_workers is not None:
         raise UserError(
             "model.lavis_reduction reduces over each worker's own samples, whose number min_workers changes; leave one "

@@ -24,7 +24,7 @@ from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
-from qformer.conversion.initialisation import start_stage2
+from qformer.conversion.initialisation import require_stage1, start_stage1, start_stage2
 from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
 from qformer.language import build_language_model
@@ -88,8 +88,8 @@ class TrainingRun:
         precision: "bf16" and "fp16" keep frozen weights in that; trainables are always fp32.
         seed: Of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
-        init_from: Run or checkpoint of stage 1 or 2 whose Q-Former starts stage 2; None starts from fresh weights, or
-            from the BERT that `choice` names.
+        init_from: Run or checkpoint that starts this one: of stage 1, or for stage 2 of either; None starts from fresh
+            weights, or from the BERT that `choice` names.
         is_compiled: Compile the Q-Former's layers; names and bytes of the weights stay as they are.
         micro_batch: Most samples of this rank that have a graph at a time; None: all.
 
@@ -120,7 +120,7 @@ class TrainingRun:
         torch.manual_seed(seed)
         self.stage: RepresentationStage | GenerationStage
         if choice.stage == 1:
-            self.stage = self._representation_stage(self.encode, device)
+            self.stage = self._representation_stage(self.encode, device, init_from)
         else:
             self.stage = self._generation_stage(self.encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
@@ -220,11 +220,17 @@ class TrainingRun:
             if weights_fingerprint(module) != self.fingerprints[name]:
                 raise RuntimeError(f"the frozen {name} model changed during training")
 
-    def _representation_stage(self, encode: Encode, device: torch.device) -> RepresentationStage:
-        self.tokenizer = load_text_tokenizer(self.choice.tokenizer, self.choice.max_text_tokens)
+    def _representation_stage(self, encode: Encode, device: torch.device, init_from: str | None) -> RepresentationStage:
+        folder = _checkpoint(init_from)
+        if folder is not None:
+            require_stage1(folder)  # before its tokenizer, which stage 2 may lack
+        self.tokenizer = self._tokenizer(folder)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
         stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction)
         self._start(stage1.qformer)
+        if folder is not None:
+            allow = self.choice.init_mismatch == "reinitialise"
+            self.load_report = str(start_stage1(stage1, folder, allow_mismatch=allow))
         return RepresentationStage(encode, stage1.to(device), self.tokenizer, self._micro_batch)
 
     def _generation_stage(
@@ -239,12 +245,9 @@ class TrainingRun:
             raise UserError("model.freeze_qformer=true needs a trained Q-Former: set init_from to a run")
         language = build_language_model(*load_language(choice.language, dtype=dtype)).to(device)
         self.frozen["language"] = language.model
-        folder = None if init_from is None else storage.local_folder(checkpoint_folders.newest_checkpoint(init_from))
+        folder = _checkpoint(init_from)
         if choice.qformer_reads_prompt:
-            # The text branch knows the words of the tokenizer that it was trained with.
-            own = None if folder is None else folder / TOKENIZER_FOLDER
-            name = choice.tokenizer if own is None or not own.is_dir() else str(own)
-            self.tokenizer = load_text_tokenizer(name, choice.max_text_tokens)
+            self.tokenizer = self._tokenizer(folder)
         self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
         lora = Lora(language.model, choice.lora) if choice.lora else None
         stage2 = Stage2(self.config, language_width=language.width, freeze_qformer=choice.freeze_qformer, lora=lora)
@@ -266,6 +269,12 @@ class TrainingRun:
             max_tokens=choice.max_text_tokens,
             micro_batch=self._micro_batch,
         )
+
+    def _tokenizer(self, folder: Path | None) -> TextTokenizer:
+        """That of the checkpoint to start from: its text branch knows no other's words."""
+        own = None if folder is None else folder / TOKENIZER_FOLDER
+        name = self.choice.tokenizer if own is None or not own.is_dir() else str(own)
+        return load_text_tokenizer(name, self.choice.max_text_tokens)
 
     def _start(self, qformer: QFormer) -> None:
         """Start from a BERT where the settings name one."""
@@ -315,6 +324,10 @@ class TrainingRun:
             )
         except ValueError as error:
             raise UserError(f"model.qformer: {error}") from error
+
+
+def _checkpoint(init_from: str | None) -> Path | None:
+    return None if init_from is None else storage.local_folder(checkpoint_folders.newest_checkpoint(init_from))
 
 
 def choice_from(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qformer.bridge import read_info, read_weights
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
+from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 
 TEXT_BRANCH = (".text_ffn.", "word_embeddings.", "position_embeddings.")
@@ -69,6 +70,34 @@ def load_matching(
         left_out=[name for name in unexpected if _has_part(name, dropped)],
         unexpected=surprises,
     )
+
+
+def require_stage1(folder: Path) -> None:
+    """Refuse what `start_stage1` cannot start from.
+
+    Raises:
+        UserError: If the folder is no checkpoint, or one of stage 2.
+    """
+    if (stage := read_info(folder).stage) != 1:
+        raise UserError(
+            f"init_from: {str(folder)!r} is a stage-{stage} checkpoint, which has no heads to contrast and match with; "
+            "give stage 1 a stage-1 run, or set stage=2"
+        )
+
+
+def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = False) -> LoadReport:
+    """Start stage 1 from a checkpoint of stage 1, as fine-tuning on one corpus does; the temperature comes along.
+
+    Args:
+        trainables: Receives the weights; its tokenizer must be the checkpoint's.
+        folder: The checkpoint.
+        allow_mismatch: See `load_matching`.
+
+    Raises:
+        UserError: If the checkpoint is of another stage, or a tensor has another shape.
+    """
+    require_stage1(folder)
+    return load_matching(trainables, read_weights(folder), source=repr(str(folder)), allow_mismatch=allow_mismatch)
 
 
 def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allow_mismatch: bool = False) -> LoadReport:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs import cli
 from jobs.settings_data import Settings
@@ -95,9 +96,20 @@ def test_media_files_stand_anywhere_and_keep_their_names(capsys):
 
 
 def test_resume_sets_the_setting(capsys):
-    config = ["--config", str(REPOSITORY / "jobs/configs/train_stage1.yaml"), "--show-config"]
+    config = ["--config", str(REPOSITORY / "jobs/configs/blip2_stage1.yaml"), "--show-config"]
     assert cli.main(["train", *config, "--resume"]) == 0
     assert "resume: true" in capsys.readouterr().out
+
+
+def test_config_is_given_several_times(tmp_path, capsys):
+    (tmp_path / "over.yaml").write_text("optim: {learning_rate: 0.5}\nsteps: 3\n")
+    words = ["train", "--config", str(REPOSITORY / "jobs/configs/blip2_stage1.yaml"), "--show-config"]
+    assert cli.main([*words, "--config", str(tmp_path / "over.yaml"), "--set", "steps=4"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["optim"]["learning_rate"], shown["optim"]["warmup_steps"], shown["steps"]) == (0.5, 2000, 4)
+    (tmp_path / "over.yaml").write_text("stpes: 3\n")
+    assert cli.main([*words, "--config", str(tmp_path / "over.yaml")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/over.yaml: unknown key 'stpes'; did you mean steps?\n"
 
 
 def test_flags_of_prepare_set_the_settings(capsys):

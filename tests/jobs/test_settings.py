@@ -1,5 +1,6 @@
 """Settings: what is read, and the one line that each mistake gives."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ CLASSES = {
     "serve": ServeSettings,
     "demo": DemoSettings,
 }
-STAGE1 = CONFIGS / "train_stage1.yaml"
+STAGE1 = CONFIGS / "blip2_stage1.yaml"
 
 
 def message(model, config=None, *overrides):
@@ -35,8 +36,77 @@ def message(model, config=None, *overrides):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_in_the_repository_loads(path):
-    load(CLASSES[path.stem.partition("_")[0]], path)
+def test_every_config_in_the_repository_loads_by_the_command_in_its_first_line(path):
+    line = path.read_text().splitlines()[0]
+    job = re.search(r"# (?:qformer|`make) (\w+)", line)[1]
+    files = [CONFIGS / name for name in re.findall(r"--config jobs/configs/(\S+)", line)] or [path]
+    assert files[-1] == path
+    load(CLASSES[job], files)
+
+
+def written(folder, *contents):
+    files = [folder / f"{index}.yaml" for index in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(content)
+    return files
+
+
+def test_later_files_are_merged_over_earlier_ones(tmp_path):
+    files = written(
+        tmp_path,
+        # what the second file does not name stays, also inside a mapping that it names
+        "optim: {learning_rate: 1, warmup_steps: 7, betas: [0.5, 0.6]}\nmodel: {lora: {rank: 2, alpha: 3}, prompt: a}",
+        # a list is replaced as a whole, null and a number too
+        "optim: {learning_rate: 2, betas: [0.1, 0.2]}\nmodel: {lora: null, prompt: b}\nvalidation: {every: 3}",
+        # a mapping over null is itself; nothing is as good as no file
+        "model: {lora: {rank: 5}}\nvalidation:",
+        "",
+    )
+    loaded = load(TrainSettings, [STAGE1, *files], ["steps=9"])
+    optim, model = loaded.optim, loaded.model
+    assert (optim.learning_rate, optim.warmup_steps, optim.betas, optim.weight_decay) == (2, 7, (0.1, 0.2), 0.05)
+    assert (model.lora.rank, model.lora.alpha, model.prompt, model.vision_layer) == (5, 32.0, "b", -2)
+    assert loaded.validation is None and loaded.steps == 9
+    assert load(TrainSettings, [STAGE1, *reversed(files)]).model.prompt == "a"
+    assert load(TrainSettings, [STAGE1]) == load(TrainSettings, STAGE1)
+
+
+@pytest.mark.parametrize(
+    ("contents", "place", "problem"),
+    [
+        # the file that holds the value, also where a later one touches its neighbour
+        (("stpes: 6", "steps: 5"), "0.yaml", "unknown key 'stpes'; did you mean steps?"),
+        (("steps: 5", "stpes: 6"), "1.yaml", "unknown key 'stpes'"),
+        (("optim: {warmup_steps: -1}", "optim: {learning_rate: 1}"), "0.yaml", "optim.warmup_steps = -1"),
+        # the last of two that name it
+        (("steps: 0", "steps: -1"), "1.yaml", "steps = -1"),
+        (("model: {vision_layer: x}", "model:\n  vision_layer: y"), "1.yaml", "model.vision_layer = 'y'"),
+        # something else in place of a mapping, and in a list
+        (("optim: {warmup_steps: 1}", "optim: 3"), "1.yaml", "optim = 3"),
+        (("data: {manifest: [{path: a}, {path: 3}]}", "data: {split: x}"), "0.yaml", "data.manifest.list"),
+        # two values that go together only in their own file: told of the file that came last
+        (
+            ("model: {qformer: {num_heads: 12}}", "model: {qformer: {hidden_size: 100}}"),
+            "1.yaml",
+            "num_heads=12 does not",
+        ),
+    ],
+)
+def test_a_mistake_in_one_of_several_files_names_it(tmp_path, contents, place, problem):
+    text = message(TrainSettings, [STAGE1, *written(tmp_path, *contents)])
+    assert all(line.startswith(f"{tmp_path / place}: ") for line in text.splitlines())
+    assert problem in text
+
+
+def test_what_is_missing_in_several_files_is_asked_of_the_first_that_has_its_place(tmp_path):
+    files = written(tmp_path, "output: o\nmodel: {vision: x}\ndata: {split: a}\nsteps: 1", "stage: 1\nbatch_size: 3")
+    assert message(TrainSettings, files) == (
+        f"{files[0]}: 'data.manifest' is missing; write `manifest: …` in {files[0]} or add --set data.manifest=VALUE"
+    )
+    assert message(TrainSettings, files, "data.manifest=m", "batch_size=x").startswith("--set batch_size=x: ")
+    files = written(tmp_path, "stage: 1\nmodel: {vision: x}\ndata: {manifest: a}\nsteps: 1", "batch_size: 3")
+    assert message(TrainSettings, files).startswith(f"{files[0]}: 'output' is missing; write `output: …` in {files[0]}")
+    assert "1.yaml is not valid YAML" in message(TrainSettings, written(tmp_path, "steps: 1", "steps: [1"))
 
 
 def test_overrides_win_over_the_file_and_later_over_earlier():

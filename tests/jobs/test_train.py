@@ -127,7 +127,7 @@ def assert_validated(run, log):
         ({"batch_size": 1000}, r"batch_size=1000 is larger than the 150 rows"),
         ({"batch_size": 1}, "gives some of the 2 workers nothing"),
         ({"stage": 2, "model": ModelSettings(vision="x")}, "model.language is not set"),
-        ({"init_from": "somewhere"}, "belongs to stage 2"),
+        ({"init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"stage": 2, "init_from": "/nowhere"}, "/nowhere does not exist"),
         ({"resume": True}, "does not exist"),
         ({"min_workers": 3}, "min_workers=3 is more than workers=2"),

@@ -9,7 +9,7 @@ from qformer.backbones import import_torchvision
 from qformer.bridge import save_bridge
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
-from qformer.conversion.initialisation import start_stage2
+from qformer.conversion.initialisation import start_stage1, start_stage2
 from qformer.errors import UserError
 from qformer.lora import Lora
 from qformer.model import QFormer
@@ -155,6 +155,40 @@ def stage2_model(config, lora=None, width=32):
 
 def groups(names):
     return {name.split(".")[0] for name in names}
+
+
+def test_stage_1_goes_on_from_stage_1_whole(tmp_path):
+    trained, model = Stage1(CONFIG), Stage1(CONFIG)
+    folder = save(tmp_path / "one", 1, trained)
+    report = start_stage1(model, folder)
+    own = model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in trained.state_dict().items())
+    assert set(report.loaded) == own.keys() and "temperature" in own
+    assert not report.reinitialised and not report.missing and not report.left_out and not report.unexpected
+
+
+def test_stage_1_starts_from_no_stage_2(tmp_path):
+    folder = save(tmp_path / "two", 2, stage2_model(READING), "a")
+    for allow in (False, True):
+        with pytest.raises(UserError, match="is a stage-2 checkpoint.*give stage 1 a stage-1 run, or set stage=2"):
+            start_stage1(Stage1(CONFIG), folder, allow_mismatch=allow)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_queries": 6}, r"\(1, 5, 32\) there but \(1, 6, 32\) here.*init_mismatch=reinitialise"),
+        ({"embed_dim": 8}, r"text_projection.bias is \(16,\) there but \(8,\) here"),
+        ({"num_layers": 4}, "missing there"),
+    ],
+)
+def test_another_shape_of_stage_1_is_refused_unless_asked_for(tmp_path, change, message):
+    folder = save(tmp_path / "one", 1, Stage1(CONFIG))
+    model = Stage1(dataclasses.replace(CONFIG, **change))
+    with pytest.raises(UserError, match=message):
+        start_stage1(model, folder)
+    report = start_stage1(model, folder, allow_mismatch=True)
+    assert report.missing and "qformer.layers.0.attention.query.weight" in report.loaded
 
 
 def test_stage_2_takes_the_query_side_of_stage_1(tmp_path):
