@@ -1,7 +1,7 @@
 """Find a checkpoint and learn what it holds, without loading a model."""
 
 from pipelines.data import checkpoint_folders, storage
-from qformer.bridge import INFO_FILE, BridgeInfo
+from qformer.conversion.checkpoint import INFO_FILE, BridgeInfo
 from qformer.errors import UserError
 
 _MAX_INFO_BYTES = 2**20

@@ -17,7 +17,7 @@ from pipelines.data.batch import Failure
 from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.sampling import Sampling
-from qformer.bridge import BridgeInfo
+from qformer.conversion.checkpoint import BridgeInfo
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)

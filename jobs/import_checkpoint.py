@@ -11,8 +11,8 @@ from pathlib import Path
 from jobs.cli import run_job
 from jobs.settings import ImportSettings
 from pipelines.data import checkpoint_folders, storage
-from qformer.bridge import FORMAT_VERSION
 from qformer.conversion.bundle import ImportOptions
+from qformer.conversion.checkpoint import FORMAT_VERSION
 from qformer.conversion.huggingface import import_huggingface
 from qformer.conversion.lavis import import_lavis
 from qformer.errors import UserError

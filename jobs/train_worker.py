@@ -27,10 +27,11 @@ from pipelines.training.flops import StepFlops
 from pipelines.training.guard import StepGuard
 from pipelines.training.health import QueryWatch
 from pipelines.training.loop import Hooks, Loop, LoopSettings
+from pipelines.training.model_choice import choice_from
 from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision
-from pipelines.training.run import Training, TrainingRun, choice_from
+from pipelines.training.run import Training, TrainingRun
 from pipelines.training.watchdog import Watchdog
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError

@@ -15,7 +15,7 @@ STANDARD = sys.stdlib_module_names
 LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
     "qformer/text.py": {"transformers"},
-    "qformer/bridge.py": {"safetensors"},
+    "qformer/conversion/checkpoint.py": {"safetensors"},
     "qformer/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},
@@ -80,8 +80,8 @@ def violations(path, text):
                 found.append(f"{place} imports {module}: torch and the standard library only")
         if folder == "pipelines/data" and root == "ray" and path.name != "dataset.py":
             found.append(f"{place} imports ray: dataset.py alone wires it in")
-        if folder == "cluster" and root not in STANDARD:
-            found.append(f"{place} imports {module}: cluster uses nothing")
+        if folder == "cluster" and root not in {*STANDARD, "ray"}:
+            found.append(f"{place} imports {module}: cluster uses Ray alone")
     return found
 
 
@@ -110,7 +110,7 @@ def test_package_files_hold_only_docstring_and_reexports(path):
         ("pipelines/data/order.py", "from ..training import loop"),
         ("pipelines/serving/app.py", "from pipelines import evaluation"),
         ("pipelines/training/loop.py", "import jobs.settings"),
-        ("cluster/local.py", "import ray"),
+        ("cluster/local.py", "import torch"),
     ],
 )
 def test_the_rule_notices(path, text):

@@ -16,7 +16,7 @@ from jobs.demo.scenes import Scene
 from jobs.demo.scoring import ATTRIBUTES, CaptionScores, is_right, score_captions
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from pipelines.evaluation.report import GalleryItem, ResultRow, write_report
-from qformer.bridge import INFO_FILE, BridgeInfo
+from qformer.conversion.checkpoint import INFO_FILE, BridgeInfo
 
 MIN_ATTRIBUTE = 0.80
 MIN_RECALL = 0.60

@@ -13,10 +13,11 @@ from jobs.demo.world import LICENCE, write_world
 from jobs.settings import TrainSettings
 from jobs.settings_loading import load
 from pipelines.data.checkpoint_folders import write_marker
-from pipelines.training.run import TrainingRun, choice_from
+from pipelines.training.model_choice import choice_from
+from pipelines.training.run import TrainingRun
 from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.backbones import import_torchvision
-from qformer.bridge import save_bridge
+from qformer.conversion.checkpoint import save_bridge
 
 FOLDER = Path("runs/toy")
 """As toy.yaml names it."""

@@ -1,7 +1,7 @@
 """Checkpoints on any filesystem: taken between two steps, written aside, then complete at once or not at all.
 
 RUN/checkpoints/step-00000500/
-    bridge.json, bridge.safetensors, tokenizer/   the model (`qformer.bridge`)
+    bridge.json, bridge.safetensors, tokenizer/   the model (`qformer.conversion.checkpoint`)
     training.pt                                   optimizer, accounting, quarantine; with an average, the raw weights
     settings.yaml                                 resolved settings of the run
     complete.json                                 written last: see `pipelines.data.checkpoint_folders`
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipelines.data import storage
 from pipelines.data.checkpoint_folders import COMPLETE_MARKER, checkpoint_uri, write_marker
 from pipelines.data.retries import with_retries
-from qformer.bridge import FORMAT_VERSION, BridgeInfo, load_weights, read_info, save_bridge
+from qformer.conversion.checkpoint import FORMAT_VERSION, BridgeInfo, load_weights, read_info, save_bridge
 from qformer.errors import UserError
 from qformer.text import TextTokenizer
 

@@ -9,6 +9,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.training.telemetry import ProgressBoard, live_progress
+from qformer.errors import UserError
 
 _RESIZE_PAUSE_S = 60.0
 """Between looks for nodes that have come. Growing restarts the workers, from the last checkpoint."""
@@ -38,6 +39,9 @@ def launch(
         name: Shown in Ray's dashboard and the progress line.
         scratch: Folder for Ray Train's own records; our checkpoints lie in the run folder.
         total_steps: For the progress line.
+
+    Raises:
+        UserError: If the controller dies, which Ray Train does not start again.
     """
     board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=beside_driver()).remote()
     trainer = TorchTrainer(
@@ -52,7 +56,13 @@ def launch(
         run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=max_failures)),
     )
     with live_progress(board, total_steps, name):
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except ray.exceptions.ActorDiedError as error:
+            raise UserError(
+                "the process that controls the workers died (killed, or out of memory); the run stands at its newest "
+                "checkpoint: run the same command with --resume"
+            ) from error
     return result.return_value
 
 

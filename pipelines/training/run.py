@@ -1,10 +1,7 @@
 """A run's model on one rank: built around frozen backbones, saved, restored, and checked to have left them alone."""
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +13,15 @@ from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
 from pipelines.training.ema import Ema
+from pipelines.training.model_choice import ModelChoice
 from pipelines.training.objective import Objective
 from pipelines.training.precision import DTYPES, Precision, PrecisionName
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.backbones import load_language, load_vision, weights_fingerprint
-from qformer.bridge import TOKENIZER_FOLDER, BridgeInfo
-from qformer.config import LoraConfig, QFormerConfig
+from qformer.config import QFormerConfig
 from qformer.conversion.bert import start_from_bert
+from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo
 from qformer.conversion.initialisation import require_stage1, start_stage1, start_stage2
 from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
@@ -33,38 +31,6 @@ from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelChoice:
-    """Backbones and bridge of a run, as the settings name them."""
-
-    stage: int
-    vision: str
-    vision_pretrained: bool
-    vision_layer: int
-    language: str | None
-    tokenizer: str
-    """Hub name or folder; for a Q-Former with text branch."""
-    max_text_tokens: int
-    prompt: str
-    num_frames: int
-    qformer: Mapping[str, Any]
-    """`QFormerConfig` fields that do not follow from the backbones."""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    """How frames are chosen, for those who load the checkpoint."""
-    vision_image_size: int | None = None
-    qformer_init: str | None = None
-    """BERT that the Q-Former starts from."""
-    init_mismatch: str = "refuse"
-    """"refuse" or "reinitialise"."""
-    qformer_reads_prompt: bool = False
-    """InstructBLIP: the prompt goes to the Q-Former as well as to the LM."""
-    lavis_reduction: bool = False
-    """Stage 1 equals LAVIS on several ranks, and not one process on the joined batch."""
-    freeze_qformer: bool = False
-    """MiniGPT-4: the projection alone is trained."""
-    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,16 +294,3 @@ class TrainingRun:
 
 def _checkpoint(init_from: str | None) -> Path | None:
     return None if init_from is None else storage.local_folder(checkpoint_folders.newest_checkpoint(init_from))
-
-
-def choice_from(
-    model: Mapping[str, Any], *, stage: int, num_frames: int, tokenizer: str, sampling: Mapping[str, Any] | None = None
-) -> ModelChoice:
-    """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
-    names = {one.name for one in dataclasses.fields(ModelChoice)}
-    values = {name: value for name, value in model.items() if name in names}
-    if values.get("lora") is not None:
-        values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-    return ModelChoice(
-        **{**values, "stage": stage, "num_frames": num_frames, "sampling": sampling or {}, "tokenizer": tokenizer}
-    )

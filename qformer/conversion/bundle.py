@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformer.bridge import BridgeInfo, read_weights, save_bridge
 from qformer.config import QFormerConfig
+from qformer.conversion.checkpoint import BridgeInfo, read_weights, save_bridge
 from qformer.conversion.report import LoadReport, shown
 from qformer.errors import UserError
 from qformer.stage1 import Stage1

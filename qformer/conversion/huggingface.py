@@ -21,9 +21,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, import_torchvision, load_vision
-from qformer.bridge import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors, reason_of
+from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.conversion.frozen import (
     image_processor_for,
     preprocessing_of,

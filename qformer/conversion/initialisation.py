@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from qformer.bridge import read_info, read_weights
+from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.stage1 import Stage1

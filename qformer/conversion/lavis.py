@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.bridge import BESIDE, BridgeInfo
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors
+from qformer.conversion.checkpoint import BESIDE, BridgeInfo
 from qformer.conversion.frozen import language_width
 from qformer.conversion.names import LAVIS, LAVIS_LLM, LAVIS_OPT, LAVIS_T5, Table, from_peer
 from qformer.conversion.report import shown

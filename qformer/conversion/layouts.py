@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qformer.bridge import BridgeInfo, read_weights
 from qformer.config import QFormerConfig
+from qformer.conversion.checkpoint import BridgeInfo, read_weights
 from qformer.conversion.names import HF_CAPTION, HF_INSTRUCT, HF_RETRIEVAL, Table
 from qformer.errors import UserError
 

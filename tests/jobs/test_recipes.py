@@ -18,7 +18,8 @@ from jobs.settings_loading import load
 from pipelines.data import checkpoint_folders
 from pipelines.training import launch
 from pipelines.training.telemetry import read_metrics
-from qformer.bridge import load_captioner, load_retriever, read_weights
+from qformer.bridge import load_captioner, load_retriever
+from qformer.conversion.checkpoint import read_weights
 from qformer.errors import UserError
 
 FILES = {

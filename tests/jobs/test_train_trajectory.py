@@ -91,6 +91,8 @@ def test_killed_and_resumed(victim, world, uninterrupted, tmp_path):
         status = job.process.wait(300)
     if victim == "RayTrainWorker":
         assert status == 0, job.log.read_text()[-3000:]
+    if victim == "TrainController":
+        assert status != 0 and "run the same command with --resume" in job.log.read_text()
     if status != 0:
         with Job(run, tmp_path / "log2", resume=True) as job:
             assert job.end() == 0, job.log.read_text()[-3000:]

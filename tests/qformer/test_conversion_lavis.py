@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.bridge import load_retriever, load_weights, read_info, read_weights
+from qformer.bridge import load_retriever
+from qformer.conversion.checkpoint import load_weights, read_info, read_weights
 from qformer.conversion.lavis import MEAN, STD, import_lavis
 from qformer.errors import UserError
 from qformer.stage1 import Stage1

@@ -7,9 +7,10 @@ import torch
 
 from pipelines.data.transforms import fit
 from qformer.backbones import load_vision
-from qformer.bridge import load_captioner, load_retriever, read_info, read_weights
+from qformer.bridge import load_captioner, load_retriever
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.conversion.bundle import ImportOptions
+from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.conversion.huggingface import export_huggingface
 from qformer.conversion.names import HF_RETRIEVAL, peer_name
 from qformer.objectives import similarity

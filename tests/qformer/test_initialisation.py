@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qformer.backbones import import_torchvision
-from qformer.bridge import save_bridge
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
+from qformer.conversion.checkpoint import save_bridge
 from qformer.conversion.initialisation import start_stage1, start_stage2
 from qformer.errors import UserError
 from qformer.lora import Lora

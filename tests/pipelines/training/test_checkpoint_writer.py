@@ -15,7 +15,7 @@ from pipelines.data import checkpoint_folders
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import Checkpoint, TrainingState, copied
 from pipelines.training.checkpoint_writer import CheckpointError, CheckpointWriter
-from qformer.bridge import read_info, read_weights
+from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.errors import UserError
 from tests.tiny_checkpoints import write_stage1
 

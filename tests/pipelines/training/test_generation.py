@@ -11,7 +11,8 @@ from jobs.settings_model import ModelSettings
 from pipelines.data import checkpoint_folders
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
-from pipelines.training.run import TrainingRun, choice_from
+from pipelines.training.model_choice import choice_from
+from pipelines.training.run import TrainingRun
 from pipelines.training.vocabulary import learn_text_tokenizer
 from qformer.bridge import load_captioner
 from qformer.config import GenerationSettings, LoraConfig

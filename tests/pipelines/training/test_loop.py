@@ -18,10 +18,12 @@ from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.ema import Ema
 from pipelines.training.guard import StepGuard
 from pipelines.training.loop import LoopSettings
-from pipelines.training.run import ModelChoice, TrainingRun, choice_from
+from pipelines.training.model_choice import ModelChoice, choice_from
+from pipelines.training.run import TrainingRun
 from pipelines.training.vocabulary import learn_text_tokenizer
-from qformer.bridge import load_captioner, load_retriever, read_info
+from qformer.bridge import load_captioner, load_retriever
 from qformer.config import GenerationSettings
+from qformer.conversion.checkpoint import read_info
 from qformer.errors import UserError
 from tests.pipelines.training.loops import make_loop, make_training
 
