@@ -11,7 +11,8 @@ from pipelines.training.flops import StepFlops
 from pipelines.training.health import chance_levels
 from pipelines.training.telemetry import describe
 from pipelines.training.watchdog import Watchdog
-from tests.pipelines.training.test_loop import make_run, tokenizer, train  # noqa: F401
+from tests.pipelines.training.loops import make_loop
+from tests.pipelines.training.test_loop import batches, make_run, settings, tokenizer, train  # noqa: F401
 
 
 def wait_for(condition, timeout_s=10.0):
@@ -84,11 +85,32 @@ def test_operations_are_counted_once_a_shape_forward_and_backward():
     assert flops.figures(2e12, 4.0) == {"tflops_per_s": 0.5}
 
 
+def test_attention_is_counted_as_its_two_products():
+    flops = StepFlops(torch.device("cpu"))
+    query, key = torch.randn(2, 4, 16, 8, requires_grad=True), torch.randn(2, 4, 24, 8)
+
+    def step():
+        torch.nn.functional.scaled_dot_product_attention(query, key, key).sum().backward()
+
+    flops.add((1,), step)
+    forward = 2 * (2 * 2 * 4 * 16 * 24 * 8)
+    assert forward < flops.total <= 3.5 * forward
+
+
 def test_mfu_is_a_share_of_the_devices_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     flops = StepFlops(torch.device("cuda"))
     assert flops.figures(989e12, 2.0)["mfu"] == pytest.approx(0.5)
 
 
-def test_a_run_logs_its_rate_of_operations(tokenizer, tmp_path):  # noqa: F811
-    assert train(make_run(2, tokenizer), tmp_path)[-1]["tflops_per_s"] > 0
+def test_a_run_logs_its_rate_of_operations_with_gradient_caching_too(tokenizer, tmp_path):  # noqa: F811
+    counts = []
+    for micro_batch in (None, 2):
+        run = make_run(1, tokenizer)
+        run.stage.micro_batch = micro_batch
+        loop = make_loop(run, settings(steps=2), log=lambda values: counts.append(values["tflops_per_s"]))
+        loop.run(batches(), 0)
+        assert counts.pop() > 0
+        counts.append(loop.flops.total)
+    # The second pass of the samples is work too; most of it all is the frozen encoder's.
+    assert 1.02 < counts[1] / counts[0] < 2
