@@ -1,12 +1,15 @@
 """Paired figures, permutations and losses of `qformer.analysis.image_use`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qformer.analysis.image_use import answer_losses, compare_pairs, partners
 from qformer.backbones import load_language
-from qformer.language import build_language_model
-from tests.qformer.folders import write_gpt2
+from qformer.language import IGNORED, build_language_model
+
+LANGUAGE = Path(__file__).parents[2] / "jobs" / "demo" / "models" / "language"
 
 
 def test_figures_of_a_small_table():
@@ -72,13 +75,14 @@ def test_texts_that_no_image_is_left_for_are_left_out():
     assert partners(may_swap, torch.Generator()).tolist() == [1, 0, -1]
 
 
-def test_losses_of_samples_make_up_the_loss_of_the_batch(tmp_path):
-    language = build_language_model(*load_language(str(write_gpt2(tmp_path / "gpt2"))))
+def test_losses_of_samples_make_up_the_loss_of_the_batch():
+    language = build_language_model(*load_language(str(LANGUAGE)))
     torch.manual_seed(0)
-    batch = language.tokenize(["", "a dog"], ["a cat on a mat", "runs"], max_tokens=16)
+    texts = ["a small red circle above a large blue square", "a red circle"]
+    batch = language.tokenize(["", "a small"], texts, max_tokens=16)
     prefix_BNL = torch.randn(2, 3, language.width)
     losses_B = answer_losses(language, prefix_BNL, batch)
-    counts_B = (batch.labels_BT >= 0).sum(dim=1)
+    counts_B = (batch.labels_BT != IGNORED).sum(dim=1)
     total, count = language.loss(prefix_BNL, batch)
     assert counts_B[0] != counts_B[1]
     torch.testing.assert_close((losses_B * counts_B).sum() / count, total / count)
