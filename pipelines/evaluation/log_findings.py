@@ -55,8 +55,13 @@ def data_wait(
     )
 
 
-def losses(metrics: Sequence[Record]) -> list[Finding]:
-    """Whether losses are finite, below chance, and not rising."""
+def losses(metrics: Sequence[Record], weights: Mapping[str, float]) -> list[Finding]:
+    """Whether losses are finite, below chance, and not rising.
+
+    Args:
+        metrics: Records of metrics.jsonl.
+        weights: Factor of each loss term; a term of 0 is not trained, and may do what it likes. 1 where it is unknown.
+    """
     if not metrics:
         return [not_recorded("losses", "metrics.jsonl is missing or empty")]
     names = sorted({name for record in metrics for name in record if name.startswith("loss/")})
@@ -69,7 +74,9 @@ def losses(metrics: Sequence[Record]) -> list[Finding]:
     means = {name.removeprefix("loss/"): _mean(last, name) for name in names if all(name in one for one in last)}
     told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
     first = Finding(topic="losses", status="ok", text=f"finite; at the end {told}", figures=means)
-    return [first, _beside_chance(last, means), _course(metrics, names)]
+    trained = [name for name in names if weights.get(name.removeprefix("loss/"), 1.0) > 0]
+    of_trained = {name: value for name, value in means.items() if f"loss/{name}" in trained}
+    return [first, _beside_chance(last, of_trained), _course(metrics, trained)]
 
 
 def steps(metrics: Sequence[Record], bad_steps: Sequence[Record], precision: str | None) -> list[Finding]:

@@ -1,6 +1,6 @@
 """What was trained, and whether what was not trained stayed as it was."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -127,12 +127,12 @@ def frozen_tensors(starts: Sequence[Trainables], weights: Sequence[Weights]) -> 
     )
 
 
-def backbones(recorded: Sequence[Mapping[str, str]], now: Mapping[str, Iterable[str] | str]) -> list[Finding]:
+def backbones(recorded: Sequence[Mapping[str, str]], now: Mapping[str, Sequence[str] | str]) -> list[Finding]:
     """Whether frozen models are the ones that training began with.
 
     Args:
         recorded: SHA-256 of each frozen model, by its name, at each start.
-        now: Of each frozen model the SHA-256 that it has now, one for each dtype that it may have been loaded in; or,
+        now: Of each frozen model the SHA-256 that it has now, one for each dtype that it may have been loaded in, the likeliest first; or,
             as a text, why it could not be loaded.
     """
     if not recorded:
@@ -150,7 +150,7 @@ def finite(newest: Weights) -> Finding:
     return Finding(topic="weights", status="problem", text=text, advice=advice, figures={"bad": bad})
 
 
-def _backbone(name: str, recorded: Sequence[str], now: Mapping[str, Iterable[str] | str]) -> Finding:
+def _backbone(name: str, recorded: Sequence[str], now: Mapping[str, Sequence[str] | str]) -> Finding:
     topic, values = f"frozen {name}", {"recorded": list(recorded)}
     status: Status = "problem"
     if len(set(recorded)) > 1:
@@ -164,7 +164,6 @@ def _backbone(name: str, recorded: Sequence[str], now: Mapping[str, Iterable[str
     if sha in found:
         text = f"the {name} model is byte for byte the one that training began with (SHA-256 {sha[:12]}…)"
         return Finding(topic=topic, status="ok", text=text, figures=values)
-    told = listed([f"{one[:12]}…" for one in found])
-    text = f"the frozen {name} model has moved: SHA-256 {sha[:12]}… at the start, {told} now"
+    text = f"the frozen {name} model has moved: SHA-256 {sha[:12]}… at the start, {found[0][:12]}… now"
     advice = "put the model of the training back in its place (another version or file?); the bridge fits no other"
     return Finding(topic=topic, status=status, text=text, advice=advice, figures={**values, "now": list(found)})

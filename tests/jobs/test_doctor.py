@@ -18,7 +18,7 @@ from pipelines.data import checkpoint_folders
 from qformer.errors import UserError
 from tests.jobs.doctor_runs import MODELS, change_weights, finish, settings_of, small_world, train_run
 
-STEPS = {1: 100, 2: 50}
+STEPS = {1: 80, 2: 40}
 RATES = {"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 10}
 
 
@@ -147,9 +147,10 @@ def test_planted_frozen_tensor_that_moved(frozen_run, name, tmp_path):
     found, code, _ = looked(run, rows=32)
     assert code == 1 and found["frozen tensors"]["status"] == "problem"
     moved = found["frozen tensors"]["figures"]["moved"]
-    assert moved == {place: [name] for place in ("step-00000002", "init_from (step-00000100)")}
-    assert f"frozen layers moved, up to step-00000004, since init_from (step-00000100): {name}" in (
-        found["frozen tensors"]["text"]
+    assert moved == {place: [name] for place in ("step-00000002", "init_from (step-00000080)")}
+    assert (
+        f"frozen layers moved, up to step-00000004, since init_from (step-00000080): {name}"
+        in (found["frozen tensors"]["text"])
     )
     assert found["frozen qformer"]["status"] == ("problem" if name.startswith("qformer.") else "ok")
 
@@ -209,8 +210,8 @@ def test_a_damaged_checkpoint_is_stepped_over_and_told(runs, tmp_path):
     (newest(run) / "training.pt").write_bytes(b"cut off")
     found, code, _ = looked(run, rows=32)
     assert code == 1 and found["checkpoints"]["status"] == "problem"
-    assert "step-00000050 is damaged (training.pt has 7 bytes" in found["checkpoints"]["text"]
-    assert "step-00000025" in found["weights"]["text"]
+    assert "step-00000040 is damaged (training.pt has 7 bytes" in found["checkpoints"]["text"]
+    assert "step-00000020" in found["weights"]["text"]
 
 
 def test_a_run_without_checkpoints_or_settings_still_gets_a_report(runs, tmp_path):
