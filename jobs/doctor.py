@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -101,7 +102,7 @@ def _of_log(records: RunRecords) -> list[Finding]:
             decode_workers=settings.decode_workers if settings else None,
             queue_depth=stages.get("queue_depth"),
         ),
-        *log_findings.losses(metrics),
+        *log_findings.losses(metrics, records.loss_weights),
         *log_findings.steps(metrics, records.bad_steps or [], settings.precision if settings else None),
     ]
 
@@ -149,7 +150,10 @@ def _row_counts(records: RunRecords, newest: Path | None) -> dict[str, int] | No
     """Rows in, used and quarantined: of the summary, or of a run that has none yet of its checkpoint."""
     values: dict[str, Any] = records.summary or {}
     if "rows_in" not in values and newest is not None and (newest / TRAINING_FILE).is_file():
-        values = torch.load(newest / TRAINING_FILE, map_location="cpu", weights_only=True, mmap=True)["accounting"]
+        try:
+            values = torch.load(newest / TRAINING_FILE, map_location="cpu", weights_only=True, mmap=True)["accounting"]
+        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            logger.warning("%s cannot be read (%s)", newest / TRAINING_FILE, error)
     names = ("rows_in", "rows_used", "rows_quarantined")
     return {name: int(values[name]) for name in names} if all(name in values for name in names) else None
 

@@ -69,9 +69,8 @@ def pair_findings(settings: DoctorSettings, records: RunRecords, checkpoint: Pat
     if not figures.num_texts:
         why = sample.failures[0].message if sample.failures else "there are none"
         return [_not_looked(f"no row of {rows.name} could be decoded ({why})", "name other rows with data.manifest")]
-    weights = {} if records.settings is None else records.settings.optim.loss_weights.model_dump(exclude={"is_learned"})
     return [
-        model_findings.image_use(figures, rows=rows.name, weights=weights),
+        model_findings.image_use(figures, rows=rows.name, weights=records.loss_weights),
         *model_findings.queries(figures),
         model_findings.texts_cut(figures),
     ]

@@ -52,6 +52,13 @@ class RunRecords:
         found = [one.get("frozen_sha256") for one in [*(self.starts or []), self.summary or {}]]
         return [one for one in found if isinstance(one, dict) and one]
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Factor of each loss term; none where the settings are unknown."""
+        if self.settings is None:
+            return {}
+        return self.settings.optim.loss_weights.model_dump(exclude={"is_learned"})
+
 
 def read_records(run: str) -> RunRecords:
     """Read a run folder."""

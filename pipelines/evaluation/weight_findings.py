@@ -132,8 +132,8 @@ def backbones(recorded: Sequence[Mapping[str, str]], now: Mapping[str, Sequence[
 
     Args:
         recorded: SHA-256 of each frozen model, by its name, at each start.
-        now: Of each frozen model the SHA-256 that it has now, one for each dtype that it may have been loaded in, the likeliest first; or,
-            as a text, why it could not be loaded.
+        now: Of each frozen model the SHA-256 that it has now, one for each dtype that it may have been loaded in, the
+            likeliest first; or, as a text, why it could not be loaded.
     """
     if not recorded:
         return [not_recorded("frozen models", "no frozen_sha256 in starts.jsonl or summary.json")]

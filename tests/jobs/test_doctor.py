@@ -56,9 +56,8 @@ def runs(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def frozen_run(world, runs, tmp_path_factory):
     """A few steps of a stage 2 that trains the projection alone."""
-    settings = settings_of(
-        world, tmp_path_factory.mktemp("frozen") / "run", stage=2, steps=4, checkpoint_every=2, init_from=str(runs["true", 1])
-    )  # fmt: skip
+    output, init_from = tmp_path_factory.mktemp("frozen") / "run", str(runs["true", 1])
+    settings = settings_of(world, output, stage=2, steps=4, checkpoint_every=2, init_from=init_from)
     model = settings.model.model_copy(update={"freeze_qformer": True})
     return train_run(world, settings.model_copy(update={"model": model}))
 

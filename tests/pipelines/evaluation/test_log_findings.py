@@ -10,10 +10,11 @@ from pipelines.evaluation.findings import worst
 
 def records(count=30, **course):
     """Of a log in which each value is a number or a function of the record's place."""
-    return [
-        {"step": 10 * (place + 1), **{name: value(place) if callable(value) else value for name, value in course.items()}}
-        for place in range(count)
-    ]  # fmt: skip
+    log = []
+    for place in range(count):
+        values = {name: value(place) if callable(value) else value for name, value in course.items()}
+        log.append({"step": 10 * (place + 1), **values})
+    return log
 
 
 def named(count=30, **course):
