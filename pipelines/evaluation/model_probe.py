@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.pair_sample import PairBatch
-from qformer.analysis.image_use import PairedFigures, answer_losses, compare_pairs, partners
+from qformer.analysis.image_use import USED_GAIN_NATS, PairedFigures, answer_losses, compare_pairs, partners
 from qformer.analysis.query_use import QueryFigures, QueryStatistics
 from qformer.bridge import Captioner, Retriever
 from qformer.objectives import similarity
@@ -51,10 +51,13 @@ class _Sums:
         self.true.setdefault(name, []).append(true_K.float().cpu())
         self.permuted.setdefault(name, []).append(permuted_K.float().cpu())
 
-    def compared(self, *, lower_is_better: bool) -> dict[str, PairedFigures]:
+    def compared(self, *, lower_is_better: bool, least_gain: float = 0.0) -> dict[str, PairedFigures]:
         """The figures of each measure."""
         joined = {name: (torch.cat(parts), torch.cat(self.permuted[name])) for name, parts in self.true.items()}
-        return {name: compare_pairs(*pair, lower_is_better=lower_is_better) for name, pair in joined.items()}
+        return {
+            name: compare_pairs(*pair, lower_is_better=lower_is_better, least_gain=least_gain)
+            for name, pair in joined.items()
+        }
 
 
 @torch.no_grad()
@@ -136,7 +139,7 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
         outputs = [(one - bias_L).unflatten(1, (-1, num_queries)).flatten(0, 1) for one in (own_KNL, other_KNL)]
         sums.queries.add(*outputs)
     return ModelFigures(
-        measures=sums.compared(lower_is_better=True),
+        measures=sums.compared(lower_is_better=True, least_gain=USED_GAIN_NATS),
         picked=None,
         picked_chance=None,
         unread_queries=[],

@@ -23,6 +23,8 @@ SIGNIFICANT_Z = 3.0
 """Standard deviations above chance from which on a share is no accident: 1 in 740 by chance alone."""
 USED_SHARE = 0.6
 """Share of the texts that the right image must fit better; what is significant and below it is hardly a use."""
+USED_GAIN_NATS = 0.05
+"""By how much the right image must lower the loss of a token on average: less changes its probability by below 5 %."""
 MIN_PAIRS = 16
 """Below, not even a perfect model would be clearly above chance."""
 
@@ -42,6 +44,8 @@ class PairedFigures:
     """How many standard deviations `share` lies above chance (sign test)."""
     mean_z: float
     """How many the mean difference lies above none (paired z test); 0 where all differences are the same."""
+    least_gain: float = 0.0
+    """Mean difference below which it is hardly a use, however sure it is."""
 
     @property
     def verdict(self) -> Verdict:
@@ -50,16 +54,20 @@ class PairedFigures:
             return "unknown"
         if self.z < SIGNIFICANT_Z:
             return "unused"
-        return "used" if self.share >= USED_SHARE else "hardly"
+        is_much = self.share >= USED_SHARE and abs(self.true_mean - self.permuted_mean) >= self.least_gain
+        return "used" if is_much else "hardly"
 
 
-def compare_pairs(true_B: Tensor, permuted_B: Tensor, *, lower_is_better: bool = False) -> PairedFigures:
+def compare_pairs(
+    true_B: Tensor, permuted_B: Tensor, *, lower_is_better: bool = False, least_gain: float = 0.0
+) -> PairedFigures:
     """Compare what the same texts gave beside their own and beside another image.
 
     Args:
         true_B: Score or loss of each text beside its own image.
         permuted_B: Of the same text beside another.
         lower_is_better: True for losses.
+        least_gain: See `PairedFigures`.
     """
     true, permuted = true_B.double(), permuted_B.double()
     gains = permuted - true if lower_is_better else true - permuted
@@ -75,6 +83,7 @@ def compare_pairs(true_B: Tensor, permuted_B: Tensor, *, lower_is_better: bool =
         share=share,
         z=(share - 0.5) * 2.0 * math.sqrt(count),
         mean_z=float(gains.mean()) / error if error > 0 else 0.0,
+        least_gain=least_gain,
     )
 
 

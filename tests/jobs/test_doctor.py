@@ -48,7 +48,7 @@ def runs(world, tmp_path_factory):
     for stage, steps in STEPS.items():
         for name, captions in (("true", None), ("shuffled", shuffled)):
             output = folder / f"{name}{stage}"
-            changes = {"stage": stage, "steps": steps, "checkpoint_every": steps // 2, "optim": optim}
+            changes = {"stage": stage, "steps": steps, "checkpoint_every": steps // 2, "log_every": 4, "optim": optim}
             found[name, stage] = train_run(world, settings_of(world, output, **changes), captions)
     return found
 

@@ -41,6 +41,12 @@ def test_verdicts(wins, size, verdict):
     assert compare_pairs(gains, torch.zeros(size)).verdict == verdict
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(0.04, "hardly"), (0.06, "used")])
+def test_a_gain_that_is_sure_but_small_is_hardly_a_use(gain, verdict):
+    losses = torch.linspace(1.0, 3.0, 100)
+    assert compare_pairs(losses, losses + gain, lower_is_better=True, least_gain=0.05).verdict == verdict
+
+
 def test_a_model_that_gives_every_image_the_same_is_at_chance():
     figures = compare_pairs(torch.full((50,), 0.3), torch.full((50,), 0.3))
     assert (figures.share, figures.z, figures.mean_z, figures.verdict) == (0.5, 0.0, 0.0, "unused")
