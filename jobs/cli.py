@@ -34,6 +34,8 @@ class Job:
     example: str
     takes_media: bool = False
     """Files after the options are put into the setting `media`."""
+    takes_run: bool = False
+    """A folder after the options is put into the setting `run`."""
 
 
 JOBS = {
@@ -66,6 +68,13 @@ JOBS = {
         settings="jobs.settings:EvaluateSettings",
         summary="score a checkpoint: retrieval after stage 1, captions after stage 2",
         example="qformer evaluate --config jobs/configs/evaluate.yaml --set checkpoint=runs/stage1",
+    ),
+    "doctor": Job(
+        module="jobs.doctor",
+        settings="jobs.settings:DoctorSettings",
+        summary="tell whether a run's model uses its images, and what is odd in the run; exit code 1 at a problem",
+        example="qformer doctor runs/stage1",
+        takes_run=True,
     ),
     "caption": Job(
         module="jobs.caption",
@@ -210,9 +219,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         overrides.append("retry_quarantined=true")
     if getattr(arguments, "dry_run", None) is not None:
         overrides.append(f"dry_run={arguments.dry_run}")
-    if getattr(arguments, "media", None):
-        # JSON is YAML, and quotes whatever a file name may hold.
-        overrides.append(f"media={json.dumps(arguments.media, ensure_ascii=False)}")
+    for name in ("media", "run"):
+        if getattr(arguments, name, None):
+            # JSON is YAML, and quotes whatever a file name may hold.
+            overrides.append(f"{name}={json.dumps(getattr(arguments, name), ensure_ascii=False)}")
     return overrides
 
 
@@ -254,6 +264,8 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
         )
     if job.takes_media:
         parser.add_argument("media", nargs="*", metavar="FILE", help="image or video files")
+    if job.takes_run:
+        parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of `qformer train`")
     return parser
 
 

@@ -11,6 +11,7 @@ from jobs.checkpoint import checkpoint_name, open_checkpoint
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session
 from jobs.settings import EvaluateSettings
+from jobs.settings_data import DataSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
@@ -66,14 +67,14 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
     return summary
 
 
-def decode_settings(settings: EvaluateSettings, info: BridgeInfo) -> DecodeSettings:
+def decode_settings(data: DataSettings, info: BridgeInfo) -> DecodeSettings:
     """Decode as in training; frames and sampling that the user wrote down go before the checkpoint's."""
-    chosen = settings.data.model_fields_set
+    chosen = data.model_fields_set
     return DecodeSettings(
         preprocessing=info.preprocessing,
-        num_frames=settings.data.num_frames if "num_frames" in chosen else info.num_frames,
-        sampling=settings.data.sampling.build() if "sampling" in chosen else Sampling.from_dict(info.sampling),
-        limits=Limits(**settings.data.limits.model_dump()),
+        num_frames=data.num_frames if "num_frames" in chosen else info.num_frames,
+        sampling=data.sampling.build() if "sampling" in chosen else Sampling.from_dict(info.sampling),
+        limits=Limits(**data.limits.model_dump()),
     )
 
 
@@ -86,7 +87,7 @@ def _caption(
     result = caption_manifest(
         manifest,
         checkpoint=checkpoint,
-        decode=decode_settings(settings, info),
+        decode=decode_settings(settings.data, info),
         batch_size=settings.batch_size,
         generation=settings.generation,
         workers=settings.workers,
@@ -117,7 +118,7 @@ def _retrieve(
     result = retrieve(
         manifest,
         checkpoint=checkpoint,
-        decode=decode_settings(settings, info),
+        decode=decode_settings(settings.data, info),
         batch_size=settings.batch_size,
         rerank_top_k=settings.rerank_top_k,
         workers=settings.workers,

@@ -143,6 +143,26 @@ class EvaluateSettings(Settings):
     ray: RaySettings = RaySettings()
 
 
+class DoctorSettings(Settings):
+    """`qformer doctor`: whether a run's model uses its images, and what is odd in the run."""
+
+    run: str
+    """Run folder of `qformer train`, local path or fsspec URI."""
+    data: DataSettings | None = None
+    """Rows to look at; null: the run's own, of its validation, else of its manifest's split val, validation, dev or
+    test, else those it was trained on."""
+    rows: int = Field(default=256, ge=16)
+    """How many of them, chosen at random."""
+    batch_size: int = Field(default=32, ge=2, le=256)
+    """Images are exchanged within a batch."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides which rows and which exchange."""
+    use_gpu: bool | None = None
+    """null: where there is one."""
+    output: str | None = None
+    """Folder for doctor.json; null: the run folder."""
+
+
 class CaptionSettings(Settings):
     """`qformer caption`: caption files from the command line with a stage-2 checkpoint."""
 

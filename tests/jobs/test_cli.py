@@ -64,8 +64,8 @@ def test_each_job_has_its_settings_class_and_its_file(name):
         (["trian"], "error: unknown job 'trian'; did you mean 'train'?"),
         (
             ["zzz"],
-            "error: unknown job 'zzz'; the jobs are demo, prepare, features, train, evaluate, caption, import, export, "
-            "serve",
+            "error: unknown job 'zzz'; the jobs are demo, prepare, features, train, evaluate, doctor, caption, import, "
+            "export, serve",
         ),
         (["serve", "--prot", "3"], "error: unrecognized arguments: --prot 3; see `qformer serve --help`"),
         (["serve", "--config"], "error: argument --config: expected one argument; see `qformer serve --help`"),

@@ -20,6 +20,7 @@ CLASSES = {
     "train": TrainSettings,
     "features": job_settings.FeaturesSettings,
     "evaluate": job_settings.EvaluateSettings,
+    "doctor": job_settings.DoctorSettings,
     "caption": CaptionSettings,
     "import": job_settings.ImportSettings,
     "export": job_settings.ExportSettings,
