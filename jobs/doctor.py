@@ -21,7 +21,7 @@ from pipelines.evaluation import log_findings, run_findings, weight_findings
 from pipelines.evaluation.findings import Finding, worst
 from pipelines.evaluation.weight_findings import Weights
 from pipelines.training.checkpoint import TRAINING_FILE
-from qformer.bridge import read_info, read_weights
+from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.errors import UserError
 
 DOCTOR_FILE = "doctor.json"

@@ -24,7 +24,8 @@ from pipelines.evaluation.model_probe import ModelFigures, probe_captioner, prob
 from pipelines.evaluation.pair_sample import PairSample
 from pipelines.training.precision import DTYPES
 from qformer.backbones import load_language, load_vision, weights_fingerprint
-from qformer.bridge import BridgeInfo, load_captioner, load_retriever, read_info
+from qformer.bridge import load_captioner, load_retriever
+from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
 from qformer.model import QFormer
 

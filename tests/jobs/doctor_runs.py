@@ -25,12 +25,13 @@ from pipelines.training.flops import StepFlops
 from pipelines.training.guard import StepGuard
 from pipelines.training.health import QueryWatch
 from pipelines.training.loop import Hooks, Loop, LoopSettings
+from pipelines.training.model_choice import choice_from
 from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision
-from pipelines.training.run import Training, TrainingRun, choice_from
+from pipelines.training.run import Training, TrainingRun
 from pipelines.training.vocabulary import learn_text_tokenizer
-from qformer.bridge import WEIGHTS_FILE
+from qformer.conversion.checkpoint import WEIGHTS_FILE
 
 MODELS = Path(__file__).parents[2] / "jobs" / "demo" / "models"
 CPU = torch.device("cpu")
