@@ -149,6 +149,7 @@ def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) 
         rank=rank(),
         world_size=world_size(),
         source=arguments["cache"] or decode_settings(settings, state.run.preprocessing),
+        is_pinned=get_device().type == "cuda",
     )
 
 

@@ -95,10 +95,13 @@ class _SegmentReader:
         open_stream: Gives the stream that begins at a step.
         first_step: Of the segment.
         rank: This rank.
+        is_pinned: Put pixels or features into memory that a GPU copies from while it computes.
     """
 
-    def __init__(self, open_stream: Callable[[int], RankStream], first_step: int, rank: int) -> None:
-        self._open_stream, self._first_step, self._rank = open_stream, first_step, rank
+    def __init__(
+        self, open_stream: Callable[[int], RankStream], first_step: int, rank: int, is_pinned: bool = False
+    ) -> None:
+        self._open_stream, self._first_step, self._rank, self._is_pinned = open_stream, first_step, rank, is_pinned
         self.end_step = first_step
         """Exclusive end; known as soon as there is a batch."""
         self.start_s = 0.0
@@ -126,13 +129,20 @@ class _SegmentReader:
                 if (batch.step, batch.rank) != (step, self._rank):
                     raise RuntimeError(f"rank {self._rank} at step {step} was given ({batch.step}, {batch.rank})")
                 self.start_s = self.start_s or time.perf_counter() - begun_s
-                self.ready.put(batch)
+                self.ready.put(_pinned(batch) if self._is_pinned else batch)
                 step += 1
             if step != self.end_step:
                 raise RuntimeError(f"rank {self._rank}'s segment ended before step {step}, not {self.end_step}")
             self.ready.put(None)
         except BaseException as error:  # handed to the training thread, which raises it
             self.ready.put(error)
+
+
+def _pinned(batch: SampleBatch) -> SampleBatch:
+    """The same arrays; what they lie in is a tensor's page-locked memory."""
+    import torch  # the feed's own actor does without
+
+    return dataclasses.replace(batch, images=torch.from_numpy(batch.images).pin_memory().numpy())
 
 
 def rank_batches(
@@ -144,6 +154,7 @@ def rank_batches(
     rank: int,
     world_size: int,
     source: DecodeSettings | FeatureCache,
+    is_pinned: bool = False,
 ) -> Iterator[SampleBatch]:
     """This rank's batches from `start_step` to the end, fetched ahead by threads.
 
@@ -155,6 +166,7 @@ def rank_batches(
         rank: This rank.
         world_size: Number of ranks.
         source: How files become pixels, or the feature cache to read instead.
+        is_pinned: For a GPU: see `_SegmentReader`.
     """
     metrics = DataMetrics("train", rank)
 
@@ -164,7 +176,7 @@ def rank_batches(
 
     step, following = start_step, None
     while step < total_steps:
-        reader = following or _SegmentReader(open_stream, step, rank)
+        reader = following or _SegmentReader(open_stream, step, rank, is_pinned)
         following, begun_s, first_at_s = None, time.perf_counter(), 0.0
         while (item := reader.ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -176,7 +188,7 @@ def rank_batches(
             first_at_s = first_at_s or time.perf_counter()
             is_near_end = reader.is_near_end(step, time.perf_counter() - first_at_s)
             if following is None and is_near_end and reader.end_step < total_steps:
-                following = _SegmentReader(open_stream, reader.end_step, rank)
+                following = _SegmentReader(open_stream, reader.end_step, rank, is_pinned)
             step += 1
             yield dataclasses.replace(item, queue_depth=depth)
             begun_s = time.perf_counter()

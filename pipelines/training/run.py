@@ -259,7 +259,7 @@ class TrainingRun:
         ).to(device)
         self.frozen["vision"] = encoder
         self.preprocessing, self.encoder_width = encoder.preprocessing, encoder.width
-        return lambda batch: encoder(torch.from_numpy(batch.images).to(device)).float()
+        return lambda batch: encoder(torch.from_numpy(batch.images).to(device, non_blocking=True)).float()
 
     def _cached(self, features: FeatureSpec, device: torch.device) -> Encode:
         choice = self.choice
@@ -277,7 +277,7 @@ class TrainingRun:
             encoder.load()[1].require_same(features)
         self.fingerprints["vision"] = features.weights
         self.preprocessing, self.encoder_width = features.preprocessing, features.width
-        return lambda batch: torch.from_numpy(batch.images).to(device).float()
+        return lambda batch: torch.from_numpy(batch.images).to(device, non_blocking=True).float()
 
     def _config(self, vocab_size: int, *, has_lm_head: bool) -> QFormerConfig:
         choice = self.choice
