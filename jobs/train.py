@@ -21,6 +21,8 @@ from pipelines.data.stage_report import run_table
 from qformer.errors import UserError
 
 SUMMARY_FILE = "summary.json"
+_ELASTIC_FAILURES = 3
+"""Who asks for fewer workers expects that nodes are lost."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows) -> dict[str, Any]:
                 workers=settings.workers,
                 min_workers=settings.min_workers,
                 use_gpu=settings.use_gpu,
-                max_failures=settings.max_failures,
+                max_failures=_max_failures(settings),
                 name=f"stage {settings.stage}",
                 scratch=scratch,
                 total_steps=settings.steps,
@@ -104,6 +106,12 @@ def _launch(settings: TrainSettings, rows: TrainingRows) -> dict[str, Any]:
         finally:
             for feed in feeds:
                 ray.kill(feed)
+
+
+def _max_failures(settings: TrainSettings) -> int:
+    if settings.max_failures is not None:
+        return settings.max_failures
+    return 0 if settings.min_workers is None else _ELASTIC_FAILURES
 
 
 def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:

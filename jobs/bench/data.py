@@ -198,8 +198,8 @@ def our_batches(
             segment_steps=segment_steps or SEGMENT_STEPS,
         )
     )
-    options = {"start_step": 0, "total_steps": order.steps_per_epoch, "rank": 0, "world_size": 1}
-    yield from rank_batches(feed, attempt="bench", **options, source=DECODE)
+    steps = order.steps_per_epoch
+    yield from rank_batches(feed, attempt="bench", start_step=0, total_steps=steps, rank=0, world_size=1, source=DECODE)
     ray.kill(feed)
 
 

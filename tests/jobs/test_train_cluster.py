@@ -29,7 +29,6 @@ def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, unint
             tmp_path / "run",
             workers=3,
             min_workers=1,
-            max_failures=3,
             tokenizer=uninterrupted / "tokenizer",
             ray=RaySettings(address=cluster.address),
         )

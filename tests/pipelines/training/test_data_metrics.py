@@ -1,12 +1,14 @@
-"""The data plane's metrics arrive where Prometheus looks for them."""
+"""The metrics of the data plane and of training arrive where Prometheus looks for them."""
 
+import re
 import time
 
 import pytest
 
 from pipelines.data.stage_costs import StageCosts
 from pipelines.training.data_metrics import DataMetrics
-from tests.metrics_endpoint import scraped
+from pipelines.training.train_metrics import TrainMetrics
+from tests.metrics_endpoint import endpoints, scraped
 
 TIMEOUT_S = 60.0
 
@@ -32,3 +34,15 @@ def test_prometheus_sees_what_was_counted(ray_local):
     while not expected.keys() <= (found := scraped(ray_local, "test")).keys() and time.monotonic() < deadline:
         time.sleep(0.5)
     assert {key: found.get(key) for key in expected} == pytest.approx(expected)
+
+
+def test_prometheus_sees_a_runs_last_figures(ray_local):
+    metrics = TrainMetrics("runs/seen")
+    metrics.set({"step": 10, "loss/itc": 3.5, "mfu": 0.25})
+    metrics.set({"step": 20, "loss/itc": 2.5, "mfu": 0.5, "validation/total": 4.0})
+    expected = {"step": 20, "loss_itc": 2.5, "mfu": 0.5, "validation_total": 4.0}
+    pattern = re.compile(r'^ray_qformer_train_(\w+)\{.*run="runs/seen".*\} (\S+)$', re.MULTILINE)
+    end = time.monotonic() + TIMEOUT_S
+    while (found := {k: float(v) for k, v in pattern.findall(endpoints(ray_local))}) != expected:
+        assert time.monotonic() < end, found
+        time.sleep(0.5)

@@ -1,0 +1,76 @@
+"""What the first rank writes down, also when the disk has no room; and the notice that a machine goes away."""
+
+import json
+from unittest import mock
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from jobs.settings import TrainSettings
+from jobs.settings_data import TrainDataSettings
+from jobs.settings_model import ModelSettings
+from jobs.train_reporter import Reporter
+from jobs.train_worker import _PreemptionNotice
+from pipelines.data import storage
+from pipelines.training.accounting import Accounting
+from pipelines.training.telemetry import ProgressBoard
+
+
+@pytest.fixture
+def board(ray_local):
+    actor = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def reporter(board, output, start_step=0):
+    data = TrainDataSettings(manifest="m")
+    settings = TrainSettings(
+        output=str(output), stage=1, model=ModelSettings(vision="v"), data=data, steps=10, batch_size=2
+    )
+    return Reporter(board, settings, start_step)
+
+
+def said(board):
+    return ray.get(board.read.remote())[1]
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_lines_of_an_earlier_start_stay_and_the_user_is_told(board, tmp_path):
+    first = reporter(board, tmp_path)
+    first.started({"step": 0, "workers": 2})
+    first.say("hello")
+    second = reporter(board, tmp_path, start_step=4)
+    second.started({"step": 4, "workers": 1})
+    second.bad_step({"step": 5, "sample_ids": ["a"]})
+    assert said(board) == ["hello"]
+    assert [(start["step"], start["workers"]) for start in lines(tmp_path / "starts.jsonl")] == [(0, 2), (4, 1)]
+    assert all(start["versions"]["torch"] and start["hardware"] for start in lines(tmp_path / "starts.jsonl"))
+    assert [event["text"] for event in lines(tmp_path / "events.jsonl")] == ["hello"]
+    assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 5, "sample_ids": ["a"]}]
+
+
+def test_a_full_disk_ends_nothing_and_the_next_line_brings_the_lost_one(board, tmp_path):
+    one = reporter(board, tmp_path)
+    with mock.patch.object(storage, "write_text", side_effect=OSError(28, "No space left on device")):
+        one.say("lost?")
+    with mock.patch.object(storage, "open_output", side_effect=OSError(28, "No space left on device")):
+        one.write_quarantine(Accounting())
+    one.say("room again")
+    texts = [event["text"][:20] for event in lines(tmp_path / "events.jsonl")]
+    assert texts == ["lost?", "ALARM quarantine.par", "room again"]
+    assert any("ALARM events.jsonl is not written" in text for text in said(board))
+    one.write_quarantine(Accounting())
+    assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 0
+
+
+def test_a_notice_of_preemption_counts_once():
+    told = []
+    with mock.patch.object(ray.train, "get_preemption_info", side_effect=[None, "first", "first", "second", None]):
+        notice = _PreemptionNotice(told.append)
+        assert [notice() for _ in range(5)] == [False, True, False, True, False]
+    assert len(told) == 2 and "taking a checkpoint first" in told[0]
