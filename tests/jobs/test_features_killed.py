@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from jobs import features
@@ -54,6 +55,7 @@ def _start_and_kill(settings, folder):
     job.wait()
 
 
+@pytest.mark.slow
 def test_a_cache_killed_and_resumed_is_bit_equal_to_one_written_in_one_go(ray_local, tmp_path, caplog, capsys):
     caplog.set_level("INFO")
     table = image_manifest(tmp_path, NUM_ROWS)
