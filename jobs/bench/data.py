@@ -254,7 +254,9 @@ def _peak_bytes(case: Case, paths: list[str], count: int) -> int:
     """Peak memory of a process, with its own Ray, that reads `count` images in several segments."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_report_peak, args=(sender, paths, count, case.batch_size, case.memory_segment_steps))
+    child = context.Process(
+        target=_report_peak, args=(sender, paths, count, case.batch_size, case.memory_segment_steps)
+    )
     child.start()
     sender.close()
     try:
