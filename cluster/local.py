@@ -1,55 +1,48 @@
-"""A Ray cluster of several nodes on this machine, to try what a job does when nodes come and go.
+"""`python -m cluster.local`: a Ray cluster of several nodes on this machine, to try what jobs do when nodes go.
 
-The nodes are raylets of their own: they share files and processors, and nothing else. Killing one takes its processes
-with it, as a machine that fails does.
+The nodes are raylets of their own: they share files and processors, and nothing else. Two lines tell what a job needs
+in its environment; after that the lines `kill` (SIGKILL all processes of the node that came last, as when a machine
+fails) and `add` on the standard input are obeyed, each answered with the number of nodes, and its end ends all.
 """
 
-from types import TracebackType
+import argparse
+import os
+import secrets
+import sys
 from typing import Any
-
-from ray.cluster_utils import Cluster
 
 _OBJECT_STORE_BYTES = 200 * 1024**2
 
 
-class LocalCluster:
-    """Starts a head and other nodes; ends all of them when the `with` block ends.
+def main() -> None:
+    """Run the cluster until the standard input ends."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.local", description=__doc__.partition(":")[2].strip())
+    parser.add_argument("--nodes", type=int, default=3, help="the head among them (default 3)")
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each; more than there are is fine")
+    arguments = parser.parse_args()
+    # Ray reads both when it is imported.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from ray.cluster_utils import Cluster
 
-    Args:
-        nodes: Their number, the head among them.
-        cpus_per_node: Logical CPUs of each; they may be more than there are.
+    node: dict[str, Any] = {
+        "num_cpus": arguments.cpus,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "node_ip_address": "127.0.0.1",
+    }
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        others = [cluster.add_node(**node) for _ in range(arguments.nodes - 1)]
+        print(f"export RAY_ADDRESS={cluster.address}\nexport RAY_AUTH_TOKEN={token}", flush=True)
+        for line in sys.stdin:
+            if line.strip() == "kill" and others:
+                cluster.remove_node(others.pop(), allow_graceful=False)
+            elif line.strip() == "add":
+                others.append(cluster.add_node(**node))
+            print(f"{len(others) + 1} nodes", flush=True)
+    finally:
+        cluster.shutdown()
 
-    Attributes:
-        address: For `ray.address` of a job, or RAY_ADDRESS.
-    """
 
-    def __init__(self, nodes: int, *, cpus_per_node: int) -> None:
-        self._node_arguments: dict[str, Any] = {"num_cpus": cpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES}
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={**self._node_arguments, "include_dashboard": False, "node_ip_address": "127.0.0.1"},
-        )
-        self.address: str = self._cluster.address
-        self._others: list[Any] = []
-        for _ in range(nodes - 1):
-            self.add_node()
-
-    def add_node(self) -> None:
-        """Start another node and wait until the cluster knows it."""
-        self._others.append(self._cluster.add_node(**self._node_arguments, node_ip_address="127.0.0.1"))
-
-    def kill_node(self) -> None:
-        """SIGKILL all processes of the node that came last.
-
-        Raises:
-            IndexError: If there is none but the head.
-        """
-        self._cluster.remove_node(self._others.pop(), allow_graceful=False)
-
-    def __enter__(self) -> "LocalCluster":
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cluster.shutdown()
+if __name__ == "__main__":
+    main()

@@ -65,7 +65,7 @@ class TrainSettings(Settings):
     log_every: int = Field(default=10, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failures: int | None = Field(default=None, ge=0)
-    """How often Ray Train may restart the workers after a crash; null: 3 times with `min_workers`, else not at all."""
+    """How often Ray Train may restart the workers after a crash; null: 100 times with `min_workers`, else never."""
     hang_timeout_s: float = Field(default=1800.0, gt=0)
     """A step that takes longer has the stacks of all workers written to stacks/ in the run folder."""
     validation: ValidationSettings | None = None

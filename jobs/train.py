@@ -21,8 +21,8 @@ from pipelines.data.stage_report import run_table
 from qformer.errors import UserError
 
 SUMMARY_FILE = "summary.json"
-_ELASTIC_FAILURES = 3
-"""Who asks for fewer workers expects that nodes are lost."""
+_ELASTIC_FAILURES = 100
+"""Who asks for fewer workers expects that nodes are lost, time and again in a run of weeks."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     """
     settings = with_absolute_paths(settings)
     rows = training_rows(settings)
-    validation_rows(settings)  # whose mistakes should not wait for a cluster
+    validation = validation_rows(settings)
     with run_folder(settings):
         reads_text = settings.init_from is None if settings.stage == 1 else settings.model.qformer_reads_prompt
         if reads_text and settings.model.tokenizer == LEARN_TOKENIZER:
             _learn_tokenizer(settings, rows.corpus)
-        summary = _launch(settings, rows)
+        summary = _launch(settings, rows, validation)
         if "mistake" in summary:
             raise UserError(summary["mistake"])
     storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
@@ -58,13 +58,14 @@ def main(settings: TrainSettings) -> dict[str, Any]:
     return summary
 
 
-def _launch(settings: TrainSettings, rows: TrainingRows) -> dict[str, Any]:
+def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRows | None) -> dict[str, Any]:
     """Run `train_worker` on every rank and return the first rank's result."""
     with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
         workers = settings.min_workers or settings.workers
         require_resources(
             settings.ray,
-            {"workers": workers, "decode_workers": settings.decode_workers},
+            # The validation decodes beside the training's decoders, which wait meanwhile.
+            {"workers": workers, "decode_workers": settings.decode_workers * (1 if validation is None else 2)},
             gpus={"workers": workers} if settings.use_gpu else {},
         )
         import ray
@@ -82,7 +83,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows) -> dict[str, Any]:
             "rows": rows.order.rows_per_epoch,
             "steps_per_epoch": rows.order.steps_per_epoch,
         }
-        if (validation := validation_rows(settings)) is not None:
+        if validation is not None:
             steps = validation.order.steps_per_epoch
             feeds.append(start_feed(validation, total_steps=steps, decode_workers=settings.decode_workers))
             arguments |= {
@@ -99,6 +100,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows) -> dict[str, Any]:
                 min_workers=settings.min_workers,
                 use_gpu=settings.use_gpu,
                 max_failures=_max_failures(settings),
+                hang_timeout_s=settings.hang_timeout_s,
                 name=f"stage {settings.stage}",
                 scratch=scratch,
                 total_steps=settings.steps,

@@ -1,6 +1,7 @@
 """What the first rank of `qformer train` writes down: log, events, checkpoints, bad steps, quarantine."""
 
 import json
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -29,7 +30,8 @@ class Reporter:
     def __init__(self, board: Any, settings: TrainSettings, start_step: int) -> None:
         self._board, self._output = board, settings.output
         self._lines: dict[str, list[str]] = {}
-        self.log = RunLog(settings.output, board, start_step)
+        self._lock = threading.Lock()
+        self.log = RunLog(settings.output, board, start_step, self.say)
         self.writer = CheckpointWriter(settings.output, keep=settings.keep_checkpoints, alarm=self.say)
 
     def say(self, text: str) -> None:
@@ -49,19 +51,23 @@ class Reporter:
         """Write the quarantine table as it is now. Where there is no room for it, the next time is the next try."""
         try:
             write_table(accounting.table(), storage.join(self._output, QUARANTINE_FILE))
-        except OSError as error:
+        except Exception as error:  # whatever a file system raises
             self.say(f"ALARM {QUARANTINE_FILE} is not written: {error}; the next checkpoint is the next try")
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         """Add a line to a file of the run folder, whose earlier lines, also of earlier starts, stay."""
         uri = storage.join(self._output, name)
+        with self._lock:  # the checkpoint's thread and the watchdog's have something to say too
+            self._write_line(uri, name, values)
+
+    def _write_line(self, uri: str, name: str, values: dict[str, Any]) -> None:
         if name not in self._lines:
             earlier = storage.read_bytes(uri, 2**30).decode() if storage.exists(uri) else ""
             self._lines[name] = earlier.splitlines(keepends=True)
         self._lines[name].append(json.dumps(values) + "\n")
         try:
             storage.write_text(uri, "".join(self._lines[name]))
-        except OSError as error:  # a full disk: the next line brings this one with it
+        except Exception as error:  # a full disk, a store that is away: the next line brings this one with it
             self._board.say.remote(f"ALARM {name} is not written: {error}")
 
 

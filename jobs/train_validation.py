@@ -1,16 +1,19 @@
 """The validation of a training run: its own feed, and what a lower or higher loss leads to."""
 
 import dataclasses
+import json
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jobs.settings import TrainSettings
 from jobs.train_inputs import decode_settings
 from jobs.train_reporter import Reporter
+from pipelines.data.batch import SampleBatch
 from pipelines.data.transforms import Augmentation
 from pipelines.training.feed import rank_batches
 from pipelines.training.run import Training, TrainingRun
-from pipelines.training.validation import BestCheckpoint, validation_losses
+from pipelines.training.validation import Best, BestCheckpoint, read_best, validation_losses
 from qformer.distributed import any_text, rank, world_size
 
 
@@ -23,7 +26,7 @@ class Validation:
         run: Being trained.
         training: What changes with it.
         reporter: On the first rank.
-        start_step: Steps done before.
+        beat: Told after every batch, with the number of steps done.
     """
 
     def __init__(
@@ -33,19 +36,23 @@ class Validation:
         run: TrainingRun,
         training: Training,
         reporter: Reporter | None,
-        start_step: int,
+        beat: Callable[[int], None],
     ) -> None:
         self._arguments, self._settings, self._run = arguments, settings, run
-        self._training, self._reporter = training, reporter
+        self._training, self._reporter, self._beat = training, reporter, beat
         patience = settings.validation.patience if settings.validation else None
         decode = decode_settings(settings, run.preprocessing)
-        self._decode = dataclasses.replace(decode, augmentation=Augmentation())
-        self._best = BestCheckpoint(settings.output, patience=patience, start_step=start_step)
+        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), has_chance=False)
+        found = json.dumps(dataclasses.asdict(read_best(settings.output))) if rank() == 0 else None
+        best = Best(**json.loads(str(any_text(found))))  # as the first rank sees the file, on every rank
+        self._best = BestCheckpoint(settings.output, best, patience=patience)
         if reporter:
             reporter.writer.best_step = self._best.best.step
 
     def __call__(self, done: int) -> bool:
-        """Compute the losses of the whole evaluation set."""
+        """Compute the losses of the whole evaluation set; of a step that was validated before, nothing."""
+        if done <= self._best.best.last:
+            return self._best.goes_on
         batches = rank_batches(
             self._arguments["validation_feed"],
             attempt=str(any_text(uuid.uuid4().hex)),
@@ -54,15 +61,23 @@ class Validation:
             rank=rank(),
             world_size=world_size(),
             source=self._arguments["validation_cache"] or self._decode,
+            job="validation",
         )
-        training = self._training
-        losses, samples = validation_losses(
-            self._run.stage, batches, training.objective, training.precision, training.ema
-        )
-        goes_on = self._best.see(done, losses["total"])
+        training, stage = self._training, self._run.stage
+        watched = self._watched(batches, done)
+        losses, samples = validation_losses(stage, watched, training.objective, training.precision, training.ema)
+        if not samples:
+            if self._reporter:
+                self._reporter.say(f"ALARM validation at step {done}: not one row of the evaluation set could be used")
+            return self._best.goes_on
+        self._best.see(done, losses["total"])
+        goes_on = self._best.goes_on
         if self._reporter:
             best = self._best.best
-            self._best.write()
+            try:
+                self._best.write()
+            except Exception as error:  # a full disk, a store that is away
+                self._reporter.say(f"ALARM best.json is not written: {error}; the next validation is the next try")
             self._reporter.writer.best_step = best.step
             self._reporter.log.validated(done, losses)
             told = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
@@ -72,3 +87,8 @@ class Validation:
                 f"validation at step {done} over {rows}: {told}; best {best.loss:.4f} at step {best.step}{end}"
             )
         return goes_on
+
+    def _watched(self, batches: Iterator[SampleBatch], done: int) -> Iterator[SampleBatch]:
+        for batch in batches:
+            yield batch
+            self._beat(done)

@@ -2,8 +2,9 @@
 
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -16,15 +17,16 @@ from jobs.settings_loading import resolved_yaml
 from jobs.train_inputs import decode_settings, tokenizer_folder
 from jobs.train_reporter import Reporter
 from jobs.train_validation import Validation
+from pipelines.data import storage
 from pipelines.data.batch import SampleBatch
-from pipelines.data.checkpoint_folders import newest_whole_checkpoint
+from pipelines.data.checkpoint_folders import checkpoint_uri, newest_whole_checkpoint
 from pipelines.data.features import FeatureCache
 from pipelines.training.accounting import Accounting, TooManyQuarantinedError
 from pipelines.training.checkpoint_writer import CheckpointError
 from pipelines.training.ema import Ema
 from pipelines.training.feed import rank_batches
 from pipelines.training.flops import StepFlops
-from pipelines.training.guard import StepGuard
+from pipelines.training.guard import DivergedError, StepGuard
 from pipelines.training.health import QueryWatch
 from pipelines.training.loop import Hooks, Loop, LoopSettings
 from pipelines.training.model_choice import choice_from
@@ -32,7 +34,9 @@ from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision
 from pipelines.training.run import Training, TrainingRun
+from pipelines.training.stages import DIVERSITY
 from pipelines.training.watchdog import Watchdog
+from qformer.conversion.checkpoint import read_info
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError
 
@@ -65,14 +69,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         reporter.started({**group, "trainable": trainable, "frozen_sha256": dict(run.fingerprints)})
         verb = "resuming" if state.start_step else "starting"
         say(f"{verb} at step {state.start_step} with {world_size()} worker(s) on {', '.join(sorted(set(hosts)))}")
-    watchdog = Watchdog(settings.output, rank(), timeout_s=settings.hang_timeout_s, alarm=say)
+    timeout_s, start_step = settings.hang_timeout_s, state.start_step
+    watchdog = Watchdog(settings.output, rank(), timeout_s=timeout_s, alarm=say, done=start_step)
     loop = _loop(arguments, settings, state, reporter, watchdog)
     try:
         done = loop.run(_batches(arguments, settings, state), state.start_step)
         state.run.assert_frozen()
         if reporter:
             reporter.writer.close()
-    except TooManyQuarantinedError as error:  # raised by all ranks at the same step
+    except (TooManyQuarantinedError, DivergedError) as error:  # raised by all ranks at the same step
         mistake = str(error)
     except CheckpointError as error:  # of the last step: no other rank waits for this one any more
         mistake = str(error)
@@ -117,7 +122,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         init_from=settings.init_from,
         features=cache.spec if cache else None,
         is_compiled=settings.compile,
-        micro_batch=settings.micro_batch if settings.micro_batch is not None and settings.micro_batch < share else None,
+        micro_batch=limit if (limit := _micro_batch(settings)) is not None and limit < share else None,
     )
     optim, trainables = settings.optim, run.stage.trainables
     weights = optim.loss_weights.model_dump(exclude={"is_learned"})
@@ -133,11 +138,27 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
     if rank() == 0:
         arguments["board"].say.remote(f"weights {run.load_report}")
     accounting, start_step = Accounting(), 0
-    newest = newest_whole_checkpoint(settings.output)
+    newest = _newest(settings.output, arguments["board"].say.remote)
     if newest is not None:
         saved = run.restore(newest, training)
         accounting, start_step = Accounting.from_state(saved.accounting), saved.step
     return _State(run=run, training=training, accounting=accounting, start_step=start_step)
+
+
+def _micro_batch(settings: TrainSettings) -> int | None:
+    """Most samples that a worker keeps a graph of: as many as the whole group's, when a smaller group goes on."""
+    if settings.micro_batch is None and settings.min_workers is not None and not settings.model.lavis_reduction:
+        return -(-settings.batch_size // settings.workers)
+    return settings.micro_batch
+
+
+def _newest(output: str, tell: Callable[[str], object]) -> Path | None:
+    """The newest whole checkpoint as the first rank sees it: a store may show another rank an older listing."""
+    newest = newest_whole_checkpoint(output, tell) if rank() == 0 else None
+    step = any_text(None if newest is None else str(read_info(newest).step))
+    if newest is not None or step is None:
+        return newest
+    return storage.local_folder(checkpoint_uri(output, int(step)))
 
 
 def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) -> Iterator[SampleBatch]:
@@ -158,7 +179,9 @@ def _loop(
 ) -> Loop:
     run, training = state.run, state.training
     call: torch.nn.Module = run.stage.trainables
-    if world_size() > 1 and run.stage.micro_batch is None:
+    # DDP wants a gradient of every parameter; without it the loop averages gradients itself.
+    is_silent = any(training.objective.is_silent(name) for name in run.stage.terms if name != DIVERSITY)
+    if world_size() > 1 and run.stage.micro_batch is None and not is_silent:
         device = get_device()
         call = DistributedDataParallel(call, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -168,7 +191,7 @@ def _loop(
             reporter.writer.submit(run.checkpoint(done, training, state.accounting, settings=yaml))
             reporter.write_quarantine(state.accounting)
 
-    validation = Validation(arguments, settings, run, training, reporter, state.start_step)
+    validation = Validation(arguments, settings, run, training, reporter, watchdog.beat)
     report, alarm = (reporter.bad_step, reporter.say) if reporter else (_ignore, _ignore)
     optim = settings.optim
     return Loop(

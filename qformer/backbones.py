@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qformer.errors import UserError
+from qformer.errors import NotFiniteError, UserError
 from qformer.lora import own_weights
 from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 
@@ -215,13 +215,13 @@ def require_finite(tokens_BFPV: Tensor, is_valid_B: Tensor, sample_ids: Sequence
         sample_ids: Their names; without, rows are numbered.
 
     Raises:
-        ValueError: If a valid sample's features hold NaN or infinity.
+        NotFiniteError: If a valid sample's features hold NaN or infinity.
     """
     bad_B = is_valid_B & ~tokens_BFPV.isfinite().flatten(1).all(dim=1)
     rows = bad_B.nonzero().flatten().tolist()
     if rows:
         names = [sample_ids[row] if sample_ids else f"row {row}" for row in rows]
-        raise ValueError(
+        raise NotFiniteError(
             f"NaN or infinity in the encoder's features of {len(rows)} of {len(bad_B)} samples: "
             f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}; run the encoder with precision=fp32 (and "
             "rebuild a feature cache so), or take these files out"

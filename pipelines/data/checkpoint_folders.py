@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,23 @@ def newest_checkpoint(run_or_checkpoint: str) -> str:
     )
 
 
-def newest_whole_checkpoint(run: str) -> Path | None:
+def whole_checkpoint(run_or_checkpoint: str) -> Path:
+    """`newest_checkpoint` as a local folder whose files are as they were written.
+
+    Raises:
+        UserError: If there is none, or it is damaged.
+    """
+    uri = newest_checkpoint(run_or_checkpoint)
+    folder = storage.local_folder(uri)
+    if (problem := damage(folder)) is not None:
+        raise UserError(f"checkpoint {uri} is damaged ({problem}); name an earlier one")
+    return folder
+
+
+def newest_whole_checkpoint(run: str, tell: Callable[[str], object] = logger.warning) -> Path | None:
     """The newest checkpoint whose files are as they were written, local or fetched; None before the first.
 
-    Newer ones that are damaged are named in a warning.
+    Newer ones that are damaged are told.
 
     Raises:
         UserError: If there are checkpoints, and all are damaged.
@@ -69,7 +82,7 @@ def newest_whole_checkpoint(run: str) -> Path | None:
         problem = damage(folder)
         if problem is None:
             return folder
-        logger.warning("checkpoint %s is damaged (%s); the one before is used", uri, problem)
+        tell(f"checkpoint {uri} is damaged ({problem}); the one before is used")
     if finished:
         raise UserError(f"every checkpoint of {run} is damaged; start anew in another output")
     return None

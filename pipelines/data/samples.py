@@ -51,11 +51,13 @@ class DecodeSettings:
     limits: Limits = Limits()
     augmentation: Augmentation = Augmentation()
     """Applied only to samples decoded with a seed."""
+    has_chance: bool = True
+    """False: no sample gets a seed."""
 
     @property
     def is_random(self) -> bool:
         """Whether a seed changes what a sample decodes to."""
-        return self.augmentation.is_active or self.sampling.is_random
+        return self.has_chance and (self.augmentation.is_active or self.sampling.is_random)
 
     def num_frames_of(self, kind: str) -> int:
         """Frames that `kind` decodes to."""

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/step-00000500/
     bridge.json, bridge.safetensors, tokenizer/   the model (`qformer.conversion.checkpoint`)
-    training.pt                                   optimizer, accounting, quarantine; with an average, the raw weights
+    training.pt                                   `TrainingState`: optimizer, accounting, quarantine, loss scale, ...
     settings.yaml                                 resolved settings of the run
     complete.json                                 written last: see `pipelines.data.checkpoint_folders`
 """
@@ -10,6 +10,7 @@ RUN/checkpoints/step-00000500/
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data import storage
-from pipelines.data.checkpoint_folders import COMPLETE_MARKER, checkpoint_uri, write_marker
+from pipelines.data.checkpoint_folders import CHECKPOINTS_FOLDER, COMPLETE_MARKER, checkpoint_uri, write_marker
 from pipelines.data.retries import with_retries
 from qformer.conversion.checkpoint import FORMAT_VERSION, BridgeInfo, load_weights, read_info, save_bridge
 from qformer.errors import UserError
 from qformer.text import TextTokenizer
 
 TRAINING_FILE, SETTINGS_FILE = "training.pt", "settings.yaml"
+_UNFINISHED = ".unfinished-"
+
+
+# Names of backbones may change with their place; what they are is told by their weights (`TrainingState.frozen`).
+_MODEL_FIELDS = tuple(
+    one.name for one in fields(BridgeInfo) if one.name not in ("step", "vision", "language", "format_version")
+)
 
 
 @dataclass(slots=True)
@@ -43,6 +51,8 @@ class TrainingState:
     """Trainables as training left them, where the checkpoint's weights are their moving average."""
     log_variances: Tensor | None = None
     """Of the objective, where it learns its weights."""
+    frozen: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the backbones' weights, by name; empty where an older version did not say."""
     workers: int = 0
     """Ranks that took the step; 0 where an older version did not say."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +97,7 @@ def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
     local = storage.is_local(target)
     parent = Path(storage.local_path(target)).parent if local else Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
     try:
         save_bridge(folder, checkpoint.info, checkpoint.weights, checkpoint.tokenizer)
         torch.save({one.name: getattr(state, one.name) for one in fields(state)}, folder / TRAINING_FILE)
@@ -102,15 +112,28 @@ def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
     return target
 
 
-def load_checkpoint(folder: Path, trainables: nn.Module, *, expected: BridgeInfo, order: str) -> TrainingState:
+def remove_unfinished(output: str) -> None:
+    """Remove what writers that were killed have left in a local run folder."""
+    folder = Path(storage.local_path(storage.join(output, CHECKPOINTS_FOLDER))) if storage.is_local(output) else None
+    for left in folder.glob(f"{_UNFINISHED}*") if folder is not None else ():
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: Path, trainables: nn.Module, *, expected: BridgeInfo, order: str, frozen: Mapping[str, str]
+) -> TrainingState:
     """Load trainables in place and return the rest.
 
     Raises:
-        UserError: If the checkpoint is of another stage or shape, or the data or seed changed under the run.
+        UserError: If the checkpoint is of another model, or the data or seed changed under the run.
     """
     info = read_info(folder)
     if info.stage != expected.stage:
         raise UserError(f"resume: {str(folder)!r} is of stage {info.stage}, the settings say stage={expected.stage}")
+    for name in _MODEL_FIELDS:
+        theirs, ours = getattr(info, name), getattr(expected, name)
+        if theirs != ours and name != "qformer":  # whose shapes the weights tell
+            raise UserError(f"resume: {name} is {theirs!r} in {str(folder)!r} and {ours!r} in the settings; restore it")
     load_weights(trainables, folder)
     values = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
     if values["order"] != order:
@@ -118,7 +141,14 @@ def load_checkpoint(folder: Path, trainables: nn.Module, *, expected: BridgeInfo
             f"resume: manifest, split, seed or batch_size differ from those of {str(folder)!r}, so the position in the "
             "data is lost; restore them, or start a new run (with init_from) in another output"
         )
-    return TrainingState(**values)
+    state = TrainingState(**values)
+    for name, digest in state.frozen.items():
+        if frozen.get(name, digest) != digest:
+            raise UserError(
+                f"resume: the {name} model has other weights than the one of {str(folder)!r}; give model.{name} and "
+                "precision as they were, or start a new run with init_from"
+            )
+    return state
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from pipelines.data.checkpoint_folders import prune
-from pipelines.training.checkpoint import Checkpoint, write_checkpoint
+from pipelines.training.checkpoint import Checkpoint, remove_unfinished, write_checkpoint
 from qformer.errors import UserError
 
 _LAST_TRIES = 3
@@ -33,6 +33,7 @@ class CheckpointWriter:
     def __init__(self, output: str, *, keep: int, alarm: Callable[[str], None]) -> None:
         self._output, self._keep, self._alarm = output, keep, alarm
         self.best_step = 0
+        remove_unfinished(output)
         self._thread: threading.Thread | None = None
         self._failed: tuple[Checkpoint, Exception] | None = None
 

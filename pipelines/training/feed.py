@@ -155,6 +155,7 @@ def rank_batches(
     world_size: int,
     source: DecodeSettings | FeatureCache,
     is_pinned: bool = False,
+    job: str = "train",
 ) -> Iterator[SampleBatch]:
     """This rank's batches from `start_step` to the end, fetched ahead by threads.
 
@@ -167,8 +168,9 @@ def rank_batches(
         world_size: Number of ranks.
         source: How files become pixels, or the feature cache to read instead.
         is_pinned: For a GPU: see `_SegmentReader`.
+        job: Of the figures for Prometheus.
     """
-    metrics = DataMetrics("train", rank)
+    metrics = DataMetrics(job, rank)
 
     def open_stream(step: int) -> RankStream:
         streams: list[RankStream] = ray.get(feed.segment.remote(attempt, step, world_size, source))

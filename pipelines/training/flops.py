@@ -7,7 +7,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "T4": 65}
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10G": 70,
+    "T4": 65,
+}
 """Dense 16-bit tensor-core peak by a part of the device's name, as its makers state it; longer names first."""
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,7 +50,7 @@ class _Counter(TorchDispatchMode):
 
 
 class StepFlops:
-    """Counts the operations of a rank's steps, frozen encoder and backward pass among them.
+    """Counts the operations of a rank's steps: frozen encoder, backward pass, and what saving memory computes twice.
 
     Steps of one shape are taken as equal. For each shape a step is done once more for the count alone: operations are
     counted where they are taken apart, which rounds otherwise than a training step does.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, distributed
 
 from qformer.distributed import world_size
+from qformer.errors import UserError
 
 _SPIKE_FACTOR = 10.0
 """Times the mean norm that counts as a spike."""
@@ -14,6 +15,10 @@ _SPIKE_AFTER = 50
 """Steps that the mean is made of before anything is a spike: norms fall fast at first."""
 _MEMORY = 0.98
 """Of the running mean of log norms."""
+
+
+class DivergedError(UserError):
+    """The run has diverged, or its features have; every rank raises it at the same step."""
 
 
 class StepGuard:
@@ -46,24 +51,32 @@ class StepGuard:
             sample_ids: Of this rank.
 
         Raises:
-            ValueError: If there were too many bad steps in a row.
+            DivergedError: If there were too many bad steps in a row.
         """
         if math.isfinite(norm):
             self._in_a_row = 0
             self._watch(step, norm)
             return True
+        told = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
+        self.leave_out(step, f"gradient norm is {norm} ({told})", sample_ids)
+        return False
+
+    def leave_out(self, step: int, reason: str, sample_ids: list[str]) -> None:
+        """Tell that a step changes nothing; every rank must call.
+
+        Raises:
+            DivergedError: As `admits`.
+        """
         self.num_bad += 1
         self._in_a_row += 1
         ids = _of_all_ranks([name for name in sample_ids if name])
-        told = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
-        self._report({"step": step, "gradient_norm": str(norm), "losses": told, "sample_ids": ids})
+        self._report({"step": step, "reason": reason, "sample_ids": ids})
         if self._in_a_row >= self._max_bad_steps:
-            raise ValueError(
-                f"gradient norm is {norm} at step {step} ({told}), the {self._in_a_row}. bad step in a row; samples "
-                f"{ids[:8]}; lower optim.learning_rate, or look at the samples in bad_steps.jsonl"
+            raise DivergedError(
+                f"{reason} at step {step}, the {self._in_a_row}. bad step in a row; samples {ids[:8]}; lower "
+                "optim.learning_rate, or look at the samples in bad_steps.jsonl"
             )
-        self._alarm(f"ALARM step {step} is left out: gradient norm {norm} ({told}); samples {ids[:8]}")
-        return False
+        self._alarm(f"ALARM step {step} is left out: {reason}; samples {ids[:8]}")
 
     def _watch(self, step: int, norm: float) -> None:
         log_norm = math.log(max(norm, 1e-30))

@@ -1,10 +1,11 @@
 """Ray Train around a worker function: the only place that knows its trainer."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -15,6 +16,19 @@ _RESIZE_PAUSE_S = 60.0
 """Between looks for nodes that have come. Growing restarts the workers, from the last checkpoint."""
 
 
+class _TellFailures(UserCallback):  # type: ignore[misc]
+    """Has the driver say which workers died, and why; Ray calls it in the controller."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Tell."""
+        for rank, error in sorted(worker_exceptions.items()):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self._board.say.remote(f"ALARM worker {rank} died: {type(error).__name__}: {(lines or [''])[-1][:300]}")
+
+
 def launch(
     worker: Callable[[dict[str, Any]], dict[str, Any]],
     arguments: dict[str, Any],
@@ -23,6 +37,7 @@ def launch(
     min_workers: int | None,
     use_gpu: bool,
     max_failures: int,
+    hang_timeout_s: float,
     name: str,
     scratch: str,
     total_steps: int,
@@ -36,6 +51,7 @@ def launch(
         min_workers: As few are enough to start or to go on; None: all.
         use_gpu: One GPU a rank.
         max_failures: Restarts of the whole group after a crash.
+        hang_timeout_s: Longest step; collectives wait twice as long, so that the watchdog speaks first.
         name: Shown in Ray's dashboard and the progress line.
         scratch: Folder for Ray Train's own records; our checkpoints lie in the run folder.
         total_steps: For the progress line.
@@ -47,13 +63,20 @@ def launch(
     trainer = TorchTrainer(
         worker,
         train_loop_config={**arguments, "board": board},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=math.ceil(2 * hang_timeout_s)
+        ),
         scaling_config=ScalingConfig(
             num_workers=workers if min_workers is None else (min_workers, workers),
             use_gpu=use_gpu,
             elastic_resize_monitor_interval_s=_RESIZE_PAUSE_S,
         ),
-        run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=max_failures)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[_TellFailures(board)],
+        ),
     )
     with live_progress(board, total_steps, name):
         try:

@@ -1,6 +1,7 @@
 """The training loop: batches in, optimizer steps out; no Ray here, one process or many."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pipelines.training.precision import Precision
 from pipelines.training.run_times import RunTimes
 from pipelines.training.stages import Outcome, Stage
 from qformer.distributed import mean_of_ranks, stream_seed, world_size
+from qformer.errors import NotFiniteError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,11 +111,15 @@ class Loop:
 
         Raises:
             UserError: If too many rows are quarantined.
-            ValueError: If the gradients of several steps in a row are not finite.
+            DivergedError: If several steps in a row had features or gradients that are not finite.
         """
         settings, hooks = self.settings, self.hooks
-        self.stage.trainables.train()
         begun_s, done = time.perf_counter(), start_step
+        outcome: Outcome | None = None  # of the last step that was not left out
+        figures: dict[str, float] = {}
+        if self._is_validated(start_step) and start_step and not hooks.validate(start_step):
+            return start_step  # it had ended so, or died before it could say
+        self.stage.trainables.train()
         window = _Window(self.flops.total)
         for step in range(start_step, settings.steps):
             before_s = time.perf_counter()
@@ -125,20 +131,25 @@ class Loop:
             is_last = done == settings.steps
             self.accounting.add(batch, epoch)
             window.samples += int(batch.is_valid.sum())
-            self.flops.add(batch.images.shape, functools.partial(self._backward, batch, step, is_rehearsal=True))
-            outcome, figures = self._step(batch, step)
+            try:
+                self.flops.add(batch.images.shape, functools.partial(self._backward, batch, step, is_rehearsal=True))
+                outcome, figures = self._step(batch, step)
+            except NotFiniteError as error:  # on all ranks
+                self.optimizer.zero_grad(set_to_none=True)
+                self.guard.leave_out(step, str(error), batch.sample_ids)
             is_preempted = False
             if done % settings.log_every == 0 or is_last:
                 self.accounting.combine()
-                names = {"batch_ids": batch_fingerprint(batch.sample_ids)}
-                values = self._log_values(outcome, figures, window, done)
-                hooks.log({"step": done, "epoch": epoch, **names, **values})
+                if outcome is not None:
+                    names = {"batch_ids": batch_fingerprint(batch.sample_ids)}
+                    values = self._log_values(outcome, figures, window, done)
+                    hooks.log({"step": done, "epoch": epoch, **names, **values})
                 window = _Window(self.flops.total)
                 self.accounting.check(
                     epoch=epoch, rows_per_epoch=settings.rows_per_epoch, max_share=settings.max_quarantine_share
                 )
                 is_preempted = hooks.is_preempted()
-            is_validated = settings.validate_every is not None and (done % settings.validate_every == 0 or is_last)
+            is_validated = self._is_validated(done)
             if done % settings.checkpoint_every == 0 or is_last or is_validated or is_preempted:
                 self.accounting.combine()
                 hooks.save(done)
@@ -152,6 +163,10 @@ class Loop:
                 begun_s += time.perf_counter() - paused_s
         self.times.wall_s += time.perf_counter() - begun_s
         return done
+
+    def _is_validated(self, done: int) -> bool:
+        every = self.settings.validate_every
+        return every is not None and (done % every == 0 or done == self.settings.steps)
 
     def _backward(self, batch: SampleBatch, step: int, is_rehearsal: bool = False) -> Outcome:
         # Dropout of a step is a function of (seed, step, rank), so that a resumed run draws the same; negatives are one
@@ -181,7 +196,9 @@ class Loop:
             average_gradients(self.stage.trainables)
         self.precision.unscale(optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.stage.trainables.parameters(), settings.clip_norm))
-        is_overflow = self.precision.overflowed(norm)
+        # Norms are the same on all ranks, so that all of them come here or none.
+        is_bad = not math.isfinite(norm) and not math.isfinite(mean_of_ranks(float(sum(outcome.losses.values()))))
+        is_overflow = self.precision.overflowed(norm, has_finite_losses=not is_bad)
         if not is_overflow and self.guard.admits(step, norm, outcome.losses, batch.sample_ids):
             if objective.log_variances is not None:
                 objective.learn(_means(outcome))

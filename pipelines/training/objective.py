@@ -40,6 +40,14 @@ class Objective:
         regulariser = 0.0 if self.log_variances is None else 0.5 * float(self.log_variances.detach().sum())
         return sum(factors[name] * value for name, value in terms.items() if factors[name] != 0.0) + regulariser
 
+    def fixed_total(self, terms: Mapping[str, float]) -> float:
+        """The terms under their fixed weights alone, by which models are compared whatever the learned ones are."""
+        return sum(self._weights[name] * value for name, value in terms.items() if self._weights[name] != 0.0)
+
+    def is_silent(self, name: str) -> bool:
+        """Whether a term has no gradient."""
+        return self._weights[name] == 0.0
+
     def learn(self, terms: Mapping[str, float]) -> None:
         """Set the gradient of the learned variances.
 

@@ -44,11 +44,11 @@ class Precision:
         if self._scaler.is_enabled():
             self._scaler.unscale_(optimizer)
 
-    def overflowed(self, gradient_norm: float) -> bool:
+    def overflowed(self, gradient_norm: float, *, has_finite_losses: bool) -> bool:
         """Whether the scale, and not the step itself, is to blame for a norm that is not finite; adapts the scale."""
         if not self._scaler.is_enabled():
             return False
-        is_overflow = not math.isfinite(gradient_norm) and self.scale > _SMALLEST_SCALE
+        is_overflow = has_finite_losses and not math.isfinite(gradient_norm) and self.scale > _SMALLEST_SCALE
         self.num_overflows += is_overflow
         self._scaler.update()
         return is_overflow

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelines.data import checkpoint_folders, storage
+from pipelines.data import checkpoint_folders
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.sampling import Sampling
@@ -31,6 +31,8 @@ from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
+
+_RECOMPILATIONS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,8 @@ class TrainingRun:
             self.stage = self._generation_stage(self.encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
         if is_compiled:
+            # Training and evaluation, images and clips, with and without gradient each compile the same code.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
             self.stage.trainables.qformer.layers.compile(fullgraph=True)
 
     @property
@@ -138,6 +142,7 @@ class TrainingRun:
             order=training.order,
             raw_weights=raw if ema else None,
             log_variances=None if log_variances is None else copied(log_variances),
+            frozen={name: digest for name, digest in self.fingerprints.items() if name != "qformer"},
             workers=world_size(),
             loss_scale=copied(training.precision.state()),
         )
@@ -155,7 +160,8 @@ class TrainingRun:
         Raises:
             UserError: If it is of another model, stage, or order of the data.
         """
-        state = load_checkpoint(folder, self.stage.trainables, expected=self.info(0), order=training.order)
+        trainables, frozen = self.stage.trainables, self.fingerprints
+        state = load_checkpoint(folder, trainables, expected=self.info(0), order=training.order, frozen=frozen)
         if training.ema is not None:
             training.ema.restore(self.stage.trainables.state_dict())
         if state.raw_weights is not None:
@@ -170,7 +176,10 @@ class TrainingRun:
             raise UserError("resume: optim.loss_weights.is_learned differs from the run's own; restore it")
         if log_variances is not None and state.log_variances is not None:
             log_variances.data.copy_(state.log_variances)
+        own = [{name: group[name] for name in ("weight_decay", "betas")} for group in training.optimizer.param_groups]
         training.optimizer.load_state_dict(state.optimizer)
+        for group, settings in zip(training.optimizer.param_groups, own, strict=True):
+            group.update(settings)  # they may change in mid-run, as the learning rate may
         training.precision.restore(state.loss_scale)
         if "qformer" in self.frozen:
             self.fingerprints["qformer"] = weights_fingerprint(self.frozen["qformer"])
@@ -187,7 +196,7 @@ class TrainingRun:
                 raise RuntimeError(f"the frozen {name} model changed during training")
 
     def _representation_stage(self, encode: Encode, device: torch.device, init_from: str | None) -> RepresentationStage:
-        folder = _checkpoint(init_from)
+        folder = None if init_from is None else checkpoint_folders.whole_checkpoint(init_from)
         if folder is not None:
             require_stage1(folder)  # before its tokenizer, which stage 2 may lack
         self.tokenizer = self._tokenizer(folder)
@@ -211,7 +220,7 @@ class TrainingRun:
             raise UserError("model.freeze_qformer=true needs a trained Q-Former: set init_from to a run")
         language = build_language_model(*load_language(choice.language, dtype=dtype)).to(device)
         self.frozen["language"] = language.model
-        folder = _checkpoint(init_from)
+        folder = None if init_from is None else checkpoint_folders.whole_checkpoint(init_from)
         if choice.qformer_reads_prompt:
             self.tokenizer = self._tokenizer(folder)
         self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
@@ -290,7 +299,3 @@ class TrainingRun:
             )
         except ValueError as error:
             raise UserError(f"model.qformer: {error}") from error
-
-
-def _checkpoint(init_from: str | None) -> Path | None:
-    return None if init_from is None else storage.local_folder(checkpoint_folders.newest_checkpoint(init_from))

@@ -19,7 +19,7 @@ from pipelines.training.precision import Precision
 from qformer.analysis.queries import diversity_loss, mean_cosine
 from qformer.backbones import require_finite
 from qformer.distributed import any_text, gather, mean_over_ranks, world_size
-from qformer.errors import UserError
+from qformer.errors import NotFiniteError, UserError
 from qformer.language import IGNORED, LanguageModel
 from qformer.stage1 import Stage1, Stage1Batch
 from qformer.stage2 import Stage2
@@ -252,8 +252,10 @@ def _raised_by_all_ranks(device: torch.device) -> Iterator[None]:
         if world_size() == 1:
             raise
         mistake = error
-    if _largest_over_ranks(int(mistake is not None), device):
-        raise ValueError(any_text(None if mistake is None else str(mistake))) from mistake
+    grade = 0 if mistake is None else 1 if isinstance(mistake, NotFiniteError) else 2
+    if worst := _largest_over_ranks(grade, device):
+        text = any_text(str(mistake) if grade == worst else None)
+        raise (NotFiniteError if worst == 1 else ValueError)(text) from mistake
 
 
 def _largest_over_ranks(number: int, device: torch.device) -> int:

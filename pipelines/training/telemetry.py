@@ -1,11 +1,12 @@
 """What a run tells while it goes on: metrics.jsonl, TensorBoard events, and a live line in the driver."""
 
+import contextlib
 import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,55 +33,90 @@ class RunLog:
         output: Run folder.
         board: `ProgressBoard` actor to tell, or None.
         start_step: Steps done before; later records of a run that died are dropped.
+        alarm: Called with a line for the user.
     """
 
-    def __init__(self, output: str, board: Any, start_step: int) -> None:
+    def __init__(self, output: str, board: Any, start_step: int, alarm: Callable[[str], None] = logger.warning) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.uri, self.board = storage.join(output, METRICS_FILE), board
         self.metrics = TrainMetrics(output)
         self.records = [record for record in read_metrics(output) if record["step"] <= start_step]
-        self.writer = SummaryWriter(storage.join(output, "tensorboard"), purge_step=start_step + 1)
-        self._rewrite()
+        self.alarm = alarm
+        self.writer: Any = SummaryWriter(storage.join(output, "tensorboard"), purge_step=start_step + 1)
+        self._is_torn = True
+        with self._alarming():
+            self._rewrite()
 
     def write(self, values: dict[str, float]) -> None:
-        """Record one step's figures."""
+        """Record one step's figures; where there is no room for them, the next time brings them with it."""
         self.records.append(values)
-        if storage.is_local(self.uri):
-            with open(storage.local_path(self.uri), "a") as file:
-                file.write(json.dumps(values) + "\n")
-        elif time.monotonic() - self.written_at > REMOTE_PAUSE_S:
-            self._rewrite()
-        for name, value in values.items():
-            if name not in ("step", "epoch", "batch_ids"):
-                self.writer.add_scalar(name, value, int(values["step"]))
         self.metrics.set(values)
         if self.board is not None:
             self.board.put.remote(values)
+        with self._alarming():
+            if not storage.is_local(self.uri):
+                if time.monotonic() - self.written_at > REMOTE_PAUSE_S:
+                    self._rewrite()
+            elif self._is_torn:
+                self._rewrite()
+            else:
+                self._is_torn = True
+                with open(storage.local_path(self.uri), "a") as file:
+                    file.write(json.dumps(values) + "\n")
+                self._is_torn = False
+        figures = {name: value for name, value in values.items() if name not in ("step", "epoch", "batch_ids")}
+        self._draw(figures, int(values["step"]))
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         """Record a validation in TensorBoard and for Prometheus."""
-        for name, value in losses.items():
-            self.writer.add_scalar(f"validation/{name}", value, step)
-        self.metrics.set({f"validation/{name}": value for name, value in losses.items()})
+        figures = {f"validation/{name}": value for name, value in losses.items()}
+        self._draw(figures, step)
+        self.metrics.set(figures)
 
     def close(self) -> None:
         """Write what is still in memory."""
-        self._rewrite()
-        self.writer.close()
+        with self._alarming():
+            self._rewrite()
+        if self.writer is not None:
+            with self._alarming():
+                self.writer.close()
 
     def _rewrite(self) -> None:
         self.written_at = time.monotonic()
         storage.write_bytes(self.uri, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+        self._is_torn = False
+
+    def _draw(self, figures: Mapping[str, float], step: int) -> None:
+        if self.writer is None:
+            return
+        try:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
+        except Exception as error:  # its thread died of a full disk, and will not live again
+            self.writer = None
+            self.alarm(f"ALARM TensorBoard's file takes no more ({error}); {METRICS_FILE} goes on")
+
+    @contextmanager
+    def _alarming(self) -> Iterator[None]:
+        """A disk or store that takes nothing ends no training."""
+        try:
+            yield
+        except Exception as error:  # whatever a file system raises
+            self.alarm(f"ALARM {METRICS_FILE} is not written: {error}; the next logged step is the next try")
 
 
 def read_metrics(output: str) -> list[dict[str, float]]:
-    """Records of a run so far; empty when there are none."""
+    """Records of a run so far; empty when there are none. A line that a crash cut short is left out."""
     uri = storage.join(output, METRICS_FILE)
     if not storage.exists(uri):
         return []
+    records = []
     with fsspec.open(uri, "rt") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
 
 
 class ProgressBoard:

@@ -16,6 +16,7 @@ from pipelines.training.objective import Objective
 from pipelines.training.precision import Precision
 from pipelines.training.stages import Stage
 from qformer.distributed import mean_of_ranks
+from qformer.errors import NotFiniteError
 
 BEST_FILE = "best.json"
 
@@ -29,6 +30,8 @@ class Best:
     loss: float = math.inf
     num_worse: int = 0
     """Validations since then."""
+    last: int = 0
+    """Step of the last validation."""
 
 
 def validation_losses(
@@ -46,7 +49,7 @@ def validation_losses(
         ema: Of the training.
 
     Returns:
-        The terms and their "total", and how many samples they are the mean of.
+        The terms and their "total" under the fixed weights, and how many samples they are the mean of.
     """
     silent = Objective(stage.terms, dict.fromkeys(stage.terms, 0.0))
     sums, samples, num_truncated = dict.fromkeys(stage.terms, 0.0), 0, stage.num_truncated
@@ -54,14 +57,17 @@ def validation_losses(
     with torch.no_grad(), contextlib.nullcontext() if ema is None else ema.in_place():
         for batch in batches:
             noise_key = keyed_hash("validation", batch.step) >> 1
-            outcome = stage.backward(stage.trainables, batch, noise_key, silent, precision)
+            try:
+                outcome = stage.backward(stage.trainables, batch, noise_key, silent, precision)
+            except NotFiniteError:  # on all ranks; its samples are missing in the count
+                continue
             count = int(outcome.num_samples)
             for name, value in outcome.losses.items():
                 sums[name] += count * mean_of_ranks(float(value))
             samples += count
     stage.num_truncated = num_truncated  # counts the texts of the training
     means = {name: value / max(1, samples) for name, value in sums.items()}
-    return {"total": objective.total(means), **means}, samples
+    return {"total": objective.fixed_total(means), **means}, samples
 
 
 class BestCheckpoint:
@@ -69,22 +75,25 @@ class BestCheckpoint:
 
     Args:
         output: Run folder.
+        best: So far; the same on every rank. Steps after the last checkpoint are done again after a crash, but what
+            their validations found stays good: the trajectory is the same.
         patience: So many validations in a row without a better one end the training; None: none do.
-        start_step: Steps done before; what a run that died had found later is forgotten.
     """
 
-    def __init__(self, output: str, *, patience: int | None, start_step: int) -> None:
-        self._uri, self._patience = storage.join(output, BEST_FILE), patience
-        found = read_best(output)
-        self.best = found if found.step <= start_step else Best()
+    def __init__(self, output: str, best: Best, *, patience: int | None) -> None:
+        self._uri, self._patience, self.best = storage.join(output, BEST_FILE), patience, best
 
-    def see(self, step: int, loss: float) -> bool:
-        """Take in a validation; False when training should end."""
-        if loss < self.best.loss:
-            self.best = Best(step, loss)
-        else:
-            self.best = Best(self.best.step, self.best.loss, self.best.num_worse + 1)
+    @property
+    def goes_on(self) -> bool:
+        """Whether training does."""
         return self._patience is None or self.best.num_worse < self._patience
+
+    def see(self, step: int, loss: float) -> None:
+        """Take in a validation of a step that comes after all others."""
+        if loss < self.best.loss:
+            self.best = Best(step, loss, last=step)
+        else:
+            self.best = Best(self.best.step, self.best.loss, self.best.num_worse + 1, last=step)
 
     def write(self) -> None:
         """Write best.json; the first rank's task."""

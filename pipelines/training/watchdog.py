@@ -22,12 +22,15 @@ class Watchdog:
         rank: This rank.
         timeout_s: Longest step.
         alarm: Called from a thread with a line for the user.
+        done: Steps done before.
     """
 
-    def __init__(self, output: str, rank: int, *, timeout_s: float, alarm: Callable[[str], None]) -> None:
+    def __init__(
+        self, output: str, rank: int, *, timeout_s: float, alarm: Callable[[str], None], done: int = 0
+    ) -> None:
         self._uri = storage.join(output, STACKS_FOLDER, f"rank-{rank}.txt")
         self._rank, self._timeout_s, self._alarm = rank, timeout_s, alarm
-        self._done, self._stopped = 0, threading.Event()
+        self._done, self._stopped = done, threading.Event()
         self._beaten_s = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()

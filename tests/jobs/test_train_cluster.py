@@ -1,18 +1,39 @@
-"""A real cluster of three nodes on this machine: one is killed in mid-epoch, and comes back."""
+"""A real cluster of three nodes on this machine: one is killed in mid-epoch, and the run ends by itself."""
 
+import contextlib
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 
-from cluster.local import LocalCluster
-from jobs.cluster_session import set_ray_environment
 from jobs.settings_data import RaySettings
 from pipelines.training.telemetry import read_metrics
 from tests.jobs.test_train_trajectory import OTHER_WORLD, STEPS, assert_same_trajectory, chosen, uninterrupted, world  # noqa: F401
-from tests.jobs.train_jobs import Job
+from tests.jobs.train_jobs import REPOSITORY, Job
 
 pytestmark = pytest.mark.slow
+
+
+class LocalCluster:
+    """`python -m cluster.local` in a process of its own."""
+
+    def __init__(self, nodes, cpus):
+        command = [sys.executable, "-m", "cluster.local", "--nodes", str(nodes), "--cpus", str(cpus)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
+        lines = [self._process.stdout.readline() for _ in range(2)]
+        self.environment = dict(line.strip().removeprefix("export ").split("=") for line in lines)
+
+    def tell(self, word):
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(60)
 
 
 def starts(run):
@@ -21,20 +42,20 @@ def starts(run):
 
 
 def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, uninterrupted, tmp_path):  # noqa: F811
-    """Each node has room for one worker and one decoder: with one node less, two workers go on."""
-    set_ray_environment()
-    with LocalCluster(3, cpus_per_node=2) as cluster:
+    """Each node has room for two processes: three workers and a decoder need more than the two nodes that are left."""
+    with contextlib.closing(LocalCluster(3, 2)) as cluster:
+        address = cluster.environment.pop("RAY_ADDRESS")
         run = chosen(
             world,
             tmp_path / "run",
-            workers=3,
+            workers=4,
             min_workers=1,
             tokenizer=uninterrupted / "tokenizer",
-            ray=RaySettings(address=cluster.address),
+            ray=RaySettings(address=address),
         )
-        with Job(run, tmp_path / "log") as job:
+        with Job(run, tmp_path / "log", environment=cluster.environment) as job:
             job.wait_for_step(7)
-            cluster.kill_node()
+            assert cluster.tell("kill") == "2 nodes"
             begun_s = time.monotonic()
             status = job.process.wait(500)
         log = (tmp_path / "log").read_text()
@@ -42,7 +63,7 @@ def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, unint
     found = starts(tmp_path / "run")
     groups = [start["workers"] for start in found]
     print(f"ended {time.monotonic() - begun_s:.0f} s after the kill; workers at each start {groups}")
-    assert found[0]["workers"] == 3 and found[-1]["workers"] < 3 and found[-1]["step"] > 0
+    assert groups[0] == 4 and groups[-1] < 4 and found[-1]["step"] > 0
     assert len(read_metrics(str(tmp_path / "run"))) == STEPS
-    assert f"resuming at step {found[-1]['step']} with {found[-1]['workers']} worker" in log  # it says what happened
+    assert f"resuming at step {found[-1]['step']} with {groups[-1]} worker" in log  # it says what happened
     assert_same_trajectory(tmp_path / "run", uninterrupted, OTHER_WORLD)

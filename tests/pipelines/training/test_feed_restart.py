@@ -48,7 +48,14 @@ def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
     order = Order(corpus.streams("proportional"), 3, 4)
     actor = ray_local.remote(BatchFeed).options(num_cpus=0)
     feed = actor.remote(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1)
-    options = {"use_gpu": False, "max_failures": 1, "name": "restart", "scratch": str(tmp_path / "scratch")}
+    options = {
+        "use_gpu": False,
+        "max_failures": 1,
+        "min_workers": None,
+        "hang_timeout_s": 100.0,
+        "name": "restart",
+        "scratch": str(tmp_path / "scratch"),
+    }
     launch(read_and_die_once, {"folder": str(tmp_path), "feed": feed}, workers=2, total_steps=STEPS, **options)
     assert (tmp_path / "killed").exists()
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]

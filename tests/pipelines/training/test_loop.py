@@ -16,7 +16,7 @@ from pipelines.data.encode_shards import EncoderChoice
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.ema import Ema
-from pipelines.training.guard import StepGuard
+from pipelines.training.guard import DivergedError, StepGuard
 from pipelines.training.loop import LoopSettings
 from pipelines.training.model_choice import ModelChoice, choice_from
 from pipelines.training.run import TrainingRun
@@ -293,7 +293,7 @@ def test_steps_that_are_not_finite_change_nothing_and_too_many_end_the_run(token
     with torch.no_grad():
         run.stage.trainables.temperature.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in run.stage.trainables.state_dict().items()}
-    with pytest.raises(ValueError, match=r"step 1 .*the 2. bad step in a row; samples \['s0'"):
+    with pytest.raises(ValueError, match=r"at step 1, the 2\. bad step in a row; samples \['s0'"):
         train(run, tmp_path / "run", bad=bad)
     after = run.stage.trainables.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items() if name != "temperature")
@@ -325,6 +325,26 @@ def test_one_bad_step_is_as_if_it_had_not_been(tokenizer, tmp_path):
     train(runs[1], tmp_path / "plain", training=training)
     one, other = (run.stage.trainables.state_dict() for run in runs)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_features_that_are_not_finite_leave_their_step_out(tokenizer, tmp_path, capsys):
+    """As one bad gradient does; too many in a row end the run."""
+    run, bad = make_run(1, tokenizer), []
+    encode, spoilt = run.stage.encode, {3}
+
+    def spoiling(batch):
+        tokens = encode(batch).clone()
+        if batch.step in spoilt:
+            tokens[1] = float("nan")
+        return tokens
+
+    run.stage.encode = spoiling
+    logged = train(run, tmp_path / "one", bad=bad)
+    assert [one["step"] for one in bad] == [3] and "features of 1 of 4 samples: s1" in bad[0]["reason"]
+    assert logged[-1]["bad_steps"] == 1 and len(logged) == NUM_STEPS // 2
+    spoilt.update(range(NUM_STEPS))
+    with pytest.raises(DivergedError, match=r"the 2\. bad step in a row"):
+        train(run, tmp_path / "all")
 
 
 def test_spikes_are_told_and_do_not_become_usual(capsys):
@@ -380,7 +400,14 @@ def test_an_unfinished_checkpoint_does_not_count(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("order", "position in the data is lost"), ("width", "model settings differ"), ("version", "format_version")],
+    [
+        ("order", "position in the data is lost"),
+        ("width", "model settings differ"),
+        ("version", "format_version"),
+        ("prompt", "prompt is '' in .* and 'a' in the settings"),
+        ("num_frames", "num_frames is 2 in .* and 3 in the settings"),
+        ("vision", "the vision model has other weights"),
+    ],
 )
 def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_path):
     train(make_run(1, tokenizer), tmp_path / "run")
@@ -388,6 +415,14 @@ def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_
     chosen, order = choice(1, tokenizer), "order"
     if change == "order":
         order = "other"
+    elif change in ("prompt", "num_frames"):
+        chosen = dataclasses.replace(chosen, **{change: {"prompt": "a", "num_frames": 3}[change]})
+    elif change == "vision":
+        run = make_run(1, tokenizer)
+        run.fingerprints["vision"] = "of other weights"
+        with pytest.raises(UserError, match=message):
+            run.restore(Path(newest), make_training(run))
+        return
     elif change == "width":
         chosen = ModelChoice(
             **{

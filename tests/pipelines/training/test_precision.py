@@ -32,10 +32,14 @@ def test_an_overflow_halves_the_scale_and_is_no_bad_step():
     start = precision.scale
     weight.grad = torch.tensor([float("inf")])
     precision.unscale(optimizer)
-    assert precision.overflowed(float("inf")) and precision.scale == start / 2 and precision.num_overflows == 1
+    assert (
+        precision.overflowed(float("inf"), has_finite_losses=True)
+        and precision.scale == start / 2
+        and precision.num_overflows == 1
+    )
     weight.grad = torch.tensor([3.0 * precision.scale])
     precision.unscale(optimizer)
-    assert float(weight.grad) == 3.0 and not precision.overflowed(3.0)
+    assert float(weight.grad) == 3.0 and not precision.overflowed(3.0, has_finite_losses=True)
 
 
 def test_a_gradient_that_is_not_finite_at_scale_1_is_the_steps_own_fault():
@@ -44,10 +48,22 @@ def test_a_gradient_that_is_not_finite_at_scale_1_is_the_steps_own_fault():
     weight = torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.tensor([float("nan")])
     precision.unscale(torch.optim.SGD([weight]))
-    assert not precision.overflowed(float("nan")) and precision.num_overflows == 0
+    assert not precision.overflowed(float("nan"), has_finite_losses=True) and precision.num_overflows == 0
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow_either():
+    precision = Precision("fp16", CPU)
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.tensor([float("nan")])
+    precision.unscale(torch.optim.SGD([weight]))
+    assert not precision.overflowed(float("nan"), has_finite_losses=False) and precision.num_overflows == 0
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_other_precisions_do_not_scale(name):
     precision = Precision(name, CPU)
-    assert precision.scale == 1.0 and precision.figures() == {} and not precision.overflowed(float("inf"))
+    assert (
+        precision.scale == 1.0
+        and precision.figures() == {}
+        and not precision.overflowed(float("inf"), has_finite_losses=True)
+    )

@@ -44,16 +44,52 @@ def test_the_moving_average_is_what_is_validated(tokenizer):  # noqa: F811
 
 
 def test_the_best_is_kept_and_patience_ends(tmp_path):
-    best = BestCheckpoint(str(tmp_path), patience=2, start_step=0)
-    assert [best.see(step, loss) for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5))] == [True, True, True]
+    best = BestCheckpoint(str(tmp_path), read_best(str(tmp_path)), patience=2)
+    for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5)):
+        best.see(step, loss)
+        assert best.goes_on
     best.write()
-    assert read_best(str(tmp_path)) == Best(20, 2.0, 1)
-    resumed = BestCheckpoint(str(tmp_path), patience=2, start_step=30)
-    assert resumed.see(40, 2.0) is False and resumed.best.step == 20
-    redone = BestCheckpoint(str(tmp_path), patience=None, start_step=10)  # the validation at step 20 comes again
-    assert redone.best == Best() and all(redone.see(step, 9.0) for step in range(5))
-    assert not torch.isfinite(torch.tensor(BestCheckpoint(str(tmp_path / "new"), patience=1, start_step=0).best.loss))
+    assert read_best(str(tmp_path)) == Best(20, 2.0, 1, last=30)
+    resumed = BestCheckpoint(str(tmp_path), read_best(str(tmp_path)), patience=2)
+    resumed.see(40, 2.0)
+    assert not resumed.goes_on and resumed.best == Best(20, 2.0, 2, last=40)
+    for_ever = BestCheckpoint(str(tmp_path), resumed.best, patience=None)
+    for_ever.see(50, 9.0)
+    assert for_ever.goes_on and for_ever.best.step == 20
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 20
+
+
+def test_learned_weights_do_not_choose_the_best(tokenizer):  # noqa: F811
+    run = make_run(1, tokenizer)
+    plain, learned = make_training(run), make_training(run, is_learned=True)
+    with torch.no_grad():
+        learned.objective.log_variances.add_(1.0)
+    totals = [
+        validation_losses(run.stage, batches(7), one.objective, one.precision, None)[0]["total"]
+        for one in (plain, learned)
+    ]
+    assert totals[0] == totals[1]
+
+
+def test_batches_that_are_not_finite_are_missing_in_the_count(tokenizer):  # noqa: F811
+    run = make_run(2, tokenizer)
+    training, encode = make_training(run), run.stage.encode
+    whole, _ = validation_losses(run.stage, batches(7), training.objective, training.precision, None)
+
+    def spoilt(batch):
+        tokens = encode(batch)
+        return tokens * float("nan") if batch.step == 6 else tokens
+
+    run.stage.encode = spoilt
+    assert validation_losses(run.stage, batches(6), training.objective, training.precision, None) == (whole, 4)
+
+
+def test_a_resumed_loop_validates_where_it_died_before_it_could(tokenizer):  # noqa: F811
+    seen = []
+    loop = make_loop(
+        make_run(2, tokenizer), settings(validate_every=3), validate=lambda done: bool(seen.append(done)) or done != 6
+    )
+    assert loop.run(batches(6), 6) == 6 and seen == [6]  # and it ends, for it had ended so
 
 
 def test_a_loop_validates_when_it_is_due_saves_first_and_stops_when_told(tokenizer):  # noqa: F811
