@@ -1,6 +1,6 @@
 """`python -m cluster.local`: a Ray cluster of several nodes on this machine, to try what jobs do when nodes go.
 
-The nodes are raylets of their own: they share files and processors, and nothing else. Two lines tell what a job needs
+The nodes are raylets of their own: they share files and processors, and nothing else. Three lines tell what a job needs
 in its environment; after that the lines `kill` (SIGKILL all processes of the node that came last, as when a machine
 fails) and `add` on the standard input are obeyed, each answered with the number of nodes, and its end ends all.
 """
@@ -25,15 +25,15 @@ def main() -> None:
     token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from ray.cluster_utils import Cluster
 
-    node: dict[str, Any] = {
-        "num_cpus": arguments.cpus,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "node_ip_address": "127.0.0.1",
-    }
+    # At this machine's own address, as every local Ray, and behind the token: Ray's clients do not look at loopback.
+    node: dict[str, Any] = {"num_cpus": arguments.cpus, "object_store_memory": _OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
         others = [cluster.add_node(**node) for _ in range(arguments.nodes - 1)]
-        print(f"export RAY_ADDRESS={cluster.address}\nexport RAY_AUTH_TOKEN={token}", flush=True)
+        print(
+            f"export RAY_ADDRESS={cluster.address}\nexport RAY_AUTH_MODE=token\nexport RAY_AUTH_TOKEN={token}",
+            flush=True,
+        )
         for line in sys.stdin:
             if line.strip() == "kill" and others:
                 cluster.remove_node(others.pop(), allow_graceful=False)

@@ -23,7 +23,7 @@ class LocalCluster:
         command = [sys.executable, "-m", "cluster.local", "--nodes", str(nodes), "--cpus", str(cpus)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, cwd=REPOSITORY, **pipes)
-        lines = [self._process.stdout.readline() for _ in range(2)]
+        lines = [self._process.stdout.readline() for _ in range(3)]
         self.environment = dict(line.strip().removeprefix("export ").split("=") for line in lines)
 
     def tell(self, word):
