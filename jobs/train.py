@@ -64,8 +64,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         workers = settings.min_workers or settings.workers
         require_resources(
             settings.ray,
-            # The validation decodes beside the training's decoders, which wait meanwhile.
-            {"workers": workers, "decode_workers": settings.decode_workers * (1 if validation is None else 2)},
+            {"workers": workers, "decode_workers": settings.decode_workers},
             gpus={"workers": workers} if settings.use_gpu else {},
         )
         import ray
@@ -73,7 +72,11 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         from jobs.train_worker import train_worker
         from pipelines.training.launch import launch
 
-        feed = start_feed(rows, total_steps=settings.steps, decode_workers=settings.decode_workers)
+        # An elastic group on CPUs takes all there are, and the validation decodes while the training's decoders wait:
+        # neither must wait for a CPU of their own.
+        decoders = {"decode_workers": settings.decode_workers}
+        is_greedy = settings.min_workers is not None and not settings.use_gpu
+        feed = start_feed(rows, total_steps=settings.steps, reserves_cpus=not is_greedy, **decoders)
         feeds = [feed]
         arguments = {
             "settings": settings.model_dump(),
@@ -85,7 +88,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         }
         if validation is not None:
             steps = validation.order.steps_per_epoch
-            feeds.append(start_feed(validation, total_steps=steps, decode_workers=settings.decode_workers))
+            feeds.append(start_feed(validation, total_steps=steps, reserves_cpus=False, **decoders))
             arguments |= {
                 "validation_feed": feeds[-1],
                 "validation_cache": validation.cache,

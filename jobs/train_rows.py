@@ -56,7 +56,7 @@ def validation_rows(settings: TrainSettings) -> TrainingRows | None:
     return _with_cache(settings, corpus, order, validation.features)
 
 
-def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int) -> Any:
+def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
     """An actor that hands the rows out; see `BatchFeed`."""
     import ray
 
@@ -64,7 +64,13 @@ def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int) -> 
     from pipelines.training.launch import beside_driver
 
     actor = ray.remote(BatchFeed).options(num_cpus=0, scheduling_strategy=beside_driver())
-    return actor.remote(rows.order, [ray.put(rows.corpus)], total_steps=total_steps, decode_workers=decode_workers)
+    return actor.remote(
+        rows.order,
+        [ray.put(rows.corpus)],
+        total_steps=total_steps,
+        decode_workers=decode_workers,
+        reserves_cpus=reserves_cpus,
+    )
 
 
 def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features: str | None) -> TrainingRows:

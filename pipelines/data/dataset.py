@@ -105,6 +105,7 @@ def build_segment(
     world_size: int,
     source: DecodeSettings | FeatureCache,
     decode_workers: int,
+    reserves_cpus: bool = True,
 ) -> list[RankStream]:
     """Start decoding a run of consecutive steps in the background, or reading their features from a cache.
 
@@ -118,7 +119,8 @@ def build_segment(
         end_step: Exclusive end. Many blocks in one dataset make its start slow; where that matters they end sooner.
         world_size: Number of ranks.
         source: How files become pixels, or the cache to read instead.
-        decode_workers: Actors that look up and decode or read, one CPU each.
+        decode_workers: Actors that look up and decode or read.
+        reserves_cpus: One CPU for each of them; False has them run beside whatever holds the CPUs.
 
     Returns:
         One stream a rank; how far they go stands in `RankStream.num_steps`.
@@ -131,7 +133,7 @@ def build_segment(
         order.at(steps), first_step=first_step, world_size=world_size, steps_per_block=steps_per_block
     )
     operator = ReadFeatures if isinstance(source, FeatureCache) else DecodeRows
-    dataset = _mapped(blocks, _Planned, (rows, order.seed, operator, source), decode_workers)
+    dataset = _mapped(blocks, _Planned, (rows, order.seed, operator, source), decode_workers, reserves_cpus)
     # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
     splits = dataset.streaming_split(world_size, equal=False)
     return [RankStream(split, rank, first_step, len(steps)) for rank, split in enumerate(splits)]
@@ -253,7 +255,11 @@ def to_batch(block: pa.Table) -> SampleBatch:
 
 
 def _mapped(
-    blocks: list[pa.Table], operator: type[Any], arguments: tuple[Any, ...], decode_workers: int
+    blocks: list[pa.Table],
+    operator: type[Any],
+    arguments: tuple[Any, ...],
+    decode_workers: int,
+    reserves_cpus: bool = True,
 ) -> ray.data.Dataset:
     """Run an operator over blocks, one output block for each input block, in order."""
     with warnings.catch_warnings():
@@ -266,6 +272,7 @@ def _mapped(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=decode_workers),
+            num_cpus=1 if reserves_cpus else 0,
             ray_remote_args_fn=_bounded_retries,
         )
     # The dataset's own copy: the caller's global context stays as it is.

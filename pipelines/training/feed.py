@@ -37,6 +37,7 @@ class BatchFeed:
         total_steps: Of the run.
         decode_workers: Decoding actors. Where one segment hands over to the next there may be twice as many, as far as
             the cluster has CPUs for them.
+        reserves_cpus: See `build_segment`.
         segment_steps: Most steps of a segment.
     """
 
@@ -47,10 +48,12 @@ class BatchFeed:
         *,
         total_steps: int,
         decode_workers: int,
+        reserves_cpus: bool = True,
         segment_steps: int = SEGMENT_STEPS,
     ) -> None:
         self.order, self.rows = order, rows
         self.total_steps, self.decode_workers, self.segment_steps = total_steps, decode_workers, segment_steps
+        self.reserves_cpus = reserves_cpus
         self._attempts: list[str] = []
         self._segments: dict[tuple[int, int], list[RankStream]] = {}
 
@@ -81,6 +84,7 @@ class BatchFeed:
                 world_size=world_size,
                 source=source,
                 decode_workers=self.decode_workers,
+                reserves_cpus=self.reserves_cpus,
             )
             # Only ours of the references: a rank that still reads has its own.
             for old in sorted(self._segments)[:-_KEPT_SEGMENTS]:
