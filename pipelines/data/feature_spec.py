@@ -16,8 +16,8 @@ from qformer.preprocessing import Preprocessing
 
 SPEC_FILE = "features.json"
 FORMAT_VERSION = 3
-_WITHOUT_EFFECT = ("limits", "augmentation")
-"""Of `DecodeSettings`: limits decide which rows fail, not what the others look like; a cache is never augmented."""
+_WITHOUT_EFFECT = ("limits", "augmentation", "has_chance")
+"""Of `DecodeSettings`: limits decide which rows fail, not what the others look like; nothing in a cache is random."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
