@@ -5,14 +5,14 @@ embedding. Pass 2 runs every few samples again with a graph, starts its backward
 ITG, whose sums need no other samples. Dropout draws in pass 2 what it drew in pass 1.
 Negative images of other ranks are fetched as the frozen encoder made them, so that no gradient travels for them.
 
-Dimensions: those of `qformer.stage1`.
+Dimensions: those of `qformer.stage1`, and C samples of a pass.
 Reference: Gao et al. (arXiv:2101.06983), section 3.
 """
 
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,38 +58,56 @@ def cached_losses(
     stage1.check(batch)
     require_finite(batch.image_BFPV, batch.is_valid_B, batch.sample_ids)
     parts = [slice(start, start + micro_batch) for start in range(0, len(batch.is_valid_B), micro_batch)]
-    device = batch.image_BFPV.device
-    states, first = [], []
     with torch.no_grad(), autocast():
-        for part in parts:
-            states.append(_random_state(device))
-            first.append(_encode(stage1, _rows(batch, part)))
-    queries_BQE, text_BE = (
-        torch.cat([getattr(encoded, name) for encoded in first]).requires_grad_() for name in ("queries_BQE", "text_BE")
-    )
-    hidden_GQD = torch.cat([encoded.hidden_GQD for encoded in first])
-    del first  # with all keys and values
+        first = [_embed(stage1, _rows(batch, part)) for part in parts]
+    queries_BQE = torch.cat([one.queries_CQE for one in first]).requires_grad_()
+    text_BE = torch.cat([one.text_CE for one in first]).requires_grad_()
     with autocast():
         itc, drawn = stage1.contrast(batch, queries_BQE, text_BE, noise_key)
     backward({"itc": itc}, None)
-    others = _OtherRows(batch, negatives or drawn)
-    shares = _shares(batch, negatives or drawn)
+    others, shares = _OtherRows(batch, negatives or drawn), _shares(batch, negatives or drawn)
     sums = {name: torch.zeros_like(itc) for name in shares}
-    for part, state in zip(parts, states, strict=True):
-        some, before = _rows(batch, part), _random_state(device)
+    for part, one in zip(parts, first, strict=True):
         with autocast():
-            _set_random_state(state, device)
-            encoded = _encode(stage1, some)
-            _set_random_state(before, device)
-            terms = {
-                "itm": stage1.match(some, encoded.image, others.of(stage1, part)),
-                "itg": stage1.caption(some, encoded.cache),
-                "diversity": diversity_loss(encoded.hidden_GQD, some.is_valid_B),
-            }
+            encoded, terms = _again(stage1, _rows(batch, part), one.state, others.of(stage1, part))
         weighted = {name: total * shares[name] for name, (total, _) in terms.items()}
         backward(weighted, _linked((encoded.queries_BQE, queries_BQE.grad), (encoded.text_BE, text_BE.grad), part=part))
         sums = {name: sums[name] + value.detach() for name, value in weighted.items()}
-    return {"itc": itc.detach(), **sums}, hidden_GQD
+    return {"itc": itc.detach(), **sums}, torch.cat([one.hidden_GQD for one in first])
+
+
+class _Embedded(NamedTuple):
+    """What pass 1 keeps of C samples. Keys and values are not among it: they are what does not fit."""
+
+    state: tuple[Tensor, Tensor | None]
+    """Of the random generators before."""
+    queries_CQE: Tensor
+    text_CE: Tensor
+    hidden_GQD: Tensor
+
+
+def _embed(stage1: Stage1, some: Stage1Batch) -> _Embedded:
+    """Pass 1."""
+    state = _random_state(some.image_BFPV.device)
+    encoded = _encode(stage1, some)
+    return _Embedded(state, encoded.queries_BQE, encoded.text_BE, encoded.hidden_GQD)
+
+
+def _again(
+    stage1: Stage1, some: Stage1Batch, state: tuple[Tensor, Tensor | None], others: Others
+) -> tuple[Encoded, dict[str, tuple[Tensor, Tensor]]]:
+    """Pass 2: the same samples with the same draws, and what needs no others' embeddings, as sums and counts."""
+    device = some.image_BFPV.device
+    before = _random_state(device)
+    _set_random_state(state, device)
+    encoded = _encode(stage1, some)
+    _set_random_state(before, device)
+    terms = {
+        "itm": stage1.match(some, encoded.image, others),
+        "itg": stage1.caption(some, encoded.cache),
+        "diversity": diversity_loss(encoded.hidden_GQD, some.is_valid_B),
+    }
+    return encoded, terms
 
 
 def _linked(*pairs: tuple[Tensor, Tensor | None], part: slice) -> Tensor | None:

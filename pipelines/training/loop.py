@@ -122,21 +122,11 @@ class Loop:
         self.stage.trainables.train()
         window = _Window(self.flops.total)
         for step in range(start_step, settings.steps):
-            before_s = time.perf_counter()
-            batch = next(batches)
-            wait_s = time.perf_counter() - before_s
-            window.waited_s += wait_s
-            self.times.add(batch, wait_s)
+            batch = self._next(batches, window)
             epoch, done = step // settings.steps_per_epoch, step + 1
             is_last = done == settings.steps
             self.accounting.add(batch, epoch)
-            window.samples += int(batch.is_valid.sum())
-            try:
-                self.flops.add(batch.images.shape, functools.partial(self._backward, batch, step, is_rehearsal=True))
-                outcome, figures = self._step(batch, step)
-            except NotFiniteError as error:  # on all ranks
-                self.optimizer.zero_grad(set_to_none=True)
-                self.guard.leave_out(step, str(error), batch.sample_ids)
+            outcome, figures = self._guarded_step(batch, step) or (outcome, figures)
             is_preempted = False
             if done % settings.log_every == 0 or is_last:
                 self.accounting.combine()
@@ -163,6 +153,25 @@ class Loop:
                 begun_s += time.perf_counter() - paused_s
         self.times.wall_s += time.perf_counter() - begun_s
         return done
+
+    def _next(self, batches: Iterator[SampleBatch], window: "_Window") -> SampleBatch:
+        before_s = time.perf_counter()
+        batch = next(batches)
+        wait_s = time.perf_counter() - before_s
+        window.waited_s += wait_s
+        window.samples += int(batch.is_valid.sum())
+        self.times.add(batch, wait_s)
+        return batch
+
+    def _guarded_step(self, batch: SampleBatch, step: int) -> tuple[Outcome, dict[str, float]] | None:
+        """What came of a step; None where its features are not finite, and it was left out."""
+        try:
+            self.flops.add(batch.images.shape, functools.partial(self._backward, batch, step, is_rehearsal=True))
+            return self._step(batch, step)
+        except NotFiniteError as error:  # on all ranks
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.leave_out(step, str(error), batch.sample_ids)
+            return None
 
     def _is_validated(self, done: int) -> bool:
         every = self.settings.validate_every

@@ -42,8 +42,6 @@ class PairedFigures:
     """Of the texts that the right image fits better; where both fit the same it counts half. Chance is 0.5."""
     z: float
     """How many standard deviations `share` lies above chance (sign test)."""
-    mean_z: float
-    """How many the mean difference lies above none (paired z test); 0 where all differences are the same."""
     least_gain: float = 0.0
     """Mean difference below which it is hardly a use, however sure it is."""
 
@@ -73,16 +71,14 @@ def compare_pairs(
     gains = permuted - true if lower_is_better else true - permuted
     count = len(gains)
     if count == 0:
-        return PairedFigures(num_pairs=0, true_mean=0.0, permuted_mean=0.0, share=0.5, z=0.0, mean_z=0.0)
+        return PairedFigures(num_pairs=0, true_mean=0.0, permuted_mean=0.0, share=0.5, z=0.0)
     share = float((gains > 0).double().mean() + 0.5 * (gains == 0).double().mean())
-    error = float(gains.std(correction=1)) / math.sqrt(count) if count > 1 else 0.0
     return PairedFigures(
         num_pairs=count,
         true_mean=float(true.mean()),
         permuted_mean=float(permuted.mean()),
         share=share,
         z=(share - 0.5) * 2.0 * math.sqrt(count),
-        mean_z=float(gains.mean()) / error if error > 0 else 0.0,
         least_gain=least_gain,
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import weakref
 from unittest import mock
 
 import pytest
@@ -104,6 +105,23 @@ def test_both_passes_draw_the_same_dropout():
     for first, second in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(first.queries_BQE, second.queries_BQE) and torch.equal(first.text_BE, second.text_BE)
     assert not torch.equal(seen[0].queries_BQE, encode(stage1, take(full, slice(0, 2))).queries_BQE)
+
+
+def test_the_first_pass_keeps_no_keys_and_values():
+    """They are what does not fit; embeddings and query outputs are small."""
+    stage1, kept, alive = model(), [], []
+    encode = gradient_cache._encode
+
+    def watched(stage, some):
+        alive.append(sum(ref() is not None for ref in kept))
+        encoded = encode(stage, some)
+        if not torch.is_grad_enabled():
+            kept.extend(weakref.ref(kv[0]) for kv in (*encoded.image, *encoded.cache) if kv is not None)
+        return encoded
+
+    with mock.patch.object(gradient_cache, "_encode", watched):
+        cached_step(stage1, batch(6), 2)
+    assert len(kept) >= 3 * 3 and alive == [0] * 6
 
 
 def test_a_graph_holds_no_more_than_a_micro_batch():
