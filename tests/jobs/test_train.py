@@ -167,6 +167,19 @@ def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(r
     assert table["error_class"].to_pylist() == ["missing"] * 16
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_storage_that_refuses_ends_the_run_at_once_also_where_restarts_are_allowed(ray_local, workers, tmp_path):
+    """The rank that meets it raises alone, in the middle of the loop; the others wait for it."""
+    rows = [{"media": f"nosuch://bucket/{index}.jpg", "caption": "a red circle"} for index in range(64)]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = TrainDataSettings(manifest=str(manifest), num_frames=2)
+    chosen = settings(tmp_path, tmp_path / "run", data=data, batch_size=8, steps=4, workers=workers, max_failures=3)
+    with pytest.raises(UserError, match=r"nosuch://bucket/\d+.jpg: no such protocol; use a local path"):
+        train.main(chosen)
+    assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

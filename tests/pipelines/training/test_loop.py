@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.settings_model import ModelSettings
-from pipelines.data import checkpoint_folders, storage
+from pipelines.data import checkpoint_folders
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
+from pipelines.data.local_copies import local_folder
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.ema import Ema
@@ -445,4 +446,4 @@ def test_checkpoints_lie_on_any_filesystem(tokenizer):
     train(run, output)
     newest = checkpoint_folders.newest_checkpoint(output)
     assert newest.endswith("step-00000008")
-    assert read_info(storage.local_folder(newest)).step == 8
+    assert read_info(local_folder(newest)).step == 8
