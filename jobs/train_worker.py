@@ -35,6 +35,7 @@ from pipelines.training.model_choice import choice_from
 from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision
+from pipelines.training.ranks import of_all_ranks
 from pipelines.training.run import Training, TrainingRun
 from pipelines.training.stages import DIVERSITY
 from pipelines.training.watchdog import Watchdog
@@ -65,7 +66,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"mistake": mistake}
     reporter = Reporter(arguments["board"], settings, state.start_step) if rank() == 0 else None
     say = reporter.say if reporter else arguments["board"].say.remote
-    hosts = _hosts()
+    hosts = of_all_ranks([socket.gethostname()])
     if reporter:
         run = state.run
         trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
@@ -229,7 +230,7 @@ def _loop(
         queries=QueryWatch(alarm),
         flops=StepFlops(get_device()),
         hooks=Hooks(
-            log=reporter.log.write if reporter else _ignore,
+            log=(lambda values: reporter.logged(values, state.accounting)) if reporter else _ignore,
             save=save,
             validate=validation,
             is_preempted=_PreemptionNotice(alarm),
@@ -251,13 +252,6 @@ class _PreemptionNotice:
         if is_new:
             self._alarm(f"a machine of the group goes away ({notice}); taking a checkpoint first")
         return is_new
-
-
-def _hosts() -> list[str]:
-    names: list[str] = [socket.gethostname()] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(names, socket.gethostname())
-    return names
 
 
 def _summary(settings: TrainSettings, state: _State) -> dict[str, Any]:
