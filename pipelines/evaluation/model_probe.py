@@ -78,9 +78,9 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
     for batch in batches:
         device = stage1.temperature.device
         tokens_BFPV = retriever.encoder.features(batch.pixels_BFCYX.to(device))
-        frames = tokens_BFPV.shape[1]
-        image = stage1.qformer.image_key_values(stage1.vision_norm(tokens_BFPV).flatten(0, 1))
-        hidden_GQD = stage1.qformer.forward_queries(image).hidden_BQD
+        seen = stage1.perceive(tokens_BFPV)
+        frames, image = seen.tokens_BFPV.shape[1], stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
+        hidden_GQD = stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
         queries_BNE = stage1.embed_queries(hidden_GQD, frames)
         text_BE = retriever.embed_text(batch.captions)
         scores_BB = similarity(queries_BNE, text_BE)  # image by text
@@ -117,7 +117,6 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
     stage2, language, info = captioner.stage2, captioner.language, captioner.info
     generator, sums = torch.Generator().manual_seed(seed), _Sums()
     device = stage2.language_projection.weight.device
-    num_queries = info.qformer.num_queries
     for batch in batches:
         text_K, other_K = _swapped(batch, generator, device)
         sums.num_texts += len(batch.captions)
@@ -134,10 +133,7 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
         answers = answers.to(device)
         own_KNL, other_KNL = (stage2(tokens_BFPV[index_K], *instruction) for index_K in (text_K, other_K))
         sums.add("lm", *(answer_losses(language, prefix_KNL, answers) for prefix_KNL in (own_KNL, other_KNL)))
-        # As the language model reads them, without the bias that all of them share.
-        bias_L = stage2.language_projection.bias
-        outputs = [(one - bias_L).unflatten(1, (-1, num_queries)).flatten(0, 1) for one in (own_KNL, other_KNL)]
-        sums.queries.add(*outputs)
+        sums.queries.add(*(stage2.query_outputs(one) for one in (own_KNL, other_KNL)))
     return ModelFigures(
         measures=sums.compared(lower_is_better=True, least_gain=USED_GAIN_NATS),
         picked=None,
