@@ -26,6 +26,12 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
+    model = settings.model
+    if model.temporal == "cascaded" and model.video.freeze_frames and settings.init_from is None:
+        raise UserError(
+            "model.temporal=cascaded keeps the Q-Former of the frames as it was trained: set init_from to a run, or "
+            "model.video.freeze_frames=false to train it too"
+        )
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)
 
