@@ -218,7 +218,7 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
         cast(Any, model).generation_config.eos_token_id = info.answer_end_id
     language = build_language_model(model, words, info.max_text_tokens)
     lora = Lora(language.model, info.lora) if info.lora else None
-    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio)
+    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
     load_weights(stage2, folder)
     tokenizer = _tokenizer(folder, info) if info.qformer.has_text_branch else None
     return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer)

@@ -54,9 +54,10 @@ class BridgeInfo:
     lora: LoraConfig | None = None
     video: VideoConfig = VideoConfig()
     """How the frames of a clip are joined; `qformer` tells of one image's Q-Former."""
-    audio_encoder: str | None = None
+    audio: str | None = None
     """Frozen encoder of sound, where there is a branch for it."""
-    audio: AudioConfig | None = None
+    audio_pretrained: bool = True
+    audio_branch: AudioConfig | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -76,8 +77,8 @@ class BridgeInfo:
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
                 values["video"] = VideoConfig(**values.get("video", {}))
-                if values.get("audio") is not None:
-                    values["audio"] = AudioConfig(**values["audio"])
+                if values.get("audio_branch") is not None:
+                    values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:
                     values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
                 if not isinstance(values["vision"], str) or values["stage"] == 2 and not values["language"]:

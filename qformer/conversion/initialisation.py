@@ -125,7 +125,7 @@ def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allo
     config, source = trainables.qformer.config, repr(str(folder))
     new = ["lora."] if is_same_language else list(_LANGUAGE_SIDE)
     new += [] if info.qformer.has_text_branch else TEXT_BRANCH
-    new += [] if info.audio == trainables.audio_config else ["audio."]
+    new += [] if info.audio_branch == trainables.audio_config else ["audio."]
     dropped = [*(_STAGE1_ONLY if info.stage == 1 else ()), *(() if config.has_text_branch else TEXT_BRANCH)]
     start = clip_start(trainables, weights, info, source=source)
     return load_matching(
