@@ -9,9 +9,9 @@ import torch
 from pipelines.data import schema
 from pipelines.data.batch import Failure
 from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
+from pipelines.data.local_copies import local_folder
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
-from pipelines.data.storage import local_folder
 from pipelines.evaluation.inference import answers, collect
 from qformer.bridge import load_captioner
 from qformer.config import GenerationSettings
