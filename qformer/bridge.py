@@ -77,7 +77,8 @@ class Retriever:
         """
         ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
         seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
-        logits_B2 = self.stage1.match_logits(seen, image, ids_BT.to(self._device), mask_BT.to(self._device))
+        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        logits_B2 = self.stage1.match_logits(image, ids_BT, mask_BT, seen.tokens_BFPV.shape[1], seen)
         return logits_B2.softmax(dim=-1)[:, 1]
 
     def _seen(self, tokens_BFPV: Tensor, frame_valid_BF: Tensor | None) -> tuple[Seen, list[KeyValue | None]]:
