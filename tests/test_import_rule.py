@@ -17,7 +17,7 @@ LOADERS = {
     "qformer/audio/loading.py": {"transformers"},
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
-    "qformer/lora.py": {"peft"},
+    "qformer/adapters/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},
     "qformer/conversion/huggingface.py": {"transformers"},
