@@ -14,6 +14,7 @@ STANDARD = sys.stdlib_module_names
 # What the model library may use besides torch and the standard library, inside functions of these modules only.
 LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
+    "qformer/audio/loading.py": {"transformers"},
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
     "qformer/adapters/lora.py": {"peft"},
