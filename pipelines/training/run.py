@@ -28,7 +28,6 @@ from qformer.language import build_language_model
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
-from qformer.video.config import VideoConfig
 
 _RECOMPILATIONS = 64
 
@@ -77,11 +76,11 @@ class TrainingRun:
     ) -> None:
         frozen_dtype = DTYPES[precision] or torch.float32
         self.choice, self._micro_batch = choice, micro_batch
-        self.video = _video(choice)
         encoders = FrozenEncoders(choice, device, frozen_dtype, features)
         self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
-        self.encode = TimedEncode(encoders.see, device)
+        self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear
+        self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
@@ -129,6 +128,9 @@ class TrainingRun:
             vision_image_size=choice.vision_image_size,
             lora=choice.lora,
             video=self.video,
+            audio=choice.audio,
+            audio_pretrained=choice.audio_pretrained,
+            audio_branch=self.audio_branch,
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
@@ -225,13 +227,18 @@ class TrainingRun:
             self.tokenizer = self._tokenizer(folder)
         self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
         lora = Lora(language.model, choice.lora) if choice.lora else None
-        stage2 = Stage2(
-            self.config,
-            language_width=language.width,
-            freeze_qformer=choice.freeze_qformer,
-            lora=lora,
-            video=self.video,
-        )
+        try:
+            stage2 = Stage2(
+                self.config,
+                language_width=language.width,
+                freeze_qformer=choice.freeze_qformer,
+                lora=lora,
+                video=self.video,
+                audio=self.audio_branch,
+                trains_audio_alone=choice.trains_audio_alone,
+            )
+        except ValueError as error:
+            raise UserError(f"model.audio_branch: {error}") from error
         self._start(stage2)
         if folder is not None:
             report = start_stage2(
@@ -249,6 +256,7 @@ class TrainingRun:
             prompt=choice.prompt,
             max_tokens=choice.max_text_tokens,
             micro_batch=self._micro_batch,
+            hear=self._hear,
         )
 
     def _tokenizer(self, folder: Path | None) -> TextTokenizer:
@@ -275,10 +283,3 @@ class TrainingRun:
             )
         except ValueError as error:
             raise UserError(f"model.qformer: {error}") from error
-
-
-def _video(choice: ModelChoice) -> VideoConfig:
-    try:
-        return VideoConfig(temporal=choice.temporal, **choice.video)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.video: {error}") from error
