@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all lint format bench clean distclean
+.PHONY: help demo demo-video demo-full test test-all lint format bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
 
 demo: $(STAMP) ## the whole road on a small world: prepare, train, evaluate, serve (ARGS="--set demo.retrain=true")
 	@$(BIN)/qformer demo $(ARGS)
+
+demo-video: $(STAMP) ## the demo, and then clips whose captions need the order of their frames, and sound
+	@$(BIN)/qformer demo --video $(ARGS)
 
 demo-full: $(STAMP) ## the same with more data and steps
 	@$(BIN)/qformer demo --config jobs/configs/demo_full.yaml $(ARGS)

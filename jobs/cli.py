@@ -213,10 +213,8 @@ def _settings_class(job: Job) -> type[Settings]:
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     overrides = list(arguments.overrides)
-    if getattr(arguments, "resume", False):
-        overrides.append("resume=true")
-    if getattr(arguments, "retry_quarantined", False):
-        overrides.append("retry_quarantined=true")
+    flags = {"video": "demo.video=true", "resume": "resume=true", "retry_quarantined": "retry_quarantined=true"}
+    overrides += [override for flag, override in flags.items() if getattr(arguments, flag, False)]
     if getattr(arguments, "dry_run", None) is not None:
         overrides.append(f"dry_run={arguments.dry_run}")
     for name in ("media", "run"):
@@ -251,6 +249,8 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
         help="override one setting of the files, with dots for nested keys; may be repeated",
     )
     parser.add_argument("--show-config", action="store_true", help="print the resolved settings and stop")
+    if name == "demo":
+        parser.add_argument("--video", action="store_true", help="also learn time and sound, on clips (demo.video)")
     if name == "train":
         parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in `output`")
     if name == "features":

@@ -22,6 +22,7 @@ from jobs.demo.make_language import caption_loss, greedy_captions, save_language
 from jobs.demo.make_vision import block_features, save_vision, train_vision
 from jobs.demo.patches import CLASSES, render_examples
 from jobs.demo.scenes import Kind, Scene, sample_scene
+from jobs.demo.video.make_audio import probe_pitches, save_audio, train_audio
 from jobs.demo.video.make_language import told_share, train_clip_language
 
 if TYPE_CHECKING:
@@ -39,14 +40,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, save and check the models with fixed seeds."""
     parser = argparse.ArgumentParser(description="Make the demo's frozen models and check them.")
     parser.add_argument("--out", type=Path, default=MODELS_FOLDER, help="folder to write the models to")
-    parser.add_argument("--only", choices=("vision", "language", "clip_language"), help="make one of them")
+    parser.add_argument("--only", choices=("vision", "language", "clip_language", "audio"), help="make one of them")
     parser.add_argument("--check", action="store_true", help="check the models in --out instead of making them")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     rows: list[tuple[str, str]] = []
-    jobs = {"language": _language_rows, "vision": _vision_rows, "clip_language": _clip_language_rows}
-    for name, job in jobs.items():
+    makers = {
+        "language": _language_rows,
+        "vision": _vision_rows,
+        "clip_language": _clip_language_rows,
+        "audio": _audio_rows,
+    }
+    for name, job in makers.items():
         if options.only in (None, name):
             rows += job(options.out / name, options.check)
     for title, value in rows:
@@ -227,6 +233,17 @@ def _clip_language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, st
         share = told_share(model, tokenizer, noise_std=noise_std)
         rows.append((f"clip language: held-out stories right, noise {noise_std}", f"{share:.1%}"))
     return [*rows, ("clip language: size", _size(folder))]
+
+
+def _audio_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
+    from qformer.audio import load_audio
+
+    start_s = time.perf_counter()
+    if not is_check_only:
+        save_audio(*train_audio(), folder)
+    rows = [("audio: training", f"{time.perf_counter() - start_s:.0f} s")]
+    share = probe_pitches(load_audio(str(folder)))
+    return [*rows, ("audio: linear probe, pitch or none of a segment", f"{share:.1%}"), ("audio: size", _size(folder))]
 
 
 def _vision_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ MIN_ATTRIBUTE = 0.80
 MIN_RECALL = 0.60
 MAX_FROM_CHANCE = 0.05
 NUM_SHOWN = 12
+TITLE = "held-out colour-shape combinations"
 KIND_NAMES = {"image": "images", "video": "clips"}
 
 
@@ -42,12 +43,14 @@ def measure(output: Path, *, min_whole_caption: float | None) -> list[ResultRow]
     retrieval = _read(output / "retrieval" / "retrieval.json")["kinds"]
     for kind, name in KIND_NAMES.items():
         rows += _retrieval_rows(name, retrieval[kind], has_bar=kind == "image")
-    return [*rows, _quarantine_row(output), _served_row(output)]
+    planted = set(_read(output / "world" / "truth.json")["broken"])
+    found = set(pq.read_table(output / "data" / "quarantine.parquet")["sample_id"].to_pylist())
+    return [*rows, quarantine_row(planted, found, "quarantined files"), _served_row(output)]
 
 
-def show(table: Sequence[ResultRow], seconds: dict[str, float]) -> None:
+def show(table: Sequence[ResultRow], seconds: dict[str, float], title: str = TITLE) -> None:
     """Print the table and how long the steps took."""
-    view = Table(title="held-out colour-shape combinations", title_justify="left")
+    view = Table(title=title, title_justify="left")
     for heading in ("measure", "measured", "bar", ""):
         view.add_column(heading, no_wrap=True)
     for row in table:
@@ -83,7 +86,7 @@ def _caption_rows(name: str, scores: CaptionScores, min_whole: float | None) -> 
         if attribute not in scores.attributes:
             continue
         value, shuffled, chance = (s[attribute] for s in (scores.attributes, scores.shuffled, scores.chance))
-        rows.append(_at_least(f"{name}: {attribute}", value, MIN_ATTRIBUTE))
+        rows.append(at_least(f"{name}: {attribute}", value, MIN_ATTRIBUTE))
         rows.append(
             ResultRow(
                 name=f"{name}: {attribute}, images shuffled",
@@ -92,24 +95,21 @@ def _caption_rows(name: str, scores: CaptionScores, min_whole: float | None) -> 
                 ok=abs(shuffled - chance) <= MAX_FROM_CHANCE,
             )
         )
-    return [*rows, _at_least(f"{name}: whole caption ({scores.count})", scores.whole, min_whole)]
+    return [*rows, at_least(f"{name}: whole caption ({scores.count})", scores.whole, min_whole)]
 
 
 def _retrieval_rows(name: str, metrics: dict[str, Any], *, has_bar: bool) -> list[ResultRow]:
     bar = MIN_RECALL if has_bar else None
     pairs = f"{metrics['images']} pairs"
     return [
-        _at_least(f"{name}: image to text R@1, {pairs}", metrics["image_to_text"]["r1"], bar),
-        _at_least(f"{name}: text to image R@1, {pairs}", metrics["text_to_image"]["r1"], bar),
+        at_least(f"{name}: image to text R@1, {pairs}", metrics["image_to_text"]["r1"], bar),
+        at_least(f"{name}: text to image R@1, {pairs}", metrics["text_to_image"]["r1"], bar),
     ]
 
 
-def _quarantine_row(output: Path) -> ResultRow:
-    planted = set(_read(output / "world" / "truth.json")["broken"])
-    found = set(pq.read_table(output / "data" / "quarantine.parquet")["sample_id"].to_pylist())
-    return ResultRow(
-        name="quarantined files", measured=str(len(found)), bar=f"the {len(planted)} planted", ok=found == planted
-    )
+def quarantine_row(planted: set[str], found: set[str], name: str) -> ResultRow:
+    """A line that tells whether exactly the spoilt files were quarantined."""
+    return ResultRow(name=name, measured=str(len(found)), bar=f"the {len(planted)} planted", ok=found == planted)
 
 
 def _served_row(output: Path) -> ResultRow:
@@ -120,7 +120,8 @@ def _served_row(output: Path) -> ResultRow:
     )
 
 
-def _at_least(name: str, value: float, bar: float | None) -> ResultRow:
+def at_least(name: str, value: float, bar: float | None) -> ResultRow:
+    """A line whose value must reach a bar, or has none."""
     if bar is None:
         return ResultRow(name=name, measured=f"{value:.3f}")
     return ResultRow(name=name, measured=f"{value:.3f}", bar=f"≥ {bar:.2f}", ok=value >= bar)
@@ -137,7 +138,7 @@ def _galleries(output: Path) -> dict[str, list[GalleryItem]]:
         def item(sample_id: str, lines: list[str], ok: bool) -> GalleryItem:
             row = manifest[sample_id]
             frames = list(decoder.decode(kind=row["kind"], media=row["media"]).pixels.transpose(0, 2, 3, 1))
-            return GalleryItem(title=sample_id, frames=[_enlarged(frame) for frame in frames], lines=lines, ok=ok)
+            return GalleryItem(title=sample_id, frames=[enlarged(frame) for frame in frames], lines=lines, ok=ok)
 
         predictions = pq.read_table(output / "captions" / "predictions.parquet").to_pylist()
         galleries = {}
@@ -160,7 +161,8 @@ def _galleries(output: Path) -> dict[str, list[GalleryItem]]:
         decoder.close()
 
 
-def _enlarged(frame: np.ndarray[Any, np.dtype[np.uint8]], factor: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def enlarged(frame: np.ndarray[Any, np.dtype[np.uint8]], factor: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A small picture, larger."""
     image = Image.fromarray(frame)
     return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
 

@@ -11,6 +11,7 @@ from jobs.demo.ask import ask_endpoint
 from jobs.demo.pairs import write_retrieval_pairs
 from jobs.demo.settings import DemoSettings
 from jobs.demo.steps import Steps
+from jobs.demo.video import run as video
 from jobs.demo.world import write_world
 from jobs.serve import require_free_port
 from jobs.settings import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
@@ -38,7 +39,7 @@ def main(settings: DemoSettings) -> int:
     demo = settings.demo
     steps = Steps(Path(demo.output).absolute())
     if demo.retrain:
-        steps.forget(*TRAINING_STEPS)
+        steps.forget(*TRAINING_STEPS, *video.TRAINING_STEPS)
     if not steps.is_done("served"):
         # Better told now than after all the training.
         require_free_port(LOOPBACK, demo.port)
@@ -47,11 +48,15 @@ def main(settings: DemoSettings) -> int:
     # One Ray for all jobs: each of them would otherwise wait for its own to start.
     with ray_session(settings.ray, include_dashboard=True):
         _run_jobs(steps, settings)
+        if demo.video:
+            video.run_jobs(steps, settings)
     table = results.measure(steps.output, min_whole_caption=demo.min_whole_caption)
-    results.show(table, steps.seconds)
+    results.show(table, {name: value for name, value in steps.seconds.items() if not name.startswith("clip_")})
     results.write(steps.output, table)
     print(f"\nreport: {steps.output / 'report.html'}")
     print(f"next: qformer serve --set checkpoint={steps.folder('stage2')}   (then drop your own image at it with curl)")
+    if demo.video:
+        table += video.report(steps.output, steps.seconds)
     return results.exit_code(table)
 
 

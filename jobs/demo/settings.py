@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from jobs.demo.video.settings import ClipDemoSettings
 from jobs.settings_data import RaySettings, Settings
 from jobs.settings_model import QFormerSettings
 
@@ -56,12 +57,15 @@ class DemoOptions(Settings):
     """What the demo does."""
 
     output: str = "demo-out"
+    video: bool = False
+    """After the images, also learn time and sound: clips whose captions need the order of their frames."""
     retrain: bool = False
     """Train, evaluate and serve again, on the same world."""
     world: WorldSettings = WorldSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
     qformer: DemoQFormerSettings = DemoQFormerSettings()
+    clips: ClipDemoSettings = ClipDemoSettings()
     workers: int = Field(default=2, ge=1)
     min_whole_caption: float | None = None
     """Bar on whole-caption accuracy; null prints it without one."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +97,8 @@ def draw_segments(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         waveforms_GN, and labels_G: the number of the pitch that fills a tenth of the segment or more, else one more.
     """
-    segments, labels = [], []
+    segments: list[NDArray[np.float32]] = []
+    labels: list[int] = []
     while len(segments) < count:
         pitch = rng.choice(PITCHES)
         wave = waveform_of(Tone(pitch, rng.choice(SIDES)), DURATION_S, rng)

@@ -1,7 +1,7 @@
 """How right captions of clips are, and the best that can be guessed without order, or without sound."""
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 from jobs.demo.video.stories import KINDS, Story
 from jobs.demo.video.telling import parse
@@ -31,17 +31,19 @@ def score(truths: Sequence[Story], captions: Sequence[str]) -> dict[str, float]:
 def judge(truth: Story, caption: str) -> dict[str, bool]:
     """Right or wrong for each attribute that a story has."""
     wanted, guess = values_of(truth), parse(caption)
-    told: Mapping[str, Hashable] = {} if guess is None else values_of(guess)
+    if guess is None:
+        return dict.fromkeys(wanted, False)
+    # Whether one thing became the other or only followed it, is not what the attribute of order asks.
+    told = {**values_of(guess), truth.kind: _order_of(guess)}
     return {name: told.get(name) == value for name, value in wanted.items()}
 
 
 def values_of(story: Story) -> dict[str, Hashable]:
-    """A story's attributes and their values.
-
-    The attribute of order of two things is the first of them.
-    """
-    values: dict[str, Hashable] = {THINGS: frozenset(thing.pair for thing in story.things)}
-    values[story.kind] = story.action if len(story.things) == 1 else story.things[0].pair
+    """A story's attributes and their values."""
+    values: dict[str, Hashable] = {
+        story.kind: _order_of(story),
+        THINGS: frozenset(thing.pair for thing in story.things),
+    }
     if story.tone is not None:
         values |= {"pitch": story.tone.pitch, "side": story.tone.side}
     return values
@@ -67,3 +69,8 @@ def best_blind_guess(truths: Sequence[Story], seen: Sequence[Hashable]) -> dict[
         name: sum(max(counts.values()) for counts in views.values()) / sum(c.total() for c in views.values())
         for name, views in by_view.items()
     }
+
+
+def _order_of(story: Story) -> str:
+    """What only the order tells: which way, or which of two things was first, by its colour (theirs always differ)."""
+    return story.action if len(story.things) == 1 else story.things[0].colour

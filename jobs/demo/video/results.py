@@ -1,0 +1,137 @@
+"""The video demo's table of measured against bar, and its report with film strips."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from jobs.demo.results import at_least, enlarged, quarantine_row
+from jobs.demo.video.answers import ANSWERS_FILE, AS_IT_IS, FRAMES_SHUFFLED, SOUND_SHUFFLED, Clips
+from jobs.demo.video.bridges import BRIDGES, Bridge
+from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, score
+from jobs.demo.video.spectrogram import spectrogram_picture
+from jobs.demo.video.stories import Story
+from jobs.demo.video.telling import captions
+from jobs.demo.video.world import read_broken, read_stories
+from pipelines.evaluation.report import GalleryItem, ResultRow, write_report
+
+MIN_ATTRIBUTE = 0.75
+MAX_FROM_BLIND = 0.1
+REPORT_FILE = "report_video.html"
+NUM_SHOWN = 6
+"""Clips of each kind in the report."""
+_HEADINGS = {
+    "direction": "Which way",
+    "event": "Came or went, and the sound beside it",
+    "first": "Which came first",
+    "before": "What was there before",
+}
+Answers = Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]
+"""By bridge and condition, captions by sample id, one table a shuffle."""
+
+
+def measure(output: Path, clips: Clips) -> list[ResultRow]:
+    """Measure everything that the video demo claims, on held-out clips.
+
+    Args:
+        output: Folder of the demo.
+        clips: The held-out clips, decoded.
+    """
+    stories, answers = read_stories(output / "clip_world"), _answers(output)
+    truths = [stories[sample_id] for sample_id in clips.sample_ids]
+    without_order = best_blind_guess(truths, clips.bags())
+    # Balanced: what can be seen says nothing of what can be heard.
+    without_sound = best_blind_guess(truths, [0] * len(truths))
+    rows: list[ResultRow] = []
+    for bridge in BRIDGES:
+        rows += _bridge_rows(bridge, stories, answers[bridge.name], without_order, without_sound)
+    found = pq.read_table(output / "clip_data" / "quarantine.parquet")["sample_id"].to_pylist()
+    return [*rows, quarantine_row(read_broken(output / "clip_world"), set(found), "quarantined clips")]
+
+
+def write(output: Path, clips: Clips, table: Sequence[ResultRow]) -> Path:
+    """Write the report: the table, loss curves, and clips as film strips with what every bridge said of them.
+
+    Returns:
+        Its path.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for bridge in BRIDGES:
+        for line in (output / bridge.name / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            curves.setdefault(f"loss/{bridge.title}", []).append((record["step"], record["loss/lm"]))
+    path = output / REPORT_FILE
+    write_report(
+        str(path), "Q-Former demo: time and sound", table, curves, _galleries(output, clips),
+        summary="Captions of clips on colour-shape combinations that no training saw. Every clip is there forwards and "
+        "backwards, so that its frames without their order say nothing of what is asked.",
+    )  # fmt: skip
+    return path
+
+
+def _bridge_rows(
+    bridge: Bridge,
+    stories: Mapping[str, Story],
+    answers: Mapping[str, Sequence[Mapping[str, str]]],
+    without_order: Mapping[str, float],
+    without_sound: Mapping[str, float],
+) -> list[ResultRow]:
+    plain = _mean_score(stories, answers[AS_IT_IS])
+    if bridge.hears:
+        shuffled = _mean_score(stories, answers[SOUND_SHUFFLED])
+        rows = [ResultRow(name=f"{bridge.title}: {name}", measured=f"{plain[name]:.3f}") for name in ORDER]
+        for name in SOUND:
+            rows.append(at_least(f"{bridge.title}: {name}", plain[name], MIN_ATTRIBUTE))
+            title = f"{bridge.title}: {name}, {SOUND_SHUFFLED}"
+            rows.append(_near(title, shuffled[name], "deaf", without_sound[name]))
+        return rows
+    if not bridge.knows_order:
+        rows = [_near(f"{bridge.title}: {name}", plain[name], "blind", without_order[name]) for name in ORDER]
+    else:
+        rows, shuffled = [], _mean_score(stories, answers[FRAMES_SHUFFLED])
+        for name in ORDER:
+            rows.append(at_least(f"{bridge.title}: {name}", plain[name], MIN_ATTRIBUTE))
+            title = f"{bridge.title}: {name}, {FRAMES_SHUFFLED}"
+            rows.append(_near(title, shuffled[name], "blind", without_order[name]))
+    return [*rows, at_least(f"{bridge.title}: {THINGS}", plain[THINGS], None)]
+
+
+def _near(name: str, value: float, what: str, guess: float) -> ResultRow:
+    bar = f"{what} guess {guess:.3f} ± {MAX_FROM_BLIND}"
+    return ResultRow(name=name, measured=f"{value:.3f}", bar=bar, ok=abs(value - guess) <= MAX_FROM_BLIND)
+
+
+def _mean_score(stories: Mapping[str, Story], tables: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    truths = [stories[sample_id] for table in tables for sample_id in table]
+    return score(truths, [caption for table in tables for caption in table.values()])
+
+
+def _galleries(output: Path, clips: Clips) -> dict[str, list[GalleryItem]]:
+    stories, answers = read_stories(output / "clip_world"), _answers(output)
+    galleries: dict[str, list[GalleryItem]] = {heading: [] for heading in _HEADINGS.values()}
+    for index, sample_id in enumerate(clips.sample_ids):
+        story = stories[sample_id]
+        items = galleries[_HEADINGS[story.kind]]
+        if len(items) == NUM_SHOWN:
+            continue
+        frames = [enlarged(frame) for frame in clips.pixels[index].permute(0, 2, 3, 1).numpy()]
+        if story.tone is not None:
+            wave = clips.waveforms[index].flatten().numpy()
+            frames.append(spectrogram_picture(wave, height=frames[0].shape[0]))
+        said = {bridge: answers[bridge.name][AS_IT_IS][0][sample_id] for bridge in BRIDGES}
+        lines = [f"true: {captions(story)[0]}", *(f"{bridge.title}: {text}" for bridge, text in said.items())]
+        able = [text for bridge, text in said.items() if bridge.hears]
+        items.append(
+            GalleryItem(
+                title=sample_id, frames=frames, lines=lines, ok=all(all(judge(story, text).values()) for text in able)
+            )
+        )
+    return galleries
+
+
+def _answers(output: Path) -> Answers:
+    content: Any = json.loads((output / "clip_answers" / ANSWERS_FILE).read_text(encoding="utf-8"))
+    found: Answers = content
+    return found

@@ -1,0 +1,77 @@
+"""The video part of `qformer demo`: a world of clips, bridges that read their order and their sound, and the proof."""
+
+from functools import partial
+from pathlib import Path
+
+from jobs.demo import results as image_results
+from jobs.demo.settings import DemoSettings
+from jobs.demo.steps import Steps
+from jobs.demo.video import results
+from jobs.demo.video.answers import decode_clips, write_answers
+from jobs.demo.video.bridges import AUDIO, BRIDGES, MODELS, train_settings
+from jobs.demo.video.film import NUM_FRAMES
+from jobs.demo.video.world import MANIFEST_FILE, write_clip_world
+from jobs.settings import FeaturesSettings, PrepareSettings
+from jobs.settings_data import DataSettings, SourceSettings
+from pipelines.evaluation.report import ResultRow
+from qformer.backbones import load_vision
+
+TRAINING_STEPS = (*(bridge.name for bridge in BRIDGES), "clip_answers")
+TITLE = "clips of held-out colour-shape combinations, forwards and backwards"
+
+
+def run_jobs(steps: Steps, settings: DemoSettings) -> None:
+    """Write, prepare, encode once, train every bridge, ask them. Needs an initialised Ray and the image demo's stage 2.
+
+    Args:
+        steps: Of the demo; those that are done are reused.
+        settings: Of the demo.
+    """
+    from jobs import features, prepare, train
+
+    demo = settings.demo
+    world, data = steps.folder("clip_world"), steps.folder("clip_data")
+    values = demo.clips.world.model_dump()
+    steps.run("clip_world", values, lambda: write_clip_world(world, **values))
+    prepare_settings = PrepareSettings(
+        sources=[SourceSettings(path=str(world / MANIFEST_FILE))],
+        output=str(data),
+        num_frames=NUM_FRAMES,
+        ray=settings.ray,
+    )
+    steps.run("clip_data", {}, lambda: prepare.main(prepare_settings), after=("clip_world",))
+    features_settings = FeaturesSettings(
+        output=str(steps.folder("clip_features")),
+        vision=str(MODELS / "vision"),
+        audio=str(MODELS / "audio"),
+        data=DataSettings(manifest=str(data / "manifest.parquet"), num_frames=NUM_FRAMES, audio=AUDIO),
+        workers=demo.workers,
+        ray=settings.ray,
+    )
+    values = features_settings.model_dump(mode="json")
+    steps.run("clip_features", values, lambda: features.main(features_settings), after=("clip_data",))
+    for bridge in BRIDGES:
+        chosen = train_settings(bridge, steps.output, settings)
+        after = ("clip_features", bridge.begins_as)
+        steps.run(bridge.name, chosen.model_dump(mode="json"), partial(train.main, chosen), after=after)
+    names = tuple(bridge.name for bridge in BRIDGES)
+    steps.run("clip_answers", {}, lambda: write_answers(steps.output), after=names)
+
+
+def report(output: Path, seconds: dict[str, float]) -> list[ResultRow]:
+    """Print the table, write the report and say where it lies.
+
+    Args:
+        output: Folder of the demo.
+        seconds: That each step took.
+
+    Returns:
+        The table.
+    """
+    preprocessing = load_vision(str(MODELS / "vision")).preprocessing
+    clips = decode_clips(output / "clip_data" / "manifest.parquet", preprocessing)
+    table = results.measure(output, clips)
+    own = {name: value for name, value in seconds.items() if name.startswith("clip_")}
+    image_results.show(table, own, title=TITLE)
+    print(f"\nreport: {results.write(output, clips, table)}")
+    return table

@@ -1,0 +1,42 @@
+"""Settings of the video demo."""
+
+from pydantic import Field
+
+from jobs.settings_data import Settings
+
+
+class ClipWorldSettings(Settings):
+    """How large a world of clips to write."""
+
+    num_clips: int = Field(default=3000, ge=20)
+    num_test_clips: int = Field(default=320, ge=20, multiple_of=2)
+    """Half of them; every one is there backwards, too."""
+    seed: int = 0
+    broken_share: float = Field(default=0.01, ge=0, lt=0.5)
+
+
+class ClipTrainingSettings(Settings):
+    """How long and how fast one bridge trains."""
+
+    steps: int = Field(default=900, gt=0)
+    sound_steps: int = Field(default=300, gt=0)
+    """Further steps of a bridge that learns to hear."""
+    batch_size: int = Field(default=32, gt=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+
+
+class ClipQuerySettings(Settings):
+    """Queries of the bridges; widths are the image demo's."""
+
+    cascaded: int = Field(default=8, ge=1)
+    spatial: int = Field(default=8, ge=1)
+    temporal: int = Field(default=8, ge=1)
+    audio: int = Field(default=4, ge=1)
+
+
+class ClipDemoSettings(Settings):
+    """The demo's second part (`demo.video`): clips whose captions need order, and sound."""
+
+    world: ClipWorldSettings = ClipWorldSettings()
+    training: ClipTrainingSettings = ClipTrainingSettings()
+    queries: ClipQuerySettings = ClipQuerySettings()
