@@ -16,6 +16,7 @@ LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
+    "qformer/generation/encoder_decoder.py": {"transformers"},
     "qformer/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},
