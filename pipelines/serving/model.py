@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from ray import serve
 
-from pipelines.data.storage import local_folder
+from pipelines.data.local_copies import local_folder
 from pipelines.serving.config import ServingConfig
 from qformer.bridge import Captioner, load_captioner
 from qformer.config import GenerationSettings
