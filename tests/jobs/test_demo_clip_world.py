@@ -133,8 +133,8 @@ def test_stories_are_balanced(held_out: bool):
         assert counts.total() == 40 * share
         assert set(counts.values()) == {40 * share // len(KINDS[kind])}
     tones = Counter(story.tone for story in stories if story.action in EVENTS)
-    assert tones.pop(None) == 40
-    assert set(tones.values()) == {20} and len(tones) == len(PITCHES) * len(SIDES)
+    assert tones.pop(None) == 30
+    assert set(tones.values()) == {15} and len(tones) == len(PITCHES) * len(SIDES)
     # Which of two things comes first has no leaning either: as often one of the two as the other, about.
     first = Counter(story.things[0].pair < story.things[1].pair for story in stories if len(story.things) == 2)
     assert 0.4 < first[True] / first.total() < 0.6

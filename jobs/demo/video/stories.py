@@ -29,8 +29,8 @@ REVERSED = {
 KINDS = {"direction": MOVES, "event": EVENTS, "first": (SEQUENCE,), "before": (CHANGE,)}
 """By the attribute that needs order, the actions that have it: which way; whether the thing came or went; which of two
 things came first; what was there before."""
-KIND_SHARES = {"direction": 2, "event": 4, "first": 2, "before": 2}
-"""Of the clips, in tenths; events alone have sound."""
+KIND_SHARES = {"direction": 3, "event": 3, "first": 2, "before": 2}
+"""Of the clips, in tenths; events alone have sound, and there are four ways to move."""
 PITCHES = ("low", "middle", "high")
 SIDES = ("before", "after")
 SILENT_SHARE = 0.25
