@@ -43,6 +43,9 @@ from qformer.conversion.checkpoint import read_info
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError
 
+_MAX_STARTS = 10
+"""From one step, where a run may be restarted as often as nodes are lost: more are no accident."""
+
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank; the first rank's return value is the run's summary.
@@ -61,6 +64,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         state = _built(arguments, settings)
     except UserError as error:
         mistake = str(error)
+    else:
+        mistake = _stuck(arguments["board"], settings, state.start_step) if rank() == 0 else None
     # Other ranks may have come through, and would wait for this one.
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
@@ -68,6 +73,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     say = reporter.say if reporter else arguments["board"].say.remote
     hosts = of_all_ranks([socket.gethostname()])
     if reporter:
+        reporter.keep(ray.get(arguments["board"].take_deaths.remote()))
         run = state.run
         trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
         group = {"step": state.start_step, "workers": world_size(), "hosts": hosts}
@@ -101,6 +107,18 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     stages = loop.times.combined(state.run.encode.seconds)
     last = reporter.log.records[-1] if reporter and reporter.log.records else {}
     return {**_summary(settings, state), "steps": done, "last": last, "stages": stages}
+
+
+def _stuck(board: Any, settings: TrainSettings, start_step: int) -> str | None:
+    """What to tell of a run that starts again and again before its next checkpoint, where nobody set how often."""
+    num_starts = ray.get(board.starting.remote(start_step))
+    if settings.max_failures is not None or num_starts <= _MAX_STARTS:
+        return None
+    return (
+        f"the workers have started {num_starts} times from step {start_step} and never reached the next checkpoint; "
+        f"events.jsonl in {settings.output} says of what they died. Mend it, or lower checkpoint_every="
+        f"{settings.checkpoint_every}, and run the same command with --resume; max_failures sets another limit"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
