@@ -67,8 +67,9 @@ def caption_file(
     Raises:
         MediaError: If the file cannot be used.
     """
-    pixels = decoder.decode(kind=_kind(path), media=path).pixels
-    return captioner.answer(torch.tensor(pixels)[None], [instruction], generation)[0]
+    clip = decoder.decode(kind=_kind(path), media=path)
+    pixels, frame_valid = torch.tensor(clip.pixels)[None], torch.tensor(clip.frame_valid)[None]
+    return captioner.answer(pixels, [instruction], generation, frame_valid=frame_valid)[0]
 
 
 def _kind(path: str) -> str:

@@ -34,6 +34,39 @@ class QFormerSettings(Settings):
         return self
 
 
+class VideoSettings(Settings):
+    """Sizes of what `model.temporal` names."""
+
+    max_frames: int = Field(default=32, ge=1)
+    """Frame positions that are trained, of cascaded and spatio_temporal; longer clips stretch them."""
+    num_queries: int = Field(default=32, ge=1)
+    """cascaded: of the second Q-Former."""
+    num_layers: int = Field(default=2, ge=1)
+    """cascaded: of the second Q-Former, all of which cross-attend."""
+    freeze_frames: bool = True
+    """cascaded: keep the Q-Former of the frames and the norm before it as `init_from` has them (Video-LLaMA)."""
+    num_spatial_queries: int = Field(default=32, ge=1)
+    """spatio_temporal: queries that read where things are."""
+    num_temporal_queries: int = Field(default=32, ge=1)
+    """spatio_temporal: queries that read when things are."""
+    num_summary_queries: int = Field(default=1, ge=1)
+    """spatio_temporal: queries that read both."""
+
+
+class AudioBranchSettings(Settings):
+    """The branch of a stage-2 bridge that reads what `model.audio` hears."""
+
+    num_queries: int = Field(default=8, ge=1)
+    num_layers: int = Field(default=2, ge=1)
+    max_segments: int = Field(default=8, ge=1)
+    """Segment positions that are trained; more segments stretch them."""
+    is_joint: bool = False
+    """Read sound with the frames, in the second Q-Former of `temporal: cascaded`, one segment a frame; the encoder must
+    be as wide as the Q-Former."""
+    trains_alone: bool = False
+    """Video-LLaMA's way: in this run the branch alone is trained, and read; later runs and answers read both."""
+
+
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
@@ -45,6 +78,10 @@ class ModelSettings(Settings):
     """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
     vision_image_size: int | None = Field(default=None, ge=1)
     """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
+    audio: str | None = None
+    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); null: no sound."""
+    audio_pretrained: bool = True
+    audio_branch: AudioBranchSettings = AudioBranchSettings()
     language: str | None = None
     """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
     tokenizer: str = "bert-base-uncased"
@@ -62,6 +99,11 @@ class ModelSettings(Settings):
     """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
     lora: LoraConfig | None = None
     """Stage 2: also train low-rank updates of the language model; null: it stays as it is."""
+    temporal: Literal["concatenate", "mean", "cascaded", "spatio_temporal"] = "concatenate"
+    """How the frames of a clip are joined. concatenate: the query outputs of all, in time order (InstructBLIP's way).
+    mean: their mean, blind to order. cascaded: a second Q-Former over them (Video-LLaMA). spatio_temporal: one Q-Former
+    over frames pooled over space and over time (Video Q-Former). An image is a clip of one frame."""
+    video: VideoSettings = VideoSettings()
     qformer: QFormerSettings = QFormerSettings()
     qformer_init: str | None = None
     """Hugging Face BERT that the Q-Former starts from (hub name or local folder); null: random weights."""

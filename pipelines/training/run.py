@@ -4,30 +4,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipelines.data import checkpoint_folders
-from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
-from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
 from pipelines.training.ema import Ema
+from pipelines.training.frozen_encoders import FrozenEncoders
 from pipelines.training.model_choice import ModelChoice
 from pipelines.training.objective import Objective
 from pipelines.training.precision import DTYPES, Precision, PrecisionName
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
-from qformer.backbones import load_language, load_vision, weights_fingerprint
+from qformer.adapters.lora import Lora
+from qformer.backbones import load_language, weights_fingerprint
 from qformer.config import QFormerConfig
 from qformer.conversion.bert import start_from_bert
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo
 from qformer.conversion.initialisation import require_stage1, start_stage1, start_stage2
-from qformer.distributed import mean_of_ranks, rank, world_size
+from qformer.distributed import mean_of_ranks, world_size
 from qformer.errors import UserError
 from qformer.language import build_language_model
-from qformer.lora import Lora
-from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
@@ -79,10 +76,11 @@ class TrainingRun:
     ) -> None:
         frozen_dtype = DTYPES[precision] or torch.float32
         self.choice, self._micro_batch = choice, micro_batch
-        self.frozen: dict[str, nn.Module] = {}
-        self.fingerprints: dict[str, str] = {}
-        encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
-        self.encode = TimedEncode(encode, device)
+        encoders = FrozenEncoders(choice, device, frozen_dtype, features)
+        self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
+        self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
+        self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear
+        self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
@@ -129,6 +127,10 @@ class TrainingRun:
             prompt=choice.prompt,
             vision_image_size=choice.vision_image_size,
             lora=choice.lora,
+            video=self.video,
+            audio=choice.audio,
+            audio_pretrained=choice.audio_pretrained,
+            audio_branch=self.audio_branch,
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
@@ -201,8 +203,8 @@ class TrainingRun:
             require_stage1(folder)  # before its tokenizer, which stage 2 may lack
         self.tokenizer = self._tokenizer(folder)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
-        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction)
-        self._start(stage1.qformer)
+        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction, video=self.video)
+        self._start(stage1)
         if folder is not None:
             allow = self.choice.init_mismatch == "reinitialise"
             self.load_report = str(start_stage1(stage1, folder, allow_mismatch=allow))
@@ -225,8 +227,19 @@ class TrainingRun:
             self.tokenizer = self._tokenizer(folder)
         self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
         lora = Lora(language.model, choice.lora) if choice.lora else None
-        stage2 = Stage2(self.config, language_width=language.width, freeze_qformer=choice.freeze_qformer, lora=lora)
-        self._start(stage2.qformer)
+        try:
+            stage2 = Stage2(
+                self.config,
+                language_width=language.width,
+                freeze_qformer=choice.freeze_qformer,
+                lora=lora,
+                video=self.video,
+                audio=self.audio_branch,
+                trains_audio_alone=choice.trains_audio_alone,
+            )
+        except ValueError as error:
+            raise UserError(f"model.audio_branch: {error}") from error
+        self._start(stage2)
         if folder is not None:
             report = start_stage2(
                 stage2, folder, language=choice.language, allow_mismatch=choice.init_mismatch == "reinitialise"
@@ -243,6 +256,7 @@ class TrainingRun:
             prompt=choice.prompt,
             max_tokens=choice.max_text_tokens,
             micro_batch=self._micro_batch,
+            hear=self._hear,
         )
 
     def _tokenizer(self, folder: Path | None) -> TextTokenizer:
@@ -251,42 +265,12 @@ class TrainingRun:
         name = self.choice.tokenizer if own is None or not own.is_dir() else str(own)
         return load_text_tokenizer(name, self.choice.max_text_tokens)
 
-    def _start(self, qformer: QFormer) -> None:
+    def _start(self, bridge: Stage1 | Stage2) -> None:
         """Start from a BERT where the settings name one."""
         if self.choice.qformer_init is not None:
             allow = self.choice.init_mismatch == "reinitialise"
+            qformer = bridge.frames.reader_of_encoder(bridge.qformer)
             self.load_report = str(start_from_bert(qformer, self.choice.qformer_init, allow_mismatch=allow))
-
-    def _encoder(self, device: torch.device, dtype: torch.dtype) -> Encode:
-        choice = self.choice
-        encoder = load_vision(
-            choice.vision,
-            pretrained=choice.vision_pretrained,
-            layer=choice.vision_layer,
-            dtype=dtype,
-            image_size=choice.vision_image_size,
-        ).to(device)
-        self.frozen["vision"] = encoder
-        self.preprocessing, self.encoder_width = encoder.preprocessing, encoder.width
-        return lambda batch: encoder(torch.from_numpy(batch.images).to(device, non_blocking=True)).float()
-
-    def _cached(self, features: FeatureSpec, device: torch.device) -> Encode:
-        choice = self.choice
-        if rank() == 0:  # once is enough: the encoder may be large
-            encoder = EncoderChoice(
-                vision=choice.vision,
-                pretrained=choice.vision_pretrained,
-                layer=choice.vision_layer,
-                precision=features.precision,
-                num_frames=choice.num_frames,
-                sampling=Sampling.from_dict(choice.sampling),
-                dtype=features.dtype,
-                image_size=choice.vision_image_size,
-            )
-            encoder.load()[1].require_same(features)
-        self.fingerprints["vision"] = features.weights
-        self.preprocessing, self.encoder_width = features.preprocessing, features.width
-        return lambda batch: torch.from_numpy(batch.images).to(device, non_blocking=True).float()
 
     def _config(self, vocab_size: int, *, has_lm_head: bool) -> QFormerConfig:
         choice = self.choice

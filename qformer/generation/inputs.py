@@ -20,7 +20,7 @@ def prompt_inputs(language: LanguageModel, prefix_NL: Tensor, prompt: str) -> Te
     Returns:
         inputs_SL, in the type of the language model's embeddings.
     """
-    return language._generation_inputs(prefix_NL[None], [prompt])["inputs_embeds"][0]
+    return language._generation_inputs([prefix_NL], [prompt])["inputs_embeds"][0]
 
 
 @torch.no_grad()
