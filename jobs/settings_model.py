@@ -53,6 +53,20 @@ class VideoSettings(Settings):
     """spatio_temporal: queries that read both."""
 
 
+class AudioBranchSettings(Settings):
+    """The branch of a stage-2 bridge that reads what `model.audio` hears."""
+
+    num_queries: int = Field(default=8, ge=1)
+    num_layers: int = Field(default=2, ge=1)
+    max_segments: int = Field(default=8, ge=1)
+    """Segment positions that are trained; more segments stretch them."""
+    is_joint: bool = False
+    """Read sound with the frames, in the second Q-Former of `temporal: cascaded`, one segment a frame; the encoder must
+    be as wide as the Q-Former."""
+    trains_alone: bool = False
+    """Video-LLaMA's way: in this run the branch alone is trained, and read; later runs and answers read both."""
+
+
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
@@ -64,6 +78,10 @@ class ModelSettings(Settings):
     """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
     vision_image_size: int | None = Field(default=None, ge=1)
     """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
+    audio: str | None = None
+    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); null: no sound."""
+    audio_pretrained: bool = True
+    audio_branch: AudioBranchSettings = AudioBranchSettings()
     language: str | None = None
     """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
     tokenizer: str = "bert-base-uncased"

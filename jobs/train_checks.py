@@ -39,6 +39,11 @@ def check(settings: TrainSettings, num_rows: int) -> None:
             "model.temporal=cascaded keeps the Q-Former of the frames as it was trained: set init_from to a run, or "
             "model.video.freeze_frames=false to train it too"
         )
+    if model.audio_branch.trains_alone and (model.audio is None or settings.init_from is None):
+        raise UserError(
+            "model.audio_branch.trains_alone=true trains a branch beside a trained bridge: set model.audio to an audio "
+            "encoder and init_from to a run"
+        )
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)
 
@@ -102,6 +107,6 @@ def _check_stage_1(settings: TrainSettings) -> None:
             "model.lavis_reduction reduces over what a worker computes at a time, which micro_batch changes; leave one "
             "of them out"
         )
-    for name in ("lora", "freeze_qformer", "qformer_reads_prompt"):
+    for name in ("lora", "freeze_qformer", "qformer_reads_prompt", "audio"):
         if getattr(settings.model, name):
             raise UserError(f"model.{name} belongs to stage 2, which has a language model; leave it out of stage 1")

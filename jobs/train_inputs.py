@@ -17,7 +17,9 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
         return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
 
     model = settings.model
-    folders = {name: absolute(getattr(model, name)) for name in ("vision", "language", "tokenizer", "qformer_init")}
+    folders = {
+        name: absolute(getattr(model, name)) for name in ("vision", "audio", "language", "tokenizer", "qformer_init")
+    }
     if model.tokenizer == LEARN_TOKENIZER:
         folders["tokenizer"] = LEARN_TOKENIZER
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output

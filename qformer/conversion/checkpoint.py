@@ -101,8 +101,8 @@ def read_info(folder: Path) -> BridgeInfo:
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
     info = BridgeInfo.from_json(file.read_bytes(), str(file))
-    language = None if info.language is None else _resolved(folder, info.language)
-    return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language)
+    language, audio = (None if name is None else _resolved(folder, name) for name in (info.language, info.audio))
+    return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language, audio=audio)
 
 
 def _resolved(folder: Path, name: str) -> str:
