@@ -88,7 +88,12 @@ class EncoderChoice:
         )
         ears.require_fit(sampling.sample_rate_hz, sampling.segment_samples)
         heard = dataclasses.replace(
-            spec, audio=sampling, audio_encoder=self.audio, audio_weights=ears.fingerprint, audio_width=ears.width
+            spec,
+            audio=sampling,
+            audio_encoder=self.audio,
+            audio_weights=weights_fingerprint(ears),
+            audio_extractor=ears.extractor_fingerprint,
+            audio_width=ears.width,
         )
         return encoder, ears, heard
 

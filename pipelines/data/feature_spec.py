@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = ("limits", "augmentation", "has_chance")
 """Of `DecodeSettings`: limits decide which rows fail, not what the others look like; nothing in a cache is random."""
 _NAMES = ("vision", "audio_encoder")
 """For people; weights are what counts."""
-_OF_AUDIO = ("audio", "audio_encoder", "audio_weights", "audio_width")
+_OF_AUDIO = ("audio", "audio_encoder", "audio_weights", "audio_extractor", "audio_width")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,9 @@ class FeatureSpec:
     audio_encoder: str | None = None
     """Name or folder of the audio encoder, for people."""
     audio_weights: str | None = None
-    """SHA-256 of its weights as they were run, and of its feature extractor's settings."""
+    """SHA-256 of its weights as they were run."""
+    audio_extractor: str | None = None
+    """SHA-256 of the settings of its feature extractor."""
     audio_width: int = 0
     """Of its vectors."""
 
@@ -62,7 +64,9 @@ class FeatureSpec:
 
     def without_audio(self) -> "FeatureSpec":
         """The same cache for those who do not listen."""
-        return dataclasses.replace(self, audio=None, audio_encoder=None, audio_weights=None, audio_width=0)
+        return dataclasses.replace(
+            self, audio=None, audio_encoder=None, audio_weights=None, audio_extractor=None, audio_width=0
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
