@@ -5,7 +5,7 @@ import random
 import pytest
 
 from jobs.demo.scenes import Thing
-from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, score
+from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, order_leaning, score
 from jobs.demo.video.stories import CHANGE, SEQUENCE, Story, Tone, draw_stories
 from jobs.demo.video.telling import captions
 
@@ -99,3 +99,24 @@ def test_no_answer_that_sees_only_bags_beats_the_best_guess():
         answer = {bag: rng.choice([s for s, b in zip(stories, bags, strict=True) if b == bag]) for bag in bags}
         scores = score(stories, told([answer[bag] for bag in bags]))
         assert all(scores[name] <= best[name] for name in ORDER)
+
+
+@pytest.mark.parametrize(
+    ("caption", "leaning"),
+    [
+        ("first a red star comes then a blue cross", 1.0),  # the first thing's colour
+        ("a blue star turns into a red square", 0.0),  # the other one's
+        ("first a green star comes then a red square", 0.5),  # neither's
+        ("a red square appears", 0.5),
+        ("a red", 0.5),
+    ],
+)
+def test_leaning_is_to_the_true_order_against_its_reverse(caption, leaning):
+    assert order_leaning([Story(SEQUENCE, (RED, BLUE))], [caption]) == {"first": leaning}
+
+
+def test_leaning_to_a_way_is_against_the_opposite_way():
+    said = ["a red square moves left", "a red square moves right", "a red square moves up", "a red star appears"]
+    assert order_leaning([Story("moves left", (RED,))] * 4, said) == {"direction": 0.5}
+    assert order_leaning([Story("moves left", (RED,))] * 2, said[::2]) == {"direction": 0.75}
+    assert order_leaning([Story("appears", (RED,), Tone("low", "after"))], said[3:]) == {"event": 1.0}

@@ -46,8 +46,8 @@ class Film:
 def film(story: Story, seed: str) -> Film:
     """Draw a story.
 
-    With the same seed a story and its reversal have the same frames, one forwards and one backwards, and with the
-    same tone the same sound: one of the two is drawn, whichever is asked for.
+    With the same seed a story and its reversal have the same frames, one forwards and one backwards: one of the two is
+    drawn, whichever is asked for. Each has a sound of its own.
     """
     rng = random.Random(f"{seed}/frames")
     width, height = canvas_size(rng, 64, 112)
@@ -57,7 +57,8 @@ def film(story: Story, seed: str) -> Film:
     num_frames = DURATION_S * rate_hz
     moments = _moments(forward, [(index + 0.5) / num_frames for index in range(num_frames)], rng)
     frames = [np.asarray(paint(background, moment)) for moment in moments]
-    waveform = None if story.tone is None else waveform_of(story.tone, DURATION_S, random.Random(f"{seed}/sound"))
+    rng = random.Random(f"{seed}/{story.action}/sound")
+    waveform = None if story.tone is None else waveform_of(story.tone, DURATION_S, rng)
     return Film(frames if story == forward else frames[::-1], rate_hz, waveform)
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from jobs.demo.results import at_least, enlarged, quarantine_row
 from jobs.demo.video.answers import ANSWERS_FILE, AS_IT_IS, FRAMES_SHUFFLED, SOUND_SHUFFLED, Clips
 from jobs.demo.video.bridges import BRIDGES, Bridge
-from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, score
+from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, order_leaning, score
 from jobs.demo.video.spectrogram import spectrogram_picture
 from jobs.demo.video.stories import Story
 from jobs.demo.video.telling import captions
@@ -87,20 +87,25 @@ def _bridge_rows(
             title = f"{bridge.title}: {name}, {SOUND_SHUFFLED}"
             rows.append(_near(title, shuffled[name], "deaf", without_sound[name]))
         return rows
-    if not bridge.knows_order:
-        rows = [_near(f"{bridge.title}: {name}", plain[name], "blind", without_order[name]) for name in ORDER]
-    else:
-        rows, shuffled = [], _mean_score(stories, answers[FRAMES_SHUFFLED])
-        for name in ORDER:
-            rows.append(at_least(f"{bridge.title}: {name}", plain[name], MIN_ATTRIBUTE))
-            title = f"{bridge.title}: {name}, {FRAMES_SHUFFLED}"
-            rows.append(_near(title, shuffled[name], "blind", without_order[name]))
+    rows = []
+    shuffled = _mean_leaning(stories, answers[FRAMES_SHUFFLED if bridge.knows_order else AS_IT_IS])
+    for name in ORDER:
+        title = f"{bridge.title}: {name}"
+        if bridge.knows_order:
+            rows.append(at_least(title, plain[name], MIN_ATTRIBUTE))
+            title = f"{title}, {FRAMES_SHUFFLED}"
+        rows.append(_near(title, shuffled[name], "blind", without_order[name]))
     return [*rows, at_least(f"{bridge.title}: {THINGS}", plain[THINGS], None)]
 
 
 def _near(name: str, value: float, what: str, guess: float) -> ResultRow:
     bar = f"{what} guess {guess:.3f} ± {MAX_FROM_BLIND}"
     return ResultRow(name=name, measured=f"{value:.3f}", bar=bar, ok=abs(value - guess) <= MAX_FROM_BLIND)
+
+
+def _mean_leaning(stories: Mapping[str, Story], tables: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    truths = [stories[sample_id] for table in tables for sample_id in table]
+    return order_leaning(truths, [caption for table in tables for caption in table.values()])
 
 
 def _mean_score(stories: Mapping[str, Story], tables: Sequence[Mapping[str, str]]) -> dict[str, float]:

@@ -38,6 +38,21 @@ def judge(truth: Story, caption: str) -> dict[str, bool]:
     return {name: told.get(name) == value for name, value in wanted.items()}
 
 
+def order_leaning(truths: Sequence[Story], captions: Sequence[str]) -> dict[str, float]:
+    """How far captions lean to the true order against its reverse, by attribute: all 1, none 0.
+
+    It is what a choice between the two would score where a caption that tells neither leaves it to a coin. Against
+    `score` it does not fall where captions become unsure or tell of something else.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for truth, caption in zip(truths, captions, strict=True):
+        guess = parse(caption)
+        told = None if guess is None else _order_of(guess)
+        values = {_order_of(truth): 1.0, _order_of(truth.reversed()): 0.0}
+        found[truth.kind].append(0.5 if told is None else values.get(told, 0.5))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def values_of(story: Story) -> dict[str, Hashable]:
     """A story's attributes and their values."""
     values: dict[str, Hashable] = {
