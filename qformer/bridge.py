@@ -40,8 +40,13 @@ class Retriever:
             query_embeds_BNE, L2-normalised float32 (N = F * Q), and the encoder's image_tokens_BFPV for `match`.
         """
         tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
-        hidden_GQD = self.stage1.qformer.forward_queries(self._image(tokens_BFPV)).hidden_BQD
-        return self.stage1.embed_queries(hidden_GQD, tokens_BFPV.shape[1]), tokens_BFPV
+        return self.embed_tokens(tokens_BFPV), tokens_BFPV
+
+    @torch.no_grad()
+    def embed_tokens(self, image_tokens_BFPV: Tensor) -> Tensor:
+        """query_embeds_BNE as `embed_image`, of what the encoder has seen already."""
+        hidden_GQD = self.stage1.qformer.forward_queries(self._image(image_tokens_BFPV)).hidden_BQD
+        return self.stage1.embed_queries(hidden_GQD, image_tokens_BFPV.shape[1])
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
@@ -133,7 +138,7 @@ def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
     info = _info_of_stage(folder, 1, "retrieval")
     stage1 = Stage1(info.qformer)
     load_weights(stage1, folder)
-    return Retriever(info, _encoder(info).to(device), stage1.to(device), _tokenizer(folder, info))
+    return Retriever(info, _encoder(info).to(device), stage1.to(device), load_tokenizer(folder, info))
 
 
 def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
@@ -150,7 +155,7 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
     lora = Lora(language.model, info.lora) if info.lora else None
     stage2 = Stage2(info.qformer, language_width=language.width, lora=lora)
     load_weights(stage2, folder)
-    tokenizer = _tokenizer(folder, info) if info.qformer.has_text_branch else None
+    tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
     return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer)
 
 
@@ -161,7 +166,8 @@ def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
     return info
 
 
-def _tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
+def load_tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
+    """Load the Q-Former's text tokenizer from its checkpoint folder."""
     return load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens, info.qformer.vocab_size)
 
 
