@@ -9,6 +9,7 @@ from jobs.checkpoint import open_checkpoint
 from jobs.cli import run_job
 from jobs.settings import CaptionSettings
 from pipelines.data import storage
+from pipelines.data.local_copies import local_folder
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.retries import classify
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
@@ -33,7 +34,7 @@ def main(settings: CaptionSettings) -> int:
         if not storage.exists(path):
             raise UserError(f"media: no file at {path}; give the path of an image or a video")
     checkpoint, info = open_checkpoint(settings.checkpoint)
-    captioner = load_captioner(storage.local_folder(checkpoint))
+    captioner = load_captioner(local_folder(checkpoint))
     if captioner.num_truncated([settings.instruction]):
         logger.warning("instruction: cut to max_text_tokens=%d, as in training", info.max_text_tokens)
     decoder = SampleDecoder(
@@ -66,8 +67,9 @@ def caption_file(
     Raises:
         MediaError: If the file cannot be used.
     """
-    pixels = decoder.decode(kind=_kind(path), media=path).pixels
-    return captioner.answer(torch.tensor(pixels)[None], [instruction], generation)[0]
+    clip = decoder.decode(kind=_kind(path), media=path)
+    pixels, frame_valid = torch.tensor(clip.pixels)[None], torch.tensor(clip.frame_valid)[None]
+    return captioner.answer(pixels, [instruction], generation, frame_valid=frame_valid)[0]
 
 
 def _kind(path: str) -> str:

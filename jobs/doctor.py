@@ -17,6 +17,7 @@ from jobs.doctor_report import show
 from jobs.run_records import RunRecords, read_records
 from jobs.settings import DoctorSettings
 from pipelines.data import checkpoint_folders, storage
+from pipelines.data.local_copies import local_folder
 from pipelines.evaluation import log_findings, run_findings, weight_findings
 from pipelines.evaluation.findings import Finding, worst
 from pipelines.evaluation.weight_findings import Weights
@@ -66,7 +67,7 @@ def look(settings: DoctorSettings) -> list[Finding]:
     records, finished = read_records(run), checkpoint_folders.finished_checkpoints(run)
     if not finished and records.settings is None and records.metrics is None:
         raise UserError(f"run={run} holds no training run; give the folder that `qformer train` wrote (its output)")
-    folders = {uri: storage.local_folder(uri) for uri in finished}
+    folders = {uri: local_folder(uri) for uri in finished}
     damaged = {uri: why for uri, folder in folders.items() if (why := checkpoint_folders.damage(folder)) is not None}
     whole = [uri for uri in finished if uri not in damaged]
     newest = folders[whole[0]] if whole else None
@@ -139,7 +140,7 @@ def _weights(folder: Path) -> Weights:
 def _begun_from(init_from: str) -> list[Weights]:
     """The checkpoint that a run started from, as far as it is still there."""
     try:
-        folder = storage.local_folder(checkpoint_folders.newest_checkpoint(init_from))
+        folder = local_folder(checkpoint_folders.newest_checkpoint(init_from))
         return [Weights(place=f"init_from ({folder.name})", tensors=read_weights(folder), is_own=False)]
     except UserError as error:
         logger.info("init_from is not compared: %s", error)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from jobs.checkpoint import checkpoint_name, open_checkpoint
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session
+from jobs.output_folder import require_unused
 from jobs.settings import EvaluateSettings
 from jobs.settings_data import DataSettings
 from jobs.settings_loading import resolved_yaml
@@ -40,7 +41,7 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
     Raises:
         UserError: If the output folder is used, or checkpoint or manifest cannot be read.
     """
-    storage.require_unused(settings.output, "output")
+    require_unused(settings.output, "output")
     checkpoint, info = open_checkpoint(settings.checkpoint)
     data = settings.data
     manifest = read_manifest(data.manifest, data.split, needs_captions=info.stage == 1, kind=data.kind)

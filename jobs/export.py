@@ -6,7 +6,7 @@ from jobs.checkpoint import open_checkpoint
 from jobs.cli import run_job
 from jobs.import_checkpoint import local_output, written_aside
 from jobs.settings import ExportSettings
-from pipelines.data import storage
+from pipelines.data.local_copies import local_folder
 from qformer.conversion.huggingface import export_huggingface
 
 
@@ -19,7 +19,7 @@ def main(settings: ExportSettings) -> None:
     output = local_output(settings.output)
     folder, _ = open_checkpoint(settings.checkpoint)
     with written_aside(output) as aside:
-        report = export_huggingface(storage.local_folder(folder), aside)
+        report = export_huggingface(local_folder(folder), aside)
     print("\n".join([f"{folder} -> {output}", *report.lines()]))
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from jobs.cli import run_job
 from jobs.cluster_session import ray_session
+from jobs.output_folder import require_unused
 from jobs.settings import FeaturesSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
@@ -131,7 +132,7 @@ def _claim(output: str, spec: FeatureSpec) -> None:
     """Make the folder this cache's, or see that it is."""
     found = read_spec(output)
     if found is None:
-        storage.require_unused(output, "output")
+        require_unused(output, "output")
         write_spec(output, spec)
     else:
         spec.require_same(found)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.cli import run_job
+from jobs.output_folder import require_unused
 from jobs.settings import ImportSettings
 from pipelines.data import checkpoint_folders, storage
 from qformer.conversion.bundle import ImportOptions
@@ -64,7 +65,7 @@ def local_output(output: str) -> Path:
     """
     if not storage.is_local(output):
         raise UserError(f"output={output} is not local; write to a local folder and copy it there")
-    storage.require_unused(output, "output")
+    require_unused(output, "output")
     return Path(storage.local_path(output))
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster_session import ray_session
+from jobs.output_folder import require_unused
 from jobs.prepare_report import print_summary, told_progress
 from jobs.settings import PrepareSettings
 from jobs.settings_loading import resolved_yaml
@@ -64,7 +65,7 @@ def main(settings: PrepareSettings) -> dict[str, Any]:
         _tell(summary, settings)
         print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were tried")
         return summary
-    storage.require_unused(settings.output, "output")
+    require_unused(settings.output, "output")
     seen = SeenNames()
     logger.info("checking %d sources", len(sources))
     blocks = itertools.chain.from_iterable(read_source(source, seen) for source in sources)

@@ -10,9 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.cli import find_user_error
+from jobs.output_folder import require_unused
 from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import checkpoint_folders, storage
+from pipelines.data.local_copies import drop_copy
 from qformer.errors import UserError
 
 SETTINGS_FILE, QUARANTINE_FILE = "settings.yaml", "quarantine.parquet"
@@ -34,7 +36,7 @@ def run_folder(settings: TrainSettings) -> Iterator[None]:
     if settings.resume:
         _require_ours(settings)
     else:
-        storage.require_unused(settings.output, "output")
+        require_unused(settings.output, "output")
     storage.write_text(storage.join(settings.output, SETTINGS_FILE), resolved_yaml(settings))
     try:
         yield
@@ -58,6 +60,8 @@ def _require_ours(settings: TrainSettings) -> None:
             raise UserError(f"resume: the run in {output} is of stage {stage}, the settings say stage={settings.stage}")
     found = checkpoint_folders.newest_whole_checkpoint(output)
     logger.info("resuming from %s", found.name if found else "the start: no checkpoint yet")
+    if found:
+        drop_copy(output, found)  # the workers look by themselves, wherever they are
 
 
 def _stage_of(output: str) -> int | None:

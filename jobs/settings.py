@@ -37,6 +37,7 @@ class TrainSettings(Settings):
     output: str
     """Run folder (local path or fsspec URI): settings, checkpoints, metrics, quarantine, TensorBoard."""
     stage: Literal[1, 2]
+    """1: contrast, match and generate beside the frozen encoder; 2: prompt a frozen language model."""
     init_from: str | None = None
     """Run folder or checkpoint that this run starts from: of stage 1, or for stage 2 of either stage."""
     resume: bool = False
@@ -45,12 +46,14 @@ class TrainSettings(Settings):
     data: TrainDataSettings
     optim: OptimSettings = OptimSettings()
     steps: int = Field(gt=0)
+    """Optimizer steps of the whole run; the learning rate falls to its minimum at the last."""
     batch_size: int = Field(gt=0)
     """Global batch: samples of one optimizer step over all workers."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Most samples that a worker keeps a graph of at a time; null: its whole share. Stage 1 computes a larger share
     twice (gradient caching), stage 2 adds gradients up; both get the gradient of the whole batch."""
     workers: int = Field(default=1, ge=1)
+    """Training processes, one GPU each with `use_gpu`; they share `batch_size`."""
     min_workers: int | None = Field(default=None, ge=1)
     """Go on with so few when nodes are lost, and with more again, up to `workers`, when nodes come; batches, order and
     learning rates stay what they are. null: `workers` or none."""
@@ -60,9 +63,11 @@ class TrainSettings(Settings):
     compile: bool = False
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints: as many are done again after a crash, at most."""
     keep_checkpoints: int = Field(default=3, ge=1)
     """Newest checkpoints that stay; older ones are removed when another is finished."""
     log_every: int = Field(default=10, gt=0)
+    """Steps between records in metrics.jsonl, TensorBoard and Prometheus; 1 records every step."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     max_failures: int | None = Field(default=None, ge=0)
     """How often Ray Train may restart the workers after a crash; null: 100 times with `min_workers`, else never."""
@@ -76,6 +81,7 @@ class TrainSettings(Settings):
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Training stops when more than this share of an epoch's rows is quarantined."""
     decode_workers: int = Field(default=1, ge=1)
+    """Processes that fetch and decode for all workers, one CPU each."""
     ray: RaySettings = RaySettings()
 
 

@@ -140,6 +140,8 @@ def _describe(
     assignments: Sequence[tuple[tuple[str, ...], str]],
 ) -> str:
     keys = tuple(str(part) for part in details["loc"])
+    if details["type"] == "missing":
+        keys = (*keys, *_first_required(model, keys))
     dotted = ".".join(keys)
     origin = _origin(keys, files, assignments)
     match details["type"]:
@@ -190,6 +192,17 @@ def _depth(keys: tuple[str, ...], values: Any) -> int:
             return depth
         values = values[key]
     return len(keys)
+
+
+def _first_required(model: type[Any], keys: Sequence[str]) -> tuple[str, ...]:
+    """Names below a missing part down to one that has no default: a whole part is no value that a person can give."""
+    for key in keys:
+        annotation = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ()
+        model = annotation
+    required = next((name for name, field in model.model_fields.items() if field.is_required()), None)
+    return () if required is None else (required, *_first_required(model, (required,)))
 
 
 def _suggestion(model: type[Settings], keys: tuple[str, ...]) -> str:

@@ -34,6 +34,25 @@ class QFormerSettings(Settings):
         return self
 
 
+class VideoSettings(Settings):
+    """Sizes of what `model.temporal` names."""
+
+    max_frames: int = Field(default=32, ge=1)
+    """Frame positions that are trained, of cascaded and spatio_temporal; longer clips stretch them."""
+    num_queries: int = Field(default=32, ge=1)
+    """cascaded: of the second Q-Former."""
+    num_layers: int = Field(default=2, ge=1)
+    """cascaded: of the second Q-Former, all of which cross-attend."""
+    freeze_frames: bool = True
+    """cascaded: keep the Q-Former of the frames and the norm before it as `init_from` has them (Video-LLaMA)."""
+    num_spatial_queries: int = Field(default=32, ge=1)
+    """spatio_temporal: queries that read where things are."""
+    num_temporal_queries: int = Field(default=32, ge=1)
+    """spatio_temporal: queries that read when things are."""
+    num_summary_queries: int = Field(default=1, ge=1)
+    """spatio_temporal: queries that read both."""
+
+
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
@@ -62,6 +81,11 @@ class ModelSettings(Settings):
     """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
     lora: LoraConfig | None = None
     """Stage 2: also train low-rank updates of the language model; null: it stays as it is."""
+    temporal: Literal["concatenate", "mean", "cascaded", "spatio_temporal"] = "concatenate"
+    """How the frames of a clip are joined. concatenate: the query outputs of all, in time order (InstructBLIP's way).
+    mean: their mean, blind to order. cascaded: a second Q-Former over them (Video-LLaMA). spatio_temporal: one Q-Former
+    over frames pooled over space and over time (Video Q-Former). An image is a clip of one frame."""
+    video: VideoSettings = VideoSettings()
     qformer: QFormerSettings = QFormerSettings()
     qformer_init: str | None = None
     """Hugging Face BERT that the Q-Former starts from (hub name or local folder); null: random weights."""

@@ -1,7 +1,14 @@
 """What training refuses before any worker starts."""
 
+import functools
+
+import numpy as np
+
 from jobs.settings import TrainSettings
-from pipelines.data import checkpoint_folders
+from pipelines.data import checkpoint_folders, members, schema, storage
+from pipelines.data.media import MediaError
+from pipelines.data.mixture import Corpus
+from pipelines.data.retries import with_retries
 from qformer.errors import UserError
 
 
@@ -26,8 +33,38 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
+    model = settings.model
+    if model.temporal == "cascaded" and model.video.freeze_frames and settings.init_from is None:
+        raise UserError(
+            "model.temporal=cascaded keeps the Q-Former of the frames as it was trained: set init_from to a run, or "
+            "model.video.freeze_frames=false to train it too"
+        )
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)
+
+
+def require_media_answer(corpus: Corpus) -> None:
+    """Ask each store that holds media for the first file of a source, before workers wait for it row by row.
+
+    Raises:
+        UserError: If it refuses, or does not answer. A file that is missing says nothing of the others.
+    """
+    asked: set[str] = set()
+    for source in corpus.sources:
+        media = source.rows.take(np.zeros(1, dtype=np.int64))[schema.MEDIA][0].as_py()
+        if media is None or storage.is_local(media):
+            continue
+        member = members.parse(media)
+        uri = media if member is None else member.shard
+        if (store := "/".join(uri.split("/")[:3])) in asked:
+            continue
+        asked.add(store)
+        try:
+            with_retries(uri, functools.partial(storage.size_bytes, uri))
+        except MediaError as error:
+            if error.error_class in ("config", "transient"):
+                told = error.message.removeprefix(f"{uri}: ")
+                raise UserError(f"the media of data.manifest cannot be read: {uri}: {told}") from error
 
 
 def manifests(settings: TrainSettings) -> list[tuple[str, float | None]]:

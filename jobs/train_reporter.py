@@ -1,21 +1,29 @@
 """What the first rank of `qformer train` writes down: log, events, checkpoints, bad steps, quarantine."""
 
 import json
+import math
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
+
+import pyarrow as pa
 
 from jobs.circumstances import circumstances
 from jobs.run_folder import QUARANTINE_FILE
 from jobs.settings import TrainSettings
-from pipelines.data import storage
+from pipelines.data import quarantine, storage
+from pipelines.data.batch import Failure
 from pipelines.data.manifest import write_table
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.telemetry import RunLog
 
+_QUARANTINE_PAUSE_S = 60.0
+"""Between two writings of the quarantine table: it is written whole, and may be long."""
 BAD_STEPS_FILE, EVENTS_FILE, STARTS_FILE = "bad_steps.jsonl", "events.jsonl", "starts.jsonl"
+VALIDATION_QUARANTINE_FILE = "validation_quarantine.parquet"
 
 
 class Reporter:
@@ -33,11 +41,20 @@ class Reporter:
         self._lock = threading.Lock()
         self.log = RunLog(settings.output, board, start_step, self.say)
         self.writer = CheckpointWriter(settings.output, keep=settings.keep_checkpoints, alarm=self.say)
+        self._num_quarantined, self._quarantine_at_s = 0, -math.inf
+        self._forget_bad_steps(start_step)
 
     def say(self, text: str) -> None:
         """Have the driver print a line, and keep it in events.jsonl."""
         self._board.say.remote(text)
         self._append(EVENTS_FILE, {"time": _now(), "text": text})
+
+    def logged(self, values: dict[str, float], accounting: Accounting) -> None:
+        """Record a logged step's figures, and the rows that were quarantined since the table was last written."""
+        self.log.write(values)
+        is_due = time.monotonic() - self._quarantine_at_s > _QUARANTINE_PAUSE_S
+        if is_due and accounting.rows_quarantined > self._num_quarantined:
+            self.write_quarantine(accounting)
 
     def bad_step(self, values: dict[str, Any]) -> None:
         """Keep what became of a step that was left out."""
@@ -49,10 +66,18 @@ class Reporter:
 
     def write_quarantine(self, accounting: Accounting) -> None:
         """Write the quarantine table as it is now. Where there is no room for it, the next time is the next try."""
+        self._num_quarantined, self._quarantine_at_s = accounting.rows_quarantined, time.monotonic()
+        self._write_table(accounting.table(), QUARANTINE_FILE)
+
+    def write_validation_quarantine(self, failures: Iterable[Failure]) -> None:
+        """Write which rows of the evaluation set the last validation could not use."""
+        self._write_table(quarantine.to_table(failures), VALIDATION_QUARANTINE_FILE)
+
+    def _write_table(self, table: pa.Table, name: str) -> None:
         try:
-            write_table(accounting.table(), storage.join(self._output, QUARANTINE_FILE))
+            write_table(table, storage.join(self._output, name))
         except Exception as error:  # whatever a file system raises
-            self.say(f"ALARM {QUARANTINE_FILE} is not written: {error}; the next checkpoint is the next try")
+            self.say(f"ALARM {name} is not written: {error}; the next checkpoint is the next try")
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         """Add a line to a file of the run folder, whose earlier lines, also of earlier starts, stay."""
@@ -69,6 +94,22 @@ class Reporter:
             storage.write_text(uri, "".join(self._lines[name]))
         except Exception as error:  # a full disk, a store that is away: the next line brings this one with it
             self._board.say.remote(f"ALARM {name} is not written: {error}")
+
+    def _forget_bad_steps(self, start_step: int) -> None:
+        """Drop bad steps after the checkpoint that this start goes on from: they are done again, and told again."""
+        uri = storage.join(self._output, BAD_STEPS_FILE)
+        if not storage.exists(uri):
+            return
+        kept = [line for line in storage.read_bytes(uri, 2**30).decode().splitlines() if _step_of(line) < start_step]
+        storage.write_text(uri, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Step of a record; infinite where it was cut short as its writer died."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _now() -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.settings import TrainSettings
-from jobs.train_checks import check, manifests
+from jobs.train_checks import check, manifests, require_media_answer
 from jobs.train_inputs import decode_settings
 from pipelines.data.features import FeatureCache, locate, open_cache
 from pipelines.data.mixture import Corpus, open_corpus
@@ -33,6 +33,8 @@ def training_rows(settings: TrainSettings) -> TrainingRows:
     corpus = open_corpus(manifests(settings), split=data.split, kind=data.kind)
     order = Order(corpus.streams(data.mixture), settings.seed, settings.batch_size)
     check(settings, order.rows_per_epoch)
+    if data.features is None:
+        require_media_answer(corpus)
     return _with_cache(settings, corpus, order, data.features)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from jobs.settings import TrainSettings
 from jobs.train_inputs import decode_settings
-from jobs.train_reporter import Reporter
-from pipelines.data.batch import SampleBatch
+from jobs.train_reporter import VALIDATION_QUARANTINE_FILE, Reporter
+from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.transforms import Augmentation
 from pipelines.training.feed import rank_batches
+from pipelines.training.ranks import of_all_ranks
 from pipelines.training.run import Training, TrainingRun
 from pipelines.training.validation import Best, BestCheckpoint, read_best, validation_losses
 from qformer.distributed import any_text, rank, world_size
@@ -64,8 +65,12 @@ class Validation:
             job="validation",
         )
         training, stage = self._training, self._run.stage
-        watched = self._watched(batches, done)
+        failures: list[Failure] = []
+        watched = self._watched(batches, done, failures)
         losses, samples = validation_losses(stage, watched, training.objective, training.precision, training.ema)
+        failures = of_all_ranks(failures)
+        if self._reporter:
+            self._reporter.write_validation_quarantine(failures)
         if not samples:
             if self._reporter:
                 self._reporter.say(f"ALARM validation at step {done}: not one row of the evaluation set could be used")
@@ -82,13 +87,16 @@ class Validation:
             self._reporter.log.validated(done, losses)
             told = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             rows = f"{samples} of {self._arguments['validation_rows']} rows"
+            if failures:
+                rows += f" ({len(failures)} could not be used, see {VALIDATION_QUARANTINE_FILE})"
             end = "" if goes_on else f"; the training ends, for {best.num_worse} validations brought nothing better"
             self._reporter.say(
                 f"validation at step {done} over {rows}: {told}; best {best.loss:.4f} at step {best.step}{end}"
             )
         return goes_on
 
-    def _watched(self, batches: Iterator[SampleBatch], done: int) -> Iterator[SampleBatch]:
+    def _watched(self, batches: Iterator[SampleBatch], done: int, failures: list[Failure]) -> Iterator[SampleBatch]:
         for batch in batches:
             yield batch
+            failures.extend(batch.failures)
             self._beat(done)

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.cli import find_user_error
 from jobs.settings import TrainSettings
 from jobs.settings_loading import resolved_yaml
 from jobs.train_inputs import decode_settings, tokenizer_folder
 from jobs.train_reporter import Reporter
 from jobs.train_validation import Validation
-from pipelines.data import storage
 from pipelines.data.batch import SampleBatch
 from pipelines.data.checkpoint_folders import checkpoint_uri, newest_whole_checkpoint
 from pipelines.data.features import FeatureCache
+from pipelines.data.local_copies import drop_copy, local_folder
 from pipelines.training.accounting import Accounting, TooManyQuarantinedError
 from pipelines.training.checkpoint_writer import CheckpointError
 from pipelines.training.ema import Ema
@@ -33,6 +35,7 @@ from pipelines.training.model_choice import choice_from
 from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision
+from pipelines.training.ranks import of_all_ranks
 from pipelines.training.run import Training, TrainingRun
 from pipelines.training.stages import DIVERSITY
 from pipelines.training.watchdog import Watchdog
@@ -52,6 +55,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             validation_cache, validation_rows and validation_steps.
     """
     settings, mistake = TrainSettings.model_validate(arguments["settings"]), None
+    if (told := ray.get(arguments["board"].mistake.remote())) is not None:
+        return {"mistake": told}  # of one rank, which ended the start before this one
     try:
         state = _built(arguments, settings)
     except UserError as error:
@@ -61,7 +66,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         return {"mistake": mistake}
     reporter = Reporter(arguments["board"], settings, state.start_step) if rank() == 0 else None
     say = reporter.say if reporter else arguments["board"].say.remote
-    hosts = _hosts()
+    hosts = of_all_ranks([socket.gethostname()])
     if reporter:
         run = state.run
         trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
@@ -81,6 +86,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         mistake = str(error)
     except CheckpointError as error:  # of the last step: no other rank waits for this one any more
         mistake = str(error)
+    except Exception as error:
+        # Of this rank alone, such as a storage that refuses it: it must not be tried again `max_failures` times.
+        if (found := find_user_error(error)) is not None:
+            ray.get(arguments["board"].give_up.remote(str(found)))
+        raise
     finally:
         watchdog.close()
         if reporter:
@@ -141,6 +151,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
     newest = _newest(settings.output, arguments["board"].say.remote)
     if newest is not None:
         saved = run.restore(newest, training)
+        drop_copy(settings.output, newest)  # a run may be restarted a hundred times on one disk
         accounting, start_step = Accounting.from_state(saved.accounting), saved.step
     return _State(run=run, training=training, accounting=accounting, start_step=start_step)
 
@@ -158,7 +169,7 @@ def _newest(output: str, tell: Callable[[str], object]) -> Path | None:
     step = any_text(None if newest is None else str(read_info(newest).step))
     if newest is not None or step is None:
         return newest
-    return storage.local_folder(checkpoint_uri(output, int(step)))
+    return local_folder(checkpoint_uri(output, int(step)))
 
 
 def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) -> Iterator[SampleBatch]:
@@ -219,7 +230,7 @@ def _loop(
         queries=QueryWatch(alarm),
         flops=StepFlops(get_device()),
         hooks=Hooks(
-            log=reporter.log.write if reporter else _ignore,
+            log=(lambda values: reporter.logged(values, state.accounting)) if reporter else _ignore,
             save=save,
             validate=validation,
             is_preempted=_PreemptionNotice(alarm),
@@ -241,13 +252,6 @@ class _PreemptionNotice:
         if is_new:
             self._alarm(f"a machine of the group goes away ({notice}); taking a checkpoint first")
         return is_new
-
-
-def _hosts() -> list[str]:
-    names: list[str] = [socket.gethostname()] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(names, socket.gethostname())
-    return names
 
 
 def _summary(settings: TrainSettings, state: _State) -> dict[str, Any]:

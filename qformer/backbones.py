@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qformer.adapters.lora import own_weights
 from qformer.errors import NotFiniteError, UserError
-from qformer.lora import own_weights
 from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 
 RANDOM_WEIGHTS_SEED = 0

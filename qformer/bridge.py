@@ -1,25 +1,36 @@
 """A trained bridge in use: the two models that a checkpoint folder becomes (`qformer.conversion.checkpoint`).
 
-Dimensions: B batch, F frames, C channels, Y/X pixels, P image tokens, V encoder width, N queries, E joint width.
+Dimensions: B batch, F frames, C channels, Y/X pixels, P image tokens, V encoder width, N queries or soft prompts, E
+joint width, A segments of sound, W samples of a segment, L language-model width.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from qformer.adapters.lora import Lora
 from qformer.attention import KeyValue
 from qformer.backbones import VisionEncoder, load_language, load_vision
 from qformer.config import GenerationSettings
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo, load_weights, read_info
 from qformer.errors import UserError
 from qformer.language import LanguageModel, build_language_model
-from qformer.lora import Lora
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
+from qformer.video.audio_branch import Sound
+from qformer.video.frames import Seen
+
+
+class Waveforms(NamedTuple):
+    """The sound of clips, as `SampleBatch` holds it."""
+
+    waveforms_BAW: Tensor
+    is_segment_BA: Tensor
+    """False at segments that are not there; a clip without sound has none."""
 
 
 class Retriever:
@@ -30,23 +41,26 @@ class Retriever:
         self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
 
     @torch.no_grad()
-    def embed_image(self, pixels_BFCYX: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_image(self, pixels_BFCYX: Tensor, frame_valid_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embed images or clips.
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
+            frame_valid_BF: False at frames that only repeat others; they change nothing.
 
         Returns:
-            query_embeds_BNE, L2-normalised float32 (N = F * Q), and the encoder's image_tokens_BFPV for `match`.
+            query_embeds_BNE, L2-normalised float32 (N = F * Q where frames are not joined), and the encoder's
+            image_tokens_BFPV for `match`.
         """
         tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
-        return self.embed_tokens(tokens_BFPV), tokens_BFPV
+        return self.embed_tokens(tokens_BFPV, frame_valid_BF), tokens_BFPV
 
     @torch.no_grad()
-    def embed_tokens(self, image_tokens_BFPV: Tensor) -> Tensor:
+    def embed_tokens(self, image_tokens_BFPV: Tensor, frame_valid_BF: Tensor | None = None) -> Tensor:
         """query_embeds_BNE as `embed_image`, of what the encoder has seen already."""
-        hidden_GQD = self.stage1.qformer.forward_queries(self._image(image_tokens_BFPV)).hidden_BQD
-        return self.stage1.embed_queries(hidden_GQD, image_tokens_BFPV.shape[1])
+        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
+        hidden_GQD = self.stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
+        return self.stage1.embed_queries(hidden_GQD, seen.tokens_BFPV.shape[1], seen.is_frame_BF)
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
@@ -55,24 +69,27 @@ class Retriever:
         return self.stage1.embed_text(ids_BT.to(self._device), mask_BT.to(self._device))
 
     @torch.no_grad()
-    def match(self, image_tokens_BFPV: Tensor, captions: Sequence[str]) -> Tensor:
+    def match(self, image_tokens_BFPV: Tensor, captions: Sequence[str], frame_valid_BF: Tensor | None = None) -> Tensor:
         """ITM probability that each image matches its caption.
 
         Args:
             image_tokens_BFPV: From `embed_image`.
             captions: One an image.
+            frame_valid_BF: As in `embed_image`.
 
         Returns:
             [B], float32, between 0 and 1.
         """
         ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
-        image, frames = self._image(image_tokens_BFPV), image_tokens_BFPV.shape[1]
-        logits_B2 = self.stage1.match_logits(image, ids_BT.to(self._device), mask_BT.to(self._device), frames)
+        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
+        logits_B2 = self.stage1.match_logits(seen, image, ids_BT.to(self._device), mask_BT.to(self._device))
         return logits_B2.softmax(dim=-1)[:, 1]
 
-    def _image(self, tokens_BFPV: Tensor) -> list[KeyValue | None]:
-        tokens_GPV = self.stage1.vision_norm(tokens_BFPV.to(self._device).float()).flatten(0, 1)
-        return self.stage1.qformer.image_key_values(tokens_GPV)
+    def _seen(self, tokens_BFPV: Tensor, frame_valid_BF: Tensor | None) -> tuple[Seen, list[KeyValue | None]]:
+        """Clips as the Q-Former reads them, and their keys and values."""
+        is_frame_BF = None if frame_valid_BF is None else frame_valid_BF.to(self._device)
+        seen = self.stage1.perceive(tokens_BFPV.to(self._device).float(), is_frame_BF)
+        return seen, self.stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
 
     @property
     def _device(self) -> torch.device:
@@ -89,10 +106,64 @@ class Captioner:
         stage2: Stage2,
         language: LanguageModel,
         tokenizer: TextTokenizer | None = None,
+        audio_encoder: Any | None = None,
     ) -> None:
         self.info, self.encoder, self.stage2 = info, encoder, stage2.eval()
-        self.language, self.tokenizer = language, tokenizer
+        self.language, self.tokenizer, self.audio_encoder = language, tokenizer, audio_encoder
         self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
+
+    @torch.no_grad()
+    def soft_prompts(
+        self,
+        pixels_BFCYX: Tensor,
+        instructions: Sequence[str] | None = None,
+        *,
+        frame_valid: Tensor | None = None,
+        audio: Waveforms | None = None,
+    ) -> list[Tensor]:
+        """What the language model reads of each image or clip, [N, L], before the prompt.
+
+        N is the same for all but where frames only repeat others, or some clips have no sound: their rows are left out.
+
+        Args:
+            pixels_BFCYX: uint8, prepared by `preprocessing`.
+            instructions: As for `answer`.
+            frame_valid: [B, F], False at frames that only repeat others; None: none does.
+            audio: The clips' sound, for a bridge that reads it; None: they have none.
+
+        Raises:
+            ValueError: As `answer`.
+        """
+        prompts = self.prompts(instructions, len(pixels_BFCYX))
+        device = self.stage2.language_projection.weight.device
+        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self._sound(audio, device)
+        inputs = [self.encoder.features(pixels_BFCYX.to(device))]
+        if self.tokenizer is not None:
+            inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
+        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF, sound=sound)
+        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, sound, prompts_BNL)
+        if is_prompt_BN is None:
+            return list(prompts_BNL)
+        return [rows_NL[is_read_N] for rows_NL, is_read_N in zip(prompts_BNL, is_prompt_BN, strict=True)]
+
+    def prompts(self, instructions: Sequence[str] | None, images: int) -> list[str]:
+        """The text after each image's soft prompts: its instruction, or the prompt of training.
+
+        Raises:
+            ValueError: If instructions and images differ in number.
+        """
+        prompts = [text or self.info.prompt for text in instructions or [""] * images]
+        if len(prompts) != images:
+            raise ValueError(f"{len(prompts)} instructions for {images} images; give one each")
+        return prompts
+
+    def _sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+        if audio is None:
+            return None
+        if self.audio_encoder is None:
+            raise ValueError("sound for a bridge without audio branch; leave it out")
+        waveforms_BAW, is_segment_BA = (tensor.to(device) for tensor in audio)
+        return Sound(self.audio_encoder.features(waveforms_BAW, is_segment_BA), is_segment_BA)
 
     @torch.no_grad()
     def answer(
@@ -100,6 +171,9 @@ class Captioner:
         pixels_BFCYX: Tensor,
         instructions: Sequence[str] | None = None,
         settings: GenerationSettings | None = None,
+        *,
+        frame_valid: Tensor | None = None,
+        audio: Waveforms | None = None,
     ) -> list[str]:
         """Captions, or answers to one instruction an image or clip.
 
@@ -108,18 +182,14 @@ class Captioner:
             instructions: An instruction-aware Q-Former reads them too; cut as in training (see `num_truncated`). None,
                 or "" among them, takes the prompt of training.
             settings: Greedy by default.
+            frame_valid: As for `soft_prompts`.
+            audio: As for `soft_prompts`.
 
         Raises:
             ValueError: If the encoder's features are not finite, or instructions and images differ in number.
         """
-        prompts = [text or self.info.prompt for text in instructions or [""] * len(pixels_BFCYX)]
-        if len(prompts) != len(pixels_BFCYX):
-            raise ValueError(f"{len(prompts)} instructions for {len(pixels_BFCYX)} images; give one each")
-        device = self.stage2.language_projection.weight.device
-        inputs = [self.encoder.features(pixels_BFCYX.to(device))]
-        if self.tokenizer is not None:
-            inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
-        return self.language.generate(self.stage2(*inputs), prompts, settings)
+        prefixes = self.soft_prompts(pixels_BFCYX, instructions, frame_valid=frame_valid, audio=audio)
+        return self.language.generate(prefixes, self.prompts(instructions, len(prefixes)), settings)
 
     def num_truncated(self, instructions: Sequence[str]) -> int:
         """How many instructions lose their last words in `answer`, for being longer than `info.max_text_tokens`."""
@@ -136,7 +206,7 @@ def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
         UserError: If the folder is no stage-1 checkpoint, or its encoder cannot be loaded.
     """
     info = _info_of_stage(folder, 1, "retrieval")
-    stage1 = Stage1(info.qformer)
+    stage1 = Stage1(info.qformer, video=info.video)
     load_weights(stage1, folder)
     return Retriever(info, _encoder(info).to(device), stage1.to(device), load_tokenizer(folder, info))
 
@@ -153,7 +223,7 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
         cast(Any, model).generation_config.eos_token_id = info.answer_end_id
     language = build_language_model(model, words, info.max_text_tokens)
     lora = Lora(language.model, info.lora) if info.lora else None
-    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora)
+    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
     load_weights(stage2, folder)
     tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
     return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer)

@@ -106,50 +106,62 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
-        """Logits [B, T, vocabulary] after the soft prompts; entry t predicts label t."""
+    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None) -> Tensor:
+        """Logits [B, T, vocabulary] after the soft prompts; entry t predicts label t.
+
+        `is_prefix_BN` is False at rows that are left out, as if they were not there; None leaves out none.
+        """
 
     @abstractmethod
-    def _generation_inputs(self, prefix_BNL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _generation_inputs(self, prefixes: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings and mask that generation starts from."""
 
-    def loss(self, prefix_BNL: Tensor, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the labelled tokens, as a sum and a count, so that ranks can average over all tokens."""
-        logits = self.logits(prefix_BNL, batch).flatten(0, 1).float()
+        logits = self.logits(prefix_BNL, batch, is_prefix_BN).flatten(0, 1).float()
         total = F.cross_entropy(logits, batch.labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
         return total, (batch.labels_BT != IGNORED).sum()
 
     def _embed(self, ids: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.model).get_input_embeddings()(ids))
 
-    def _with_prefix(self, prefix_BNL: Tensor, batch: LanguageBatch) -> dict[str, Tensor]:
-        """Soft prompts, then the embedded text, and the mask of both."""
+    def _with_prefix(
+        self, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Soft prompts, then the embedded text, and the mask of both; rows left out come last, behind the padding."""
         if prefix_BNL.shape[-1] != self.width or prefix_BNL.shape[0] != len(batch.input_ids_BS):
             raise ValueError(
                 f"soft prompts are {tuple(prefix_BNL.shape)} but the language model takes "
                 f"[{len(batch.input_ids_BS)}, rows, {self.width}]; build Stage2 with language_width={self.width}"
             )
         embedded_BSL = self._embed(batch.input_ids_BS)
-        is_prefix_BN = batch.is_input_BS.new_ones(prefix_BNL.shape[:2])
-        return {
-            "inputs_embeds": torch.cat([prefix_BNL.to(embedded_BSL.dtype), embedded_BSL], dim=1),
-            "attention_mask": torch.cat([is_prefix_BN, batch.is_input_BS], dim=1).long(),
-        }
+        embedded_BRL = torch.cat([prefix_BNL.to(embedded_BSL.dtype), embedded_BSL], dim=1)
+        is_first_BN = batch.is_input_BS.new_ones(prefix_BNL.shape[:2]) if is_prefix_BN is None else is_prefix_BN
+        is_real_BR = torch.cat([is_first_BN, batch.is_input_BS], dim=1).long()
+        if is_prefix_BN is not None:
+            # In between they would move the text away from its positions.
+            order_BR = is_real_BR.argsort(dim=1, descending=True, stable=True)
+            embedded_BRL = embedded_BRL.gather(1, order_BR[..., None].expand_as(embedded_BRL))
+            is_real_BR = is_real_BR.gather(1, order_BR)
+        return {"inputs_embeds": embedded_BRL, "attention_mask": is_real_BR}
 
     @torch.no_grad()
     def generate(
-        self, prefix_BNL: Tensor, prompts: Sequence[str], settings: GenerationSettings | None = None
+        self, prefixes: Tensor | Sequence[Tensor], prompts: Sequence[str], settings: GenerationSettings | None = None
     ) -> list[str]:
-        """Texts after soft prompts and prompts; a batch gives what its items give one by one.
+        """Texts after soft prompts [B, N, L], or each item's own [N, L], and prompts; a batch gives what items give.
 
         What `settings` decide is set here, whatever the model's own generation_config says of it; what else that holds
         (suppressed tokens, a shortest length) stays.
         """
-        settings, device = settings or GenerationSettings(), prefix_BNL.device
+        settings, prefixes = settings or GenerationSettings(), list(prefixes)
+        device = prefixes[0].device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             ids_BT = cast(Any, self.model).generate(
-                **self._generation_inputs(prefix_BNL, prompts),
+                **self._generation_inputs(prefixes, prompts),
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=settings.top_p is not None,
                 num_beams=settings.num_beams,
@@ -199,18 +211,22 @@ class DecoderLanguageModel(LanguageModel):
         input_ids_BS, is_input_BS = _pad_right(rows, self._pad_id)
         return LanguageBatch(input_ids_BS, is_input_BS, _pad_right(labels, IGNORED)[0], num_truncated)
 
-    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
-        """See `LanguageModel.logits`."""
-        logits_BRV = self.model(**self._with_prefix(prefix_BNL, batch), use_cache=False).logits
-        return logits_BRV[:, prefix_BNL.shape[1] - 1 : -1]
+    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None) -> Tensor:
+        """See `LanguageModel.logits`; a sample without soft prompts and prompt has none for its first label."""
+        logits_BRV = self.model(**self._with_prefix(prefix_BNL, batch, is_prefix_BN), use_cache=False).logits
+        if is_prefix_BN is None:
+            return logits_BRV[:, prefix_BNL.shape[1] - 1 : -1]
+        step_T = torch.arange(batch.labels_BT.shape[1], device=logits_BRV.device)
+        place_BT = (is_prefix_BN.sum(dim=1, keepdim=True) - 1 + step_T).clamp(min=0)
+        return logits_BRV.gather(1, place_BT[..., None].expand(-1, -1, logits_BRV.shape[-1]))
 
-    def _generation_inputs(self, prefix_BNL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _generation_inputs(self, prefixes: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
         """Padding goes in front of the soft prompts, so that every row's real tokens are contiguous.
 
         The next one comes right after them; positions follow from the mask.
         """
-        device, rows = prefix_BNL.device, []
-        for prefix_NL, prompt in zip(prefix_BNL, prompts, strict=True):
+        device, rows = prefixes[0].device, []
+        for prefix_NL, prompt in zip(prefixes, prompts, strict=True):
             ids = self._text_ids(prompt)[: self.max_prompt_tokens]
             embedded_SL = self._embed(torch.tensor(ids, dtype=torch.long, device=device))
             rows.append(torch.cat([prefix_NL.to(embedded_SL.dtype), embedded_SL]))
@@ -246,19 +262,24 @@ class EncoderDecoderLanguageModel(LanguageModel):
         num_truncated = sum(a or b for a, b in zip(prompts_cut, answers_cut, strict=True))
         return LanguageBatch(input_ids_BS, is_input_BS, labels_BT, num_truncated)
 
-    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
+    def logits(self, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None) -> Tensor:
         """See `LanguageModel.logits`."""
         return self.model(
-            **self._with_prefix(prefix_BNL, batch),
+            **self._with_prefix(prefix_BNL, batch, is_prefix_BN),
             labels=batch.labels_BT,  # from which the model makes the decoder's inputs
             decoder_attention_mask=(batch.labels_BT != IGNORED).long(),
             use_cache=False,
         ).logits
 
-    def _generation_inputs(self, prefix_BNL: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _generation_inputs(self, prefixes: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
         rows, _ = self._ended(prompts, self.max_prompt_tokens, self.tokenizer.eos_token_id)
-        input_ids_BS, is_input_BS = (t.to(prefix_BNL.device) for t in _pad_right(rows, self._pad_id))
-        return self._with_prefix(prefix_BNL, LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS))
+        input_ids_BS, is_input_BS = (t.to(prefixes[0].device) for t in _pad_right(rows, self._pad_id))
+        prefix_BNL, real = pad_sequence(list(prefixes), batch_first=True), [len(one) for one in prefixes]
+        is_prefix_BN = torch.arange(prefix_BNL.shape[1], device=prefix_BNL.device) < torch.tensor(real)[:, None].to(
+            prefix_BNL.device
+        )
+        batch = LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS)
+        return self._with_prefix(prefix_BNL, batch, None if len(set(real)) == 1 else is_prefix_BN)
 
     def _ended(self, texts: Sequence[str], max_tokens: int | None, end: int) -> tuple[list[list[int]], list[bool]]:
         """Ids of each text with its end, and which were cut."""

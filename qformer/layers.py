@@ -34,7 +34,7 @@ class QFormerLayer(nn.Module):
         self.cross_attention = (
             Attention(width, heads, key_width=config.encoder_width, **common) if has_cross_attention else None
         )
-        self.query_ffn = FeedForward(width, inner, **common)
+        self.query_ffn: nn.Module = FeedForward(width, inner, **common)
         self.text_ffn = FeedForward(width, inner, **common) if config.has_text_branch else None
 
     def forward(

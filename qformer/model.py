@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qformer.attention import Attention, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
 from qformer.layers import Kept, QFormerLayers
-from qformer.masks import causal_mask_after_queries, joint_mask, padding_mask
+from qformer.masks import causal_mask_after_queries, image_mask, joint_mask, padding_mask
 
 INITIAL_STD = 0.02
 
@@ -110,18 +110,19 @@ class QFormer(nn.Module):
                 "[B, T], the ids integers"
             )
 
-    def forward_queries(self, image: Sequence[KeyValue | None], is_image_BP: Tensor | None = None) -> QueryOutput:
+    def forward_queries(self, image: Sequence[KeyValue | None], is_image: Tensor | None = None) -> QueryOutput:
         """Queries alone over an image (ITC, and the cache of ITG).
 
         Args:
             image: Its keys and values.
-            is_image_BP: True at real image tokens, at least one of an image; None where all are.
+            is_image: True at the image tokens that queries see, [B, P], or [B, Q, P] where every query has its own; at
+                least one for each. None where all are seen.
         """
         num_queries = self.config.num_queries
         num_images = _num_images(image)
         hidden_ND = self._embed(self.query_tokens.expand(num_images, -1, -1).flatten(0, 1))
         rows = Rows(num_images, num_queries, num_queries)
-        hidden_ND, cache = self.layers(hidden_ND, rows, image=_parts(image, rows, is_image_BP))
+        hidden_ND, cache = self.layers(hidden_ND, rows, image=_parts(image, rows, is_image))
         return QueryOutput(hidden_ND.unflatten(0, (-1, num_queries)), cache)
 
     @torch.no_grad()
@@ -169,7 +170,8 @@ class QFormer(nn.Module):
         input_ids_RT: Tensor,
         is_text_RT: Tensor,
         other_image: Sequence[KeyValue | None] | None = None,
-        is_image_IP: Tensor | None = None,
+        is_image: Tensor | None = None,
+        is_other: Tensor | None = None,
     ) -> Tensor:
         """Queries and text together, bi-directional (ITM).
 
@@ -179,7 +181,8 @@ class QFormer(nn.Module):
                 for each of `other_image`. An image's texts share its keys and values without a copy.
             is_text_RT: True at real tokens; as in `forward_text`, the first of a row always counts.
             other_image: Keys and values of further images, of one text each.
-            is_image_IP: True at real tokens of `image`, as in `forward_queries`; those of `other_image` all are.
+            is_image: What is seen of `image`, as in `forward_queries`.
+            is_other: What is seen of `other_image`.
 
         Returns:
             Hidden states of the queries [R, Q, D]; nothing reads the text's, and the last layer leaves them out.
@@ -206,23 +209,30 @@ class QFormer(nn.Module):
         query_rows = Rows(pairs, num_queries, num_queries)
         kept = Kept(torch.arange(query_rows.num_rows, device=index_R.device), query_rows)
         texts_each = (pairs - num_others) // num_images
-        parts = _parts(image, Rows(num_images, 0, texts_each * num_queries), is_image_IP)
+        parts = _parts(image, Rows(num_images, 0, texts_each * num_queries), is_image)
         if other_image is not None:
-            others = _parts(other_image, Rows(num_others, 0, num_queries))
+            others = _parts(other_image, Rows(num_others, 0, num_queries), is_other)
             parts = [[*own, *other] for own, other in zip(parts, others, strict=True)]
         mask = joint_mask(text.is_text_BT, num_queries)
         hidden_ND, _ = self.layers(hidden_ND, rows, mask, parts, kept=kept)
         return hidden_ND.unflatten(0, (-1, num_queries))
 
-    def decode_text(self, input_ids_BT: Tensor, is_text_BT: Tensor, cache: Sequence[KeyValue]) -> Tensor:
+    def decode_text(
+        self,
+        input_ids_BT: Tensor,
+        is_text_BT: Tensor,
+        cache: Sequence[KeyValue],
+        is_query_BQ: Tensor | None = None,
+    ) -> Tensor:
         """Causal text over the queries' cached keys and values (ITG): next-token logits of the real tokens, [M, vocab].
 
-        Cross-attention does not run here: text reaches the image only through the queries.
+        Cross-attention does not run here: text reaches the image only through the queries. `is_query_BQ` is False at
+        cached queries that it does not see.
         """
         text = self.pack_text(input_ids_BT, is_text_BT)
         items, length = text.is_text_BT.shape
         rows = Rows(items, 0, length, text.item_M * length + text.position_M)
-        mask = causal_mask_after_queries(text.is_text_BT, cache[0].keys_BHNK.shape[2])
+        mask = causal_mask_after_queries(text.is_text_BT, cache[0].keys_BHNK.shape[2], is_query_BQ)
         hidden_MD, _ = self.layers(self._embed(self._embed_text(text)), rows, mask, past=cache)
         hidden_MD = self.lm_norm(F.gelu(self.lm_dense(hidden_MD)))
         return F.linear(hidden_MD, self.word_embeddings.weight, self.lm_bias)
@@ -268,8 +278,8 @@ def _num_images(image: Sequence[KeyValue | None]) -> int:
     return next(kv.keys_BHNK.shape[0] for kv in image if kv is not None)
 
 
-def _parts(image: Sequence[KeyValue | None], rows: Rows, is_image_IP: Tensor | None = None) -> list[list[Part]]:
-    mask = None if is_image_IP is None else padding_mask(is_image_IP)
+def _parts(image: Sequence[KeyValue | None], rows: Rows, is_image: Tensor | None = None) -> list[list[Part]]:
+    mask = None if is_image is None else image_mask(is_image, rows.length)
     return [[] if kv is None else [Part(rows, kv, mask)] for kv in image]
 
 

@@ -3,8 +3,8 @@
 Dimensions: B local batch, N global batch, F frames (1 for an image), P image tokens, V encoder width, Q queries,
 T text tokens, D hidden width, E joint embedding width, R pairs scored by ITM, G frames of several samples, M rows
 fetched from other ranks (images) or tokens that predict another (text).
-A clip is its frames' query outputs, concatenated: ITC takes the maximum over all of them, ITG decodes against all of
-their caches, ITM averages its logits over them.
+Where frames are not joined (`qformer.video`), a clip is its frames' query outputs, concatenated: ITC takes the maximum
+over all of them (or over their mean), ITG decodes against all of their caches, ITM averages its logits over them.
 Reference: BLIP-2 (arXiv:2301.12597), section 3.2.
 """
 
@@ -19,8 +19,10 @@ from qformer.attention import KeyValue
 from qformer.backbones import require_finite
 from qformer.config import QFormerConfig
 from qformer.distributed import fetch_rows, gather, mean_over_ranks, rank, world_size
-from qformer.model import QFormer
 from qformer.objectives import Negatives, PairNoise, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
+from qformer.video.clip_reader import ClipReader
+from qformer.video.config import VideoConfig
+from qformer.video.frames import Seen, mean_over_frames, without_padding
 
 INITIAL_TEMPERATURE = 0.07
 
@@ -40,6 +42,8 @@ class Stage1Batch:
     """False for padded and quarantined rows."""
     sample_ids: Sequence[str] = ()
     """Names for error messages, "" for rows that pad this rank's share; may be left out."""
+    is_frame_BF: Tensor | None = None
+    """False at frames that only pad their clip, which change nothing; None: none does. The same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,15 @@ class Stage1Losses:
     itg: Tensor
     hidden_GQD: Tensor
     """What the queries came out as, for those who watch them."""
+    is_frame_BF: Tensor | None = None
+    """Of separate frames: False at padding, whose outputs mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """What the objectives share: the two unimodal passes."""
 
+    seen: Seen
     image: list[KeyValue | None]
     """Cross-attention keys and values of all frames."""
     hidden_GQD: Tensor
@@ -73,31 +80,35 @@ class Others:
 
     image: list[KeyValue | None]
     """As `Encoded.image`, of each text's negative image."""
+    is_image: Tensor | None
+    """As `Seen.is_token`, and below as `Seen.is_frame_BF`, of the same images."""
+    is_frame_BF: Tensor | None
     input_ids_BT: Tensor
     """Of each image's negative text."""
     is_text_BT: Tensor
     has_negative_B: Tensor
 
 
-class Stage1(nn.Module):
+class Stage1(ClipReader):
     """The trainables of stage 1: vision layer norm, Q-Former with text branch, ITC projections, ITM head, temperature.
 
     Args:
         config: Must have a text branch; its last vocabulary id is [DEC].
         lavis_reduction: Match LAVIS: gathered features carry no gradient and ITG averages over each rank's own tokens.
             The default keeps the gradient and averages over all ranks, which equals one process on the joined batch.
+        video: See `ClipReader`.
 
     Raises:
         ValueError: If the config has no text branch.
     """
 
-    def __init__(self, config: QFormerConfig, *, lavis_reduction: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self, config: QFormerConfig, *, lavis_reduction: bool = False, video: VideoConfig | None = None
+    ) -> None:
         if not config.has_text_branch:
             raise ValueError("stage 1 needs a text branch: set vocab_size to the tokenizer's size plus one for [DEC]")
+        super().__init__(config, video)
         self.lavis_reduction = lavis_reduction
-        self.vision_norm = nn.LayerNorm(config.encoder_width, eps=config.vision_norm_eps)
-        self.qformer = QFormer(config)
         self.vision_projection = nn.Linear(config.hidden_size, config.embed_dim)
         self.text_projection = nn.Linear(config.hidden_size, config.embed_dim)
         self.itm_head = nn.Linear(config.hidden_size, 2)
@@ -120,35 +131,27 @@ class Stage1(nn.Module):
             ValueError: If the batch does not fit the model, or its features hold NaN or infinity.
         """
         self.check(batch)
-        tokens_BFPV = self.normalised(batch)
-        encoded = self.encode(batch, tokens_BFPV)
+        encoded = self.encode(batch)
         itc, drawn = self.contrast(batch, encoded.queries_BQE, encoded.text_BE, noise_key)
-        others = self._others(batch, tokens_BFPV, encoded.image, negatives or drawn)
-        itm = mean_over_ranks(*self.match(batch, encoded.image, others))
-        total, count = self.caption(batch, encoded.cache)
+        itm = mean_over_ranks(*self.match(batch, encoded, self._others(batch, encoded, negatives or drawn)))
+        total, count = self.caption(batch, encoded)
         itg = total / count.clamp(min=1) if self.lavis_reduction else mean_over_ranks(total, count)
         total = itc + itm + itg
         if not total.isfinite():
             # Only then, so that a healthy run does not look; where features are finite the weights are to blame.
             require_finite(batch.image_BFPV, batch.is_valid_B, batch.sample_ids)
-        return Stage1Losses(total, itc, itm, itg, encoded.hidden_GQD)
+        return Stage1Losses(total, itc, itm, itg, encoded.hidden_GQD, encoded.seen.is_frame_BF)
 
-    def normalised(self, batch: Stage1Batch) -> Tensor:
-        """Encoder tokens behind the trained norm: [B, F, P, V].
-
-        Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
-        """
-        is_masked_B111 = ~batch.is_valid_B[:, None, None, None]
-        normalised_BFPV: Tensor = self.vision_norm(batch.image_BFPV.masked_fill(is_masked_B111, 0.0))
-        return normalised_BFPV
-
-    def encode(self, batch: Stage1Batch, tokens_BFPV: Tensor) -> Encoded:
+    def encode(self, batch: Stage1Batch) -> Encoded:
         """The unimodal passes, over this rank's samples or some of them."""
-        image = self.qformer.image_key_values(tokens_BFPV.flatten(0, 1))
-        queries = self.qformer.forward_queries(image)
-        queries_BQE = self.embed_queries(queries.hidden_BQD, tokens_BFPV.shape[1])
+        # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
+        image_BFPV = batch.image_BFPV.masked_fill(~batch.is_valid_B[:, None, None, None], 0.0)
+        seen = self.perceive(image_BFPV, batch.is_frame_BF)
+        image = self.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
+        queries = self.qformer.forward_queries(image, seen.is_token)
+        queries_BQE = self.embed_queries(queries.hidden_BQD, seen.tokens_BFPV.shape[1], seen.is_frame_BF)
         text_BE = self.embed_text(batch.input_ids_BT, batch.is_text_BT)
-        return Encoded(image, queries.hidden_BQD, queries.cache, queries_BQE, text_BE)
+        return Encoded(seen, image, queries.hidden_BQD, queries.cache, queries_BQE, text_BE)
 
     def contrast(
         self, batch: Stage1Batch, queries_BQE: Tensor, text_BE: Tensor, noise_key: int
@@ -171,10 +174,11 @@ class Stage1(nn.Module):
         negatives = sample_negatives(scores_i2t_BN, scores_t2i_BN, is_positive_BN, is_valid_N, noise)
         return mean_over_ranks(sum(totals) / 2, counts[0]), negatives
 
-    def embed_queries(self, hidden_GQD: Tensor, frames: int) -> Tensor:
-        """L2-normalised query embeddings of all frames: [B, F*Q, E] from [B*F, Q, D]."""
-        embedded_GQE = F.normalize(self.vision_projection(hidden_GQD).float(), dim=-1)
-        return embedded_GQE.unflatten(0, (-1, frames)).flatten(1, 2)
+    def embed_queries(self, hidden_GQD: Tensor, frames: int, is_frame_BF: Tensor | None = None) -> Tensor:
+        """L2-normalised query embeddings of all frames, [B, F*Q, E] from [B*F, Q, D], or of their mean, [B, Q, E]."""
+        hidden_BFQD, is_frame_BF = self.pooled(hidden_GQD.unflatten(0, (-1, frames)), is_frame_BF)
+        embedded_BFQE = F.normalize(self.vision_projection(hidden_BFQD).float(), dim=-1)
+        return without_padding(embedded_BFQE, is_frame_BF).flatten(1, 2)
 
     def embed_text(self, input_ids_BT: Tensor, is_text_BT: Tensor) -> Tensor:
         """L2-normalised embedding of the text's [CLS]: [B, E]."""
@@ -182,27 +186,29 @@ class Stage1(nn.Module):
         return F.normalize(self.text_projection(cls_BD).float(), dim=-1)
 
     def match_logits(
-        self, image: Sequence[KeyValue | None], input_ids_RT: Tensor, is_text_RT: Tensor, frames: int
+        self, seen: Seen, image: Sequence[KeyValue | None], input_ids_BT: Tensor, is_text_BT: Tensor
     ) -> Tensor:
-        """ITM logits, the mean over all frames' queries: [R, 2]; class 1 is "match".
+        """ITM logits, the mean over all frames' queries: [B, 2]; class 1 is "match".
 
         Args:
-            image: Cross-attention keys and values of R*F frames.
-            input_ids_RT: One text a pair.
-            is_text_RT: Its mask.
-            frames: F.
+            seen: B clips.
+            image: Their keys and values.
+            input_ids_BT: One text a clip.
+            is_text_BT: Its mask.
         """
-        hidden_GQD = self.qformer.forward_joint(
-            image, input_ids_RT.repeat_interleave(frames, 0), is_text_RT.repeat_interleave(frames, 0)
-        )
-        return self.itm_head(hidden_GQD).unflatten(0, (-1, frames)).mean(dim=(1, 2))
+        frames = seen.tokens_BFPV.shape[1]
+        ids_GT, is_text_GT = input_ids_BT.repeat_interleave(frames, 0), is_text_BT.repeat_interleave(frames, 0)
+        hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT, is_image=seen.is_token)
+        logits_BF2 = self.itm_head(hidden_GQD).mean(dim=1).unflatten(0, (-1, frames))
+        return mean_over_frames(logits_BF2, seen.is_frame_BF)
 
-    def match(self, batch: Stage1Batch, image: Sequence[KeyValue | None], others: Others) -> tuple[Tensor, Tensor]:
+    def match(self, batch: Stage1Batch, encoded: Encoded, others: Others) -> tuple[Tensor, Tensor]:
         """ITM over matching and non-matching pairs, 1 to 2, as a sum and a count.
 
         An image meets its own text and its negative text over one set of keys and values.
         """
-        size, frames = batch.image_BFPV.shape[:2]
+        seen = encoded.seen
+        size, frames = seen.tokens_BFPV.shape[:2]
 
         def rows(own_BT: Tensor, negative_BT: Tensor) -> Tensor:
             """Own and negative text of every frame in turn, then the own text of every negative frame."""
@@ -211,54 +217,63 @@ class Stage1(nn.Module):
 
         ids_RT = rows(batch.input_ids_BT, others.input_ids_BT)
         is_text_RT = rows(batch.is_text_BT, others.is_text_BT)
-        logits_G2 = self.itm_head(self.qformer.forward_joint(image, ids_RT, is_text_RT, others.image)).mean(dim=1)
-        own_logits_BF22, other_logits_BF2 = logits_G2.split([2 * size * frames, size * frames])
-        own_logits_B22 = own_logits_BF22.unflatten(0, (size, frames, 2)).mean(dim=1)
-        other_logits_B2 = other_logits_BF2.unflatten(0, (size, frames)).mean(dim=1)
+        hidden_RQD = self.qformer.forward_joint(
+            encoded.image, ids_RT, is_text_RT, others.image, seen.is_token, others.is_image
+        )
+        own_logits_S2, other_logits_G2 = self.itm_head(hidden_RQD).mean(dim=1).split([2 * size * frames, size * frames])
+        own_logits_B22 = mean_over_frames(own_logits_S2.unflatten(0, (size, frames, 2)), seen.is_frame_BF)
+        other_logits_B2 = mean_over_frames(other_logits_G2.unflatten(0, (size, frames)), others.is_frame_BF)
         logits_R2 = torch.cat([own_logits_B22[:, 0], own_logits_B22[:, 1], other_logits_B2])
         valid_B = batch.is_valid_B
         has_negative_B = valid_B & others.has_negative_B
         is_match_R = torch.cat([torch.ones_like(valid_B), torch.zeros_like(valid_B), torch.zeros_like(valid_B)])
         return itm_loss(logits_R2, is_match_R, torch.cat([valid_B, has_negative_B, has_negative_B]))
 
-    def _others(
-        self, batch: Stage1Batch, tokens_BFPV: Tensor, image: list[KeyValue | None], negatives: Negatives
-    ) -> Others:
+    def _others(self, batch: Stage1Batch, encoded: Encoded, negatives: Negatives) -> Others:
         """The negatives' images and texts.
 
-        Negative images of this rank are indexed; those of other ranks come as encoder tokens, which are smaller than
-        six layers' keys and values.
+        Negative images of this rank are indexed; those of other ranks come as what the Q-Former reads, which is smaller
+        than six layers' keys and values.
         """
-        frames = tokens_BFPV.shape[1]
-        fetched_MFPV, place_B = fetch_rows(tokens_BFPV, negatives.image_B)
-        known = image
+        seen, known = encoded.seen, encoded.image
+        frames = seen.tokens_BFPV.shape[1]
+        fetched_MFPV, place_B = fetch_rows(seen.tokens_BFPV, negatives.image_B)
         if world_size() > 1:  # also when nothing was fetched: the exchange's backward needs every rank
             fetched = self.qformer.image_key_values(fetched_MFPV.flatten(0, 1))
-            known = [own and other and own.concatenate(other, dim=0) for own, other in zip(image, fetched, strict=True)]
+            known = [own and other and own.concatenate(other, dim=0) for own, other in zip(known, fetched, strict=True)]
         place_G = (place_B[:, None] * frames + torch.arange(frames, device=place_B.device)).flatten()
+
+        def of_others(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else gather(mask, with_gradient=False)[negatives.image_B]
+
         return Others(
             image=[None if kv is None else kv.take(place_G) for kv in known],
+            is_image=of_others(seen.is_token),
+            is_frame_BF=of_others(seen.is_frame_BF),
             input_ids_BT=gather(batch.input_ids_BT, with_gradient=False)[negatives.text_B],
             is_text_BT=gather(batch.is_text_BT, with_gradient=False)[negatives.text_B],
             has_negative_B=negatives.has_negative_B,
         )
 
-    def caption(self, batch: Stage1Batch, cache: list[KeyValue]) -> tuple[Tensor, Tensor]:
+    def caption(self, batch: Stage1Batch, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """ITG, text decoded against the cached keys and values of all frames' queries, as a sum and a count.
 
         Only tokens that predict a token of a valid sample are computed; the last one, [SEP], predicts none.
         """
-        frames = batch.image_BFPV.shape[1]
+        frames, is_frame_BF = encoded.seen.tokens_BFPV.shape[1], encoded.seen.is_frame_BF
         is_label_BT = batch.is_text_BT[:, 1:].bool() & batch.is_valid_B[:, None]
         decoder_ids_BT = batch.input_ids_BT[:, :-1].clone()
         decoder_ids_BT[:, 0] = self.dec_id
-        logits_MV = self.qformer.decode_text(decoder_ids_BT, is_label_BT, [_join_frames(kv, frames) for kv in cache])
+        cache = [_join_frames(kv, frames) for kv in encoded.cache]
+        num_queries = encoded.hidden_GQD.shape[1]
+        is_query_BN = None if is_frame_BF is None else is_frame_BF.repeat_interleave(num_queries, dim=1)
+        logits_MV = self.qformer.decode_text(decoder_ids_BT, is_label_BT, cache, is_query_BN)
         return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT])
 
     def check(self, batch: Stage1Batch) -> None:
         """Refuse a batch that does not fit the model or itself with a ValueError that names both sides."""
         image = batch.image_BFPV
-        self.qformer.check_image(image, "BFPV")
+        self.check_image(image, batch.is_frame_BF)
         self.qformer.check_text(batch.input_ids_BT, batch.is_text_BT)
         for name in ("input_ids_BT", "image_ids_B", "is_valid_B"):
             if len(getattr(batch, name)) != len(image):

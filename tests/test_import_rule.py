@@ -16,7 +16,7 @@ LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
-    "qformer/lora.py": {"peft"},
+    "qformer/adapters/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},
     "qformer/conversion/huggingface.py": {"transformers"},

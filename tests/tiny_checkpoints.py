@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from qformer.adapters.lora import Lora
 from qformer.backbones import import_torchvision, load_language, load_vision
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
-from qformer.lora import Lora
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer

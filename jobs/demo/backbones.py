@@ -1,4 +1,4 @@
-"""Make the demo's two frozen models and check them: `python -m jobs.demo.backbones [--out DIR] [--only WHICH]`.
+"""Make the demo's frozen models and check them: `python -m jobs.demo.backbones [--out DIR] [--only WHICH]`.
 
 Dimensions: B batch, L prompt length, D width, P patches.
 """
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from jobs.demo.facts import CLEAN, FULL, Clutter, Group, clip_facts, embed_prompts, fact_tokens, fill_slots, image_facts
 from jobs.demo.grammar import captions, parse
 from jobs.demo.language_batches import caption_ids
-from jobs.demo.make_language import caption_loss, save_language, train_language
+from jobs.demo.make_language import caption_loss, greedy_captions, save_language, train_language
 from jobs.demo.make_vision import block_features, save_vision, train_vision
 from jobs.demo.patches import CLASSES, render_examples
 from jobs.demo.scenes import Kind, Scene, sample_scene
+from jobs.demo.video.make_language import told_share, train_clip_language
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,7 +32,6 @@ NUM_SLOTS = 8
 KINDS: tuple[Kind, ...] = ("image", "clip")
 NUM_CLIP_FRAMES = 4
 FEATURE_WIDTH = 96
-MAX_NEW_TOKENS = 20
 BRIDGE_LEARNING_RATE = 2e-3
 
 
@@ -39,13 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, save and check the models with fixed seeds."""
     parser = argparse.ArgumentParser(description="Make the demo's frozen models and check them.")
     parser.add_argument("--out", type=Path, default=MODELS_FOLDER, help="folder to write the models to")
-    parser.add_argument("--only", choices=("vision", "language"), help="make one of the two")
+    parser.add_argument("--only", choices=("vision", "language", "clip_language"), help="make one of them")
     parser.add_argument("--check", action="store_true", help="check the models in --out instead of making them")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     rows: list[tuple[str, str]] = []
-    for name, job in (("language", _language_rows), ("vision", _vision_rows)):
+    jobs = {"language": _language_rows, "vision": _vision_rows, "clip_language": _clip_language_rows}
+    for name, job in jobs.items():
         if options.only in (None, name):
             rows += job(options.out / name, options.check)
     for title, value in rows:
@@ -82,18 +83,6 @@ def fact_accuracy(
     noise_BLD = torch.randn(prompts_BLD.shape, generator=generator)
     told = greedy_captions(model, tokenizer, prompts_BLD + noise_std * embedding_VD.std() * noise_BLD)
     return sum(parse(text) == scene for text, scene in zip(told, scenes, strict=True)) / count
-
-
-@torch.no_grad()
-def greedy_captions(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", prompts_BLD: Tensor) -> list[str]:
-    """Return the greedy caption after each soft prompt and `<bos>`."""
-    bos_11D = model.get_input_embeddings().weight[tokenizer.bos_token_id][None, None]
-    inputs_BLD = torch.cat([prompts_BLD, bos_11D.expand(len(prompts_BLD), 1, -1)], dim=1)
-    mask_BL = torch.ones(inputs_BLD.shape[:2], dtype=torch.long)
-    ids_BT = model.generate(
-        inputs_embeds=inputs_BLD, attention_mask=mask_BL, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-    )
-    return list(tokenizer.batch_decode(ids_BT, skip_special_tokens=True))
 
 
 def bridge_accuracy(
@@ -224,6 +213,20 @@ def _language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     for title, share in bridge_accuracy(model, tokenizer).items():
         rows.append((f"language: linear bridge after 400 steps, {title}", f"{share:.1%}"))
     return [*rows, ("language: size", _size(folder))]
+
+
+def _clip_language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
+    from qformer.backbones import load_language
+
+    start_s = time.perf_counter()
+    if not is_check_only:
+        save_language(*train_clip_language(), folder)
+    rows = [("clip language: training", f"{time.perf_counter() - start_s:.0f} s")]
+    model, tokenizer = load_language(str(folder))
+    for noise_std in (0.0, 0.3):
+        share = told_share(model, tokenizer, noise_std=noise_std)
+        rows.append((f"clip language: held-out stories right, noise {noise_std}", f"{share:.1%}"))
+    return [*rows, ("clip language: size", _size(folder))]
 
 
 def _vision_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:

@@ -38,6 +38,7 @@ NUM_STEPS = 2000
 NUM_CLEAN_STEPS = 300
 PEAK_LEARNING_RATE = 3e-3
 LOG_EVERY_STEPS = 100
+MAX_NEW_TOKENS = 20
 HIDDEN_WORD_RATE = 0.1
 # Without it, "never seen together" is pushed towards impossible, and outweighs a fact that says otherwise.
 LABEL_SMOOTHING = 0.1
@@ -52,19 +53,23 @@ def build_tokenizer(made_up: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
     Args:
         made_up: Words that exist during training only; they come last, so that they can be cut off.
     """
-    words = [*SPECIAL_TOKENS, *vocabulary(), *fact_tokens(), *made_up]
+    return word_tokenizer([*SPECIAL_TOKENS, *vocabulary(), *fact_tokens(), *made_up])
+
+
+def word_tokenizer(words: Sequence[str]) -> "PreTrainedTokenizerFast":
+    """Make a tokenizer of whole words that begins every text with `<bos>`; `words` begin with `SPECIAL_TOKENS`."""
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bos = ("<bos>", SPECIAL_TOKENS.index("<bos>"))
     inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
-    return _import_transformers().PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
 def build_model(vocabulary_size: int) -> "LlamaForCausalLM":
     """Make the untrained model."""
-    transformers = _import_transformers()
+    transformers = import_transformers()
     config = transformers.LlamaConfig(
         vocab_size=vocabulary_size,
         hidden_size=WIDTH,
@@ -168,6 +173,18 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     return model.eval(), tokenizer
 
 
+@torch.no_grad()
+def greedy_captions(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", prompts_BLD: Tensor) -> list[str]:
+    """Return the greedy caption after each soft prompt and `<bos>`."""
+    bos_11D = model.get_input_embeddings().weight[tokenizer.bos_token_id][None, None]
+    inputs_BLD = torch.cat([prompts_BLD, bos_11D.expand(len(prompts_BLD), 1, -1)], dim=1)
+    mask_BL = torch.ones(inputs_BLD.shape[:2], dtype=torch.long)
+    ids_BT = model.generate(
+        inputs_embeds=inputs_BLD, attention_mask=mask_BL, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+    )
+    return list(tokenizer.batch_decode(ids_BT, skip_special_tokens=True))
+
+
 def save_language(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write both in the ordinary transformers layout."""
     model.save_pretrained(folder)
@@ -178,7 +195,8 @@ def _ids(tokenizer: "PreTrainedTokenizerFast", words: Iterable[str]) -> Tensor:
     return torch.tensor([tokenizer.get_vocab()[word] for word in words])
 
 
-def _import_transformers() -> ModuleType:
+def import_transformers() -> ModuleType:
+    """Import transformers, safe beside a torchvision that does not fit."""
     import_torchvision()
     import transformers
 

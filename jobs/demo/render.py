@@ -7,6 +7,7 @@ travelling one at the ends of its way.
 import io
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,8 @@ RGB_OF_COLOUR = {
 }
 REACH = 1.25
 """Farthest point of any shape from its centre, in radii, with a little air."""
+CODEC_OPTIONS = {"preset": "ultrafast", "crf": "18"}
+SAMPLE_RATE_HZ = 16_000
 _SUPERSAMPLING = 4
 _GAP = 0.04
 _REST = (0.3, 0.7)
@@ -189,16 +192,37 @@ def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np
     return moments, rate_hz
 
 
-def encode_mp4(frames: list[NDArray[np.uint8]], rate_hz: int, path: Path) -> None:
-    """Write frames as an H.264 clip."""
+def encode_mp4(
+    frames: list[NDArray[np.uint8]],
+    rate_hz: int,
+    path: Path,
+    *,
+    options: Mapping[str, str] = CODEC_OPTIONS,
+    waveform: NDArray[np.float32] | None = None,
+) -> None:
+    """Write frames as an H.264 clip.
+
+    Args:
+        frames: Pictures (height, width, 3), of even height and width.
+        rate_hz: Frames a second.
+        path: File to write.
+        options: Of the video codec.
+        waveform: Mono sound within [-1, 1] at `SAMPLE_RATE_HZ`, for an AAC track; None for a clip without one.
+    """
     height, width = frames[0].shape[:2]
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate_hz, options={"preset": "ultrafast", "crf": "18"})
+        stream = container.add_stream("libx264", rate=rate_hz, options=dict(options))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
+        track = None if waveform is None else container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
+        if track is not None and waveform is not None:
+            sound = av.AudioFrame.from_ndarray(waveform[None], format="fltp", layout="mono")
+            sound.sample_rate = SAMPLE_RATE_HZ
+            container.mux(track.encode(sound))
+            container.mux(track.encode())
 
 
 def canvas_size(rng: random.Random, smallest: int, largest: int) -> tuple[int, int]:

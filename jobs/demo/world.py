@@ -1,15 +1,13 @@
 """Write the demo's corpus: images, clips, captions, the truth behind them, and some broken files."""
 
 import json
-import multiprocessing
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.demo.grammar import captions
+from jobs.demo.media_writing import DAMAGES, damage, write_media
 from jobs.demo.render import encode_jpeg, encode_mp4, render_clip_frames, render_image
 from jobs.demo.scenes import HELD_OUT, MOTIONS, SIZES, Scene, Thing, sample_scene
 
@@ -17,10 +15,6 @@ NUM_CAPTIONS = 5
 MIN_BROKEN_IMAGES = 2
 MIN_BROKEN_CLIPS = 1
 LICENCE = "CC0-1.0"
-# Below this many files a process pool costs more than it saves.
-_POOL_FROM_ROWS = 300
-_CHUNK_ROWS = 64
-_DAMAGES = ("truncated", "garbage", "empty", "missing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +69,7 @@ def write_world(
         for (kind, split), group in scenes.items()
         for index, scene in enumerate(group)
     ]
-    _write_media(folder, rows)
+    write_media(folder, rows, _write_file)
     _write_tables(folder, rows)
 
 
@@ -120,50 +114,19 @@ def _choose_damages(
         ("clip", num_clips, num_broken_clips),
     ):
         for order, index in enumerate(rng.sample(range(total), count)):
-            damages[f"{stem}-train-{index:05d}"] = _DAMAGES[order % len(_DAMAGES)]
+            damages[f"{stem}-train-{index:05d}"] = DAMAGES[order % len(DAMAGES)]
     return damages
 
 
-def _write_media(folder: Path, rows: list[Row]) -> None:
-    if len(rows) < _POOL_FROM_ROWS:
-        _write_chunk(folder, rows)
-        return
-    chunks = [rows[start : start + _CHUNK_ROWS] for start in range(0, len(rows), _CHUNK_ROWS)]
-    # Spawned, not forked: the caller may hold threads (torch, Ray) that do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
-        for future in [pool.submit(_write_chunk, folder, chunk) for chunk in chunks]:
-            future.result()
-
-
-def _write_chunk(folder: Path, rows: list[Row]) -> None:
-    for row in rows:
-        path, rng = folder / row.media, random.Random(row.seed)
-        path.unlink(missing_ok=True)
-        if row.scene.motion is None:
-            path.write_bytes(encode_jpeg(render_image(row.scene, rng), rng))
-        else:
-            encode_mp4(*render_clip_frames(row.scene, rng), path)
-        if row.damage is not None:
-            _break(path, row.damage, rng)
-
-
-def _break(path: Path, damage: str, rng: random.Random) -> None:
-    """Spoil a file so that no decoder gets a picture out of it."""
-    content = path.read_bytes()
-    match damage:
-        case "truncated":
-            # A JPEG of this size keeps only part of its tables, an MP4 loses the index at its end.
-            share = rng.uniform(0.1, 0.3) if path.suffix == ".jpg" else 0.5
-            path.write_bytes(content[: max(1, int(len(content) * share))])
-        case "garbage":
-            path.write_bytes(rng.randbytes(len(content)))
-        case "empty":
-            path.write_bytes(b"")
-        case "missing":
-            path.unlink()
-        case other:
-            raise ValueError(f"unknown damage {other!r}")
+def _write_file(folder: Path, row: Row) -> None:
+    path, rng = folder / row.media, random.Random(row.seed)
+    path.unlink(missing_ok=True)
+    if row.scene.motion is None:
+        path.write_bytes(encode_jpeg(render_image(row.scene, rng), rng))
+    else:
+        encode_mp4(*render_clip_frames(row.scene, rng), path)
+    if row.damage is not None:
+        damage(path, row.damage, rng)
 
 
 def _write_tables(folder: Path, rows: list[Row]) -> None:

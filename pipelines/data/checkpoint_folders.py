@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data import storage
+from pipelines.data.local_copies import drop_copy, local_folder
 from qformer.errors import UserError
 
 CHECKPOINTS_FOLDER, COMPLETE_MARKER = "checkpoints", "complete.json"
@@ -62,7 +63,7 @@ def whole_checkpoint(run_or_checkpoint: str) -> Path:
         UserError: If there is none, or it is damaged.
     """
     uri = newest_checkpoint(run_or_checkpoint)
-    folder = storage.local_folder(uri)
+    folder = local_folder(uri)
     if (problem := damage(folder)) is not None:
         raise UserError(f"checkpoint {uri} is damaged ({problem}); name an earlier one")
     return folder
@@ -78,10 +79,11 @@ def newest_whole_checkpoint(run: str, tell: Callable[[str], object] = logger.war
     """
     finished = finished_checkpoints(run)
     for uri in finished:
-        folder = storage.local_folder(uri)
+        folder = local_folder(uri)
         problem = damage(folder)
         if problem is None:
             return folder
+        drop_copy(uri, folder)
         tell(f"checkpoint {uri} is damaged ({problem}); the one before is used")
     if finished:
         raise UserError(f"every checkpoint of {run} is damaged; start anew in another output")

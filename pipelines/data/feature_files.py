@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data import schema, storage
+from pipelines.data.retries import with_retries
 
 INDEX_FILE, QUARANTINE_FILE = "index.parquet", "quarantine.parquet"
 SOURCE, STATE = "source", "state"
@@ -88,4 +89,17 @@ def write_table(table: pa.Table, path: str) -> None:
     """Write a Parquet file in one piece."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    storage.write_bytes(path, sink.getvalue())
+    write_file(path, sink.getvalue())
+
+
+def write_file(path: str, content: pa.Buffer) -> None:
+    """Write a file in one piece; to a store again where it has trouble that may pass.
+
+    Raises:
+        OSError: If a local disk does not take it.
+        MediaError: If a store does not.
+    """
+    if storage.is_local(path):
+        storage.write_bytes(path, content)
+    else:
+        with_retries(path, lambda: storage.write_bytes(path, content))

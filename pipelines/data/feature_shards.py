@@ -26,6 +26,7 @@ from pipelines.data.feature_files import (
     read_table,
     rows_file,
     shard_name,
+    write_file,
     write_table,
 )
 from pipelines.data.plan import evaluation_blocks, image_ids
@@ -127,7 +128,7 @@ def write_shard(
             }
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SHARD_SCHEMA))
     content = sink.getvalue()
-    storage.write_bytes(f"{name}.arrow", content)
+    write_file(f"{name}.arrow", content)
     count = len(batch.sample_ids)
     of_rows = [failures.get(sample_id) for sample_id in batch.sample_ids]
     reasons = (schema.ERROR_CLASS, schema.MEDIA, schema.STAGE, schema.MESSAGE, schema.TRIES)

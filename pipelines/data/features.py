@@ -11,7 +11,9 @@ from pipelines.data import schema, storage
 from pipelines.data.batch import IMAGE_ID, Failure, ImageRows, pack
 from pipelines.data.feature_files import FAILURE_COLUMNS, INDEX_FILE, SOURCE, open_shard, read_table
 from pipelines.data.feature_spec import FeatureSpec, read_spec
+from pipelines.data.media import MediaError
 from pipelines.data.plan import image_ids
+from pipelines.data.retries import with_retries
 from pipelines.data.stage_costs import StageCosts
 from pipelines.data.token_codec import RAW_DTYPES
 from qformer.errors import UserError
@@ -107,6 +109,15 @@ class ReadFeatures:
             failures.append(failure)
         return pack(rows, images, failures, costs)
 
+    def _batch(self, shard: int, place: int) -> pa.RecordBatch:
+        try:
+            return self._shard(shard).get_batch(place)
+        except (FileNotFoundError, ValueError, IndexError) as error:
+            raise MediaError("missing", str(error), stage="read") from error
+        except Exception:
+            self._shard.cache_clear()  # nobody knows what state the file is in
+            raise
+
     def _stored(self, name: str, source: int, shard: int, place: int) -> pa.RecordBatch:
         """The record batch of a row.
 
@@ -119,9 +130,10 @@ class ReadFeatures:
             f"--set output={self._folder}` over this manifest, and resume"
         )
         try:
-            stored = self._shard(shard).get_batch(place)
-        except (FileNotFoundError, ValueError, IndexError) as error:
-            raise UserError(f"{told}: sample {name!r} is not there ({str(error)[:100]}); {advice}") from error
+            stored = with_retries(self._folder, lambda: self._batch(shard, place))
+        except MediaError as error:
+            what = "is not there" if error.error_class == "missing" else "cannot be read"
+            raise UserError(f"{told}: sample {name!r} {what} ({error.message[:100]}); {advice}") from error
         # The rows of a mixture have their source's name in front.
         own = stored[schema.SAMPLE_ID][0].as_py()
         if stored[SOURCE][0].as_py() != source or not (name == own or name.endswith(f"/{own}")):

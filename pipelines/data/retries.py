@@ -13,8 +13,8 @@ from pipelines.data.media import ErrorClass, MediaError
 
 ValueT = TypeVar("ValueT")
 
-RETRY_BUDGET_S = 60.0
-"""No new try begins this long after the first."""
+RETRY_BUDGET_S = 120.0
+"""No new try begins this long after the first: a storage that is away for a minute is waited out, pauses included."""
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.25, 8.0
 _BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss")
 _PASSING_STATUS = (408, 409, 412, 416, 425, 429)

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import posixpath
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
+from pipelines.data.latest import Latest
 from pipelines.data.manifest_files import INDEX_FILE, read_index
 from pipelines.data.media import MediaError
 from pipelines.data.retries import with_retries
@@ -34,6 +34,11 @@ ValueT = TypeVar("ValueT")
 _FILE, _ROWS = "file", "rows"
 _UNREAD = (schema.SPLIT, schema.LICENCE)
 """Columns that nobody asks rows for."""
+_TELLING = (
+    *(schema.MEDIA, schema.MEDIA_BYTES, schema.SAMPLE_ID, schema.CAPTIONS, schema.INSTRUCTIONS),
+    *(schema.START_S, schema.END_S),
+)
+"""Columns that decide what training sees of a row."""
 _KEPT_FOOTER_BYTES = 8 * 1024**2
 """Of parsed footers; in memory they take some six times as much."""
 _KEPT_GROUP_BYTES = 64 * 1024**2
@@ -51,7 +56,7 @@ class Rows(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Digest that changes when rows are added, dropped or moved."""
+        """Digest that changes when rows are added, dropped, moved or changed."""
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """The rows of these numbers, in this order; may lack `schema.SPLIT` and `schema.LICENCE`."""
@@ -83,10 +88,18 @@ class TableRows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of kinds and sample ids in their order."""
+        """Digest of ids, texts, clip bounds and media of the rows in their order.
+
+        Of a medium the last part of its path counts, for a corpus may be moved as a whole; or the bytes in the row.
+        """
         digest = hashlib.sha256(repr(self.counts).encode())
-        for name in self._table[schema.SAMPLE_ID].to_pylist():
-            digest.update(name.encode("utf-8", errors="surrogatepass") + b"\0")
+        for rows in streamed(self):
+            columns = (rows[name].to_pylist() for name in _TELLING)
+            for media, content, *told in zip(*columns, strict=True):
+                # As Python writes it, which marks off each part from the next, and has no trouble with bad Unicode.
+                name = None if media is None else media.rpartition("/")[2]
+                digest.update(ascii((name, *told)).encode())
+                digest.update(content or b"")
         return digest.hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
@@ -195,7 +208,7 @@ class PartRows:
     def _forget(self) -> None:
         self.bytes_read = 0
         """By this object so far, footers included."""
-        self._footers, self._groups = _Latest(_KEPT_FOOTER_BYTES), _Latest(_KEPT_GROUP_BYTES)
+        self._footers, self._groups = Latest(_KEPT_FOOTER_BYTES), Latest(_KEPT_GROUP_BYTES)
         self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,31 +218,6 @@ class PartRows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._forget()
-
-
-class _Latest:
-    """Keeps what was used last, up to a number of bytes, and always the newest. For several threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._held_bytes = max_bytes, 0
-        self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Any) -> Any:
-        """What was put under `key`, None if it is gone."""
-        with self._lock:
-            if key not in self._items:
-                return None
-            self._items.move_to_end(key)
-            return self._items[key][0]
-
-    def put(self, key: Any, value: Any, size_bytes: int) -> None:
-        """Keep a new value."""
-        with self._lock:
-            self._items[key] = value, size_bytes
-            self._held_bytes += size_bytes
-            while self._held_bytes > self._max_bytes and len(self._items) > 1:
-                self._held_bytes -= self._items.popitem(last=False)[1][1]
 
 
 class _CountedFile:

@@ -5,7 +5,6 @@ import os
 import posixpath
 import shutil
 import stat
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data import members
-from qformer.errors import UserError
 
 _INDIRECT_PROTOCOLS = (
     *("simplecache", "filecache", "blockcache", "cached", "dir", "generic", "asynclocal", "async_wrapper"),
@@ -231,6 +229,12 @@ def remove_file(uri: str) -> None:
         filesystem.rm_file(path)
 
 
+def fetch_folder(uri: str, target: str) -> None:
+    """Copy what a remote folder holds into a local one that is there."""
+    filesystem, path = _filesystem(uri)
+    filesystem.get(path.rstrip("/") + "/", f"{target}/", recursive=True)
+
+
 def remove_folder(uri: str) -> None:
     """Delete a folder that is there, with all it holds."""
     if is_local(uri):
@@ -243,38 +247,6 @@ def remove_folder(uri: str) -> None:
 def write_text(uri: str, text: str) -> None:
     """Write a UTF-8 file, atomically on local disks."""
     write_bytes(uri, text.encode())
-
-
-def require_unused(folder: str, setting: str) -> None:
-    """Check that an output folder is absent or empty.
-
-    Args:
-        folder: Path or URI.
-        setting: Name of the setting that holds it, for the message.
-
-    Raises:
-        UserError: If it holds anything, or is a file.
-    """
-    if not exists(folder):
-        return
-    if not is_folder(folder):
-        raise UserError(f"{setting}={folder} is a file; give a new folder")
-    found = os.listdir(local_path(folder)) if is_local(folder) else list_files(folder)
-    if found:
-        raise UserError(
-            f"{setting}={folder} is already used (it holds {sorted(found)[0]}); "
-            "choose another folder, or delete this one"
-        )
-
-
-def local_folder(uri: str) -> Path:
-    """Return a folder's local path, downloading it to a temporary folder when it is remote."""
-    if is_local(uri):
-        return Path(local_path(uri))
-    target = Path(tempfile.mkdtemp(prefix="qformer-"))
-    filesystem, path = _filesystem(uri)
-    filesystem.get(path.rstrip("/") + "/", f"{target}/", recursive=True)
-    return target
 
 
 def folder_names(uri: str) -> list[str]:

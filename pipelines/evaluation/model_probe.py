@@ -78,10 +78,11 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
     for batch in batches:
         device = stage1.temperature.device
         tokens_BFPV = retriever.encoder.features(batch.pixels_BFCYX.to(device))
-        frames = tokens_BFPV.shape[1]
-        image = stage1.qformer.image_key_values(stage1.vision_norm(tokens_BFPV).flatten(0, 1))
-        hidden_GQD = stage1.qformer.forward_queries(image).hidden_BQD
-        queries_BNE = stage1.embed_queries(hidden_GQD, frames)
+        is_frame_BF = batch.frame_valid_BF.to(device)
+        seen = stage1.perceive(tokens_BFPV, is_frame_BF)
+        frames, image = seen.tokens_BFPV.shape[1], stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
+        hidden_GQD = stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
+        queries_BNE = stage1.embed_queries(hidden_GQD, frames, seen.is_frame_BF)
         text_BE = retriever.embed_text(batch.captions)
         scores_BB = similarity(queries_BNE, text_BE)  # image by text
         is_positive_BB = ~batch.may_swap_BB.T.to(device)
@@ -96,7 +97,9 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
         if len(text_K):
             texts = [batch.captions[text] for text in text_K.tolist()]
             sums.add("itc", scores_BB[text_K, text_K], scores_BB[other_K, text_K])
-            true_K, permuted_K = (retriever.match(tokens_BFPV[index_K], texts) for index_K in (text_K, other_K))
+            true_K, permuted_K = (
+                retriever.match(tokens_BFPV[index_K], texts, is_frame_BF[index_K]) for index_K in (text_K, other_K)
+            )
             sums.add("itm", true_K, permuted_K)
             hidden_BFQD = hidden_GQD.unflatten(0, (-1, frames))
             sums.queries.add(hidden_BFQD[text_K].flatten(0, 1), hidden_BFQD[other_K].flatten(0, 1))
@@ -117,7 +120,6 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
     stage2, language, info = captioner.stage2, captioner.language, captioner.info
     generator, sums = torch.Generator().manual_seed(seed), _Sums()
     device = stage2.language_projection.weight.device
-    num_queries = info.qformer.num_queries
     for batch in batches:
         text_K, other_K = _swapped(batch, generator, device)
         sums.num_texts += len(batch.captions)
@@ -131,13 +133,15 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
         if captioner.tokenizer is not None:
             instruction = [tensor.to(device) for tensor in captioner.tokenizer.encode(prompts)[:2]]
         tokens_BFPV = captioner.encoder.features(batch.pixels_BFCYX.to(device))
-        answers = answers.to(device)
-        own_KNL, other_KNL = (stage2(tokens_BFPV[index_K], *instruction) for index_K in (text_K, other_K))
-        sums.add("lm", *(answer_losses(language, prefix_KNL, answers) for prefix_KNL in (own_KNL, other_KNL)))
-        # As the language model reads them, without the bias that all of them share.
-        bias_L = stage2.language_projection.bias
-        outputs = [(one - bias_L).unflatten(1, (-1, num_queries)).flatten(0, 1) for one in (own_KNL, other_KNL)]
-        sums.queries.add(*outputs)
+        answers, is_frame_BF = answers.to(device), batch.frame_valid_BF.to(device)
+        prefixes, losses = [], []
+        for index_K in (text_K, other_K):
+            prefix_KNL = stage2(tokens_BFPV[index_K], *instruction, is_frame_BF=is_frame_BF[index_K])
+            is_prefix_KN = stage2.is_prompt(is_frame_BF[index_K], None, prefix_KNL)
+            losses.append(answer_losses(language, prefix_KNL, answers, is_prefix_KN))
+            prefixes.append(prefix_KNL)
+        sums.add("lm", *losses)
+        sums.queries.add(*(stage2.query_outputs(prefix_KNL) for prefix_KNL in prefixes))
     return ModelFigures(
         measures=sums.compared(lower_is_better=True, least_gain=USED_GAIN_NATS),
         picked=None,

@@ -26,6 +26,8 @@ class PairBatch:
 
     pixels_BFCYX: Tensor
     """uint8."""
+    frame_valid_BF: Tensor
+    """False at frames that only repeat others of their clip."""
     captions: list[str]
     instructions: list[str]
     """What each caption answers; "" where the prompt of training serves."""
@@ -91,6 +93,7 @@ def _pairs(batch: SampleBatch, all_captions: list[list[str]]) -> PairBatch:
     may_swap = [[sources[i] != sources[j] and texts[i] not in described[j] for j in places] for i in places]
     return PairBatch(
         pixels_BFCYX=torch.from_numpy(batch.images[batch.is_valid]),
+        frame_valid_BF=torch.from_numpy(batch.frame_valid[batch.is_valid]),
         captions=[batch.captions[row] for row in valid],
         instructions=[batch.instructions[row] for row in valid],
         may_swap_BB=torch.tensor(may_swap),

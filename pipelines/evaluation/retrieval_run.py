@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pipelines.data import schema
 from pipelines.data.batch import Failure
 from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
+from pipelines.data.local_copies import local_folder
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings
-from pipelines.data.storage import local_folder
 from pipelines.evaluation.gallery import Gallery, build_galleries
 from pipelines.evaluation.inference import answers, collect
 from qformer.bridge import load_retriever
@@ -64,8 +64,8 @@ class CompareBlocks:
         num_texts = len(self._text_embeds_TE)
         similarity_IT = np.zeros((0, num_texts), dtype=np.float32)
         if batch.is_valid.any():
-            pixels = torch.from_numpy(batch.images[batch.is_valid])
-            embeds_INE, _ = self._retriever.embed_image(pixels)
+            pixels, is_frame = (torch.from_numpy(x[batch.is_valid]) for x in (batch.images, batch.frame_valid))
+            embeds_INE, _ = self._retriever.embed_image(pixels, is_frame)
             similarity_IT = similarity(embeds_INE, self._text_embeds_TE).cpu().numpy()
         flat = pa.array(similarity_IT.ravel(), pa.float32())
         results = {
@@ -82,7 +82,7 @@ class MatchBlocks:
         self, checkpoint: str, device: str, texts: list[str], candidates: Mapping[str, NDArray[np.int32]]
     ) -> None:
         self._retriever = load_retriever(local_folder(checkpoint), device=device)
-        self._texts, self._candidates = texts, candidates
+        self._device, self._texts, self._candidates = device, texts, candidates
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Match the valid rows of one block."""
@@ -90,10 +90,11 @@ class MatchBlocks:
         names = [name for name, valid in zip(batch.sample_ids, batch.is_valid, strict=True) if valid]
         found: list[NDArray[np.float32]] = []
         if names:
-            _, tokens_IFPV = self._retriever.embed_image(torch.from_numpy(batch.images[batch.is_valid]))
+            pixels, is_frame_IF = (torch.from_numpy(x[batch.is_valid]) for x in (batch.images, batch.frame_valid))
+            tokens_IFPV = self._retriever.encoder.features(pixels.to(self._device))
             found = [
-                self._match(tokens_FPV, self._candidates[name])
-                for name, tokens_FPV in zip(names, tokens_IFPV, strict=True)
+                self._match(tokens_FPV, is_frame_F, self._candidates[name])
+                for name, tokens_FPV, is_frame_F in zip(names, tokens_IFPV, is_frame_IF, strict=True)
             ]
         return answers(
             batch,
@@ -103,12 +104,15 @@ class MatchBlocks:
             },
         )
 
-    def _match(self, tokens_FPV: torch.Tensor, text_index: NDArray[np.int32]) -> NDArray[np.float32]:
+    def _match(
+        self, tokens_FPV: torch.Tensor, is_frame_F: torch.Tensor, text_index: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
         parts = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(text_index), _TEXTS_AT_A_TIME):
             texts = [self._texts[index] for index in text_index[start : start + _TEXTS_AT_A_TIME]]
             tokens_BFPV = tokens_FPV[None].expand(len(texts), -1, -1, -1)
-            parts.append(self._retriever.match(tokens_BFPV, texts).cpu().numpy())
+            is_frame_BF = is_frame_F[None].expand(len(texts), -1)
+            parts.append(self._retriever.match(tokens_BFPV, texts, is_frame_BF).cpu().numpy())
         return np.concatenate(parts)
 
 

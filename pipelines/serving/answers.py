@@ -47,7 +47,7 @@ class Work:
 
         async def soft_prompts(medium: Medium) -> NDArray[np.float32]:
             decoded = await self.decode(medium, adapter)
-            return await self.models.soft_prompts(adapter, decoded.pixels, conversation.instruction)
+            return await self.models.soft_prompts(adapter, decoded, conversation.instruction)
 
         rows = iter(await together([soft_prompts(medium) for medium in conversation.media]))
         self.context.record.reached("encoded")
@@ -57,7 +57,7 @@ class Work:
     async def embed(self, medium: Medium, adapter: Adapter) -> NDArray[np.float32]:
         """Query embeddings [N, E] of one image or clip."""
         decoded = await self.decode(medium, adapter)
-        return await self.models.embed(adapter, decoded.pixels)
+        return await self.models.embed(adapter, decoded)
 
 
 async def together(jobs: Sequence[Coroutine[Any, Any, ValueT]]) -> list[ValueT]:

@@ -17,6 +17,7 @@ from pipelines.serving.answers import Work, mean_pooled, together
 from pipelines.serving.bodies import parse_json, read_body
 from pipelines.serving.chat import Medium, answer_settings, read_conversation, require_short, single_turn
 from pipelines.serving.config import ApiKey, ServingConfig
+from pipelines.serving.console_files import add_console
 from pipelines.serving.errors import ApiError, add_error_handlers
 from pipelines.serving.graph import Models
 from pipelines.serving.health import Canary
@@ -146,7 +147,7 @@ class Api:
         require_short(asked.texts, self._limits, "texts")
         context.record.adapter = adapter = self.adapters.find(asked.model, generates=False)
         decoded = await Work(self._models, context).decode(medium, adapter)
-        matched = await self._models.match(adapter, decoded.pixels, asked.texts)
+        matched = await self._models.match(adapter, decoded, asked.texts)
         return {
             "scores": [{"probability": one.probability, "similarity": one.similarity} for one in matched],
             "kind": medium.upload.kind,
@@ -269,6 +270,7 @@ def build_http(api: Api) -> FastAPI:
     http.add_api_route("/healthz", api.live, methods=["GET"])
     http.add_api_route("/readyz", api.ready, methods=["GET"])
     http.add_api_route("/openapi.json", document, methods=["GET"])
+    add_console(http, max_body_bytes=api.gate.limits.max_body_bytes)
     return http
 
 

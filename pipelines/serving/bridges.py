@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.storage import local_folder
+from pipelines.data.local_copies import local_folder
 from pipelines.serving.errors import Refusal
 from pipelines.serving.wire import Matched, TextEmbeddings
 from qformer.backbones import VisionEncoder, load_vision
@@ -34,12 +34,19 @@ class Writer:
     """Of an instruction-aware Q-Former."""
 
     @torch.inference_mode()
-    def soft_prompts(self, tokens_BFPV: Tensor, instructions: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Soft prompts [N, L] of each image or clip."""
+    def soft_prompts(
+        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, instructions: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """Soft prompts [N, L] of each image or clip, as `Captioner.soft_prompts` gives them."""
         inputs = [tokens_BFPV]
         if self.tokenizer is not None:
             inputs += [tensor.to(tokens_BFPV.device) for tensor in self.tokenizer.encode(instructions)[:2]]
-        return [*self.stage2(*inputs).float().cpu().numpy()]
+        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF)
+        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, None, prompts_BNL)
+        rows = list(prompts_BNL.float())
+        if is_prompt_BN is not None:
+            rows = [rows_NL[is_read_N] for rows_NL, is_read_N in zip(rows, is_prompt_BN, strict=True)]
+        return [rows_NL.cpu().numpy() for rows_NL in rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +56,9 @@ class Matcher:
     retriever: Retriever
 
     @torch.inference_mode()
-    def embed(self, tokens_BFPV: Tensor) -> list[NDArray[np.float32]]:
+    def embed(self, tokens_BFPV: Tensor, is_frame_BF: Tensor) -> list[NDArray[np.float32]]:
         """Normalised query embeddings [N, E] of each image or clip."""
-        return [*self.retriever.embed_tokens(tokens_BFPV).cpu().numpy()]
+        return [*self.retriever.embed_tokens(tokens_BFPV, is_frame_BF).cpu().numpy()]
 
     def refusal(self, texts: Sequence[str]) -> Refusal | None:
         """Why texts cannot be read whole; None where they can."""
@@ -70,12 +77,12 @@ class Matcher:
         return TextEmbeddings(vectors=self.retriever.embed_text(texts).cpu().numpy(), num_tokens=num_tokens)
 
     @torch.inference_mode()
-    def match(self, tokens_FPV: Tensor, texts: Sequence[str]) -> list[Matched]:
+    def match(self, tokens_FPV: Tensor, is_frame_F: Tensor, texts: Sequence[str]) -> list[Matched]:
         """Scores of one image or clip with each text."""
-        embeds_NE = self.retriever.embed_tokens(tokens_FPV[None])[0]
+        embeds_NE = self.retriever.embed_tokens(tokens_FPV[None], is_frame_F[None])[0]
         similarity_B = (self.retriever.embed_text(texts) @ embeds_NE.T).amax(dim=1)
         tokens_BFPV = tokens_FPV[None].expand(len(texts), -1, -1, -1)
-        probability_B = self.retriever.match(tokens_BFPV, texts)
+        probability_B = self.retriever.match(tokens_BFPV, texts, is_frame_F[None].expand(len(texts), -1))
         scores = zip(probability_B.tolist(), similarity_B.tolist(), strict=True)
         return [Matched(probability=probability, similarity=similarity) for probability, similarity in scores]
 
@@ -107,7 +114,7 @@ def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | M
     path = local_folder(folder)
     info = read_info(path)
     if info.stage == 1:
-        stage1 = Stage1(info.qformer)
+        stage1 = Stage1(info.qformer, video=info.video)
         load_weights(stage1, path)
         return Matcher(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
     tokenizer = load_tokenizer(path, info) if info.qformer.has_text_branch else None
@@ -118,6 +125,7 @@ def _stage2(folder: Path) -> Stage2:
     """Stage 2 without the language model, whose updates (LoRA) are the generator's."""
     info, weights = read_info(folder), read_weights(folder)
     own = {name: tensor for name, tensor in weights.items() if not name.startswith("lora.")}
-    stage2 = Stage2(info.qformer, language_width=len(own["language_projection.weight"]))
+    width = len(own["language_projection.weight"])
+    stage2 = Stage2(info.qformer, language_width=width, video=info.video, audio=info.audio_branch)
     stage2.load_state_dict(own)
     return stage2

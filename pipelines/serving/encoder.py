@@ -23,7 +23,7 @@ from pipelines.serving.adapters import Adapter
 from pipelines.serving.batcher import Batcher
 from pipelines.serving.bridges import Matcher, Writer, load_adapter, load_backbone
 from pipelines.serving.errors import Refusal
-from pipelines.serving.wire import Matched, TextEmbeddings
+from pipelines.serving.wire import Decoded, Matched, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,11 @@ logger = logging.getLogger(__name__)
 class Work:
     """One image or clip, and what becomes of the encoder's tokens."""
 
-    pixels: NDArray[np.uint8]
-    """[F, C, Y, X]."""
+    clip: Decoded
     group: tuple[object, ...]
     """Works of the same group, alike in shape, are finished together."""
-    finish: Callable[[Tensor, Sequence["Work"]], Sequence[Any]]
-    """tokens_BFPV of a group and its works -> a result each."""
+    finish: Callable[[Tensor, Tensor, Sequence["Work"]], Sequence[Any]]
+    """tokens_BFPV and is_frame_BF of a group, and its works -> a result each."""
     argument: Any = None
 
 
@@ -45,15 +44,17 @@ def run_works(features: Callable[[Tensor], Tensor], works: Sequence[Work]) -> li
     """Encode all images and frames in as few passes as their sizes allow, then finish group by group."""
     results: list[Any] = [None] * len(works)
     tokens_of: dict[int, Tensor] = {}
-    for places in _grouped(works, lambda work: work.pixels.shape[1:]):
-        frames = np.concatenate([works[place].pixels for place in places])
+    for places in _grouped(works, lambda work: work.clip.pixels.shape[1:]):
+        frames = np.concatenate([works[place].clip.pixels for place in places])
         tokens_GPV = features(torch.from_numpy(frames)[None])[0]
-        parts = tokens_GPV.split([len(works[place].pixels) for place in places])
+        parts = tokens_GPV.split([len(works[place].clip.pixels) for place in places])
         tokens_of |= dict(zip(places, parts, strict=True))
-    for places in _grouped(works, lambda work: (*work.group, work.pixels.shape)):
+    for places in _grouped(works, lambda work: (*work.group, work.clip.pixels.shape)):
         group = [works[place] for place in places]
         tokens_BFPV = torch.stack([tokens_of[place] for place in places])
-        for place, result in zip(places, group[0].finish(tokens_BFPV, group), strict=True):
+        valid_BF = np.stack([work.clip.frame_valid for work in group])
+        is_frame_BF = torch.from_numpy(valid_BF).to(tokens_BFPV.device)
+        for place, result in zip(places, group[0].finish(tokens_BFPV, is_frame_BF, group), strict=True):
             results[place] = result
     return results
 
@@ -84,21 +85,21 @@ class EncoderWorker:
         for values in user_config["preload"]:
             await self._loaded(Adapter.from_dict(values))
 
-    async def soft_prompts(self, adapter: Adapter, pixels: NDArray[np.uint8], instruction: str) -> NDArray[np.float32]:
+    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
         """What the language model is to read of one image or clip: [N, L]."""
         writer = await self._loaded(adapter)
         assert isinstance(writer, Writer)
 
-        def finish(tokens_BFPV: Tensor, works: Sequence[Work]) -> Sequence[Any]:
-            return writer.soft_prompts(tokens_BFPV, [work.argument for work in works])
+        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
+            return writer.soft_prompts(tokens_BFPV, is_frame_BF, [work.argument for work in works])
 
-        return await self._submit(Work(pixels, ("prompts", adapter.key), finish, instruction))
+        return await self._submit(Work(clip, ("prompts", adapter.key), finish, instruction))
 
-    async def embed(self, adapter: Adapter, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
         """Query embeddings [N, E] of one image or clip."""
         matcher = await self._loaded(adapter)
         assert isinstance(matcher, Matcher)
-        return await self._submit(Work(pixels, ("embed", adapter.key), lambda tokens, _: matcher.embed(tokens)))
+        return await self._submit(Work(clip, ("embed", adapter.key), lambda *group: matcher.embed(*group[:2])))
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings | Refusal:
         """Embeddings of texts."""
@@ -106,18 +107,18 @@ class EncoderWorker:
         assert isinstance(matcher, Matcher)
         return await asyncio.to_thread(matcher.embed_texts, texts)
 
-    async def match(self, adapter: Adapter, pixels: NDArray[np.uint8], texts: Sequence[str]) -> list[Matched] | Refusal:
+    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched] | Refusal:
         """How well each text fits one image or clip."""
         matcher = await self._loaded(adapter)
         assert isinstance(matcher, Matcher)
         if (refusal := matcher.refusal(texts)) is not None:
             return refusal
 
-        def finish(tokens_BFPV: Tensor, works: Sequence[Work]) -> Sequence[Any]:
-            pairs = zip(tokens_BFPV, works, strict=True)
-            return [matcher.match(tokens_FPV, work.argument) for tokens_FPV, work in pairs]
+        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
+            rows = zip(tokens_BFPV, is_frame_BF, works, strict=True)
+            return [matcher.match(tokens_FPV, is_frame_F, work.argument) for tokens_FPV, is_frame_F, work in rows]
 
-        return await self._submit(Work(pixels, ("match", adapter.key), finish, texts))
+        return await self._submit(Work(clip, ("match", adapter.key), finish, texts))
 
     async def load(self, key: str) -> Writer | Matcher:
         """Load the adapter of a key that `_loaded` knows, beside the event loop."""
@@ -135,7 +136,7 @@ class EncoderWorker:
 
     async def _submit(self, work: Work) -> Any:
         self._waiting.set(self._batcher.num_waiting + 1)
-        return await self._batcher.submit(work, cost=len(work.pixels))
+        return await self._batcher.submit(work, cost=len(work.clip.pixels))
 
     def _run(self, works: Sequence[Work]) -> list[Any]:
         with torch.inference_mode():

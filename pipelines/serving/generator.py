@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from ray.util.metrics import Gauge
 
-from pipelines.data.storage import local_folder
+from pipelines.data.local_copies import local_folder
 from pipelines.serving.adapters import Adapter
 from pipelines.serving.errors import RETRY_AFTER_S, Refusal
 from pipelines.serving.wire import Piece, Prompt

@@ -22,16 +22,16 @@ class Models(Protocol):
     async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
         """Fetch and decode one file."""
 
-    async def soft_prompts(self, adapter: Adapter, pixels: NDArray[np.uint8], instruction: str) -> NDArray[np.float32]:
+    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
         """What the language model reads of one image or clip."""
 
-    async def embed(self, adapter: Adapter, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
         """Query embeddings [N, E]."""
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
         """Embeddings of texts."""
 
-    async def match(self, adapter: Adapter, pixels: NDArray[np.uint8], texts: Sequence[str]) -> list[Matched]:
+    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
         """How well each text fits."""
 
     async def answer(self, prompt: Prompt) -> Piece:
@@ -71,25 +71,25 @@ class RemoteModels:
         """See `Models`."""
         return _accepted(await call(lambda: self._media.decode.remote(upload, adapter), "decoding"))
 
-    async def soft_prompts(self, adapter: Adapter, pixels: NDArray[np.uint8], instruction: str) -> NDArray[np.float32]:
+    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
         """See `Models`."""
         handle = self._of(adapter).soft_prompts
-        return await call(lambda: handle.remote(adapter, pixels, instruction), "encoding")
+        return await call(lambda: handle.remote(adapter, clip, instruction), "encoding")
 
-    async def embed(self, adapter: Adapter, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
         """See `Models`."""
         handle = self._of(adapter).embed
-        return await call(lambda: handle.remote(adapter, pixels), "embedding")
+        return await call(lambda: handle.remote(adapter, clip), "embedding")
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
         """See `Models`."""
         handle = self._of(adapter).embed_texts
         return _accepted(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
 
-    async def match(self, adapter: Adapter, pixels: NDArray[np.uint8], texts: Sequence[str]) -> list[Matched]:
+    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
         """See `Models`."""
         handle = self._of(adapter).match
-        return _accepted(await call(lambda: handle.remote(adapter, pixels, texts), "matching"))
+        return _accepted(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
 
     async def answer(self, prompt: Prompt) -> Piece:
         """See `Models`."""

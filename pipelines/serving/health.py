@@ -57,8 +57,8 @@ class Canary:
         adapter = adapters.default
         decoded = await self._models.decode(Upload(IMAGE, _PNG), adapter)
         if not adapter.generates:
-            await self._models.embed(adapter, decoded.pixels)
+            await self._models.embed(adapter, decoded)
             return
-        rows = await self._models.soft_prompts(adapter, decoded.pixels, adapter.prompt)
+        rows = await self._models.soft_prompts(adapter, decoded, adapter.prompt)
         settings = AnswerSettings(max_new_tokens=1)
         await self._models.answer(Prompt(segments=(rows, adapter.prompt), settings=settings))

@@ -84,7 +84,7 @@ class MediaWorker:
             return error.refusal
         except MediaError as error:
             return _refusal(upload.kind, error)
-        return Decoded(pixels=clip.pixels, size_bytes=len(upload.data))
+        return Decoded(pixels=clip.pixels, frame_valid=clip.frame_valid, size_bytes=len(upload.data))
 
 
 def _refusal(kind: str, error: MediaError) -> Refusal:

@@ -18,6 +18,8 @@ class Decoded:
 
     pixels: NDArray[np.uint8]
     """[F, C, Y, X]; F is 1 for an image."""
+    frame_valid: NDArray[np.bool_]
+    """[F], False at frames that only repeat others."""
     size_bytes: int
     """Of the file."""
 

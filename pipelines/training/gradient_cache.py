@@ -89,7 +89,7 @@ class _Embedded(NamedTuple):
 def _embed(stage1: Stage1, some: Stage1Batch) -> _Embedded:
     """Pass 1."""
     state = _random_state(some.image_BFPV.device)
-    encoded = _encode(stage1, some)
+    encoded = stage1.encode(some)
     return _Embedded(state, encoded.queries_BQE, encoded.text_BE, encoded.hidden_GQD)
 
 
@@ -100,12 +100,12 @@ def _again(
     device = some.image_BFPV.device
     before = _random_state(device)
     _set_random_state(state, device)
-    encoded = _encode(stage1, some)
+    encoded = stage1.encode(some)
     _set_random_state(before, device)
     terms = {
-        "itm": stage1.match(some, encoded.image, others),
-        "itg": stage1.caption(some, encoded.cache),
-        "diversity": diversity_loss(encoded.hidden_GQD, some.is_valid_B),
+        "itm": stage1.match(some, encoded, others),
+        "itg": stage1.caption(some, encoded),
+        "diversity": diversity_loss(encoded.hidden_GQD, some.is_valid_B, encoded.seen.is_frame_BF),
     }
     return encoded, terms
 
@@ -139,6 +139,8 @@ class _OtherRows:
     def __init__(self, batch: Stage1Batch, negatives: Negatives) -> None:
         image_BFPV = batch.image_BFPV.masked_fill(~batch.is_valid_B[:, None, None, None], 0.0)
         fetched_MFPV, self._place_B = fetch_rows(image_BFPV, negatives.image_B)
+        frames = batch.is_frame_BF
+        self._is_frame_BF = None if frames is None else gather(frames, with_gradient=False)[negatives.image_B]
         self._tokens = torch.cat([image_BFPV, fetched_MFPV])
         self._ids_BT = gather(batch.input_ids_BT, with_gradient=False)[negatives.text_B]
         self._is_text_BT = gather(batch.is_text_BT, with_gradient=False)[negatives.text_B]
@@ -146,18 +148,22 @@ class _OtherRows:
 
     def of(self, stage1: Stage1, part: slice) -> Others:
         """Those of some rows."""
-        tokens_CFPV = stage1.vision_norm(self._tokens[self._place_B[part]])
-        image = stage1.qformer.image_key_values(tokens_CFPV.flatten(0, 1))
-        return Others(image, self._ids_BT[part], self._is_text_BT[part], self._has_negative_B[part])
-
-
-def _encode(stage1: Stage1, batch: Stage1Batch) -> Encoded:
-    return stage1.encode(batch, stage1.normalised(batch))
+        is_frame_CF = None if self._is_frame_BF is None else self._is_frame_BF[part]
+        seen = stage1.perceive(self._tokens[self._place_B[part]], is_frame_CF)
+        return Others(
+            image=stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1)),
+            is_image=seen.is_token,
+            is_frame_BF=seen.is_frame_BF,
+            input_ids_BT=self._ids_BT[part],
+            is_text_BT=self._is_text_BT[part],
+            has_negative_B=self._has_negative_B[part],
+        )
 
 
 def _rows(batch: Stage1Batch, part: slice) -> Stage1Batch:
-    names = [one.name for one in dataclasses.fields(batch)]
-    return Stage1Batch(**{name: getattr(batch, name)[part] for name in names})
+    values = {one.name: getattr(batch, one.name) for one in dataclasses.fields(batch)}
+    some: dict[str, Any] = {name: value if value is None else value[part] for name, value in values.items()}
+    return Stage1Batch(**some)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -4,15 +4,17 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor
 
-from qformer.distributed import world_size
+from pipelines.training.ranks import of_all_ranks
 from qformer.errors import UserError
 
 _SPIKE_FACTOR = 10.0
 """Times the mean norm that counts as a spike."""
 _SPIKE_AFTER = 50
 """Steps that the mean is made of before anything is a spike: norms fall fast at first."""
+_MAX_SPIKES_IN_A_ROW = 10
+"""More are no spikes: the norm has risen for good."""
 _MEMORY = 0.98
 """Of the running mean of log norms."""
 
@@ -38,7 +40,7 @@ class StepGuard:
         self, max_bad_steps: int, report: Callable[[dict[str, Any]], None], alarm: Callable[[str], None]
     ) -> None:
         self._max_bad_steps, self._report, self._alarm = max_bad_steps, report, alarm
-        self._in_a_row = self.num_bad = self.num_spikes = self._seen = 0
+        self._in_a_row = self._spikes_in_a_row = self.num_bad = self.num_spikes = self._seen = 0
         self._mean_log = 0.0
 
     def admits(self, step: int, norm: float, losses: Mapping[str, Tensor], sample_ids: list[str]) -> bool:
@@ -55,7 +57,7 @@ class StepGuard:
         """
         if math.isfinite(norm):
             self._in_a_row = 0
-            self._watch(step, norm)
+            self._watch(step, norm, sample_ids)
             return True
         told = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
         self.leave_out(step, f"gradient norm is {norm} ({told})", sample_ids)
@@ -69,7 +71,7 @@ class StepGuard:
         """
         self.num_bad += 1
         self._in_a_row += 1
-        ids = _of_all_ranks([name for name in sample_ids if name])
+        ids = of_all_ranks([name for name in sample_ids if name])
         self._report({"step": step, "reason": reason, "sample_ids": ids})
         if self._in_a_row >= self._max_bad_steps:
             raise DivergedError(
@@ -78,20 +80,20 @@ class StepGuard:
             )
         self._alarm(f"ALARM step {step} is left out: {reason}; samples {ids[:8]}")
 
-    def _watch(self, step: int, norm: float) -> None:
+    def _watch(self, step: int, norm: float, sample_ids: list[str]) -> None:
         log_norm = math.log(max(norm, 1e-30))
-        if self._seen >= _SPIKE_AFTER and log_norm > self._mean_log + math.log(_SPIKE_FACTOR):
+        is_spike = self._seen >= _SPIKE_AFTER and log_norm > self._mean_log + math.log(_SPIKE_FACTOR)
+        self._spikes_in_a_row = self._spikes_in_a_row + 1 if is_spike else 0
+        if self._spikes_in_a_row > _MAX_SPIKES_IN_A_ROW:
+            self._seen = self._spikes_in_a_row = 0  # that is what is usual now
+        elif is_spike:
             self.num_spikes += 1
-            self._alarm(f"gradient norm {norm:.3g} at step {step}, {_SPIKE_FACTOR:g} times the usual; it is clipped")
+            ids = of_all_ranks([name for name in sample_ids if name])
+            self._alarm(
+                f"gradient norm {norm:.3g} at step {step}, more than {_SPIKE_FACTOR:g} times the usual "
+                f"{math.exp(self._mean_log):.3g}; it is clipped; samples {ids[:8]}"
+            )
             return  # a spike is no part of what is usual
         memory = min(_MEMORY, self._seen / (self._seen + 1))
         self._mean_log = memory * self._mean_log + (1 - memory) * log_norm
         self._seen += 1
-
-
-def _of_all_ranks(names: list[str]) -> list[str]:
-    if world_size() == 1:
-        return names
-    parts: list[list[str]] = [[] for _ in range(world_size())]
-    distributed.all_gather_object(parts, names)
-    return [name for part in parts for name in part]

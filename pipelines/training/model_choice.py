@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qformer.config import LoraConfig
+from qformer.video.config import Temporal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,10 @@ class ModelChoice:
     freeze_qformer: bool = False
     """MiniGPT-4: the projection alone is trained."""
     lora: LoraConfig | None = None
+    temporal: Temporal = "concatenate"
+    """How the frames of a clip are joined."""
+    video: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of `VideoConfig`."""
 
 
 def choice_from(

@@ -18,6 +18,7 @@ from pipelines.training.objective import Objective
 from pipelines.training.precision import DTYPES, Precision, PrecisionName
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
+from qformer.adapters.lora import Lora
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.config import QFormerConfig
 from qformer.conversion.bert import start_from_bert
@@ -26,11 +27,10 @@ from qformer.conversion.initialisation import require_stage1, start_stage1, star
 from qformer.distributed import mean_of_ranks, rank, world_size
 from qformer.errors import UserError
 from qformer.language import build_language_model
-from qformer.lora import Lora
-from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
+from qformer.video.config import VideoConfig
 
 _RECOMPILATIONS = 64
 
@@ -79,6 +79,7 @@ class TrainingRun:
     ) -> None:
         frozen_dtype = DTYPES[precision] or torch.float32
         self.choice, self._micro_batch = choice, micro_batch
+        self.video = _video(choice)
         self.frozen: dict[str, nn.Module] = {}
         self.fingerprints: dict[str, str] = {}
         encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
@@ -129,6 +130,7 @@ class TrainingRun:
             prompt=choice.prompt,
             vision_image_size=choice.vision_image_size,
             lora=choice.lora,
+            video=self.video,
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
@@ -201,8 +203,8 @@ class TrainingRun:
             require_stage1(folder)  # before its tokenizer, which stage 2 may lack
         self.tokenizer = self._tokenizer(folder)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
-        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction)
-        self._start(stage1.qformer)
+        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction, video=self.video)
+        self._start(stage1)
         if folder is not None:
             allow = self.choice.init_mismatch == "reinitialise"
             self.load_report = str(start_stage1(stage1, folder, allow_mismatch=allow))
@@ -225,8 +227,14 @@ class TrainingRun:
             self.tokenizer = self._tokenizer(folder)
         self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
         lora = Lora(language.model, choice.lora) if choice.lora else None
-        stage2 = Stage2(self.config, language_width=language.width, freeze_qformer=choice.freeze_qformer, lora=lora)
-        self._start(stage2.qformer)
+        stage2 = Stage2(
+            self.config,
+            language_width=language.width,
+            freeze_qformer=choice.freeze_qformer,
+            lora=lora,
+            video=self.video,
+        )
+        self._start(stage2)
         if folder is not None:
             report = start_stage2(
                 stage2, folder, language=choice.language, allow_mismatch=choice.init_mismatch == "reinitialise"
@@ -251,10 +259,11 @@ class TrainingRun:
         name = self.choice.tokenizer if own is None or not own.is_dir() else str(own)
         return load_text_tokenizer(name, self.choice.max_text_tokens)
 
-    def _start(self, qformer: QFormer) -> None:
+    def _start(self, bridge: Stage1 | Stage2) -> None:
         """Start from a BERT where the settings name one."""
         if self.choice.qformer_init is not None:
             allow = self.choice.init_mismatch == "reinitialise"
+            qformer = bridge.frames.reader_of_encoder(bridge.qformer)
             self.load_report = str(start_from_bert(qformer, self.choice.qformer_init, allow_mismatch=allow))
 
     def _encoder(self, device: torch.device, dtype: torch.dtype) -> Encode:
@@ -299,3 +308,10 @@ class TrainingRun:
             )
         except ValueError as error:
             raise UserError(f"model.qformer: {error}") from error
+
+
+def _video(choice: ModelChoice) -> VideoConfig:
+    try:
+        return VideoConfig(temporal=choice.temporal, **choice.video)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.video: {error}") from error

@@ -24,6 +24,7 @@ from qformer.language import IGNORED, LanguageModel
 from qformer.stage1 import Stage1, Stage1Batch
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer
+from qformer.video.audio_branch import Sound
 
 DIVERSITY = "diversity"
 """Term of every stage: mean squared cosine between an image's query outputs."""
@@ -110,10 +111,10 @@ class RepresentationStage:
             with precision.autocast():
                 losses = call(inputs, noise_key=noise_key)
             hidden_GQD = losses.hidden_GQD
-            diversity = mean_over_ranks(*diversity_loss(hidden_GQD, valid_B))
+            diversity = mean_over_ranks(*diversity_loss(hidden_GQD, valid_B, losses.is_frame_BF))
             terms = {"itc": losses.itc, "itm": losses.itm, "itg": losses.itg, DIVERSITY: diversity}
             objective.backward(terms)
-        return _outcome(terms, hidden_GQD, valid_B)
+        return _outcome(terms, hidden_GQD, valid_B, inputs.is_frame_BF)
 
     def _inputs(self, batch: SampleBatch, precision: Precision) -> Stage1Batch:
         device = self.trainables.temperature.device
@@ -130,6 +131,7 @@ class RepresentationStage:
                 image_ids_B=torch.from_numpy(batch.image_ids).to(device),
                 is_valid_B=torch.from_numpy(batch.is_valid).to(device),
                 sample_ids=tuple(batch.sample_ids),
+                is_frame_BF=_is_frame(batch, device),
             )
             self.trainables.check(inputs)
             require_finite(inputs.image_BFPV, inputs.is_valid_B, inputs.sample_ids)
@@ -194,31 +196,36 @@ class GenerationStage:
         sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.terms}
         hidden: list[Tensor] = []
         for part in _parts(batch, self.micro_batch):
+            some = _rows(batch, part)
+            is_frame_BF = _is_frame(some, device)
             with precision.autocast():
-                tokens_BFPV = self._tokens(_rows(batch, part), device)
-                prefix_BNL = call(tokens_BFPV, *(tensor[part] for tensor in instruction))
-                total, _ = self.language.loss(prefix_BNL, texts.rows(part))
-            outputs_GQL = self._outputs(prefix_BNL)
-            diversity, _ = diversity_loss(outputs_GQL, valid_B[part])
+                tokens_BFPV = self._tokens(some, device)
+                sound = self._sound(some, device)
+                prefix_BNL = call(
+                    tokens_BFPV, *(tensor[part] for tensor in instruction), is_frame_BF=is_frame_BF, sound=sound
+                )
+                is_prompt_BN = self.trainables.is_prompt(is_frame_BF, sound, prefix_BNL)
+                total, _ = self.language.loss(prefix_BNL, texts.rows(part), is_prompt_BN)
+            outputs_GQL = self.trainables.query_outputs(prefix_BNL)
+            diversity, _ = diversity_loss(outputs_GQL, valid_B[part], _of_separate(is_frame_BF, outputs_GQL))
             terms = {"lm": total * share, DIVERSITY: diversity * share_of_row}
             objective.backward(terms)
             sums = {name: sums[name] + value.detach() for name, value in terms.items()}
             hidden.append(outputs_GQL.detach())
-        return _outcome(sums, torch.cat(hidden), valid_B)
+        return _outcome(sums, torch.cat(hidden), valid_B, _is_frame(batch, device))
 
     def _tokens(self, batch: SampleBatch, device: torch.device) -> Tensor:
         is_valid_B = torch.from_numpy(batch.is_valid).to(device)
         with _raised_by_all_ranks(device):
             tokens_BFPV = self.encode(batch)
-            self.trainables.qformer.check_image(tokens_BFPV, "BFPV")
+            self.trainables.check_image(tokens_BFPV)
             require_finite(tokens_BFPV, is_valid_B, batch.sample_ids)
         # Zeros in place of a masked sample's features: NaN there would live through a gradient of zero.
         return tokens_BFPV.masked_fill(~is_valid_B[:, None, None, None], 0.0)
 
-    def _outputs(self, prefix_BNL: Tensor) -> Tensor:
-        """Query outputs as the language model reads them, without the bias that all of them share."""
-        queries = self.trainables.qformer.config.num_queries
-        return (prefix_BNL - self.trainables.language_projection.bias).unflatten(1, (-1, queries)).flatten(0, 1)
+    def _sound(self, batch: SampleBatch, device: torch.device) -> Sound | None:
+        """What the audio encoder hears; None where the bridge has no branch for it, or the batch no sound."""
+        return None
 
 
 def _parts(batch: SampleBatch, micro_batch: int | None) -> list[slice]:
@@ -229,12 +236,28 @@ def _parts(batch: SampleBatch, micro_batch: int | None) -> list[slice]:
 def _rows(batch: SampleBatch, part: slice) -> SampleBatch:
     """Some rows of a batch, for an encoder."""
     return dataclasses.replace(
-        batch, sample_ids=batch.sample_ids[part], is_valid=batch.is_valid[part], images=batch.images[part]
+        batch,
+        sample_ids=batch.sample_ids[part],
+        is_valid=batch.is_valid[part],
+        images=batch.images[part],
+        frame_valid=batch.frame_valid[part],
     )
 
 
-def _outcome(terms: dict[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor) -> Outcome:
+def _is_frame(batch: SampleBatch, device: torch.device) -> Tensor | None:
+    """Frames of clips that are no padding; None for images. One step's batches are of one kind on all ranks."""
+    return torch.from_numpy(batch.frame_valid).to(device) if batch.frame_valid.shape[1] > 1 else None
+
+
+def _of_separate(is_frame_BF: Tensor | None, outputs_GQD: Tensor) -> Tensor | None:
+    """The same mask where there are outputs of every frame, and not of frames joined to one."""
+    return is_frame_BF if is_frame_BF is not None and len(outputs_GQD) == is_frame_BF.numel() else None
+
+
+def _outcome(terms: dict[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_frame_BF: Tensor | None) -> Outcome:
     valid_G = valid_B.repeat_interleave(len(hidden_GQD) // len(valid_B))
+    if (is_frame_BF := _of_separate(is_frame_BF, hidden_GQD)) is not None:
+        valid_G = valid_G & is_frame_BF.flatten()
     cosine = mean_cosine(hidden_GQD.detach()).masked_fill(~valid_G, 0.0).sum()
     num_samples = gather(valid_B, with_gradient=False).sum()
     return Outcome(

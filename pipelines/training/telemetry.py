@@ -125,6 +125,15 @@ class ProgressBoard:
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self.news: list[str] = []
+        self.told_mistake: str | None = None
+
+    def give_up(self, text: str) -> None:
+        """Keep a mistake of the user that a rank has met: whoever starts next ends with it."""
+        self.told_mistake = self.told_mistake or text
+
+    def mistake(self) -> str | None:
+        """The first that was kept; None as long as there is none."""
+        return self.told_mistake
 
     def put(self, values: dict[str, float]) -> None:
         """Replace the figures."""

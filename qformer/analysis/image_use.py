@@ -119,8 +119,10 @@ def partners(may_swap_BB: Tensor, generator: torch.Generator) -> Tensor:
     return image_B
 
 
-def answer_losses(language: LanguageModel, prefix_BNL: Tensor, batch: LanguageBatch) -> Tensor:
-    """Mean cross-entropy of each sample's answer tokens: [B], fp32."""
-    logits_BTV = language.logits(prefix_BNL, batch).float()
+def answer_losses(
+    language: LanguageModel, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of each sample's answer tokens: [B], fp32; arguments as for `LanguageModel.logits`."""
+    logits_BTV = language.logits(prefix_BNL, batch, is_prefix_BN).float()
     losses_BT = F.cross_entropy(logits_BTV.transpose(1, 2), batch.labels_BT, ignore_index=IGNORED, reduction="none")
     return losses_BT.sum(dim=1) / (batch.labels_BT != IGNORED).sum(dim=1).clamp(min=1)

@@ -16,6 +16,7 @@ from qformer.errors import UserError
 from qformer.model import INITIAL_STD, QFormer
 
 _SETTING = "model.qformer_init"
+_EXPERT = re.compile(r"\.query_ffn\.(experts\.\d+\.)?")
 _NAMES = (
     (r"^bert\.", ""),
     (r"^embeddings\.LayerNorm\.", "embedding_norm."),
@@ -66,8 +67,11 @@ def start_from_bert(qformer: QFormer, name: str, *, allow_mismatch: bool = False
     weights = {_our_name(key): tensor for key, tensor in theirs_by_name.items() if ".decoder." not in key}
     _append_row(weights, "word_embeddings.weight", INITIAL_STD)
     _append_row(weights, "lm_bias", 0.0)
-    for key in [key for key in weights if ".text_ffn." in key]:
-        weights[key.replace(".text_ffn.", ".query_ffn.")] = weights[key].clone()
+    own = qformer.state_dict()
+    for key in [key for key in own if ".query_ffn." in key]:
+        # Those of every kind of queries, where each has its own.
+        if (source := _EXPERT.sub(".text_ffn.", key)) in weights:
+            weights[key] = weights[source].clone()
     new = ["query_tokens", ".cross_attention."]
     if config.has_lm_head and not has_lm_head:
         new += ["lm_dense.", "lm_norm.", "lm_bias"]

@@ -19,6 +19,7 @@ from qformer.config import LoraConfig, QFormerConfig
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer
+from qformer.video.config import AudioConfig, VideoConfig
 
 FORMAT_VERSION = 1
 INFO_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "bridge.json", "bridge.safetensors", "tokenizer"
@@ -51,6 +52,12 @@ class BridgeInfo:
     vision_image_size: int | None = None
     """Resolution that the encoder's positions were interpolated to; None is its own."""
     lora: LoraConfig | None = None
+    video: VideoConfig = VideoConfig()
+    """How the frames of a clip are joined; `qformer` tells of one image's Q-Former."""
+    audio: str | None = None
+    """Frozen encoder of sound, where there is a branch for it."""
+    audio_pretrained: bool = True
+    audio_branch: AudioConfig | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -69,6 +76,9 @@ class BridgeInfo:
             if (version := values["format_version"]) == FORMAT_VERSION:
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
+                values["video"] = VideoConfig(**values.get("video", {}))
+                if values.get("audio_branch") is not None:
+                    values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:
                     values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
                 if not isinstance(values["vision"], str) or values["stage"] == 2 and not values["language"]:

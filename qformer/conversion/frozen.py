@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qformer.adapters.lora import Lora
 from qformer.backbones import import_torchvision
 from qformer.config import LoraConfig
 from qformer.conversion.bundle import read_tensors, reason_of
 from qformer.errors import UserError
-from qformer.lora import Lora
 from qformer.preprocessing import PIL_INTERPOLATIONS, Preprocessing, transformers_preprocessing
 
 

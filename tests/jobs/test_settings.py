@@ -238,6 +238,12 @@ def test_missing_keys_one_line_each(tmp_path):
     assert "'batch_size' is missing" in second
 
 
+def test_a_missing_part_is_asked_for_by_a_key_that_takes_a_value():
+    lines = message(TrainSettings, []).splitlines()
+    assert any("'model.vision' is missing" in line and "--set model.vision=VALUE" in line for line in lines)
+    assert any("'data.manifest' is missing" in line for line in lines)
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     assert "nowhere.yaml does not exist" in message(TrainSettings, tmp_path / "nowhere.yaml")
     assert "cannot be read" in message(TrainSettings, tmp_path)

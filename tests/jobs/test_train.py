@@ -7,17 +7,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs import features, train
 from jobs.demo.world import write_world
 from jobs.settings import FeaturesSettings, TrainSettings, ValidationSettings
 from jobs.settings_data import DataSettings, TrainDataSettings
 from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.train_rows import training_rows
 from pipelines.data import checkpoint_folders
+from pipelines.data.retries import with_retries
 from pipelines.training.telemetry import read_metrics
 from qformer.errors import UserError
 from tests.jobs.train_jobs import Job
@@ -30,9 +34,15 @@ TINY = QFormerSettings(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """100 images and 50 clips to train on, of which two images and a clip are broken; straight from the writer."""
+    """100 images and 50 clips to train on, of which two images and a clip are broken; straight from the writer.
+
+    And 18 rows of the split "test", with one more whose file is missing.
+    """
     folder = tmp_path_factory.mktemp("world")
     write_world(folder, num_images=100, num_clips=50, num_test_images=10, num_test_clips=8, seed=3)
+    with open(folder / "manifest.jsonl", "a") as file:
+        gone = {"sample_id": "gone", "media": "gone.png", "captions": ["nothing"], "split": "test"}
+        file.write(json.dumps(gone) + "\n")
     return folder
 
 
@@ -111,12 +121,15 @@ def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, ca
 
 
 def assert_validated(run, log):
-    """Over all 18 rows of the split after steps 5 and 10, with a checkpoint each; events.jsonl keeps what was said."""
+    """Over the 18 good rows of the split after steps 5 and 10, with a checkpoint each; and what was said."""
     best = json.loads((run / "best.json").read_text())
     assert best["step"] in (5, 10) and 0 < best["loss"] < 30
     assert (run / "checkpoints" / "step-00000005" / "complete.json").exists()
     for step in (5, 10):
-        assert f"validation at step {step} over 18 of 18 rows: total" in log
+        told = "18 of 19 rows (1 could not be used, see validation_quarantine.parquet)"
+        assert f"validation at step {step} over {told}: total" in log
+    (failed,) = pq.read_table(run / "validation_quarantine.parquet").to_pylist()
+    assert (failed["sample_id"], failed["error_class"]) == ("gone", "missing")
     events = [json.loads(line)["text"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert events[0].startswith("starting at step 0 with 2 worker(s) on ") and "validation at step 10" in events[-1]
 
@@ -148,6 +161,34 @@ def test_mistakes_end_before_any_worker_starts(changes, message, world, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("media", "error", "message"),
+    [
+        (
+            "nosuch://b/a.jpg",
+            None,
+            r"data.manifest cannot be read: nosuch://b/a.jpg: no such protocol; use a local path",
+        ),
+        ("memory://b/a.jpg", ConnectionRefusedError("nobody"), "memory://b/a.jpg: ConnectionRefusedError: nobody"),
+        ("memory://b/t.tar#offset=512&length=9", PermissionError("no"), "memory://b/t.tar: access denied"),
+        ("memory://b/gone.jpg", None, None),
+    ],
+)
+def test_media_whose_store_does_not_answer_end_before_any_worker_starts(media, error, message, monkeypatch, tmp_path):
+    """A wrong endpoint would have every row wait for itself; a file that is missing is one row's matter."""
+    monkeypatch.setattr(with_retries, "__kwdefaults__", {"budget_s": 0.05})
+    if error is not None:
+        monkeypatch.setattr(MemoryFileSystem, "info", mock.Mock(side_effect=error))
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps({"media": media, "caption": "a red circle"}) + "\n" for _ in range(30)))
+    chosen = settings(tmp_path, tmp_path / "run", data=TrainDataSettings(manifest=str(manifest)))
+    if message is None:
+        assert training_rows(chosen).corpus.num_rows == 30
+        return
+    with pytest.raises(UserError, match=message):
+        training_rows(chosen)
+
+
 def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(ray_local, world, tmp_path, caplog):
     caplog.set_level("INFO")
     model = settings(world, "x").model.model_copy(update={"vision": "vit_tiny_patch16_22", "vision_pretrained": False})
@@ -165,6 +206,20 @@ def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(r
         train.main(settings(tmp_path, tmp_path / "run", data=data, batch_size=8, steps=4, workers=1))
     table = pq.read_table(tmp_path / "run" / "quarantine.parquet")
     assert table["error_class"].to_pylist() == ["missing"] * 16
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_storage_that_refuses_ends_the_run_at_once_also_where_restarts_are_allowed(ray_local, workers, tmp_path):
+    """The rank that meets it raises alone, in the middle of the loop; the others wait for it."""
+    rows = [{"media": f"nosuch://bucket/{index}.jpg", "caption": "a red circle"} for index in range(64)]
+    rows[0]["media"] = "here.jpg"  # what is looked at before the start
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = TrainDataSettings(manifest=str(manifest), num_frames=2)
+    chosen = settings(tmp_path, tmp_path / "run", data=data, batch_size=8, steps=4, workers=workers, max_failures=3)
+    with pytest.raises(UserError, match=r"nosuch://bucket/\d+.jpg: no such protocol; use a local path"):
+        train.main(chosen)
+    assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

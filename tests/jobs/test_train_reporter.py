@@ -3,16 +3,19 @@
 import json
 from unittest import mock
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
 
+from jobs import train_reporter
 from jobs.settings import TrainSettings
 from jobs.settings_data import TrainDataSettings
 from jobs.settings_model import ModelSettings
 from jobs.train_reporter import Reporter
 from jobs.train_worker import _PreemptionNotice
 from pipelines.data import storage
+from pipelines.data.batch import Failure, SampleBatch
 from pipelines.training.accounting import Accounting
 from pipelines.training.telemetry import ProgressBoard
 
@@ -52,6 +55,58 @@ def test_lines_of_an_earlier_start_stay_and_the_user_is_told(board, tmp_path):
     assert all(start["versions"]["torch"] and start["hardware"] for start in lines(tmp_path / "starts.jsonl"))
     assert [event["text"] for event in lines(tmp_path / "events.jsonl")] == ["hello"]
     assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 5, "sample_ids": ["a"]}]
+
+
+def test_bad_steps_that_are_done_again_are_forgotten(board, tmp_path):
+    first = reporter(board, tmp_path)
+    for step in (3, 4, 7):
+        first.bad_step({"step": step})
+    with open(tmp_path / "bad_steps.jsonl", "a") as file:
+        file.write('{"step": 2, "rea')  # as its writer died
+    second = reporter(board, tmp_path, start_step=4)  # steps 0 to 3 are in the checkpoint
+    assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 3}]
+    second.bad_step({"step": 4})
+    assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 3}, {"step": 4}]
+
+
+def test_the_quarantine_table_is_written_as_training_goes_on(board, tmp_path, monkeypatch):
+    """Not only at checkpoints; and not at every log line, for it is written whole."""
+    one, accounting = reporter(board, tmp_path), Accounting()
+    figures = {"step": 1, "epoch": 0, "learning_rate": 1.0, "samples_per_s": 1.0, "data_wait_share": 0.0}
+
+    def fails(name):
+        accounting.add(batch_of(name), 0)
+        accounting.combine()
+
+    def written():
+        return pq.read_table(tmp_path / "quarantine.parquet")["sample_id"].to_pylist()
+
+    one.logged(figures, accounting)
+    assert not (tmp_path / "quarantine.parquet").exists()
+    fails("a")
+    one.logged(figures, accounting)
+    assert written() == ["a"]
+    fails("b")
+    one.logged(figures, accounting)
+    assert written() == ["a"]
+    monkeypatch.setattr(train_reporter, "_QUARANTINE_PAUSE_S", 0.0)
+    one.logged(figures, accounting)
+    assert written() == ["a", "b"]
+
+
+def batch_of(name):
+    """One row, which failed."""
+    return SampleBatch(
+        step=0,
+        rank=0,
+        sample_ids=[name],
+        captions=[""],
+        image_ids=np.zeros(1, np.int64),
+        is_valid=np.zeros(1, np.bool_),
+        images=np.zeros((1, 1, 3, 2, 2), np.uint8),
+        failures=[Failure(name, None, "decode", "corrupt", "torn")],
+        frame_valid=np.ones((1, 1), np.bool_),
+    )
 
 
 def test_a_full_disk_ends_nothing_and_the_next_line_brings_the_lost_one(board, tmp_path):

@@ -156,7 +156,7 @@ def test_masked_image_tokens_are_as_if_they_were_not_there():
     spoilt, qformer = stage1.qformer.image_key_values(image.masked_fill(~is_real[..., None], 9.0)), stage1.qformer
     queries = qformer.forward_queries(spoilt, is_real).hidden_BQD
     some, others = ([None if kv is None else kv.take(torch.tensor(rows)) for kv in spoilt] for rows in ([1, 2], [0]))
-    joint = qformer.forward_joint(some, texts.input_ids_BT, texts.is_text_BT, others, is_image_IP=is_real[[1, 2]])
+    joint = qformer.forward_joint(some, texts.input_ids_BT, texts.is_text_BT, others, is_image=is_real[[1, 2]])
     for row, cut in enumerate((7, 2, 4)):
         alone = qformer.image_key_values(image[row : row + 1, :cut])
         torch.testing.assert_close(queries[row : row + 1], qformer.forward_queries(alone).hidden_BQD, **CLOSE)

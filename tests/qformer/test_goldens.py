@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qformer import objectives
 from qformer import stage1 as stage1_module
 from qformer.backbones import import_torchvision
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.masks import joint_mask
-from qformer.objectives import Negatives, PairNoise, itg_loss, sample_negatives
+from qformer.objectives import Negatives, PairNoise, itg_loss, negatives, sample_negatives
 from qformer.stage1 import Stage1, Stage1Batch
 from qformer.stage2 import Stage2
 from tests.distributed import run_processes
@@ -134,7 +133,7 @@ def weights_of_negatives(scores_i2t, scores_t2i, targets):
         return torch.zeros(len(scores), dtype=torch.long)
 
     places, is_valid = torch.arange(scores_i2t.shape[1]), torch.ones(scores_i2t.shape[1], dtype=torch.bool)
-    with mock.patch.object(objectives, "noisy_argmax", argmax):
+    with mock.patch.object(negatives, "noisy_argmax", argmax):
         noise = PairNoise(0, places[: len(scores_i2t)], places)
         sample_negatives(scores_i2t, scores_t2i, positives, is_valid, noise)
     return dict(zip(("out.weights_t2i", "out.weights_i2t"), drawn_by, strict=True))

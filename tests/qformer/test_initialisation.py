@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from qformer.adapters.lora import Lora
 from qformer.backbones import import_torchvision
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
 from qformer.conversion.checkpoint import save_bridge
 from qformer.conversion.initialisation import start_stage1, start_stage2
 from qformer.errors import UserError
-from qformer.lora import Lora
 from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2

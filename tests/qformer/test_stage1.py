@@ -53,7 +53,8 @@ def batch(size, frames=1, length=9, seed=1):
 
 
 def take(full, rows, **changes):
-    values = {name: getattr(full, name)[rows] for name in Stage1Batch.__dataclass_fields__}
+    values = {name: getattr(full, name) for name in Stage1Batch.__dataclass_fields__}
+    values = {name: value if value is None else value[rows] for name, value in values.items()}
     return Stage1Batch(**{**values, **changes})
 
 

@@ -1,14 +1,17 @@
 """The feature cache: exact storage, refusals, resumption, and the same training as on pixels."""
 
 import dataclasses
+import io
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.data import schema, storage
+from pipelines.data import retries, schema, storage
 from pipelines.data.batch import Failure, split_steps, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.encode_shards import DecodeShards, EncoderChoice, EncodeShards
@@ -17,6 +20,7 @@ from pipelines.data.feature_spec import write_spec
 from pipelines.data.features import FeatureCache, ReadFeatures, locate, open_cache
 from pipelines.data.order import PADDING, Batches
 from pipelines.data.plan import RowLookup, evaluation_blocks, training_blocks
+from pipelines.data.retries import with_retries
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.sampling import Sampling
@@ -215,6 +219,69 @@ def test_a_cache_that_changes_under_its_training_stops_it(tmp_path, encoder):
     (tmp_path / "cache" / "shard-00000000.arrow").unlink()
     with pytest.raises(UserError, match="sample 's0' is not there .*; the cache was changed or damaged"):
         ReadFeatures(cache)(block)
+
+
+class _Tired(MemoryFileSystem):
+    """A store whose requests fail as often as `left` says, also in the middle of a file."""
+
+    protocol = "weary"
+    store = {}
+    pseudo_dirs = [""]
+    left = {"open": 0, "read": 0}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.replace("weary://", "memory://"))
+
+    @classmethod
+    def fail(cls, what):
+        if cls.left[what]:
+            cls.left[what] -= 1
+            raise ConnectionResetError("reset by peer")
+
+    def _open(self, path, mode="rb", **options):
+        self.fail("open")
+        if mode != "rb":
+            return super()._open(path, mode, **options)
+        with super()._open(path, mode, **options) as file:
+            return _TiredFile(file.getvalue())
+
+
+class _TiredFile(io.BytesIO):
+    def read(self, size=-1):
+        _Tired.fail("read")
+        return super().read(size)
+
+
+def test_a_store_that_fails_now_and_then_is_asked_again(tmp_path, encoder, monkeypatch):
+    """Both when the cache is written and when training reads it."""
+    fsspec.register_implementation("weary", _Tired, clobber=True)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(_Tired, "left", {"open": 0, "read": 0})
+    table, folder = _table(tmp_path), f"weary://{tmp_path.name}/cache"
+    spec = encoder[1]
+    decode = DecodeShards(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
+    encode = EncodeShards(CHOICE, folder, 2, "cpu")
+    blocks = _blocks(table)
+    for block in blocks:
+        decoded = decode(block)
+        _Tired.left = {"open": 2, "read": 0}
+        encode(decoded)
+        assert _Tired.left["open"] == 0
+    decode.close()
+    write_spec(folder, spec)
+    write_index(folder, len(blocks))
+    cache = open_cache(folder)
+    (wanted,) = _training_blocks(locate(table, cache), [[0, 1]])
+    expected, reader = unpack(ReadFeatures(cache)(wanted)), ReadFeatures(cache)
+    for failures in ({"open": 2, "read": 2}, {"open": 0, "read": 2}):  # at the first look, and of an open file
+        _Tired.left = dict(failures)
+        batch = unpack(reader(wanted))
+        assert _Tired.left == {"open": 0, "read": 0} and np.array_equal(batch.images, expected.images)
+    monkeypatch.setattr(with_retries, "__kwdefaults__", {"budget_s": 0.05})
+    _Tired.left = {"open": 0, "read": 10**6}
+    with pytest.raises(UserError, match="sample 's0' cannot be read .*reset by peer"):
+        reader(wanted)
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path, encoder):

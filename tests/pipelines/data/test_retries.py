@@ -8,7 +8,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.data import storage
+from pipelines.data import retries, storage
 from pipelines.data.batch import Failure
 from pipelines.data.media import MediaError
 from pipelines.data.quarantine import require_readable
@@ -76,6 +76,23 @@ def test_what_does_not_pass_is_transient_and_never_corrupt(flaky):
         with_retries(flaky, lambda: storage.read_bytes(flaky, 10**6), budget_s=1.0)
     assert (caught.value.error_class, caught.value.stage) == ("transient", "read")
     assert 2 <= caught.value.tries == 99 - len(FlakyFileSystem.failures) <= 4
+
+
+@pytest.mark.parametrize("chance", [0.5, 1.5])
+def test_a_storage_that_is_away_for_a_minute_loses_no_row(monkeypatch, chance):
+    """By a clock that sleeping alone moves; whatever the pauses are drawn to be."""
+    now_s = [0.0]
+    monkeypatch.setattr(retries.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
+    monkeypatch.setattr(retries._CHANCE, "uniform", lambda low, high: chance)
+
+    def read():
+        if now_s[0] < 75.0:
+            raise ConnectionRefusedError("nobody listens")
+        return b"back"
+
+    assert with_retries("s3://bucket/a.jpg", read) == b"back"
+    assert now_s[0] < 90.0
 
 
 def test_local_read_errors_are_transient():

@@ -188,6 +188,33 @@ def test_the_fingerprint_follows_the_rows(parts, tmp_path):
     assert TableRows(manifest(rows)).fingerprint != TableRows(manifest(rows[::-1])).fingerprint
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"media": "/other.jpg"},
+        {"captions": ["a cat", "a dog"]},
+        {"captions": ["a dog a cat"]},
+        {"instructions": ["What is it?"]},
+        {"start_s": 1.0},
+        {"end_s": 1.0},
+        {"sample_id": "x"},
+        {"kind": "video"},
+        {"media_bytes": b"1"},
+    ],
+)
+def test_the_fingerprint_of_a_table_covers_all_that_training_sees(change):
+    """A resumed run whose manifest has another caption, or another file under an old id, goes on with other data."""
+    row = {"sample_id": "a", "media": "/a.jpg", "captions": ["a dog", "a cat"]}
+    rows = [row, {**row, "sample_id": "b"}]
+    changed = [{**row, **change}, rows[1]]
+    assert TableRows(manifest(rows)).fingerprint != TableRows(manifest(changed)).fingerprint
+
+
+def test_a_corpus_that_was_moved_as_a_whole_is_the_same():
+    here, there = ([{"sample_id": "a", "media": f"{root}/images/a.jpg"}] for root in ("/old", "s3://bucket/new"))
+    assert TableRows(manifest(here)).fingerprint == TableRows(manifest(there)).fingerprint
+
+
 def test_a_manifest_that_was_changed_is_refused(tmp_path):
     folder = write_parts(tmp_path / "manifest", {("image", "train"): 30}, rows_per_part=10)
     (folder / "part-image-train-00001.parquet").write_bytes((folder / "part-image-train-00002.parquet").read_bytes())

@@ -1,6 +1,7 @@
 import pytest
 
 from pipelines.data import checkpoint_folders, storage
+from pipelines.data.local_copies import local_folder
 from qformer.errors import UserError
 
 
@@ -15,7 +16,7 @@ def test_the_newest_finished_checkpoint(tmp_path, scheme):
     newest = checkpoint_folders.newest_checkpoint(root)
     assert newest.endswith("checkpoints/step-00000100")
     assert checkpoint_folders.newest_checkpoint(newest) == newest
-    copy = storage.local_folder(newest)
+    copy = local_folder(newest)
     assert sorted(path.name for path in copy.iterdir()) == ["bridge.json", "complete.json"]
 
 
@@ -41,13 +42,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         storage.write_bytes(str(path), None)  # type: ignore[arg-type]
     assert path.read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_used_folder_is_refused(tmp_path):
-    storage.require_unused(str(tmp_path / "new"), "output")
-    storage.require_unused(str(tmp_path), "output")
-    (tmp_path / "x").touch()
-    with pytest.raises(UserError, match=r"output=.*already used \(it holds x\)"):
-        storage.require_unused(str(tmp_path), "output")
-    with pytest.raises(UserError, match="is a file"):
-        storage.require_unused(str(tmp_path / "x"), "output")

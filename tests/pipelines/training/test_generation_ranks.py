@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.data.batch import SampleBatch
 from pipelines.training.stages import GenerationStage, RepresentationStage
+from qformer.adapters.lora import Lora
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.distributed import mean_of_ranks
-from qformer.lora import Lora
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from tests.distributed import run_processes

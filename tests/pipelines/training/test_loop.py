@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.settings_model import ModelSettings
-from pipelines.data import checkpoint_folders, storage
+from pipelines.data import checkpoint_folders
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
+from pipelines.data.local_copies import local_folder
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.ema import Ema
@@ -347,12 +348,24 @@ def test_features_that_are_not_finite_leave_their_step_out(tokenizer, tmp_path, 
         train(run, tmp_path / "all")
 
 
-def test_spikes_are_told_and_do_not_become_usual(capsys):
-    guard = StepGuard(1, print, print)
-    assert all(guard.admits(step, 1.0 + step % 3, {}, []) for step in range(60))
-    assert guard.num_spikes == 0
-    assert guard.admits(60, 100.0, {}, []) and guard.admits(61, 100.0, {}, []) and guard.num_spikes == 2
-    assert "10 times the usual" in capsys.readouterr().out
+def test_spikes_are_told_with_their_samples_and_do_not_become_usual():
+    told = []
+    guard = StepGuard(3, print, told.append)
+    for step in range(60):
+        assert guard.admits(step, 1.0 + step % 3, {}, ["a"])
+    assert guard.num_spikes == 0 and told == []
+    assert guard.admits(60, 100.0, {}, ["b", ""]) and guard.admits(61, 100.0, {}, ["c"]) and guard.num_spikes == 2
+    assert told[0] == "gradient norm 100 at step 60, more than 10 times the usual 1.82; it is clipped; samples ['b']"
+
+
+def test_a_norm_that_rises_for_good_is_told_a_few_times():
+    told = []
+    guard = StepGuard(3, print, told.append)
+    for step in range(200):
+        guard.admits(step, 1.0 if step < 60 else 30.0, {}, [])
+    assert guard.num_spikes == len(told) == 10
+    guard.admits(200, 1000.0, {}, [])
+    assert guard.num_spikes == 11
 
 
 def test_the_average_is_saved_and_a_resumed_run_goes_on_with_both(tokenizer, tmp_path):
@@ -445,4 +458,4 @@ def test_checkpoints_lie_on_any_filesystem(tokenizer):
     train(run, output)
     newest = checkpoint_folders.newest_checkpoint(output)
     assert newest.endswith("step-00000008")
-    assert read_info(storage.local_folder(newest)).step == 8
+    assert read_info(local_folder(newest)).step == 8

@@ -1,0 +1,1 @@
+"""The demo learns time: clips whose captions need the order of their frames, and sound."""

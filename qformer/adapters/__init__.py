@@ -1,0 +1,1 @@
+"""Small trained updates of frozen models."""

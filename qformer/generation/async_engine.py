@@ -1,0 +1,165 @@
+"""An engine in a thread of its own, for callers on an event loop.
+
+engine = AsyncEngine(Engine(language, kv_tokens=16384, max_requests=32))
+async with contextlib.aclosing(engine.generate(request)) as deltas:
+async for delta in deltas:
+...
+"""
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable
+
+from qformer.generation.engine import Engine, Outcome
+from qformer.generation.request import Delta, EngineRequest, GenerationFailedError, QueueFullError
+from qformer.generation.statistics import EngineStats
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed; the request was not finished."""
+
+
+class _Caller:
+    """Who waits for one request's news."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self.loop = asyncio.get_running_loop()
+        self.news: asyncio.Queue[Outcome] = asyncio.Queue()
+        self.number: int | None = None
+        """The engine's name for the request, once the thread has taken it."""
+        self.is_gone = False
+
+
+class AsyncEngine:
+    """Runs an engine in a thread and hands its news to event loops; any number of loops may use it.
+
+    Args:
+        engine: Belongs to the thread from now on.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        """To look at; its `check` may be called from anywhere."""
+        self._wake = threading.Condition()
+        # Handed from loops to the thread, under the condition's lock.
+        self._arrived: list[_Caller] = []
+        self._gone: list[_Caller] = []
+        self._is_closed = False
+        # The thread's own.
+        self._callers: dict[int, _Caller] = {}
+        self._thread = threading.Thread(target=self._run, name="generation-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
+        """Yield a request's deltas; the last one has a finish reason. Closing the iterator cancels the request.
+
+        Raises:
+            RequestError: If it cannot be run.
+            QueueFullError: If too many requests wait.
+            GenerationFailedError: If the model failed on it.
+            EngineClosedError: If the engine is closed.
+        """
+        caller = _Caller(request)
+        with self._wake:
+            if self._is_closed:
+                raise EngineClosedError("the engine is closed")
+            if len(self._arrived) >= self.engine.max_queue:
+                raise QueueFullError(f"{len(self._arrived)} requests have just come; try again later")
+            self._arrived.append(caller)
+            self._wake.notify()
+        is_done = False
+        try:
+            while not is_done:
+                outcome = await caller.news.get()
+                if isinstance(outcome, Exception):
+                    is_done = True
+                    raise outcome
+                is_done = outcome.finish_reason is not None
+                yield outcome
+        finally:
+            if not is_done:
+                with self._wake:
+                    caller.is_gone = True
+                    self._gone.append(caller)
+                    self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """What the engine does and did."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """End the thread; requests in work fail with `EngineClosedError`."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._is_closed or self._arrived or self._gone or self.engine.is_busy):
+                    self._wake.wait()
+                arrived, self._arrived = self._arrived, []
+                gone, self._gone = self._gone, []
+                is_closed = self._is_closed
+            if is_closed:
+                closed = EngineClosedError("the engine was closed")
+                _deliver((caller, closed) for caller in [*self._callers.values(), *arrived])
+                return
+            self._leave(gone)
+            _deliver([*self._admit(arrived), *self._step()])
+
+    def _leave(self, gone: Iterable[_Caller]) -> None:
+        for caller in gone:
+            if caller.number is not None and self._callers.pop(caller.number, None) is not None:
+                self.engine.cancel(caller.number)
+
+    def _admit(self, arrived: Iterable[_Caller]) -> list[tuple[_Caller, Outcome]]:
+        news: list[tuple[_Caller, Outcome]] = []
+        for caller in arrived:
+            if caller.is_gone:
+                continue
+            try:
+                caller.number = self.engine.add(caller.request)
+                self._callers[caller.number] = caller
+            except Exception as error:
+                news.append((caller, error))
+        return news
+
+    def _step(self) -> list[tuple[_Caller, Outcome]]:
+        try:
+            outcomes = self.engine.step()
+        except Exception as error:
+            # The engine lets none out that it foresees; whatever this is, the next request shall find it working.
+            logger.exception("a step failed; all requests in work fail")
+            failure = GenerationFailedError(f"the engine failed: {error}")
+            outcomes = [(number, failure) for number in self.engine.drop_all()]
+        news: list[tuple[_Caller, Outcome]] = []
+        for number, outcome in outcomes:
+            if (caller := self._callers.get(number)) is not None:
+                news.append((caller, outcome))
+                if isinstance(outcome, Exception) or outcome.finish_reason is not None:
+                    del self._callers[number]
+        return news
+
+
+def _deliver(news: Iterable[tuple[_Caller, Outcome]]) -> None:
+    """Put news into their callers' queues, waking every event loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Caller, Outcome]]] = defaultdict(list)
+    for caller, outcome in news:
+        by_loop[caller.loop].append((caller, outcome))
+    for loop, some in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, some)
+        except RuntimeError:  # the loop is closed, and its callers are gone
+            logger.info("%d requests' event loop is closed", len(some))
+
+
+def _put(news: list[tuple[_Caller, Outcome]]) -> None:
+    for caller, outcome in news:
+        caller.news.put_nowait(outcome)

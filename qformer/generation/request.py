@@ -1,0 +1,123 @@
+"""What is asked of the engine, and what comes back.
+
+Dimensions: S rows of input, L language-model width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from qformer.config import GenerationSettings
+from qformer.errors import UserError
+
+FinishReason = Literal["stop", "length"]
+"""An end id or a stop string came; or `max_new_tokens` were generated."""
+
+MAX_STOPS = 16
+"""Stop strings of one request."""
+MAX_STOP_CHARACTERS = 256
+"""Of one stop string; so much text may be held back."""
+
+
+class RequestError(ValueError):
+    """A request that the engine cannot run as it is; the message says what to change."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may; try again later."""
+
+
+class GenerationFailedError(RuntimeError):
+    """The model failed on this request; the engine goes on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestSettings:
+    """How one request's text is generated: greedy unless `temperature` is above 0.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to this."""
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """Of the sampling; the request's neighbours change nothing."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be a number of at least 0 (0: greedy)")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive (1: none)")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must fit into 64 bits")
+        if len(self.stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in self.stop):
+            raise ValueError(
+                f"stop must be at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters, got "
+                f"{len(self.stop)} of {sorted({len(text) for text in self.stop})} characters"
+            )
+
+    @classmethod
+    def of(cls, settings: GenerationSettings) -> "RequestSettings":
+        """The same generation as `LanguageModel.generate` does with `settings`.
+
+        Raises:
+            UserError: If they search with beams, which share no step with other requests.
+        """
+        if settings.num_beams > 1:
+            raise UserError(
+                f"generation.num_beams={settings.num_beams}: the engine generates greedily or samples; use num_beams=1 "
+                "here, or `qformer evaluate`, which searches with beams"
+            )
+        return cls(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=0.0 if settings.top_p is None else settings.temperature,
+            top_p=1.0 if settings.top_p is None else settings.top_p,
+            repetition_penalty=settings.repetition_penalty,
+            seed=settings.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EngineRequest:
+    """One text to generate."""
+
+    inputs_SL: Tensor
+    """Soft prompts and embedded text, in order; see `inputs`."""
+    settings: RequestSettings = field(default_factory=RequestSettings)
+    is_streamed: bool = True
+    """Text as it comes to be; False gives one delta at the end, which costs less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of one request so far."""
+
+    prompt_tokens: int
+    """Rows of its input: soft prompts and text tokens."""
+    completion_tokens: int
+    """Tokens generated, with the one that ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a request's text grew by. Joined, the deltas' texts are what `LanguageModel.generate` returns."""
+
+    text: str
+    """Whole characters; never a part of a stop string, nor space that may turn out to be the last."""
+    token_ids: tuple[int, ...]
+    """Generated since the last delta; their text may come in a later one."""
+    finish_reason: FinishReason | None
+    """Of the last delta."""
+    usage: Usage

@@ -1,0 +1,86 @@
+"""Keys and values of running requests in one block of memory a layer, a row each, written in place.
+
+Tokens come first and heads second, as the projections give them, so that writing is one copy and no transposition.
+
+Dimensions: R rows, T tokens of a row, B rows of a pass, S new tokens of a pass, H heads, K head width.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Slots:
+    """Memory for `num_rows` requests of `capacity` tokens; it is taken when the model's first pass tells the shapes."""
+
+    def __init__(self) -> None:
+        self.num_rows = self.capacity = 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers; 0 before the first pass."""
+        return sum(t.shape[2:].numel() * t.element_size() for pair in self._layers for t in pair)
+
+    def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
+        """Take other memory and copy the first `num_used` rows into it, layer by layer."""
+        tokens = min(capacity, self.capacity)
+        for layer, pair in enumerate(self._layers):
+            fresh = tuple(t.new_zeros(num_rows, capacity, *t.shape[2:]) for t in pair)
+            for old, new in zip(pair, fresh, strict=True):
+                new[:num_used, :tokens] = old[:num_used, :tokens]
+            self._layers[layer] = (fresh[0], fresh[1])
+        self.num_rows, self.capacity = num_rows, capacity
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a row over another row's."""
+        for pair in self._layers:
+            for tensor in pair:
+                tensor[target, :length] = tensor[source, :length]
+
+    @torch.inference_mode()
+    def clear(self, row: int | None = None) -> None:
+        """Forget the values of a row, or of all: what is masked is multiplied by zero, and NaN stays NaN then."""
+        for pair in self._layers:
+            for tensor in pair:
+                (tensor if row is None else tensor[row]).zero_()
+
+    def layer(self, index: int, like_BHSK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, T, H, K] of a layer."""
+        while len(self._layers) <= index:
+            heads, width = like_BHSK.shape[1], like_BHSK.shape[3]
+            shape = (self.num_rows, self.capacity, heads, width)
+            self._layers.append((like_BHSK.new_zeros(shape), like_BHSK.new_zeros(shape)))
+        return self._layers[index]
+
+
+class Window:
+    """What one pass sees of the slots, in the place of a Hugging Face cache.
+
+    Args:
+        slots: The memory.
+        rows: Of the pass.
+        length: Tokens of each row that the pass may look at, the new ones with them.
+        target: Where the new tokens go: row * capacity + position.
+        source: Which of the pass's B * S tokens these are; None: all.
+    """
+
+    def __init__(self, slots: Slots, rows: slice, length: int, target: Tensor, source: Tensor | None = None) -> None:
+        self._slots, self._rows, self.length = slots, rows, length
+        self._target, self._source = target, source
+
+    def update(
+        self, keys_BHSK: Tensor, values_BHSK: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, and return all that the pass may look at."""
+        memory = self._slots.layer(layer_idx, keys_BHSK)
+        seen = []
+        for whole_RTHK, new_BHSK in zip(memory, (keys_BHSK, values_BHSK), strict=True):
+            new = new_BHSK.transpose(1, 2).flatten(0, 1)
+            whole_RTHK.flatten(0, 1).index_copy_(0, self._target, new if self._source is None else new[self._source])
+            seen.append(whole_RTHK[self._rows, : self.length].transpose(1, 2))
+        return seen[0], seen[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those of the pass; what models ask when they are given no positions."""
+        return 0

@@ -1,0 +1,1 @@
+"""Q-Formers that read the frames of a clip, and its sound, in their order."""
