@@ -18,7 +18,7 @@ from pipelines.serving.schemas import (
 
 _REFERENCE = "#/components/schemas/{model}"
 _DATA = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGOYNm0aAAMEAYGgaU8wAAAAAElFTkSuQmCC"
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4b6AAAAOBAVBiW3PyAAAAAElFTkSuQmCC"
 )
 _ERROR = {
     "type": "object",
