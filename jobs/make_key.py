@@ -1,5 +1,7 @@
 """Make an API key for a client of `qformer serve`."""
 
+import os
+
 from pydantic import Field
 
 from jobs.settings_data import Settings
@@ -37,4 +39,6 @@ def main(settings: MakeKeySettings) -> None:
         )
     secret, kept = make_key(settings.name, settings.requests_per_minute, settings.max_concurrent)
     storage.write_text(file, keys_json([*keys, kept]))
+    if storage.is_local(file):
+        os.chmod(storage.local_path(file), 0o600)
     print(secret)
