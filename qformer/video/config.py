@@ -7,6 +7,8 @@ from typing import Literal, get_args
 from qformer.config import QFormerConfig
 
 Temporal = Literal["concatenate", "mean", "cascaded", "spatio_temporal"]
+JOINED = ("cascaded", "spatio_temporal")
+"""The ways after which there is one reading of a clip, with weights of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
