@@ -31,6 +31,9 @@ class VideoConfig:
     """Of the second Q-Former of cascaded; each cross-attends."""
     freeze_frames: bool = True
     """cascaded: keep the frame Q-Former and the norm before it as they were loaded (Video-LLaMA)."""
+    freeze_attention: bool = False
+    """spatio_temporal: keep the Q-Former's attention as it was loaded, while poolings, queries, feed-forwards and heads
+    are trained (the paper's first steps)."""
     num_spatial_queries: int = 32
     num_temporal_queries: int = 32
     num_summary_queries: int = 1
