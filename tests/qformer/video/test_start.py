@@ -1,4 +1,4 @@
-"""Checkpoints of bridges that join frames: written and read, started from images', and refused where they have no place."""
+"""Checkpoints of bridges that join frames: written, read, started from an image's, and refused without a place."""
 
 import dataclasses
 
