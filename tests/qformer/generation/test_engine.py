@@ -6,6 +6,7 @@ import pytest
 import torch
 from qformer.lora import Lora
 
+from qformer.adapters.lora import Lora
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
 from qformer.generation.completion import complete
