@@ -1,7 +1,7 @@
 """The spatio-temporal bridge written down plainly, clip by clip, with the weights of a `Stage2`.
 
-Pooling writes the softmax of each head out; a head's values are its part of the tokens. Each kind of queries has its own
-cross-attention over its own tokens, and its own feed-forward.
+Pooling writes the softmax of each head out; a head's values are its part of the tokens. Each kind of queries has its
+own cross-attention over its own tokens, and its own feed-forward.
 """
 
 import torch
