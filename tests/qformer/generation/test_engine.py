@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qformer.lora import Lora
 
 from qformer.adapters.lora import Lora
 from qformer.config import GenerationSettings, LoraConfig
