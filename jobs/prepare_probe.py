@@ -8,9 +8,10 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
+from pipelines.data.checked import Checked
 from pipelines.data.decode_rows import CheckRows, told
 from pipelines.data.media import MediaError
-from pipelines.data.samples import Checked, DecodeSettings, Limits
+from pipelines.data.samples import DecodeSettings, Limits
 from qformer.preprocessing import Preprocessing
 
 _ROWS = 32

@@ -45,12 +45,28 @@ class VideoSettings(Settings):
     """cascaded: of the second Q-Former, all of which cross-attend."""
     freeze_frames: bool = True
     """cascaded: keep the Q-Former of the frames and the norm before it as `init_from` has them (Video-LLaMA)."""
+    freeze_attention: bool = False
+    """spatio_temporal: keep the Q-Former's attention as `init_from` has it, and train the rest."""
     num_spatial_queries: int = Field(default=32, ge=1)
     """spatio_temporal: queries that read where things are."""
     num_temporal_queries: int = Field(default=32, ge=1)
     """spatio_temporal: queries that read when things are."""
     num_summary_queries: int = Field(default=1, ge=1)
     """spatio_temporal: queries that read both."""
+
+
+class AudioBranchSettings(Settings):
+    """The branch of a stage-2 bridge that reads what `model.audio` hears."""
+
+    num_queries: int = Field(default=8, ge=1)
+    num_layers: int = Field(default=2, ge=1)
+    max_segments: int = Field(default=8, ge=1)
+    """Segment positions that are trained; more segments stretch them."""
+    is_joint: bool = False
+    """Read sound with the frames, in the second Q-Former of `temporal: cascaded`, one segment a frame; the encoder must
+    be as wide as the Q-Former."""
+    trains_alone: bool = False
+    """Video-LLaMA's way: in this run the branch alone is trained, and read; later runs and answers read both."""
 
 
 class ModelSettings(Settings):
@@ -64,6 +80,10 @@ class ModelSettings(Settings):
     """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
     vision_image_size: int | None = Field(default=None, ge=1)
     """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
+    audio: str | None = None
+    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); null: no sound."""
+    audio_pretrained: bool = True
+    audio_branch: AudioBranchSettings = AudioBranchSettings()
     language: str | None = None
     """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
     tokenizer: str = "bert-base-uncased"

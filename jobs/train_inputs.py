@@ -2,6 +2,7 @@
 
 from jobs.settings import TrainSettings
 from pipelines.data import storage
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
 from qformer.preprocessing import Preprocessing
@@ -17,7 +18,9 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
         return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
 
     model = settings.model
-    folders = {name: absolute(getattr(model, name)) for name in ("vision", "language", "tokenizer", "qformer_init")}
+    folders = {
+        name: absolute(getattr(model, name)) for name in ("vision", "audio", "language", "tokenizer", "qformer_init")
+    }
     if model.tokenizer == LEARN_TOKENIZER:
         folders["tokenizer"] = LEARN_TOKENIZER
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
@@ -33,8 +36,10 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     )
 
 
-def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> DecodeSettings:
-    """How this run's files become pixels."""
+def decode_settings(
+    settings: TrainSettings, preprocessing: Preprocessing, audio: AudioSampling | None
+) -> DecodeSettings:
+    """How this run's files become pixels and, where it has an audio encoder, sound."""
     data = settings.data
     return DecodeSettings(
         preprocessing=preprocessing,
@@ -42,6 +47,7 @@ def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> De
         sampling=data.sampling.build(),
         limits=Limits(**data.limits.model_dump()),
         augmentation=Augmentation(**data.augmentation.model_dump()),
+        audio=audio,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qformer.adapters.lora import Lora
 from qformer.attention import KeyValue
+from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_language, load_vision
 from qformer.config import GenerationSettings
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo, load_weights, read_info
@@ -82,7 +83,8 @@ class Retriever:
         """
         ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
         seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
-        logits_B2 = self.stage1.match_logits(seen, image, ids_BT.to(self._device), mask_BT.to(self._device))
+        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        logits_B2 = self.stage1.match_logits(image, ids_BT, mask_BT, seen.tokens_BFPV.shape[1], seen)
         return logits_B2.softmax(dim=-1)[:, 1]
 
     def _seen(self, tokens_BFPV: Tensor, frame_valid_BF: Tensor | None) -> tuple[Seen, list[KeyValue | None]]:
@@ -106,7 +108,7 @@ class Captioner:
         stage2: Stage2,
         language: LanguageModel,
         tokenizer: TextTokenizer | None = None,
-        audio_encoder: Any | None = None,
+        audio_encoder: AudioEncoder | None = None,
     ) -> None:
         self.info, self.encoder, self.stage2 = info, encoder, stage2.eval()
         self.language, self.tokenizer, self.audio_encoder = language, tokenizer, audio_encoder
@@ -136,7 +138,7 @@ class Captioner:
         """
         prompts = self.prompts(instructions, len(pixels_BFCYX))
         device = self.stage2.language_projection.weight.device
-        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self._sound(audio, device)
+        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self.sound(audio, device)
         inputs = [self.encoder.features(pixels_BFCYX.to(device))]
         if self.tokenizer is not None:
             inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
@@ -157,7 +159,8 @@ class Captioner:
             raise ValueError(f"{len(prompts)} instructions for {images} images; give one each")
         return prompts
 
-    def _sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+    def sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+        """What the frozen audio encoder hears, on `device`."""
         if audio is None:
             return None
         if self.audio_encoder is None:
@@ -226,7 +229,8 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
     stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
     load_weights(stage2, folder)
     tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
-    return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer)
+    ears = None if info.audio is None else load_audio(info.audio, pretrained=info.audio_pretrained).to(device)
+    return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer, ears)
 
 
 def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:

@@ -274,12 +274,9 @@ class EncoderDecoderLanguageModel(LanguageModel):
     def _generation_inputs(self, prefixes: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
         rows, _ = self._ended(prompts, self.max_prompt_tokens, self.tokenizer.eos_token_id)
         input_ids_BS, is_input_BS = (t.to(prefixes[0].device) for t in _pad_right(rows, self._pad_id))
-        prefix_BNL, real = pad_sequence(list(prefixes), batch_first=True), [len(one) for one in prefixes]
-        is_prefix_BN = torch.arange(prefix_BNL.shape[1], device=prefix_BNL.device) < torch.tensor(real)[:, None].to(
-            prefix_BNL.device
-        )
-        batch = LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS)
-        return self._with_prefix(prefix_BNL, batch, None if len(set(real)) == 1 else is_prefix_BN)
+        masks = [torch.ones(len(prefix_NL), dtype=torch.bool, device=prefix_NL.device) for prefix_NL in prefixes]
+        prefix_BNL, is_prefix_BN = (pad_sequence(list(parts), batch_first=True) for parts in (prefixes, masks))
+        return self._with_prefix(prefix_BNL, LanguageBatch(input_ids_BS, is_input_BS, input_ids_BS), is_prefix_BN)
 
     def _ended(self, texts: Sequence[str], max_tokens: int | None, end: int) -> tuple[list[list[int]], list[bool]]:
         """Ids of each text with its end, and which were cut."""

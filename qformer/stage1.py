@@ -186,21 +186,26 @@ class Stage1(ClipReader):
         return F.normalize(self.text_projection(cls_BD).float(), dim=-1)
 
     def match_logits(
-        self, seen: Seen, image: Sequence[KeyValue | None], input_ids_BT: Tensor, is_text_BT: Tensor
+        self,
+        image: Sequence[KeyValue | None],
+        input_ids_RT: Tensor,
+        is_text_RT: Tensor,
+        frames: int,
+        seen: Seen | None = None,
     ) -> Tensor:
-        """ITM logits, the mean over all frames' queries: [B, 2]; class 1 is "match".
+        """ITM logits, the mean over all frames' queries: [R, 2]; class 1 is "match".
 
         Args:
-            seen: B clips.
-            image: Their keys and values.
-            input_ids_BT: One text a clip.
-            is_text_BT: Its mask.
+            image: Cross-attention keys and values of R*F frames.
+            input_ids_RT: One text a pair.
+            is_text_RT: Its mask.
+            frames: F.
+            seen: What `image` is made of, for its masks; None: they hide nothing.
         """
-        frames = seen.tokens_BFPV.shape[1]
-        ids_GT, is_text_GT = input_ids_BT.repeat_interleave(frames, 0), is_text_BT.repeat_interleave(frames, 0)
-        hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT, is_image=seen.is_token)
-        logits_BF2 = self.itm_head(hidden_GQD).mean(dim=1).unflatten(0, (-1, frames))
-        return mean_over_frames(logits_BF2, seen.is_frame_BF)
+        ids_GT, is_text_GT = input_ids_RT.repeat_interleave(frames, 0), is_text_RT.repeat_interleave(frames, 0)
+        hidden_GQD = self.qformer.forward_joint(image, ids_GT, is_text_GT, is_image=seen and seen.is_token)
+        logits_RF2 = self.itm_head(hidden_GQD).mean(dim=1).unflatten(0, (-1, frames))
+        return mean_over_frames(logits_RF2, seen and seen.is_frame_BF)
 
     def match(self, batch: Stage1Batch, encoded: Encoded, others: Others) -> tuple[Tensor, Tensor]:
         """ITM over matching and non-matching pairs, 1 to 2, as a sum and a count.

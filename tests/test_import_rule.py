@@ -14,8 +14,11 @@ STANDARD = sys.stdlib_module_names
 # What the model library may use besides torch and the standard library, inside functions of these modules only.
 LOADERS = {
     "qformer/backbones.py": {"timm", "torchvision", "transformers"},
+    "qformer/audio/loading.py": {"transformers"},
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
+    "qformer/generation/encoder_decoder.py": {"transformers"},
+    "qformer/lora.py": {"peft"},
     "qformer/adapters/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},

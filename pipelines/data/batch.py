@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.data import schema
+from pipelines.data.audio_rows import AudioRows, unpack_audio
 from pipelines.data.stage_costs import COST_COLUMNS, StageCosts, cost_columns, summed
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
 
@@ -33,7 +34,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """What one rank gets in one step. B samples, T frames, C channels, H height, W width, P tokens."""
+    """What one rank gets in one step. B samples, T frames, C channels, H height, W width, P tokens.
+
+    Of sound: A segments a sample, N samples a segment, V width of the frozen audio encoder.
+    """
 
     step: int
     rank: int
@@ -53,6 +57,11 @@ class SampleBatch:
     """[B, T] False where a frame only repeats another of its clip; all True where `is_valid` is False."""
     instructions: Sequence[str] = ()
     """What each caption answers; "" where the run's own prompt serves, () where it serves all."""
+    audio: NDArray[Any] | None = None
+    """Waveforms [B, A, N], float32 mono within [-1, 1]; or, out of a feature cache, the frozen audio encoder's vectors
+    [B, A, V] in float16 or float32. Zero where not valid; None where no sound was asked for."""
+    audio_valid: NDArray[np.bool_] | None = None
+    """[B, A] see `Clip.audio_valid`; all False where `is_valid` is."""
     costs: StageCosts = field(default_factory=StageCosts)
     """Of these rows together."""
     queue_depth: int = 0
@@ -83,18 +92,23 @@ class ImageRows:
 
 
 def pack(
-    rows: pa.Table, images: ImageRows, failures: Sequence[Failure | None], costs: Sequence[StageCosts]
+    rows: pa.Table,
+    images: ImageRows,
+    failures: Sequence[Failure | None],
+    costs: Sequence[StageCosts],
+    audio: AudioRows | None = None,
 ) -> pa.Table:
-    """Join rows with their images into one Arrow table, without copying the images.
+    """Join rows with their images and sound into one Arrow table, without copying the images.
 
     Args:
         rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media, caption and instruction.
         images: Of these rows.
         failures: One entry a row, None where it was decoded (or is padding).
         costs: One entry a row.
+        audio: Of these rows; None: no sound was asked for.
     """
     buffers = [None, pa.py_buffer(images.offsets), pa.py_buffer(images.flat)]
-    return pa.table(
+    packed = pa.table(
         {
             **{name: rows[name] for name in _CARRIED},
             schema.STAGE: [failure and failure.stage for failure in failures],
@@ -109,6 +123,9 @@ def pack(
         },
         schema=_PACKED_SCHEMA,
     )
+    for name, column in ({} if audio is None else audio.columns()).items():
+        packed = packed.append_column(name, column)
+    return packed
 
 
 def split_steps(table: pa.Table) -> Iterator[pa.Table]:
@@ -133,6 +150,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         for row in range(len(sample_ids))
         if stages[row] is not None
     ]
+    audio, audio_valid = unpack_audio(table)
     is_valid = [bool(name) and stage is None for name, stage in zip(sample_ids, stages, strict=True)]
     return SampleBatch(
         step=table[STEP][0].as_py(),
@@ -145,6 +163,8 @@ def unpack(table: pa.Table) -> SampleBatch:
         images=_images(table),
         frame_valid=np.array(table[_FRAME_VALID].to_pylist(), dtype=np.bool_),
         failures=failures,
+        audio=audio,
+        audio_valid=audio_valid,
         costs=summed(table),
     )
 

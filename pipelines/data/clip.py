@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.facts import MediaFacts
 from pipelines.data.sampling import Sampling
 from pipelines.data.transforms import Augmentation
@@ -21,7 +22,7 @@ SizeOf = Callable[[int, int], tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One decoded sample. T frames, C channels, H height, W width."""
+    """One decoded sample. T frames, C channels, H height, W width; A segments of sound of N samples."""
 
     pixels: NDArray[np.uint8]
     """[T, C, H, W]; T is 1 for an image."""
@@ -29,6 +30,11 @@ class Clip:
     """[T] False where a frame only repeats another, because the clip has fewer than were asked for."""
     facts: MediaFacts | None = None
     """Only where they were asked for."""
+    waveforms: NDArray[np.float32] | None = None
+    """[A, N] mono sound within [-1, 1], zero where it is not valid; None where none was asked for."""
+    audio_valid: NDArray[np.bool_] | None = None
+    """[A] False where there is no sound: an image, a file without audio track, a segment before the sound begins or
+    behind its end; and where a segment only repeats another, for the clip is no longer than one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +53,8 @@ class ClipRequest:
     seed: int | None = None
     """Draws frames and augmentation, one draw for all frames of the clip. None: nothing is left to chance."""
     wants_facts: bool = False
+    audio: AudioSampling | None = None
+    """Sound to decode with the pictures; None: none."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, the inverse of `from_dict`."""
@@ -61,6 +69,7 @@ class ClipRequest:
                 **values,
                 "preprocessing": Preprocessing.from_dict(values["preprocessing"]),
                 "sampling": Sampling.from_dict(values["sampling"]),
+                "audio": None if values["audio"] is None else AudioSampling.from_dict(values["audio"]),
                 "augmentation": Augmentation(**{**values["augmentation"], "crop_scale": (low, high)}),
             }
         )

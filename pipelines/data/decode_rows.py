@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipelines.data import schema
+from pipelines.data.audio_rows import AudioRows
 from pipelines.data.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
+from pipelines.data.checked import Checked
 from pipelines.data.crash_mark import CrashMark
 from pipelines.data.media import MediaError
-from pipelines.data.samples import Checked, DecodeSettings, SampleDecoder
+from pipelines.data.samples import DecodeSettings, SampleDecoder
 from pipelines.data.stage_costs import StageCosts, cost_columns
 
 _COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
@@ -43,10 +45,14 @@ class DecodeRows:
         kinds = rows[schema.KIND].to_pylist()
         shapes = [(self._settings.num_frames_of(kind), 3, geometry.height, geometry.width) for kind in kinds]
         images = ImageRows(shapes)
-        return pack(rows, images, *self.fill(rows, images))
+        sampling = self._settings.audio
+        audio = None if sampling is None else AudioRows(len(rows), *sampling.shape)
+        return pack(rows, images, *self.fill(rows, images, audio), audio)
 
-    def fill(self, rows: pa.Table, images: ImageRows) -> tuple[list[Failure | None], list[StageCosts]]:
-        """Decode rows into `images`; say which failed, and what each cost."""
+    def fill(
+        self, rows: pa.Table, images: ImageRows, audio: AudioRows | None = None
+    ) -> tuple[list[Failure | None], list[StageCosts]]:
+        """Decode rows into `images` and `audio`; say which failed, and what each cost."""
         has_seeds = AUGMENTATION_SEED in rows.column_names
         seeds = rows[AUGMENTATION_SEED].to_pylist() if has_seeds else [None] * len(rows)
         failures: list[Failure | None] = []
@@ -59,6 +65,8 @@ class DecodeRows:
                         clip = self._decoder.decode(**sample.arguments, seed=seeds[row], costs=costs[row])
                     images[row] = clip.pixels
                     images.frame_valid[row] = clip.frame_valid.tolist()
+                    if audio is not None and clip.waveforms is not None and clip.audio_valid is not None:
+                        audio[row] = clip.waveforms[clip.audio_valid], clip.audio_valid.tolist()
                 except MediaError as error:
                     failure = Failure(
                         sample.sample_id, sample.media, error.stage, error.error_class, error.message, error.tries

@@ -1,17 +1,21 @@
 """One sample's bytes to pixels; training, evaluation, the caption job and serving all decode by this class."""
 
 import contextlib
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data import members, storage
+from pipelines.data.audio_sampling import AudioSampling
+from pipelines.data.checked import Checked
 from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
-from pipelines.data.facts import MediaFacts, content_hash
+from pipelines.data.facts import content_hash
 from pipelines.data.media import MediaError
 from pipelines.data.picture import read_picture
 from pipelines.data.retries import with_retries
@@ -41,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
-    """How files become pixels."""
+    """How files become pixels and, where that is wanted, sound."""
 
     preprocessing: Preprocessing
     num_frames: int = 8
@@ -53,6 +57,8 @@ class DecodeSettings:
     """Applied only to samples decoded with a seed."""
     has_chance: bool = True
     """False: no sample gets a seed."""
+    audio: AudioSampling | None = None
+    """Which segments of a video's sound are decoded with its frames; None: none. An image has no sound."""
 
     @property
     def is_random(self) -> bool:
@@ -64,20 +70,9 @@ class DecodeSettings:
         return self.num_frames if kind == VIDEO else 1
 
     def row_bytes(self, kind: str) -> int:
-        """Bytes of one sample's pixels."""
-        return self.num_frames_of(kind) * 3 * self.preprocessing.height * self.preprocessing.width
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
-    """What checking one sample told; each part is None where it could not be had."""
-
-    error: MediaError | None = None
-    size_bytes: int | None = None
-    content_hash: str | None = None
-    """See `facts.content_hash`: of the whole file, also where the sample is a part of it."""
-    facts: MediaFacts | None = None
-    costs: StageCosts = field(default_factory=StageCosts)
+        """Bytes of one sample's pixels and sound."""
+        sound_bytes = 4 * math.prod(self.audio.shape) if self.audio is not None and kind == VIDEO else 0
+        return self.num_frames_of(kind) * 3 * self.preprocessing.height * self.preprocessing.width + sound_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,15 +214,26 @@ class SampleDecoder:
             augmentation=settings.augmentation,
             seed=seed,
             wants_facts=wants_facts,
+            audio=settings.audio if kind == VIDEO else None,
         )
-        if kind == IMAGE and not self._isolates_images:
-            return read_picture(source.data, request, costs)
+        if kind == IMAGE:
+            return self._without_sound(self._picture(source, request, costs))
         with costs.measure("decode"):
-            if kind == IMAGE:
-                return self.videos.read_picture(source.data, request)
             return self._retried(
                 media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data)
             )
+
+    def _picture(self, source: _Source, request: ClipRequest, costs: StageCosts) -> Clip:
+        if not self._isolates_images:
+            return read_picture(source.data, request, costs)
+        with costs.measure("decode"):
+            return self.videos.read_picture(source.data, request)
+
+    def _without_sound(self, clip: Clip) -> Clip:
+        if self.settings.audio is None:
+            return clip
+        waveforms, audio_valid = self.settings.audio.silence()
+        return dataclasses.replace(clip, waveforms=waveforms, audio_valid=audio_valid)
 
     def _source(self, kind: str, media: str | None, data: bytes | None, costs: StageCosts) -> _Source:
         if kind not in KINDS:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.data.audio_sampling import AudioSampling
+from pipelines.data.audio_segments import read_segments
 from pipelines.data.clip import BACKEND_NAMES, Clip, ClipRequest, SizeOf
 from pipelines.data.media import MediaError
 from pipelines.data.sampling import ClipFrames, choose_frames
@@ -20,7 +22,7 @@ _PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno
 
 
 def read_clip(path: str, request: ClipRequest, backends: Sequence[str] = BACKEND_NAMES) -> Clip:
-    """Decode sampled frames by the first backend that can.
+    """Decode sampled frames by the first backend that can, and the sound that belongs to them.
 
     Frames are chosen by presentation time, so variable frame rates and non-zero starts do not matter. The container's
     rotation is applied; pixel aspect ratios are not.
@@ -35,10 +37,12 @@ def read_clip(path: str, request: ClipRequest, backends: Sequence[str] = BACKEND
     """
     try:
         found = survey(path, request.max_pixels)
-        indexes, frame_valid = _choose(found, request)
+        start_s, end_s = _bounds(found, request)
+        indexes, frame_valid = _choose(found, request, start_s, end_s)
         pixels = _decode(path, found, request, indexes, backends)
         facts = found.facts(rotation_of(path, found)) if request.wants_facts else None
-        return Clip(pixels=pixels, frame_valid=frame_valid, facts=facts)
+        waveforms, audio_valid = _sound(path, found, request.audio, start_s, end_s)
+        return Clip(pixels, frame_valid, facts, waveforms, audio_valid)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise media_error(error) from error
 
@@ -59,18 +63,40 @@ def media_error(error: Exception) -> MediaError:
     return MediaError("corrupt", message)
 
 
-def _choose(found: VideoSurvey, request: ClipRequest) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _bounds(found: VideoSurvey, request: ClipRequest) -> tuple[float, float]:
+    """Beginning and exclusive end of the clip in seconds after the first frame."""
     duration_s = found.duration_s
     start_s = request.start_s or 0.0
     end_s = duration_s if request.end_s is None else min(request.end_s, duration_s)
     if not 0 <= start_s < end_s:
         bounds = f"start_s={start_s:g} and end_s={end_s:g}"
         raise MediaError("config", f"{bounds} leave nothing of a clip of {duration_s:.3f} s", stage="manifest")
+    return start_s, end_s
+
+
+def _choose(
+    found: VideoSurvey, request: ClipRequest, start_s: float, end_s: float
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     frames = ClipFrames(starts_s=found.starts_s, is_key=found.is_key, start_s=start_s, end_s=end_s)
     try:
         return choose_frames(request.sampling, frames, request.num_frames, request.seed)
     except ValueError as error:
         raise MediaError("config", str(error), stage="manifest") from error
+
+
+def _sound(
+    path: str, found: VideoSurvey, audio: AudioSampling | None, start_s: float, end_s: float
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | tuple[None, None]:
+    if audio is None:
+        return None, None
+    if not found.has_audio:
+        return audio.silence()
+    zero_s = float(found.starts[0]) * found.unit_s
+    try:
+        return read_segments(path, audio, start_s=start_s, end_s=end_s, zero_s=zero_s)
+    except (MediaError, av.FFmpegError, ValueError) as error:
+        verdict = error if isinstance(error, MediaError) else media_error(error)
+        raise MediaError(verdict.error_class, f"the sound: {verdict.message}", stage=verdict.stage) from error
 
 
 def _decode(

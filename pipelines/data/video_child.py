@@ -10,6 +10,8 @@ import sys
 import tempfile
 from typing import Any
 
+import numpy as np
+
 from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
 from pipelines.data.media import MediaError
 from pipelines.data.picture import read_picture
@@ -21,7 +23,7 @@ from pipelines.data.video_wire import receive, send
 _GRACE_S = 2.0
 """The parent kills at the deadline; this much later the child ends itself, should the parent be gone."""
 
-Reply = tuple[dict[str, Any], bytes | memoryview]
+Reply = tuple[dict[str, Any], *tuple[bytes | memoryview, ...]]
 
 
 def main() -> None:
@@ -37,9 +39,9 @@ def main() -> None:
     while (message := receive(requests)) is not None:
         header, data = message
         signal.setitimer(signal.ITIMER_REAL, header["timeout_s"] + _GRACE_S)
-        reply, payload = _answer(header, data)
+        reply, *payload = _answer(header, data)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        send(replies, reply, payload)
+        send(replies, reply, *payload)
 
 
 def _answer(header: dict[str, Any], data: bytes) -> Reply:
@@ -70,7 +72,10 @@ def _clip(path: str, header: dict[str, Any]) -> Reply:
 def _told(clip: Clip) -> Reply:
     facts = clip.facts and clip.facts.to_dict()
     told = {"shape": clip.pixels.shape, "frame_valid": clip.frame_valid.tolist(), "facts": facts}
-    return told, clip.pixels.data.cast("B")
+    if clip.waveforms is None or clip.audio_valid is None:
+        return told, clip.pixels.data.cast("B")
+    heard = np.ascontiguousarray(clip.waveforms[clip.audio_valid])
+    return {**told, "audio_valid": clip.audio_valid.tolist()}, clip.pixels.data.cast("B"), heard.tobytes()
 
 
 def _waveform(path: str, header: dict[str, Any]) -> Reply:

@@ -1,6 +1,7 @@
 """Decode videos, and pictures if need be, in children that are killed at a deadline and replaced when they crash."""
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.clip import BACKEND_NAMES, Clip, ClipRequest, WaveformRequest
 from pipelines.data.facts import MediaFacts
 from pipelines.data.media import MediaError
@@ -70,7 +72,7 @@ class VideoPool:
         """
         header = {"task": "clip", "request": request.to_dict(), "path": path}
         tries = [list(backends), [*backends[1:], *backends[:1]]]
-        return self._clip([{**header, "backends": names} for names in tries], data)
+        return self._clip([{**header, "backends": names} for names in tries], data, request.audio)
 
     def read_picture(self, data: bytes, request: ClipRequest) -> Clip:
         """Decode a picture, as `picture.read_picture` does, where its decoder can harm nobody.
@@ -79,13 +81,21 @@ class VideoPool:
             MediaError: If the picture cannot be used, takes too long, or crashes its decoder twice.
         """
         header = {"task": "picture", "request": request.to_dict(), "path": None}
-        return self._clip([header, header], data)
+        return self._clip([header, header], data, None)
 
-    def _clip(self, headers: list[dict[str, Any]], data: bytes) -> Clip:
+    def _clip(self, headers: list[dict[str, Any]], data: bytes, audio: AudioSampling | None) -> Clip:
         reply, payload = self._ask(headers, data)
-        pixels = np.frombuffer(payload, dtype=np.uint8).reshape(reply["shape"])
+        num_pixels = math.prod(reply["shape"])
+        pixels = np.frombuffer(payload, dtype=np.uint8, count=num_pixels).reshape(reply["shape"])
         facts = None if reply["facts"] is None else MediaFacts(**reply["facts"])
-        return Clip(pixels=pixels, frame_valid=np.array(reply["frame_valid"], dtype=np.bool_), facts=facts)
+        frame_valid = np.array(reply["frame_valid"], dtype=np.bool_)
+        if audio is None:
+            return Clip(pixels, frame_valid, facts)
+        waveforms, _ = audio.silence()
+        audio_valid = np.array(reply["audio_valid"], dtype=np.bool_)
+        heard = np.frombuffer(payload, dtype=np.uint8, offset=num_pixels).view(np.float32)
+        waveforms[audio_valid] = heard.reshape(-1, audio.segment_samples)
+        return Clip(pixels, frame_valid, facts, waveforms, audio_valid)
 
     def read_waveform(
         self, request: WaveformRequest, *, max_pixels: int, path: str | None = None, data: bytes = b""

@@ -19,16 +19,17 @@ def widen(stream: BinaryIO) -> None:
             fcntl.fcntl(stream.fileno(), _SET_PIPE_BYTES, _PIPE_BYTES)
 
 
-def send(stream: BinaryIO, header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
-    """Write one message and flush it.
+def send(stream: BinaryIO, header: dict[str, Any], *payload: bytes | memoryview) -> None:
+    """Write one message, whose payload may come in parts, and flush it.
 
     Raises:
         OSError: If the other side is gone.
     """
     encoded = json.dumps(header).encode()
-    stream.write(_LENGTHS.pack(len(encoded), len(payload)))
+    stream.write(_LENGTHS.pack(len(encoded), sum(map(len, payload))))
     stream.write(encoded)
-    stream.write(payload)
+    for part in payload:
+        stream.write(part)
     stream.flush()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data import storage
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.sampling import Sampling
 from pipelines.serving.errors import ApiError
@@ -36,6 +37,8 @@ class Adapter:
     preprocessing: Preprocessing
     num_frames: int
     sampling: Mapping[str, Any]
+    audio_sampling: Mapping[str, Any] | None
+    """How sound is read, where the bridge has a branch for it."""
     num_queries: int
     embed_dim: int
     """Of a stage-1 embedding."""
@@ -58,6 +61,7 @@ class Adapter:
             preprocessing=info.preprocessing,
             num_frames=info.num_frames,
             sampling=dict(info.sampling),
+            audio_sampling=dict(info.audio_sampling) if info.audio_sampling else None,
             num_queries=info.qformer.num_queries,
             embed_dim=info.qformer.embed_dim,
             encoder={
@@ -88,6 +92,7 @@ class Adapter:
             num_frames=self.num_frames,
             sampling=Sampling.from_dict(self.sampling),
             limits=limits,
+            audio=AudioSampling.from_dict(self.audio_sampling) if self.audio_sampling else None,
         )
 
     def to_dict(self) -> dict[str, Any]:

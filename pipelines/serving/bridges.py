@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipelines.data.local_copies import local_folder
 from pipelines.serving.errors import Refusal
-from pipelines.serving.wire import Matched, TextEmbeddings
+from pipelines.serving.wire import Decoded, Matched, TextEmbeddings
+from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridge import Retriever, load_tokenizer
 from qformer.conversion.checkpoint import load_weights, read_info, read_weights
@@ -23,30 +24,42 @@ from qformer.errors import UserError
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer
+from qformer.video.audio_branch import Sound
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Writer:
-    """A stage-2 adapter: image tokens to soft prompts."""
+    """A stage-2 adapter: image tokens, and sound, to soft prompts."""
 
     stage2: Stage2
     tokenizer: TextTokenizer | None
     """Of an instruction-aware Q-Former."""
+    ears: AudioEncoder | None
+    """Frozen, of a bridge that hears."""
 
     @torch.inference_mode()
     def soft_prompts(
-        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, instructions: Sequence[str]
+        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, clips: Sequence[Decoded], instructions: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         """Soft prompts [N, L] of each image or clip, as `Captioner.soft_prompts` gives them."""
         inputs = [tokens_BFPV]
         if self.tokenizer is not None:
             inputs += [tensor.to(tokens_BFPV.device) for tensor in self.tokenizer.encode(instructions)[:2]]
-        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF)
-        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, None, prompts_BNL)
+        sound = self._sound(clips, tokens_BFPV.device)
+        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF, sound=sound)
+        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, sound, prompts_BNL)
         rows = list(prompts_BNL.float())
         if is_prompt_BN is not None:
             rows = [rows_NL[is_read_N] for rows_NL, is_read_N in zip(rows, is_prompt_BN, strict=True)]
         return [rows_NL.cpu().numpy() for rows_NL in rows]
+
+    def _sound(self, clips: Sequence[Decoded], device: torch.device) -> Sound | None:
+        if self.ears is None:
+            return None
+        waveforms_BAW = torch.from_numpy(np.stack([clip.waveforms for clip in clips if clip.waveforms is not None]))
+        is_segment_BA = torch.from_numpy(np.stack([clip.audio_valid for clip in clips if clip.audio_valid is not None]))
+        is_segment_BA = is_segment_BA.to(device)
+        return Sound(self.ears.features(waveforms_BAW.to(device), is_segment_BA), is_segment_BA)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +131,8 @@ def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | M
         load_weights(stage1, path)
         return Matcher(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
     tokenizer = load_tokenizer(path, info) if info.qformer.has_text_branch else None
-    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer)
+    ears = None if info.audio is None else load_audio(info.audio, pretrained=info.audio_pretrained).to(device)
+    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, ears=ears)
 
 
 def _stage2(folder: Path) -> Stage2:

@@ -91,7 +91,8 @@ class EncoderWorker:
         assert isinstance(writer, Writer)
 
         def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
-            return writer.soft_prompts(tokens_BFPV, is_frame_BF, [work.argument for work in works])
+            clips, instructions = [work.clip for work in works], [work.argument for work in works]
+            return writer.soft_prompts(tokens_BFPV, is_frame_BF, clips, instructions)
 
         return await self._submit(Work(clip, ("prompts", adapter.key), finish, instruction))
 

@@ -84,7 +84,13 @@ class MediaWorker:
             return error.refusal
         except MediaError as error:
             return _refusal(upload.kind, error)
-        return Decoded(pixels=clip.pixels, frame_valid=clip.frame_valid, size_bytes=len(upload.data))
+        return Decoded(
+            pixels=clip.pixels,
+            frame_valid=clip.frame_valid,
+            waveforms=clip.waveforms,
+            audio_valid=clip.audio_valid,
+            size_bytes=len(upload.data),
+        )
 
 
 def _refusal(kind: str, error: MediaError) -> Refusal:

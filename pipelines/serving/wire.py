@@ -20,6 +20,10 @@ class Decoded:
     """[F, C, Y, X]; F is 1 for an image."""
     frame_valid: NDArray[np.bool_]
     """[F], False at frames that only repeat others."""
+    waveforms: NDArray[np.float32] | None = None
+    """[segments, samples] of sound; None where the adapter hears none."""
+    audio_valid: NDArray[np.bool_] | None = None
+    """[segments], False where there is no sound."""
     size_bytes: int
     """Of the file."""
 

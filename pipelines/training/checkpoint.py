@@ -32,7 +32,7 @@ _UNFINISHED = ".unfinished-"
 
 # Names of backbones may change with their place; what they are is told by their weights (`TrainingState.frozen`).
 _MODEL_FIELDS = tuple(
-    one.name for one in fields(BridgeInfo) if one.name not in ("step", "vision", "language", "format_version")
+    one.name for one in fields(BridgeInfo) if one.name not in ("step", "vision", "language", "audio", "format_version")
 )
 
 

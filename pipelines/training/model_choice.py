@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qformer.config import LoraConfig
-from qformer.video.config import Temporal
+from qformer.errors import UserError
+from qformer.video.config import AudioConfig, Temporal, VideoConfig
+
+_ALONE = "trains_alone"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +46,61 @@ class ModelChoice:
     """How the frames of a clip are joined."""
     video: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of `VideoConfig`."""
+    audio: str | None = None
+    """Audio encoder; None: no sound."""
+    audio_pretrained: bool = True
+    audio_branch: Mapping[str, Any] = field(default_factory=dict)
+    """`AudioConfig` but its width, and "trains_alone"."""
+    segments: Mapping[str, Any] = field(default_factory=dict)
+    """Of sound: `AudioSampling` but its rate, which is the encoder's."""
+
+    def video_config(self) -> VideoConfig:
+        """How frames are joined.
+
+        Raises:
+            UserError: If its sizes do not go together.
+        """
+        try:
+            return VideoConfig(temporal=self.temporal, **self.video)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.video: {error}") from error
+
+    def audio_config(self, encoder_width: int | None) -> AudioConfig | None:
+        """The branch for sound; None without audio encoder.
+
+        Args:
+            encoder_width: Of the audio encoder's vectors.
+
+        Raises:
+            UserError: If its sizes do not go together.
+        """
+        if encoder_width is None:
+            return None
+        values = {name: value for name, value in self.audio_branch.items() if name != _ALONE}
+        try:
+            return AudioConfig(encoder_width=encoder_width, **values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.audio_branch: {error}") from error
+
+    @property
+    def trains_audio_alone(self) -> bool:
+        """Whether the branch for sound is all that is trained and read."""
+        return bool(self.audio_branch.get(_ALONE, False))
 
 
 def choice_from(
-    model: Mapping[str, Any], *, stage: int, num_frames: int, tokenizer: str, sampling: Mapping[str, Any] | None = None
+    model: Mapping[str, Any],
+    *,
+    stage: int,
+    num_frames: int,
+    tokenizer: str,
+    sampling: Mapping[str, Any] | None = None,
+    segments: Mapping[str, Any] | None = None,
 ) -> ModelChoice:
     """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
     names = {one.name for one in dataclasses.fields(ModelChoice)}
     values = {name: value for name, value in model.items() if name in names}
     if values.get("lora") is not None:
         values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-    return ModelChoice(
-        **{**values, "stage": stage, "num_frames": num_frames, "sampling": sampling or {}, "tokenizer": tokenizer}
-    )
+    data: dict[str, Any] = {"num_frames": num_frames, "sampling": sampling or {}, "segments": segments or {}}
+    return ModelChoice(**{**values, **data, "stage": stage, "tokenizer": tokenizer})

@@ -1,36 +1,36 @@
 """A run's model on one rank: built around frozen backbones, saved, restored, and checked to have left them alone."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipelines.data import checkpoint_folders
-from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
-from pipelines.data.sampling import Sampling
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
 from pipelines.training.ema import Ema
+from pipelines.training.frozen_encoders import FrozenEncoders
 from pipelines.training.model_choice import ModelChoice
 from pipelines.training.objective import Objective
 from pipelines.training.precision import DTYPES, Precision, PrecisionName
 from pipelines.training.run_times import TimedEncode
 from pipelines.training.stages import Encode, GenerationStage, RepresentationStage
 from qformer.adapters.lora import Lora
-from qformer.backbones import load_language, load_vision, weights_fingerprint
+from qformer.backbones import load_language, weights_fingerprint
 from qformer.config import QFormerConfig
 from qformer.conversion.bert import start_from_bert
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo
 from qformer.conversion.initialisation import require_stage1, start_stage1, start_stage2
-from qformer.distributed import mean_of_ranks, rank, world_size
+from qformer.distributed import mean_of_ranks, world_size
 from qformer.errors import UserError
 from qformer.language import build_language_model
+from qformer.layers import QFormerLayers
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
-from qformer.video.config import VideoConfig
+from qformer.video.cascaded import CascadedFrames
 
 _RECOMPILATIONS = 64
 
@@ -79,11 +79,12 @@ class TrainingRun:
     ) -> None:
         frozen_dtype = DTYPES[precision] or torch.float32
         self.choice, self._micro_batch = choice, micro_batch
-        self.video = _video(choice)
-        self.frozen: dict[str, nn.Module] = {}
-        self.fingerprints: dict[str, str] = {}
-        encode = self._encoder(device, frozen_dtype) if features is None else self._cached(features, device)
-        self.encode = TimedEncode(encode, device)
+        encoders = FrozenEncoders(choice, device, frozen_dtype, features)
+        self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
+        self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
+        self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear
+        self.audio_sampling = encoders.audio_sampling
+        self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
@@ -96,7 +97,9 @@ class TrainingRun:
         if is_compiled:
             # Training and evaluation, images and clips, with and without gradient each compile the same code.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
-            self.stage.trainables.qformer.layers.compile(fullgraph=True)
+            for module in self.stage.trainables.modules():
+                if isinstance(module, QFormerLayers):
+                    module.compile(fullgraph=True)
 
     @property
     def trainable_names(self) -> list[str]:
@@ -131,6 +134,10 @@ class TrainingRun:
             vision_image_size=choice.vision_image_size,
             lora=choice.lora,
             video=self.video,
+            audio=choice.audio,
+            audio_pretrained=choice.audio_pretrained,
+            audio_branch=self.audio_branch,
+            audio_sampling={} if self.audio_sampling is None else dataclasses.asdict(self.audio_sampling),
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
@@ -208,7 +215,8 @@ class TrainingRun:
         if folder is not None:
             allow = self.choice.init_mismatch == "reinitialise"
             self.load_report = str(start_stage1(stage1, folder, allow_mismatch=allow))
-        return RepresentationStage(encode, stage1.to(device), self.tokenizer, self._micro_batch)
+        self._hold_frozen(stage1.to(device), is_whole=False)
+        return RepresentationStage(encode, stage1, self.tokenizer, self._micro_batch)
 
     def _generation_stage(
         self, encode: Encode, device: torch.device, dtype: torch.dtype, init_from: str | None
@@ -227,13 +235,18 @@ class TrainingRun:
             self.tokenizer = self._tokenizer(folder)
         self.config = self._config(0 if self.tokenizer is None else self.tokenizer.vocab_size, has_lm_head=False)
         lora = Lora(language.model, choice.lora) if choice.lora else None
-        stage2 = Stage2(
-            self.config,
-            language_width=language.width,
-            freeze_qformer=choice.freeze_qformer,
-            lora=lora,
-            video=self.video,
-        )
+        try:
+            stage2 = Stage2(
+                self.config,
+                language_width=language.width,
+                freeze_qformer=choice.freeze_qformer,
+                lora=lora,
+                video=self.video,
+                audio=self.audio_branch,
+                trains_audio_alone=choice.trains_audio_alone,
+            )
+        except ValueError as error:
+            raise UserError(f"model.audio_branch: {error}") from error
         self._start(stage2)
         if folder is not None:
             report = start_stage2(
@@ -241,8 +254,7 @@ class TrainingRun:
             )
             self.load_report = f"{report}; {self.load_report}" if choice.qformer_init else str(report)
         stage2 = stage2.to(device)
-        if choice.freeze_qformer:
-            self.frozen["qformer"] = stage2.qformer
+        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.trains_audio_alone)
         return GenerationStage(
             encode,
             stage2,
@@ -251,7 +263,15 @@ class TrainingRun:
             prompt=choice.prompt,
             max_tokens=choice.max_text_tokens,
             micro_batch=self._micro_batch,
+            hear=self._hear,
         )
+
+    def _hold_frozen(self, bridge: Stage1 | Stage2, *, is_whole: bool) -> None:
+        """See to it that a Q-Former which this run does not train stays as it is."""
+        if is_whole:
+            self.frozen["qformer"] = bridge.qformer
+        elif isinstance(bridge.frames, CascadedFrames) and bridge.frames.is_frozen:
+            self.frozen["qformer"] = bridge.frames.qformer
 
     def _tokenizer(self, folder: Path | None) -> TextTokenizer:
         """That of the checkpoint to start from: its text branch knows no other's words."""
@@ -266,37 +286,6 @@ class TrainingRun:
             qformer = bridge.frames.reader_of_encoder(bridge.qformer)
             self.load_report = str(start_from_bert(qformer, self.choice.qformer_init, allow_mismatch=allow))
 
-    def _encoder(self, device: torch.device, dtype: torch.dtype) -> Encode:
-        choice = self.choice
-        encoder = load_vision(
-            choice.vision,
-            pretrained=choice.vision_pretrained,
-            layer=choice.vision_layer,
-            dtype=dtype,
-            image_size=choice.vision_image_size,
-        ).to(device)
-        self.frozen["vision"] = encoder
-        self.preprocessing, self.encoder_width = encoder.preprocessing, encoder.width
-        return lambda batch: encoder(torch.from_numpy(batch.images).to(device, non_blocking=True)).float()
-
-    def _cached(self, features: FeatureSpec, device: torch.device) -> Encode:
-        choice = self.choice
-        if rank() == 0:  # once is enough: the encoder may be large
-            encoder = EncoderChoice(
-                vision=choice.vision,
-                pretrained=choice.vision_pretrained,
-                layer=choice.vision_layer,
-                precision=features.precision,
-                num_frames=choice.num_frames,
-                sampling=Sampling.from_dict(choice.sampling),
-                dtype=features.dtype,
-                image_size=choice.vision_image_size,
-            )
-            encoder.load()[1].require_same(features)
-        self.fingerprints["vision"] = features.weights
-        self.preprocessing, self.encoder_width = features.preprocessing, features.width
-        return lambda batch: torch.from_numpy(batch.images).to(device, non_blocking=True).float()
-
     def _config(self, vocab_size: int, *, has_lm_head: bool) -> QFormerConfig:
         choice = self.choice
         try:
@@ -308,10 +297,3 @@ class TrainingRun:
             )
         except ValueError as error:
             raise UserError(f"model.qformer: {error}") from error
-
-
-def _video(choice: ModelChoice) -> VideoConfig:
-    try:
-        return VideoConfig(temporal=choice.temporal, **choice.video)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.video: {error}") from error

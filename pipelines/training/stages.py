@@ -8,7 +8,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
@@ -72,6 +74,8 @@ class Stage(Protocol):
 
 Encode = Callable[[SampleBatch], Tensor]
 """A batch to the frozen encoder's tokens_BFPV, fp32 on the training device: run now, or read from a feature cache."""
+Hear = Callable[[SampleBatch], Sound | None]
+"""A batch to what the frozen audio encoder hears of it, likewise; None where no sound was asked for."""
 
 
 class RepresentationStage:
@@ -152,6 +156,7 @@ class GenerationStage:
         prompt: Text before every caption whose sample brings no instruction of its own.
         max_tokens: Longest prompt and longest caption.
         micro_batch: Most samples that have a graph at a time, whose gradients are added up; None: all.
+        hear: See `Hear`; where the bridge has a branch for sound.
 
     Raises:
         UserError: If the prompt alone is longer.
@@ -169,8 +174,9 @@ class GenerationStage:
         prompt: str,
         max_tokens: int,
         micro_batch: int | None = None,
+        hear: Hear | None = None,
     ) -> None:
-        self.encode, self.language, self.tokenizer = encode, language, tokenizer
+        self.encode, self.language, self.tokenizer, self.hear = encode, language, tokenizer, hear
         self.trainables, self.num_truncated = trainables, 0
         self.prompt, self.max_tokens, self.micro_batch = prompt, max_tokens, micro_batch
         if language.tokenize([prompt], [""], max_tokens=max_tokens).num_truncated:
@@ -184,7 +190,7 @@ class GenerationStage:
         prompts = [text or self.prompt for text in batch.instructions or [""] * len(batch.captions)]
         texts = self.language.tokenize(prompts, batch.captions, max_tokens=self.max_tokens)
         self.num_truncated += texts.num_truncated
-        valid_B = torch.from_numpy(batch.is_valid).to(device)
+        valid_B = torch.from_numpy(self._is_read(batch)).to(device)
         texts = texts.to(device).without_labels(~valid_B)
         instruction: list[Tensor] = []
         if self.tokenizer is not None:
@@ -200,7 +206,7 @@ class GenerationStage:
             is_frame_BF = _is_frame(some, device)
             with precision.autocast():
                 tokens_BFPV = self._tokens(some, device)
-                sound = self._sound(some, device)
+                sound = None if self.hear is None else self.hear(some)
                 prefix_BNL = call(
                     tokens_BFPV, *(tensor[part] for tensor in instruction), is_frame_BF=is_frame_BF, sound=sound
                 )
@@ -223,9 +229,12 @@ class GenerationStage:
         # Zeros in place of a masked sample's features: NaN there would live through a gradient of zero.
         return tokens_BFPV.masked_fill(~is_valid_B[:, None, None, None], 0.0)
 
-    def _sound(self, batch: SampleBatch, device: torch.device) -> Sound | None:
-        """What the audio encoder hears; None where the bridge has no branch for it, or the batch no sound."""
-        return None
+    def _is_read(self, batch: SampleBatch) -> NDArray[np.bool_]:
+        """Samples that count: where sound alone is read, those that have some."""
+        if not self.trainables.trains_audio_alone:
+            return batch.is_valid
+        has_sound_B = np.zeros_like(batch.is_valid) if batch.audio_valid is None else batch.audio_valid.any(axis=1)
+        return batch.is_valid & has_sound_B
 
 
 def _parts(batch: SampleBatch, micro_batch: int | None) -> list[slice]:
@@ -241,6 +250,8 @@ def _rows(batch: SampleBatch, part: slice) -> SampleBatch:
         is_valid=batch.is_valid[part],
         images=batch.images[part],
         frame_valid=batch.frame_valid[part],
+        audio=None if batch.audio is None else batch.audio[part],
+        audio_valid=None if batch.audio_valid is None else batch.audio_valid[part],
     )
 
 

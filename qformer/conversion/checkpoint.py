@@ -58,6 +58,8 @@ class BridgeInfo:
     """Frozen encoder of sound, where there is a branch for it."""
     audio_pretrained: bool = True
     audio_branch: AudioConfig | None = None
+    audio_sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Which segments of sound it hears, as the data plane writes it."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -101,8 +103,8 @@ def read_info(folder: Path) -> BridgeInfo:
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
     info = BridgeInfo.from_json(file.read_bytes(), str(file))
-    language = None if info.language is None else _resolved(folder, info.language)
-    return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language)
+    language, audio = (None if name is None else _resolved(folder, name) for name in (info.language, info.audio))
+    return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language, audio=audio)
 
 
 def _resolved(folder: Path, name: str) -> str:

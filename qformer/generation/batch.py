@@ -5,7 +5,7 @@ that generate lie in front, so that their pass looks at one piece of memory.
 """
 
 from qformer.generation.running import Running
-from qformer.generation.slots import Slots
+from qformer.generation.slots import Memory
 
 _CAPACITY_STEP = 64
 """Slots grow in such steps, lest every new length moves all of them."""
@@ -20,7 +20,7 @@ class Batch:
         max_requests: Most slots.
     """
 
-    def __init__(self, slots: Slots, kv_tokens: int, max_requests: int) -> None:
+    def __init__(self, slots: Memory, kv_tokens: int, max_requests: int) -> None:
         self.slots, self.rows = slots, list[Running]()
         self._kv_tokens, self._max_requests = kv_tokens, max_requests
 

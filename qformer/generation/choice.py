@@ -75,7 +75,7 @@ class Rules:
             min_length=config.min_length or 0,
             min_new_tokens=config.min_new_tokens or 0,
             is_encoder_decoder=is_encoder_decoder,
-            start_id=_start_id(model) if is_encoder_decoder else None,
+            start_id=start_id(model) if is_encoder_decoder else None,
         )
 
     @property
@@ -137,7 +137,8 @@ def _draw(logits_NV: Tensor, rows: Sequence[Chosen]) -> Tensor:
     return token_NC.gather(1, place_N.minimum(last_N))[:, 0]
 
 
-def _start_id(model: Any) -> int:
+def start_id(model: Any) -> int:
+    """Token that an encoder-decoder's answers start from."""
     config = model.generation_config
     start = config.decoder_start_token_id
     return int(config.bos_token_id if start is None else start)

@@ -35,14 +35,12 @@ class DecoderPasses:
     """
 
     is_chunked = True
-    """Whether a prompt may be read in several passes."""
+    """A prompt may be read in several passes."""
 
     def __init__(self, language: LanguageModel) -> None:
         model: Any = language.model
         config, taken = model.config, inspect.signature(model.forward).parameters
         self._model, name = model, type(model).__name__
-        if language.is_encoder_decoder:
-            raise UserError(f"{name} is an encoder-decoder, which the engine does not run yet")
         if "position_ids" not in taken or "past_key_values" not in taken:
             raise UserError(f"{name} takes no position_ids; the engine cannot run rows of different lengths with it")
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -104,7 +102,7 @@ class DecoderPasses:
             source = (step_S < count_B1).flatten().nonzero()[:, 0]
             target = target[source]
         length = max(row.num_cached + row.num_reading for row in rows)
-        window = Window(self.slots, slice(first, first + len(rows)), length, target, source)
+        window = Window(self.slots, slice(first, first + len(rows)), slice(length), target, source)
         # Nor may it count past the last position that the model has.
         position_BS = position_BS.minimum(start_B1 + count_B1 - 1)
         return self._forward(window, position_BS, count_B1[:, 0] - 1, inputs_embeds=inputs_BSL)
@@ -122,12 +120,12 @@ class DecoderPasses:
         capacity, lengths = self.slots.capacity, [row.num_cached for row in rows]
         targets = [(first + place) * capacity + length for place, length in enumerate(lengths)]
         packed_3B = torch.tensor([[row.ids[-1] for row in rows], lengths, targets], device=self._weight.device)
-        window = Window(self.slots, slice(first, first + len(rows)), max(lengths) + 1, packed_3B[2])
+        window = Window(self.slots, slice(first, first + len(rows)), slice(max(lengths) + 1), packed_3B[2])
         return self._forward(window, packed_3B[1][:, None], None, input_ids=packed_3B[0][:, None])
 
     def _forward(self, window: Window, position_BS: Tensor, last_B: Tensor | None, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the new token `last_B` of each row; None: the only one."""
-        is_hidden_BST = torch.arange(window.length, device=position_BS.device) > position_BS[:, :, None]
+        is_hidden_BST = torch.arange(window.columns.stop, device=position_BS.device) > position_BS[:, :, None]
         mask_BST = torch.zeros(is_hidden_BST.shape, dtype=self._weight.dtype, device=position_BS.device)
         mask_BST.masked_fill_(is_hidden_BST, torch.finfo(mask_BST.dtype).min)
         options: dict[str, Any] = {}

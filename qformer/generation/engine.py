@@ -15,6 +15,7 @@ from torch import Tensor
 from qformer.generation.batch import Batch
 from qformer.generation.choice import NOT_FINITE, Rules, choose
 from qformer.generation.decoder import DecoderPasses
+from qformer.generation.encoder_decoder import EncoderDecoderPasses
 from qformer.generation.request import (
     Delta,
     EngineRequest,
@@ -67,7 +68,7 @@ class Engine:
         self.language = language
         self.kv_tokens, self.max_requests, self.max_queue = kv_tokens, max_requests, max_queue
         self.prefill_tokens = prefill_tokens
-        self._passes = DecoderPasses(language)
+        self._passes = (EncoderDecoderPasses if language.is_encoder_decoder else DecoderPasses)(language)
         self._rules = Rules.of(language.model, language.end_ids, language.is_encoder_decoder)
         self._waiting: collections.deque[Running] = collections.deque()
         self._batch = Batch(self._passes.slots, kv_tokens, max_requests)
@@ -152,7 +153,7 @@ class Engine:
         An exception of the model fails the requests that it comes from, and no others.
         """
         news: list[tuple[int, Outcome]] = []
-        num_tokens = self._pass(*self._next_prompts(), self._passes.prefill, news)
+        num_tokens = self._pass(*self._next_prompts(news), self._passes.prefill, news)
         generating = self._batch.rows[: self._batch.num_generating]
         for row in generating:
             row.num_reading = 1
@@ -171,7 +172,7 @@ class Engine:
             kv_bytes=self.kv_tokens * slots.bytes_per_token,
         )
 
-    def _next_prompts(self) -> tuple[int, list[Running]]:
+    def _next_prompts(self, news: list[tuple[int, Outcome]]) -> tuple[int, list[Running]]:
         """Admit requests in their order, as the budgets allow, and say what to read of each.
 
         Returns:
@@ -183,12 +184,16 @@ class Engine:
             row.num_reading = min(row.num_inputs - row.num_cached, self.prefill_tokens)
         longest = max((row.num_reading for row in rows), default=0)
         while self._waiting and self._batch.fits(self._waiting[0]):
-            longest = max(longest, self._waiting[0].num_inputs)
-            if rows and longest * (len(rows) + 1) > self.prefill_tokens:
+            wider = max(longest, self._waiting[0].num_inputs)
+            if rows and wider * (len(rows) + 1) > self.prefill_tokens:
                 break
-            row = self._waiting.popleft()
-            row.num_reading = min(row.num_inputs, self.prefill_tokens)
-            self._batch.append(row)
+            longest, row = wider, self._waiting.popleft()
+            row.num_reading = min(row.num_inputs, self.prefill_tokens) if self._passes.is_chunked else row.num_inputs
+            try:
+                self._batch.append(row)
+            except Exception as error:  # no memory, most likely
+                news.append((row.number, self._failure(row, error)))
+                continue
             rows.append(row)
         return first, rows
 
@@ -203,13 +208,16 @@ class Engine:
         for row in rows:  # before any leaves, for then others are moved with all that they have
             row.num_cached += row.num_reading
         for row, outcome in zip(rows, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                self._meter.failed += 1
+            if isinstance(outcome, int):
+                num_tokens += 1
+                try:
+                    self._take(row, outcome, news)
+                    continue
+                except Exception as error:
+                    outcome = self._failure(row, error)
+            if outcome is not None:
                 self._batch.remove(row, is_broken=True)
                 news.append((row.number, outcome))
-            elif outcome is not None:
-                num_tokens += 1
-                self._take(row, outcome, news)
         return num_tokens
 
     def _take(self, row: Running, token_id: int, news: list[tuple[int, Outcome]]) -> None:
@@ -235,12 +243,17 @@ class Engine:
         except Exception as error:
             if len(rows) > 1:
                 return [one for place, row in enumerate(rows) for one in self._outcomes(first + place, [row], run)]
-            logger.exception("the language model failed on request %d", rows[0].number)
-            failure = GenerationFailedError(f"the language model failed: {error}")
-            failure.__cause__ = error
-            return [failure]
+            return [self._failure(rows[0], error)]
+        not_finite = FloatingPointError("its logits hold NaN or infinity")
         tokens: list[int | Exception | None] = [
-            GenerationFailedError("the language model's logits hold NaN or infinity") if token == NOT_FINITE else token
-            for token in chosen
+            self._failure(row, not_finite) if token == NOT_FINITE else token
+            for row, token in zip(choosing, chosen, strict=True)
         ]
         return tokens + [None] * (len(rows) - len(tokens))
+
+    def _failure(self, row: Running, error: Exception) -> GenerationFailedError:
+        logger.error("the language model failed on request %d", row.number, exc_info=error)
+        self._meter.failed += 1
+        failure = GenerationFailedError(f"the language model failed on this request: {error}")
+        failure.__cause__ = error
+        return failure

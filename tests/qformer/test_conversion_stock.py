@@ -156,7 +156,7 @@ def test_retrieval_hidden_states_and_gradients_equal(folders, with_head):
     if with_head:
         hidden = stage1.qformer.forward_joint(image, ids, mask)
         torch.testing.assert_close(hidden, passes[0][:, :NUM_QUERIES], **OUTPUT)
-        scores = stage1.match_logits(stage1.perceive(retriever.encoder(batch)), image, ids, mask)
+        scores = stage1.match_logits(image, ids, mask, 1)
     else:
         hidden = stage1.qformer.forward_queries(image).hidden_BQD
         torch.testing.assert_close(hidden, passes[0], **OUTPUT)

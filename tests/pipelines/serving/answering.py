@@ -35,6 +35,7 @@ def adapter(name="demo", stage=2, **changes):
         "preprocessing": PREPROCESSING,
         "num_frames": 4,
         "sampling": {},
+        "audio_sampling": None,
         "num_queries": NUM_QUERIES,
         "embed_dim": EMBED_DIM,
         "encoder": {"vision": "vit", "vision_layer": -2, "width": 48},

@@ -38,6 +38,7 @@ class ToyServer:
         self.refusal: tuple[int, str, dict[str, str]] | None = None
         self.breaks_after: int | None = None  # pieces
         self.fails_after: int | None = None
+        self.ends_after: int | None = None
         self.finish = "stop"
         self.requests: list[dict] = []
         self.num_gone = 0
@@ -64,6 +65,8 @@ class ToyServer:
             for place, word in enumerate(self.words):
                 if place == self.breaks_after:
                     raise ConnectionResetError
+                if place == self.ends_after:
+                    return
                 if place == self.fails_after:
                     yield event({"error": {"message": "the model failed on this request", "type": "server_error"}})
                     return

@@ -268,8 +268,11 @@ def test_answers_that_break_off(open_page, toy):
     toy.breaks_after = 2
     ask(page, "One")
     wait_for_text(page, FAILURE, "before the answer was complete")
-    toy.breaks_after, toy.fails_after = None, 2
+    toy.breaks_after, toy.ends_after = None, 2
     ask(page, "Two")
+    wait_for_text(page, FAILURE, "before the answer was complete")
+    toy.ends_after, toy.fails_after = None, 2
+    ask(page, "Three")
     wait_for_text(page, FAILURE, "the model failed on this request.")
 
 

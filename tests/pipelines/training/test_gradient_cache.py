@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 
-from pipelines.training import gradient_cache
 from pipelines.training.gradient_cache import cached_losses
 from pipelines.training.objective import Objective
 from pipelines.training.optim import average_gradients
@@ -93,13 +92,13 @@ def test_two_processes_equal_the_plain_large_batch_in_one(tmp_path):
 def test_both_passes_draw_the_same_dropout():
     torch.manual_seed(3)
     stage1, full, seen = Stage1(dataclasses.replace(CONFIG, dropout=0.3)).train(), batch(5), []
-    encode = gradient_cache._encode
+    encode = Stage1.encode
 
     def kept(*arguments):
         seen.append(encode(*arguments))
         return seen[-1]
 
-    with mock.patch.object(gradient_cache, "_encode", kept):
+    with mock.patch.object(Stage1, "encode", kept):
         cached_step(stage1, full, 2)
     assert len(seen) == 6
     for first, second in zip(seen[:3], seen[3:], strict=True):
@@ -110,7 +109,7 @@ def test_both_passes_draw_the_same_dropout():
 def test_the_first_pass_keeps_no_keys_and_values():
     """They are what does not fit; embeddings and query outputs are small."""
     stage1, kept, alive = model(), [], []
-    encode = gradient_cache._encode
+    encode = Stage1.encode
 
     def watched(stage, some):
         alive.append(sum(ref() is not None for ref in kept))
@@ -119,21 +118,21 @@ def test_the_first_pass_keeps_no_keys_and_values():
             kept.extend(weakref.ref(kv[0]) for kv in (*encoded.image, *encoded.cache) if kv is not None)
         return encoded
 
-    with mock.patch.object(gradient_cache, "_encode", watched):
+    with mock.patch.object(Stage1, "encode", watched):
         cached_step(stage1, batch(6), 2)
     assert len(kept) >= 3 * 3 and alive == [0] * 6
 
 
 def test_a_graph_holds_no_more_than_a_micro_batch():
     stage1, full, sizes = model(), batch(7), []
-    encode = gradient_cache._encode
+    encode = Stage1.encode
 
     def kept(stage, some):
         if torch.is_grad_enabled():
             sizes.append(len(some.is_valid_B))
         return encode(stage, some)
 
-    with mock.patch.object(gradient_cache, "_encode", kept):
+    with mock.patch.object(Stage1, "encode", kept):
         cached_step(stage1, full, 3)
     assert sizes == [3, 3, 1]
 

@@ -1,6 +1,7 @@
 """The cascade and its branch for sound against tensors recorded from Video-LLaMA, fp32, dropout 0."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,6 @@ def test_the_loss_of_the_language_model_equals_video_llama(goldens_dir, recorded
 
 def test_every_recorded_tensor_is_compared(recorded):
     """What the tests above read; a new recording must not go unseen."""
-    read = set(re.findall(r'"((?:in|video|audio|audiovideo|llm)\.[\w.]+)"', open(__file__, encoding="utf-8").read()))
+    read = set(re.findall(r'"((?:in|video|audio|audiovideo|llm)\.[\w.]+)"', Path(__file__).read_text(encoding="utf-8")))
     prefixes = tuple(name for name in read if name.endswith("grad."))
     assert {name for name in recorded if name not in read and not name.startswith(prefixes)} == set()

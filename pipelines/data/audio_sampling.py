@@ -1,0 +1,74 @@
+"""Which parts of a clip's sound are listened to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_SAMPLES = 50_000_000
+"""Of all segments of one clip together: 200 MB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioSampling:
+    """Equally long segments of a clip's sound, evenly spread over it."""
+
+    sample_rate_hz: int
+    """That the audio encoder was trained with; sound of another rate is resampled."""
+    num_segments: int = 8
+    segment_s: float = 2.0
+    """Length of each; 8 segments of 2 s are Video-LLaMA's."""
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: If there would be no sound, or more than fits into memory.
+        """
+        if self.sample_rate_hz < 1 or self.num_segments < 1 or self.segment_samples < 1:
+            raise ValueError(f"audio of {self} holds nothing; give positive num_segments, segment_s and rate")
+        if self.num_segments * self.segment_samples > _MAX_SAMPLES:
+            raise ValueError(
+                f"audio of {self} is more than {_MAX_SAMPLES} samples a clip; lower num_segments or segment_s"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.num_segments} segments of {self.segment_s:g} s at {self.sample_rate_hz} Hz"
+
+    @property
+    def segment_samples(self) -> int:
+        """Samples of one segment."""
+        return round(self.segment_s * self.sample_rate_hz)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[segments, samples] of one clip's waveforms."""
+        return self.num_segments, self.segment_samples
+
+    def starts_s(self, start_s: float, end_s: float) -> NDArray[np.float64]:
+        """Beginnings of the segments of a clip.
+
+        The first begins with the clip, the last ends with it, the others lie at equal distances between, as ImageBind
+        cuts sound for Video-LLaMA: they overlap where the clip is shorter than all of them together. A single one
+        begins with the clip. In a clip that is shorter than a segment all begin with it.
+
+        Args:
+            start_s: Beginning of the clip.
+            end_s: Its exclusive end.
+
+        Returns:
+            Ascending seconds [segments].
+        """
+        last_s = max(end_s - self.segment_s, start_s)
+        return np.linspace(start_s, last_s, self.num_segments, dtype=np.float64)
+
+    def silence(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Waveforms of a sample without sound, and that none of them is valid."""
+        return np.zeros(self.shape, dtype=np.float32), np.zeros(self.num_segments, dtype=np.bool_)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AudioSampling":
+        """Rebuild from `dataclasses.asdict` output or its JSON."""
+        return cls(**values)

@@ -1,0 +1,123 @@
+"""The engine in its thread: deltas on event loops, cancelled requests, failures and the end."""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qformer.generation.async_engine import AsyncEngine, EngineClosedError
+from qformer.generation.engine import Engine
+from qformer.generation.request import GenerationFailedError, QueueFullError, RequestError, RequestSettings
+from tests.qformer.generation.requests import make_requests, reference_answers
+from tests.qformer.test_language import tiny_language
+
+
+@pytest.fixture(scope="module")
+def language():
+    language = tiny_language("llama")
+    language.model.generation_config.eos_token_id = None
+    return language
+
+
+@pytest.fixture
+def engine(language):
+    engine = AsyncEngine(Engine(language, kv_tokens=512, max_requests=4, max_queue=8))
+    yield engine
+    engine.close()
+
+
+async def collect(engine, request):
+    return [delta async for delta in engine.generate(request)]
+
+
+def test_many_callers_get_their_own_deltas(language, engine):
+    async def main():
+        return await asyncio.gather(*(collect(engine, request) for request in make_requests(language)))
+
+    for deltas, expected in zip(asyncio.run(main()), reference_answers(language), strict=True):
+        assert "".join(delta.text for delta in deltas) == expected
+        assert [delta.finish_reason is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
+        assert sum(len(delta.token_ids) for delta in deltas) == deltas[-1].usage.completion_tokens
+    assert asyncio.run(main())  # another event loop
+
+
+def test_text_streams_while_others_run(language, engine):
+    async def main():
+        first = make_requests(language, (30,) * 5)[0]
+        deltas = engine.generate(first)
+        begun = await anext(deltas)
+        short = await collect(engine, replace(first, settings=RequestSettings(max_new_tokens=2)))
+        assert engine.stats().running == 1 and short[-1].finish_reason is not None
+        return [begun, *[delta async for delta in deltas]]
+
+    assert asyncio.run(main())[-1].finish_reason is not None
+
+
+def test_a_gone_caller_frees_its_slot(language, engine):
+    async def main():
+        request = make_requests(language, (50,) * 5)[0]
+        async with contextlib.aclosing(engine.generate(request)) as deltas:
+            await anext(deltas)
+        task = asyncio.create_task(collect(engine, request))
+        await asyncio.sleep(0)  # queued, perhaps running
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        deadline = time.monotonic() + 5
+        while (engine.stats().running or engine.stats().queued) and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+        return engine.stats()
+
+    stats = asyncio.run(main())
+    assert (stats.running, stats.queued, stats.finished_total) == (0, 0, 0)
+
+
+def test_errors_reach_their_caller_alone(language, engine, monkeypatch):
+    async def main():
+        good, other = make_requests(language)[:2]
+        wrong = replace(good, inputs_SL=torch.full_like(good.inputs_SL, torch.nan))
+        return await asyncio.gather(*(collect(engine, r) for r in (good, wrong, other)), return_exceptions=True)
+
+    first, refused, second = asyncio.run(main())
+    assert isinstance(refused, RequestError) and first[-1].finish_reason and second[-1].finish_reason
+
+    def broken():
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine, "step", broken)
+        failed = asyncio.run(main())
+        assert all(isinstance(outcome, RequestError | GenerationFailedError) for outcome in failed)
+    assert asyncio.run(main())[0][-1].finish_reason  # it goes on
+
+
+def test_a_full_queue_refuses(language):
+    engine = AsyncEngine(Engine(language, kv_tokens=64, max_requests=1, max_queue=2))
+
+    async def main():
+        requests = make_requests(language, (30,) * 5) * 4
+        return await asyncio.gather(*(collect(engine, r) for r in requests), return_exceptions=True)
+
+    outcomes = asyncio.run(main())
+    engine.close()
+    assert any(isinstance(outcome, QueueFullError) for outcome in outcomes)
+    assert any(isinstance(outcome, list) for outcome in outcomes)
+    assert all(isinstance(outcome, QueueFullError | list) for outcome in outcomes)
+
+
+def test_closing_fails_what_is_in_work(language):
+    engine = AsyncEngine(Engine(language, kv_tokens=512, max_requests=4))
+
+    async def main():
+        deltas = engine.generate(make_requests(language, (50,) * 5)[0])
+        await anext(deltas)
+        engine.close()
+        with pytest.raises(EngineClosedError):
+            [delta async for delta in deltas]
+        with pytest.raises(EngineClosedError):
+            await collect(engine, make_requests(language)[0])
+
+    asyncio.run(main())
