@@ -15,8 +15,9 @@ from jobs.settings import DoctorSettings, TrainSettings
 from jobs.settings_data import DataSettings
 from jobs.train_checks import manifests
 from jobs.train_inputs import decode_settings
+from pipelines.data.bridge_decoding import decoding_of
 from pipelines.data.mixture import Corpus, open_corpus
-from pipelines.data.samples import DecodeSettings
+from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
 from pipelines.evaluation import model_findings
 from pipelines.evaluation.findings import Finding
@@ -144,7 +145,8 @@ def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> Rows:
     """Rows that the run did not train on where its manifest has some, else rows of its training."""
     if settings is None:
         raise UserError("settings.yaml is missing, or of another version")
-    decode = dataclasses.replace(decode_settings(settings, info.preprocessing), augmentation=Augmentation())
+    audio = decoding_of(info, Limits()).audio
+    decode = dataclasses.replace(decode_settings(settings, info.preprocessing, audio), augmentation=Augmentation())
     data, validation = settings.data, settings.validation
     own = [path for path, _ in manifests(settings)]
     if validation is not None:

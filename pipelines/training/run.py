@@ -1,5 +1,6 @@
 """A run's model on one rank: built around frozen backbones, saved, restored, and checked to have left them alone."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,7 @@ class TrainingRun:
         self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
         self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear
+        self.audio_sampling = encoders.audio_sampling
         self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
@@ -135,6 +137,7 @@ class TrainingRun:
             audio=choice.audio,
             audio_pretrained=choice.audio_pretrained,
             audio_branch=self.audio_branch,
+            audio_sampling={} if self.audio_sampling is None else dataclasses.asdict(self.audio_sampling),
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
