@@ -57,7 +57,8 @@ def show(table: Sequence[ResultRow], seconds: dict[str, float], title: str = TIT
         view.add_row(row.name, row.measured, row.bar, {True: "ok", False: "MISSED", None: ""}[row.ok])
     console = Console()
     console.print(view)
-    console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    console.print(f"seconds: {took}; in all {sum(seconds.values()):.0f}")
 
 
 def exit_code(table: Sequence[ResultRow]) -> int:

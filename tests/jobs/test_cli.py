@@ -101,6 +101,12 @@ def test_resume_sets_the_setting(capsys):
     assert "resume: true" in capsys.readouterr().out
 
 
+def test_video_sets_the_setting(capsys):
+    for words, value in ((["--video"], "true"), ([], "false")):
+        assert cli.main(["demo", *words, "--show-config"]) == 0
+        assert f"  video: {value}\n" in capsys.readouterr().out
+
+
 def test_config_is_given_several_times(tmp_path, capsys):
     (tmp_path / "over.yaml").write_text("optim: {learning_rate: 0.5}\nsteps: 3\n")
     words = ["train", "--config", str(REPOSITORY / "jobs/configs/blip2_stage1.yaml"), "--show-config"]

@@ -70,8 +70,6 @@ def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> Trai
             audio=str(MODELS / "audio") if bridge.hears else None,
             audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
             language=str(MODELS / "clip_language"),
-            # The image demo speaks another language: its projection has no place here.
-            init_mismatch="refuse" if bridge.hears else "reinitialise",
             temporal=bridge.temporal,
             video=VideoSettings(
                 max_frames=NUM_FRAMES,

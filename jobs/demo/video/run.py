@@ -74,4 +74,6 @@ def report(output: Path, seconds: dict[str, float]) -> list[ResultRow]:
     own = {name: value for name, value in seconds.items() if name.startswith("clip_")}
     image_results.show(table, own, title=TITLE)
     print(f"\nreport: {results.write(output, clips, table)}")
+    checkpoint, clip = output / BRIDGES[-1].name, next((output / "clip_world" / "clips").glob("clip-test-*"))
+    print(f"next: qformer caption --set checkpoint={checkpoint} {clip}")
     return table

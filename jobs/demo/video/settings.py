@@ -18,11 +18,12 @@ class ClipWorldSettings(Settings):
 class ClipTrainingSettings(Settings):
     """How long and how fast one bridge trains."""
 
-    steps: int = Field(default=900, gt=0)
-    sound_steps: int = Field(default=300, gt=0)
+    steps: int = Field(default=1000, gt=0)
+    """Which way something moves is learnt last."""
+    sound_steps: int = Field(default=400, gt=0)
     """Further steps of a bridge that learns to hear."""
     batch_size: int = Field(default=32, gt=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
 
 
 class ClipQuerySettings(Settings):
