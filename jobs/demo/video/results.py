@@ -88,19 +88,20 @@ def _bridge_rows(
             rows.append(_near(title, shuffled[name], "deaf", without_sound[name]))
         return rows
     rows = []
-    shuffled = _mean_leaning(stories, answers[FRAMES_SHUFFLED if bridge.knows_order else AS_IT_IS])
+    disordered = answers[FRAMES_SHUFFLED if bridge.knows_order else AS_IT_IS]
+    leaning, outright = _mean_leaning(stories, disordered), _mean_score(stories, disordered)
     for name in ORDER:
         title = f"{bridge.title}: {name}"
         if bridge.knows_order:
             rows.append(at_least(title, plain[name], MIN_ATTRIBUTE))
             title = f"{title}, {FRAMES_SHUFFLED}"
-        rows.append(_near(title, shuffled[name], "blind", without_order[name]))
+        rows.append(_near(title, leaning[name], "blind", without_order[name], f" (outright {outright[name]:.3f})"))
     return [*rows, at_least(f"{bridge.title}: {THINGS}", plain[THINGS], None)]
 
 
-def _near(name: str, value: float, what: str, guess: float) -> ResultRow:
+def _near(name: str, value: float, what: str, guess: float, note: str = "") -> ResultRow:
     bar = f"{what} guess {guess:.3f} ± {MAX_FROM_BLIND}"
-    return ResultRow(name=name, measured=f"{value:.3f}", bar=bar, ok=abs(value - guess) <= MAX_FROM_BLIND)
+    return ResultRow(name=name, measured=f"{value:.3f}{note}", bar=bar, ok=abs(value - guess) <= MAX_FROM_BLIND)
 
 
 def _mean_leaning(stories: Mapping[str, Story], tables: Sequence[Mapping[str, str]]) -> dict[str, float]:
