@@ -79,7 +79,7 @@ JOBS = {
     "caption": Job(
         module="jobs.caption",
         settings="jobs.settings:CaptionSettings",
-        summary="caption image and video files with a stage-2 checkpoint",
+        summary="caption image and video files, or a whole manifest, with a stage-2 checkpoint",
         example="qformer caption --set checkpoint=runs/stage2 photo.jpg clip.mp4",
         takes_media=True,
     ),
@@ -219,7 +219,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         overrides.append("retry_quarantined=true")
     if getattr(arguments, "dry_run", None) is not None:
         overrides.append(f"dry_run={arguments.dry_run}")
-    for name in ("media", "run"):
+    for name in ("media", "manifest", "run"):
         if getattr(arguments, name, None):
             # JSON is YAML, and quotes whatever a file name may hold.
             overrides.append(f"{name}={json.dumps(getattr(arguments, name), ensure_ascii=False)}")
@@ -264,6 +264,7 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
         )
     if job.takes_media:
         parser.add_argument("media", nargs="*", metavar="FILE", help="image or video files")
+        parser.add_argument("--manifest", metavar="MANIFEST", help="a corpus instead of files; needs `output`")
     if job.takes_run:
         parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of `qformer train`")
     return parser

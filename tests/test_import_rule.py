@@ -18,7 +18,6 @@ LOADERS = {
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
     "qformer/generation/encoder_decoder.py": {"transformers"},
-    "qformer/lora.py": {"peft"},
     "qformer/adapters/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qformer.adapters.lora import Lora
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
 from qformer.generation.completion import complete
@@ -17,7 +18,6 @@ from qformer.generation.request import (
     RequestError,
     RequestSettings,
 )
-from qformer.lora import Lora
 from tests.qformer.generation.requests import LENGTHS, make_requests, reference_answers
 from tests.qformer.test_language import FAMILIES, PROMPTS, soft_prompts, tiny_language
 
