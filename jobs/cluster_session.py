@@ -18,6 +18,10 @@ MIN_LOCAL_CPUS = 4
 
 CONNECT_TIMEOUT_S = 10.0
 
+_START_TRIES = 3
+_LATE = ("timed out during startup", "Deadline Exceeded")
+"""Parts of what Ray says when its own processes took longer than the 30 s that it gives them."""
+
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # When this process runs under `uv run`, Ray would start every worker so, and resolve packages anew.
@@ -136,14 +140,26 @@ def _start(settings: RaySettings, include_dashboard: bool) -> None:
     import ray
 
     _provide_token()
-    ray.init(
-        address="local",  # never a cluster that merely happens to run on this machine
-        num_cpus=settings.num_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
-        include_dashboard=include_dashboard,
-        dashboard_host="127.0.0.1",
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    for left in reversed(range(_START_TRIES)):
+        try:
+            ray.init(
+                address="local",  # never a cluster that merely happens to run on this machine
+                num_cpus=settings.num_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
+                include_dashboard=include_dashboard,
+                dashboard_host="127.0.0.1",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+            return
+        except Exception as error:  # of no class of its own
+            if not any(text in str(error) for text in _LATE):
+                raise
+            if not left:
+                raise UserError(
+                    f"Ray did not start here, {_START_TRIES} times ({' '.join(str(error).split())[:100]}): is this "
+                    "machine very busy, or short of memory? Try again when it is less so"
+                ) from error
+            logger.warning("Ray did not start within half a minute; this machine is very busy. Trying again")
 
 
 def _provide_token() -> None:

@@ -1,5 +1,6 @@
 """`qformer train`: one stage of training into one run folder."""
 
+import functools
 import itertools
 import json
 import logging
@@ -69,6 +70,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         )
         import ray
 
+        from jobs.train_reporter import keep_events
         from jobs.train_worker import train_worker
         from pipelines.training.launch import launch
 
@@ -107,6 +109,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
                 name=f"stage {settings.stage}",
                 scratch=scratch,
                 total_steps=settings.steps,
+                keep=functools.partial(keep_events, settings.output),
             )
         finally:
             for feed in feeds:

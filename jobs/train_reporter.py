@@ -1,10 +1,11 @@
 """What the first rank of `qformer train` writes down: log, events, checkpoints, bad steps, quarantine."""
 
+import contextlib
 import json
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -48,6 +49,11 @@ class Reporter:
         """Have the driver print a line, and keep it in events.jsonl."""
         self._board.say.remote(text)
         self._append(EVENTS_FILE, {"time": _now(), "text": text})
+
+    def keep(self, texts: Sequence[str]) -> None:
+        """Keep in events.jsonl what the driver has printed already."""
+        for text in texts:
+            self._append(EVENTS_FILE, {"time": _now(), "text": text})
 
     def logged(self, values: dict[str, float], accounting: Accounting) -> None:
         """Record a logged step's figures, and the rows that were quarantined since the table was last written."""
@@ -102,6 +108,17 @@ class Reporter:
             return
         kept = [line for line in storage.read_bytes(uri, 2**30).decode().splitlines() if _step_of(line) < start_step]
         storage.write_text(uri, "".join(f"{line}\n" for line in kept))
+
+
+def keep_events(output: str, texts: Sequence[str]) -> None:
+    """Add to the events of a run whose workers are gone. Where that cannot be done, they stand in the driver's log."""
+    if not texts:
+        return
+    uri = storage.join(output, EVENTS_FILE)
+    lines = [json.dumps({"time": _now(), "text": text}) + "\n" for text in texts]
+    with contextlib.suppress(Exception):  # whatever a file system raises; the run's own end is what matters
+        earlier = storage.read_bytes(uri, 2**30).decode() if storage.exists(uri) else ""
+        storage.write_text(uri, earlier + "".join(lines))
 
 
 def _step_of(line: str) -> float:

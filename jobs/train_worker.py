@@ -43,6 +43,9 @@ from qformer.conversion.checkpoint import read_info
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError
 
+_MAX_STARTS = 10
+"""From one step, where a run may be restarted as often as nodes are lost: more are no accident."""
+
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank; the first rank's return value is the run's summary.
@@ -61,31 +64,23 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         state = _built(arguments, settings)
     except UserError as error:
         mistake = str(error)
+    else:
+        mistake = _stuck(arguments["board"], settings, state.start_step) if rank() == 0 else None
     # Other ranks may have come through, and would wait for this one.
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
     reporter = Reporter(arguments["board"], settings, state.start_step) if rank() == 0 else None
     say = reporter.say if reporter else arguments["board"].say.remote
-    hosts = of_all_ranks([socket.gethostname()])
-    if reporter:
-        run = state.run
-        trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
-        group = {"step": state.start_step, "workers": world_size(), "hosts": hosts}
-        reporter.started({**group, "trainable": trainable, "frozen_sha256": dict(run.fingerprints)})
-        verb = "resuming" if state.start_step else "starting"
-        say(f"{verb} at step {state.start_step} with {world_size()} worker(s) on {', '.join(sorted(set(hosts)))}")
-    timeout_s, start_step = settings.hang_timeout_s, state.start_step
-    watchdog = Watchdog(settings.output, rank(), timeout_s=timeout_s, alarm=say, done=start_step)
+    _announce(reporter, state, arguments["board"])
+    watchdog = Watchdog(settings.output, rank(), timeout_s=settings.hang_timeout_s, alarm=say, done=state.start_step)
     loop = _loop(arguments, settings, state, reporter, watchdog)
     try:
         done = loop.run(_batches(arguments, settings, state), state.start_step)
         state.run.assert_frozen()
         if reporter:
             reporter.writer.close()
-    except (TooManyQuarantinedError, DivergedError) as error:  # raised by all ranks at the same step
-        mistake = str(error)
-    except CheckpointError as error:  # of the last step: no other rank waits for this one any more
-        mistake = str(error)
+    except (TooManyQuarantinedError, DivergedError, CheckpointError) as error:
+        mistake = str(error)  # met by all ranks at the same step; the last one when no rank waits for this one any more
     except Exception as error:
         # Of this rank alone, such as a storage that refuses it: it must not be tried again `max_failures` times.
         if (found := find_user_error(error)) is not None:
@@ -112,6 +107,32 @@ class _State:
     accounting: Accounting
     start_step: int
     """Steps done before."""
+
+
+def _announce(reporter: Reporter | None, state: _State, board: Any) -> None:
+    """Write down and say who starts, from where; every rank must call."""
+    hosts = of_all_ranks([socket.gethostname()])
+    if reporter is None:
+        return
+    reporter.keep(ray.get(board.take_deaths.remote()))
+    run = state.run
+    trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
+    group = {"step": state.start_step, "workers": world_size(), "hosts": hosts}
+    reporter.started({**group, "trainable": trainable, "frozen_sha256": dict(run.fingerprints)})
+    verb = "resuming" if state.start_step else "starting"
+    reporter.say(f"{verb} at step {state.start_step} with {world_size()} worker(s) on {', '.join(sorted(set(hosts)))}")
+
+
+def _stuck(board: Any, settings: TrainSettings, start_step: int) -> str | None:
+    """What to tell of a run that starts again and again before its next checkpoint, where nobody set how often."""
+    num_starts = ray.get(board.starting.remote(start_step))
+    if settings.max_failures is not None or num_starts <= _MAX_STARTS:
+        return None
+    return (
+        f"the workers have started {num_starts} times from step {start_step} and never reached the next checkpoint; "
+        f"events.jsonl in {settings.output} says of what they died. Mend it, or lower checkpoint_every="
+        f"{settings.checkpoint_every}, and run the same command with --resume; max_failures sets another limit"
+    )
 
 
 def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:

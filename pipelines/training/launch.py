@@ -1,7 +1,8 @@
 """Ray Train around a worker function: the only place that knows its trainer."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -26,7 +27,7 @@ class _TellFailures(UserCallback):  # type: ignore[misc]
         """Tell."""
         for rank, error in sorted(worker_exceptions.items()):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._board.say.remote(f"ALARM worker {rank} died: {type(error).__name__}: {(lines or [''])[-1][:300]}")
+            self._board.died.remote(f"ALARM worker {rank} died: {type(error).__name__}: {(lines or [''])[-1][:300]}")
 
 
 def launch(
@@ -41,6 +42,7 @@ def launch(
     name: str,
     scratch: str,
     total_steps: int,
+    keep: Callable[[Sequence[str]], None],
 ) -> dict[str, Any]:
     """Run `worker(arguments | {"board": actor})` on every rank and return the first rank's result.
 
@@ -55,6 +57,7 @@ def launch(
         name: Shown in Ray's dashboard and the progress line.
         scratch: Folder for Ray Train's own records; our checkpoints lie in the run folder.
         total_steps: For the progress line.
+        keep: Takes of what workers died that nobody came after to write down.
 
     Raises:
         UserError: If the controller dies, which Ray Train does not start again.
@@ -86,6 +89,9 @@ def launch(
                 "the process that controls the workers died (killed, or out of memory); the run stands at its newest "
                 "checkpoint: run the same command with --resume"
             ) from error
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                keep(ray.get(board.take_deaths.remote()))
     return result.return_value
 
 

@@ -126,6 +126,13 @@ class ProgressBoard:
         self.values: dict[str, float] = {}
         self.news: list[str] = []
         self.told_mistake: str | None = None
+        self.starts: list[int] = []
+        self.deaths: list[str] = []
+
+    def starting(self, step: int) -> int:
+        """Keep that the workers start from a step; return how often in a row they have started from it."""
+        self.starts = [*(one for one in self.starts if one == step), step]
+        return len(self.starts)
 
     def give_up(self, text: str) -> None:
         """Keep a mistake of the user that a rank has met: whoever starts next ends with it."""
@@ -142,6 +149,16 @@ class ProgressBoard:
     def say(self, text: str) -> None:
         """Have the driver print a line."""
         self.news.append(text)
+
+    def died(self, text: str) -> None:
+        """Have the driver say of what a worker died, and keep it for the run's records."""
+        self.say(text)
+        self.deaths.append(text)
+
+    def take_deaths(self) -> list[str]:
+        """What was kept since the last taking."""
+        deaths, self.deaths = self.deaths, []
+        return deaths
 
     def read(self) -> tuple[dict[str, float], list[str]]:
         """Figures of the last logged step, and the lines said since the last reading."""

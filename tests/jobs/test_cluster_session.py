@@ -4,9 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
-from jobs.cluster_session import ray_session, set_ray_environment
+import pytest
+import ray
+
+from jobs.cluster_session import _start, ray_session, set_ray_environment
 from jobs.settings_data import RaySettings
+from qformer.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -49,6 +54,33 @@ def test_a_session_starts_and_stops_its_own_cluster_and_writes_no_token_file(tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"3 {REPOSITORY / 'jobs' / '__init__.py'}", "False False"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        (2, None),  # a busy machine, that has room at the third try
+        (3, "Ray did not start here, 3 times .*: is this machine very busy"),
+    ],
+)
+def test_a_busy_machine_is_asked_again(monkeypatch, failures, told):
+    late = Exception("The current node timed out during startup. This could happen because")
+    init = mock.Mock(side_effect=[*[late] * failures, None])
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # lest one be made for this process
+    monkeypatch.setattr(ray, "init", init)
+    if told is None:
+        _start(RaySettings(), include_dashboard=False)
+    else:
+        with pytest.raises(UserError, match=told):
+            _start(RaySettings(), include_dashboard=False)
+    assert init.call_count == 3
+
+
+def test_another_trouble_of_rays_is_not_taken_for_a_busy_machine(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=ValueError("another")))
+    with pytest.raises(ValueError, match="another"):
+        _start(RaySettings(), include_dashboard=False)
 
 
 def test_an_initialised_ray_is_used_and_left_alone(ray_local):

@@ -220,6 +220,8 @@ def test_a_storage_that_refuses_ends_the_run_at_once_also_where_restarts_are_all
     with pytest.raises(UserError, match=r"nosuch://bucket/\d+.jpg: no such protocol; use a local path"):
         train.main(chosen)
     assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 1
+    events = [json.loads(line)["text"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert any(text.startswith("ALARM worker ") and "no such protocol" in text for text in events)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +255,7 @@ def test_a_killed_train_worker_is_restarted_and_every_row_counts_once(checkpoint
     # 60 steps are 10 epochs of 150 rows, three of them broken.
     counts = [summary[f"rows_{name}"] for name in ("in", "used", "quarantined")]
     assert counts == [1500, 1470, 30]
+    assert "ALARM worker " in (output / "events.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from jobs import train_reporter
 from jobs.settings import TrainSettings
 from jobs.settings_data import TrainDataSettings
 from jobs.settings_model import ModelSettings
-from jobs.train_reporter import Reporter
-from jobs.train_worker import _PreemptionNotice
+from jobs.train_reporter import Reporter, keep_events
+from jobs.train_worker import _PreemptionNotice, _stuck
 from pipelines.data import storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.training.accounting import Accounting
@@ -121,6 +121,29 @@ def test_a_full_disk_ends_nothing_and_the_next_line_brings_the_lost_one(board, t
     assert any("ALARM events.jsonl is not written" in text for text in said(board))
     one.write_quarantine(Accounting())
     assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 0
+
+
+def test_what_workers_died_of_is_kept_by_those_that_come_after(board, tmp_path):
+    ray.get(board.died.remote("ALARM worker 1 died: no more memory"))
+    one = reporter(board, tmp_path)
+    one.keep(ray.get(board.take_deaths.remote()))
+    keep_events(str(tmp_path), ["ALARM worker 0 died, and nobody came after"])
+    keep_events(str(tmp_path), ray.get(board.take_deaths.remote()))
+    texts = [event["text"] for event in lines(tmp_path / "events.jsonl")]
+    assert texts == ["ALARM worker 1 died: no more memory", "ALARM worker 0 died, and nobody came after"]
+    assert said(board) == texts[:1]  # once
+
+
+def test_a_run_that_never_reaches_its_next_checkpoint_is_given_up(board, tmp_path):
+    data = TrainDataSettings(manifest="m")
+    elastic = TrainSettings(
+        output=str(tmp_path), stage=1, model=ModelSettings(vision="v"), data=data, steps=9, batch_size=2, min_workers=1
+    )
+    assert [_stuck(board, elastic, 0) for _ in range(10)] == [None] * 10
+    assert [_stuck(board, elastic, 5) for _ in range(10)] == [None] * 10  # it got on
+    limited = elastic.model_copy(update={"max_failures": 1000})
+    assert _stuck(board, limited, 5) is None
+    assert "started 12 times from step 5 and never reached the next checkpoint" in _stuck(board, elastic, 5)
 
 
 def test_a_notice_of_preemption_counts_once():

@@ -56,7 +56,16 @@ def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
         "name": "restart",
         "scratch": str(tmp_path / "scratch"),
     }
-    launch(read_and_die_once, {"folder": str(tmp_path), "feed": feed}, workers=2, total_steps=STEPS, **options)
+    died: list[str] = []
+    launch(
+        read_and_die_once,
+        {"folder": str(tmp_path), "feed": feed},
+        workers=2,
+        total_steps=STEPS,
+        keep=died.extend,
+        **options,
+    )
+    assert len(died) and all(text.startswith("ALARM worker ") for text in died)
     assert (tmp_path / "killed").exists()
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert [[step for step, _ in steps] for steps in ranks] == [list(range(STEPS))] * 2
