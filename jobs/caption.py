@@ -1,5 +1,6 @@
 """Caption files with a stage-2 checkpoint, or ask it about them, in this process; a manifest through Ray Data."""
 
+import dataclasses
 import logging
 import sys
 
@@ -10,11 +11,11 @@ from jobs.checkpoint import open_checkpoint
 from jobs.cli import run_job
 from jobs.settings import CaptionSettings
 from pipelines.data import storage
+from pipelines.data.bridge_decoding import decoding_of, waveforms_of_clip
 from pipelines.data.local_copies import local_folder
 from pipelines.data.media import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
 from pipelines.data.retries import classify
-from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
-from pipelines.data.sampling import Sampling
+from pipelines.data.samples import Limits, SampleDecoder
 from qformer.bridge import Captioner, load_captioner
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
@@ -43,14 +44,8 @@ def main(settings: CaptionSettings) -> int:
     captioner = load_captioner(local_folder(checkpoint))
     if captioner.num_truncated([settings.instruction]):
         logger.warning("instruction: cut to max_text_tokens=%d, as in training", info.max_text_tokens)
-    decoder = SampleDecoder(
-        DecodeSettings(
-            preprocessing=captioner.preprocessing,
-            num_frames=settings.num_frames or captioner.num_frames,
-            sampling=Sampling.from_dict(info.sampling),
-            limits=Limits(**settings.limits.model_dump()),
-        )
-    )
+    decode = decoding_of(info, Limits(**settings.limits.model_dump()))
+    decoder = SampleDecoder(dataclasses.replace(decode, num_frames=settings.num_frames or info.num_frames))
     num_failed = 0
     try:
         for path in settings.media:
@@ -75,7 +70,8 @@ def caption_file(
     """
     clip = decoder.decode(kind=_kind(path), media=path)
     pixels, frame_valid = torch.tensor(clip.pixels)[None], torch.tensor(clip.frame_valid)[None]
-    return captioner.answer(pixels, [instruction], generation, frame_valid=frame_valid)[0]
+    audio = waveforms_of_clip(clip)
+    return captioner.answer(pixels, [instruction], generation, frame_valid=frame_valid, audio=audio)[0]
 
 
 def _kind(path: str) -> str:

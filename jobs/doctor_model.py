@@ -15,14 +15,16 @@ from jobs.settings import DoctorSettings, TrainSettings
 from jobs.settings_data import DataSettings
 from jobs.train_checks import manifests
 from jobs.train_inputs import decode_settings
+from pipelines.data.bridge_decoding import decoding_of
 from pipelines.data.mixture import Corpus, open_corpus
-from pipelines.data.samples import DecodeSettings
+from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
 from pipelines.evaluation import model_findings
 from pipelines.evaluation.findings import Finding
 from pipelines.evaluation.model_probe import ModelFigures, probe_captioner, probe_retriever
 from pipelines.evaluation.pair_sample import PairSample
 from pipelines.training.precision import DTYPES
+from qformer.audio import load_audio
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import load_captioner, load_retriever
 from qformer.conversion.checkpoint import BridgeInfo, read_info
@@ -105,7 +107,7 @@ def frozen_now(
     first = DTYPES.get(precision or "fp32") or torch.float32
     dtypes = list(dict.fromkeys([first, torch.float32, torch.bfloat16, torch.float16]))
     found: dict[str, list[str] | str] = {}
-    for name in sorted({"vision", "language"} & recorded.keys()):
+    for name in sorted({"vision", "audio", "language"} & recorded.keys()):
         digests: list[str] = []
         try:
             for dtype in dtypes:
@@ -125,6 +127,8 @@ def frozen_now(
 def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:
     if name == "language":
         return weights_fingerprint(load_language(str(info.language), dtype=dtype)[0])
+    if name == "audio":
+        return weights_fingerprint(load_audio(str(info.audio), pretrained=info.audio_pretrained, dtype=dtype))
     encoder = load_vision(
         info.vision,
         pretrained=info.vision_pretrained,
@@ -139,7 +143,8 @@ def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> Rows:
     """Rows that the run did not train on where its manifest has some, else rows of its training."""
     if settings is None:
         raise UserError("settings.yaml is missing, or of another version")
-    decode = dataclasses.replace(decode_settings(settings, info.preprocessing), augmentation=Augmentation())
+    audio = decoding_of(info, Limits()).audio
+    decode = dataclasses.replace(decode_settings(settings, info.preprocessing, audio), augmentation=Augmentation())
     data, validation = settings.data, settings.validation
     own = [path for path, _ in manifests(settings)]
     if validation is not None:

@@ -1,5 +1,6 @@
 """Score a checkpoint on a split: retrieval after stage 1, captions after stage 2."""
 
+import dataclasses
 import json
 import logging
 import sys
@@ -16,9 +17,9 @@ from jobs.settings_data import DataSettings
 from jobs.settings_loading import resolved_yaml
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.batch import Failure
+from pipelines.data.bridge_decoding import decoding_of
 from pipelines.data.manifest import read_manifest, write_table
 from pipelines.data.samples import DecodeSettings, Limits
-from pipelines.data.sampling import Sampling
 from qformer.conversion.checkpoint import BridgeInfo
 from qformer.errors import UserError
 
@@ -69,14 +70,15 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def decode_settings(data: DataSettings, info: BridgeInfo) -> DecodeSettings:
-    """Decode as in training; frames and sampling that the user wrote down go before the checkpoint's."""
-    chosen = data.model_fields_set
-    return DecodeSettings(
-        preprocessing=info.preprocessing,
-        num_frames=data.num_frames if "num_frames" in chosen else info.num_frames,
-        sampling=data.sampling.build() if "sampling" in chosen else Sampling.from_dict(info.sampling),
-        limits=Limits(**data.limits.model_dump()),
-    )
+    """Decode as in training; frames, sampling and segments that the user wrote down go before the checkpoint's."""
+    chosen, decode = data.model_fields_set, decoding_of(info, Limits(**data.limits.model_dump()))
+    if "num_frames" in chosen:
+        decode = dataclasses.replace(decode, num_frames=data.num_frames)
+    if "sampling" in chosen:
+        decode = dataclasses.replace(decode, sampling=data.sampling.build())
+    if "audio" in chosen and decode.audio is not None:
+        decode = dataclasses.replace(decode, audio=data.audio.build(decode.audio.sample_rate_hz))
+    return decode
 
 
 def _caption(

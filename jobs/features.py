@@ -1,4 +1,4 @@
-"""`qformer features`: run the frozen encoder once over a manifest and store what it sees."""
+"""`qformer features`: run the frozen encoders once over a manifest and store what they see and hear."""
 
 import json
 import logging
@@ -62,6 +62,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         num_frames=data.num_frames,
         sampling=choice.sampling,
         limits=Limits(**data.limits.model_dump()),
+        audio=spec.audio,
     )
     spec.require_decoding(decode)
     _claim(output, spec)
@@ -113,9 +114,11 @@ def _is_too_many(num_quarantined: int, num_rows: int, settings: FeaturesSettings
 def _choice(settings: FeaturesSettings) -> "EncoderChoice":
     from pipelines.data.encode_shards import EncoderChoice
 
-    is_folder = storage.is_local(settings.vision) and storage.exists(settings.vision)
+    def found(name: str) -> str:
+        return storage.local_path(name) if storage.is_local(name) and storage.exists(name) else name
+
     return EncoderChoice(
-        vision=storage.local_path(settings.vision) if is_folder else settings.vision,
+        vision=found(settings.vision),
         pretrained=settings.vision_pretrained,
         layer=settings.vision_layer,
         precision=settings.precision,
@@ -123,6 +126,10 @@ def _choice(settings: FeaturesSettings) -> "EncoderChoice":
         sampling=settings.data.sampling.build(),
         dtype=settings.dtype,
         image_size=settings.vision_image_size,
+        audio=None if settings.audio is None else found(settings.audio),
+        audio_pretrained=settings.audio_pretrained,
+        num_segments=settings.data.audio.num_segments,
+        segment_s=settings.data.audio.segment_s,
     )
 
 

@@ -12,8 +12,8 @@ from jobs.checkpoint import checkpoint_name, open_checkpoint
 from jobs.cli import find_user_error, run_job
 from jobs.cluster_session import ray_session, require_resources
 from jobs.settings import ServeSettings
-from pipelines.data.samples import DecodeSettings, Limits
-from pipelines.data.sampling import Sampling
+from pipelines.data.bridge_decoding import decoding_of
+from pipelines.data.samples import Limits
 from pipelines.serving.config import ServingConfig
 from qformer.errors import UserError
 
@@ -76,12 +76,7 @@ def serving_config(settings: ServeSettings) -> ServingConfig:
     return ServingConfig(
         checkpoint=checkpoint,
         model_name=checkpoint_name(checkpoint),
-        decode=DecodeSettings(
-            preprocessing=info.preprocessing,
-            num_frames=info.num_frames,
-            sampling=Sampling.from_dict(info.sampling),
-            limits=Limits(**settings.limits.model_dump()),
-        ),
+        decode=decoding_of(info, Limits(**settings.limits.model_dump())),
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout_s,
         max_concurrent_requests=settings.max_concurrent_requests,

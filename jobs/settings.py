@@ -115,6 +115,9 @@ class FeaturesSettings(Settings):
     vision_pretrained: bool = True
     vision_layer: int = -2
     vision_image_size: int | None = Field(default=None, ge=1)
+    audio: str | None = None
+    """Audio encoder, as `model.audio` of `qformer train`, whose vectors are kept as well; null: no sound."""
+    audio_pretrained: bool = True
     data: DataSettings
     dtype: Literal["fp16", "bf16", "int8"] = "fp16"
     """How tokens are stored; int8 keeps one scale a token and halves the size."""

@@ -4,8 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.sampling import Sampling
 
+_HIGHEST_RATE_HZ = 48_000
+"""Of audio encoders: what fits into memory at this rate does so at every other."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -101,8 +104,32 @@ class SamplingSettings(Settings):
         return Sampling(**self.model_dump())
 
 
+class AudioSettings(Settings):
+    """Which segments of a video's sound are listened to, where there is an audio encoder.
+
+    They are evenly spread over the clip: the first begins with it, the last ends with it.
+    """
+
+    num_segments: int = Field(default=8, ge=1)
+    segment_s: float = Field(default=2.0, gt=0)
+    """Length of each in seconds; 8 of 2 s are Video-LLaMA's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AudioSettings":
+        self.build(_HIGHEST_RATE_HZ)
+        return self
+
+    def build(self, sample_rate_hz: int) -> AudioSampling:
+        """What the data plane takes.
+
+        Args:
+            sample_rate_hz: Of the audio encoder.
+        """
+        return AudioSampling(sample_rate_hz=sample_rate_hz, **self.model_dump())
+
+
 class PixelSettings(Settings):
-    """Which rows of a manifest to take, and how they become pixels."""
+    """Which rows of a manifest to take, and how they become pixels and sound."""
 
     split: str = "train"
     kind: Literal["image", "video"] | None = None
@@ -110,6 +137,7 @@ class PixelSettings(Settings):
     num_frames: int = Field(default=8, ge=1)
     """Frames sampled from a video; an image is one frame."""
     sampling: SamplingSettings = SamplingSettings()
+    audio: AudioSettings = AudioSettings()
     limits: LimitSettings = LimitSettings()
 
 

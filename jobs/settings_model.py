@@ -45,6 +45,8 @@ class VideoSettings(Settings):
     """cascaded: of the second Q-Former, all of which cross-attend."""
     freeze_frames: bool = True
     """cascaded: keep the Q-Former of the frames and the norm before it as `init_from` has them (Video-LLaMA)."""
+    freeze_attention: bool = False
+    """spatio_temporal: keep the Q-Former's attention as `init_from` has it, and train the rest."""
     num_spatial_queries: int = Field(default=32, ge=1)
     """spatio_temporal: queries that read where things are."""
     num_temporal_queries: int = Field(default=32, ge=1)

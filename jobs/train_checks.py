@@ -33,17 +33,7 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
-    model = settings.model
-    if model.temporal == "cascaded" and model.video.freeze_frames and settings.init_from is None:
-        raise UserError(
-            "model.temporal=cascaded keeps the Q-Former of the frames as it was trained: set init_from to a run, or "
-            "model.video.freeze_frames=false to train it too"
-        )
-    if model.audio_branch.trains_alone and (model.audio is None or settings.init_from is None):
-        raise UserError(
-            "model.audio_branch.trains_alone=true trains a branch beside a trained bridge: set model.audio to an audio "
-            "encoder and init_from to a run"
-        )
+    _check_video(settings)
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)
 
@@ -70,6 +60,21 @@ def require_media_answer(corpus: Corpus) -> None:
             if error.error_class in ("config", "transient"):
                 told = error.message.removeprefix(f"{uri}: ")
                 raise UserError(f"the media of data.manifest cannot be read: {uri}: {told}") from error
+
+
+def _check_video(settings: TrainSettings) -> None:
+    model, is_fresh = settings.model, settings.init_from is None
+    for way, name in (("cascaded", "freeze_frames"), ("spatio_temporal", "freeze_attention")):
+        if model.temporal == way and is_fresh and getattr(model.video, name):
+            raise UserError(
+                f"model.video.{name}=true with model.temporal={way} keeps weights as they were trained: set init_from "
+                f"to a run, or {name}=false to train them too"
+            )
+    if model.audio_branch.trains_alone and (model.audio is None or is_fresh):
+        raise UserError(
+            "model.audio_branch.trains_alone=true trains a branch beside a trained bridge: set model.audio to an audio "
+            "encoder and init_from to a run"
+        )
 
 
 def manifests(settings: TrainSettings) -> list[tuple[str, float | None]]:

@@ -2,6 +2,7 @@
 
 from jobs.settings import TrainSettings
 from pipelines.data import storage
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
 from qformer.preprocessing import Preprocessing
@@ -35,8 +36,10 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     )
 
 
-def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> DecodeSettings:
-    """How this run's files become pixels."""
+def decode_settings(
+    settings: TrainSettings, preprocessing: Preprocessing, audio: AudioSampling | None
+) -> DecodeSettings:
+    """How this run's files become pixels and, where it has an audio encoder, sound."""
     data = settings.data
     return DecodeSettings(
         preprocessing=preprocessing,
@@ -44,6 +47,7 @@ def decode_settings(settings: TrainSettings, preprocessing: Preprocessing) -> De
         sampling=data.sampling.build(),
         limits=Limits(**data.limits.model_dump()),
         augmentation=Augmentation(**data.augmentation.model_dump()),
+        audio=audio,
     )
 
 

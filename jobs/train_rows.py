@@ -79,5 +79,15 @@ def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features:
     if features is None:
         return TrainingRows(corpus, order, None)
     cache = open_cache(features)
-    cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing))
+    audio = None
+    if settings.model.audio is None:
+        cache = cache.without_audio()
+    elif cache.spec.audio is None:
+        raise UserError(
+            f"data.features={features} holds no sound, and model.audio={settings.model.audio} listens; run `qformer "
+            f"features --set audio={settings.model.audio}` into another folder, or leave model.audio out"
+        )
+    else:
+        audio = settings.data.audio.build(cache.spec.audio.sample_rate_hz)
+    cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing, audio))
     return TrainingRows(corpus.in_memory(functools.partial(locate, cache=cache)), order, cache)

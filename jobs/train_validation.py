@@ -42,7 +42,7 @@ class Validation:
         self._arguments, self._settings, self._run = arguments, settings, run
         self._training, self._reporter, self._beat = training, reporter, beat
         patience = settings.validation.patience if settings.validation else None
-        decode = decode_settings(settings, run.preprocessing)
+        decode = decode_settings(settings, run.preprocessing, run.audio_sampling)
         self._decode = dataclasses.replace(decode, augmentation=Augmentation(), has_chance=False)
         found = json.dumps(dataclasses.asdict(read_best(settings.output))) if rank() == 0 else None
         best = Best(**json.loads(str(any_text(found))))  # as the first rank sees the file, on every rank

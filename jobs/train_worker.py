@@ -141,6 +141,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         stage=settings.stage,
         num_frames=settings.data.num_frames,
         sampling=settings.data.sampling.model_dump(mode="json"),
+        segments=settings.data.audio.model_dump(),
         tokenizer=tokenizer_folder(settings),
     )
     cache: FeatureCache | None = arguments["cache"]
@@ -201,7 +202,7 @@ def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) 
         total_steps=settings.steps,
         rank=rank(),
         world_size=world_size(),
-        source=arguments["cache"] or decode_settings(settings, state.run.preprocessing),
+        source=arguments["cache"] or decode_settings(settings, state.run.preprocessing, state.run.audio_sampling),
         is_pinned=get_device().type == "cuda",
     )
 

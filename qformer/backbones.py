@@ -21,6 +21,8 @@ from qformer.errors import NotFiniteError, UserError
 from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 
 RANDOM_WEIGHTS_SEED = 0
+FRAMES_PER_PASS = 64
+"""Most frames that an encoder works on at a time, however many clips a batch holds: what bounds its memory."""
 
 
 class VisionEncoder(nn.Module):
@@ -70,15 +72,18 @@ class VisionEncoder(nn.Module):
                 f"the encoder takes uint8 [B, F, {expected}], got {pixels_BFCYX.dtype} {tuple(pixels_BFCYX.shape)}; "
                 "decode with this encoder's own preprocessing"
             )
-        dtype = next(self.model.parameters()).dtype
-        scaled = (pixels_BFCYX.flatten(0, 1).float() / 255.0 - self.mean_1C11) / self.std_1C11
-        return self._tokens(scaled.to(dtype)).unflatten(0, (-1, pixels_BFCYX.shape[1]))
+        parts = [self._tokens(self._scaled(part)) for part in pixels_BFCYX.flatten(0, 1).split(FRAMES_PER_PASS)]
+        return torch.cat(parts).unflatten(0, (-1, pixels_BFCYX.shape[1]))
 
     def features(self, pixels_BFCYX: Tensor) -> Tensor:
         """As `forward`, in float32, and refused with a ValueError where not finite."""
         tokens_BFPV = cast(Tensor, self(pixels_BFCYX)).float()
         require_finite(tokens_BFPV, torch.ones(len(tokens_BFPV), dtype=torch.bool, device=tokens_BFPV.device))
         return tokens_BFPV
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        scaled = (pixels.float() / 255.0 - self.mean_1C11) / self.std_1C11
+        return scaled.to(next(self.model.parameters()).dtype)
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Tokens of the chosen layer, class and register tokens first: [G, P, V]."""

@@ -133,7 +133,7 @@ class Captioner:
         """
         prompts = self.prompts(instructions, len(pixels_BFCYX))
         device = self.stage2.language_projection.weight.device
-        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self._sound(audio, device)
+        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self.sound(audio, device)
         inputs = [self.encoder.features(pixels_BFCYX.to(device))]
         if self.tokenizer is not None:
             inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
@@ -154,7 +154,8 @@ class Captioner:
             raise ValueError(f"{len(prompts)} instructions for {images} images; give one each")
         return prompts
 
-    def _sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+    def sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+        """What the frozen audio encoder hears, on `device`."""
         if audio is None:
             return None
         if self.audio_encoder is None:

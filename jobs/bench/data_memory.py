@@ -23,6 +23,12 @@ def tree_bytes(root_pid: int) -> int:
     return sum(map(_own_bytes, tree))
 
 
+def resident_bytes(what: str) -> int:
+    """Of this process: "VmRSS" now, "VmHWM" at most since it began (`ru_maxrss` would start with the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
+
+
 def _own_bytes(pid: int) -> int:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

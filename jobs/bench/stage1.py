@@ -26,6 +26,7 @@ from typing import cast
 import torch
 from torch import Tensor, multiprocessing, nn
 
+from jobs.bench.data_memory import resident_bytes
 from jobs.bench.hf_stage1 import TEXT_LENGTH, HuggingFaceStage1
 from jobs.bench.result import BenchResult
 from jobs.bench.stage1_flops import step_flops
@@ -203,7 +204,7 @@ def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) 
         torch.set_num_threads(THREADS)
     # What the reference imports belongs to no step: bring it in on both sides before the size is read.
     build(Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     model: nn.Module = Stage1(case.config) if name == "ours" else _reference_alone(case.config)
     model.to(case.device).train()
     for seed in range(2):
@@ -212,7 +213,7 @@ def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) 
     if case.device == "cuda":
         sender.send(torch.cuda.max_memory_allocated())
     else:
-        sender.send(_resident_bytes("VmHWM") - before)
+        sender.send(resident_bytes("VmHWM") - before)
 
 
 def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
@@ -220,12 +221,6 @@ def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
     with torch.device("meta"):
         shapes = Stage1(config)
     return HuggingFaceStage1(shapes, has_weights=False)
-
-
-def _resident_bytes(what: str) -> int:
-    """Of this process: "VmRSS" now, "VmHWM" at most since it began (`ru_maxrss` would start with the parent's)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:

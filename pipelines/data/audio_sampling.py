@@ -28,15 +28,14 @@ class AudioSampling:
             ValueError: If there would be no sound, or more than fits into memory.
         """
         if self.sample_rate_hz < 1 or self.num_segments < 1 or self.segment_samples < 1:
-            raise ValueError(
-                f"audio of num_segments={self.num_segments}, segment_s={self.segment_s:g} at {self.sample_rate_hz} Hz "
-                "holds nothing; give positive numbers"
-            )
+            raise ValueError(f"audio of {self} holds nothing; give positive num_segments, segment_s and rate")
         if self.num_segments * self.segment_samples > _MAX_SAMPLES:
             raise ValueError(
-                f"audio of num_segments={self.num_segments}, segment_s={self.segment_s:g} at {self.sample_rate_hz} Hz "
-                f"is more than {_MAX_SAMPLES} samples a clip; take fewer or shorter segments"
+                f"audio of {self} is more than {_MAX_SAMPLES} samples a clip; lower num_segments or segment_s"
             )
+
+    def __str__(self) -> str:
+        return f"{self.num_segments} segments of {self.segment_s:g} s at {self.sample_rate_hz} Hz"
 
     @property
     def segment_samples(self) -> int:

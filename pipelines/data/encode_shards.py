@@ -1,5 +1,6 @@
-"""The actor that runs the frozen encoder over decoded blocks and writes the feature cache; itself free of Ray."""
+"""The actor that runs the frozen encoders over decoded blocks and writes the feature cache; itself free of Ray."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data import schema
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.batch import SampleBatch, unpack
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.feature_files import STATE
@@ -21,6 +23,7 @@ from pipelines.data.samples import DecodeSettings
 from pipelines.data.sampling import Sampling
 from pipelines.data.stage_costs import StageCosts, cost_columns
 from pipelines.data.token_codec import TokenDtype, encode_tokens
+from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
 from qformer.errors import UserError
 
@@ -29,7 +32,7 @@ _DONE_AT_S = "done_at_s"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderChoice:
-    """Which frozen encoder, how it is run, and how its tokens are stored."""
+    """Which frozen encoders, how they are run, and how what they make is stored."""
 
     vision: str
     pretrained: bool
@@ -40,13 +43,23 @@ class EncoderChoice:
     sampling: Sampling = Sampling()
     image_size: int | None = None
     """Side of the encoder's input in pixels when not its own."""
+    audio: str | None = None
+    """Encoder of the videos' sound; None: their sound is left out."""
+    audio_pretrained: bool = True
+    num_segments: int = 8
+    segment_s: float = 2.0
+    """Of sound: see `AudioSampling`."""
 
     def load(self) -> tuple[VisionEncoder, FeatureSpec]:
-        """Load the encoder and describe the features it makes.
+        """Load the encoders; return the one that sees, and a description of the features.
 
         Raises:
-            UserError: As `load_vision`.
+            UserError: As `load_vision` and `load_audio`.
         """
+        return self.load_all()[::2]
+
+    def load_all(self) -> tuple[VisionEncoder, AudioEncoder | None, FeatureSpec]:
+        """Load the encoders and describe the features they make; see `load`."""
         weights_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         encoder = load_vision(
             self.vision,
@@ -67,7 +80,22 @@ class EncoderChoice:
             width=encoder.width,
             dtype=self.dtype,
         )
-        return encoder, spec
+        if self.audio is None:
+            return encoder, None, spec
+        ears = load_audio(self.audio, pretrained=self.audio_pretrained, dtype=weights_dtype)
+        sampling = AudioSampling(
+            sample_rate_hz=ears.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
+        )
+        ears.require_fit(sampling.sample_rate_hz, sampling.segment_samples)
+        heard = dataclasses.replace(
+            spec,
+            audio=sampling,
+            audio_encoder=self.audio,
+            audio_weights=weights_fingerprint(ears),
+            audio_extractor=ears.extractor_fingerprint,
+            audio_width=ears.width,
+        )
+        return encoder, ears, heard
 
 
 class DecodeShards:
@@ -100,15 +128,15 @@ class EncodeShards:
     """Encodes one decoded block and writes it as one shard.
 
     Args:
-        choice: The encoder.
+        choice: The encoders.
         folder: Of the cache.
-        frames_per_pass: Frames that go through the encoder at a time; bounds its memory.
+        frames_per_pass: Frames that go through the vision encoder at a time; bounds its memory.
         device: "cpu" or "cuda".
     """
 
     def __init__(self, choice: EncoderChoice, folder: str, frames_per_pass: int, device: str) -> None:
-        encoder, self._spec = choice.load()
-        self._encoder = encoder.to(device)
+        encoder, ears, self._spec = choice.load_all()
+        self._encoder, self._ears = encoder.to(device), ears and ears.to(device)
         self._folder, self._frames_per_pass, self._device = folder, frames_per_pass, device
         self._idle_since_s = time.perf_counter()
 
@@ -125,9 +153,9 @@ class EncodeShards:
         require_readable(batch.failures)
         try:
             with batch.costs.measure("encode"):
-                tokens = self.tokens(batch)
+                tokens, vectors = self.tokens(batch), self.vectors(batch)
             with batch.costs.measure("write"):
-                size_bytes = write_shard(self._folder, batch, tokens, self._spec.dtype, states)
+                size_bytes = write_shard(self._folder, batch, tokens, self._spec.dtype, states, vectors)
         except ValueError as error:
             raise UserError(f"shard {batch.step} (sample {batch.sample_ids[0]!r} and on): {error}") from error
         counts = {"rows": len(batch.sample_ids), "failed": len(batch.failures), "bytes": size_bytes}
@@ -147,6 +175,18 @@ class EncodeShards:
             for row, sample in zip(rows, self._encoder(pixels).float().cpu().numpy(), strict=True):
                 tokens[row] = sample
         return tokens
+
+    @torch.inference_mode()
+    def vectors(self, batch: SampleBatch) -> list[NDArray[np.float32]] | None:
+        """Encode the batch's sound: [valid, V] of each row's valid segments; None without audio encoder."""
+        if self._ears is None or batch.audio is None or batch.audio_valid is None:
+            return None
+        found = []
+        for waveforms, is_valid in zip(batch.audio, batch.audio_valid, strict=True):
+            heard_BAN = torch.from_numpy(waveforms[is_valid])[None]
+            is_audio_BA = torch.ones(heard_BAN.shape[:2], dtype=torch.bool)
+            found.append(self._ears.features(heard_BAN, is_audio_BA)[0].cpu().numpy())
+        return found
 
 
 def measure_rows(
@@ -170,9 +210,9 @@ def measure_rows(
         encoder.tokens(unpack(decode_rows(block.slice(0, 1))))
         batch = unpack(decode_rows(block))
         with batch.costs.measure("encode"):
-            tokens = encoder.tokens(batch)
+            tokens, vectors = encoder.tokens(batch), encoder.vectors(batch)
         with batch.costs.measure("write"):
-            for values in tokens:
+            for values in [*tokens, *(vectors or [])]:
                 if values is not None:
                     encode_tokens(values, choice.dtype)
         costs.append(batch.costs)

@@ -62,6 +62,11 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
+AUDIO, AUDIO_VALID = "audio", "audio_valid"
+SOUNDING_SHARD_SCHEMA = pa.schema([*SHARD_SCHEMA, (AUDIO, pa.large_binary()), (AUDIO_VALID, pa.list_(pa.bool_()))])
+"""Of a cache with sound: the vectors of a row's valid segments, one after the other, and which of all those are."""
+
+
 def open_shard(folder: str, shard: int) -> Any:
     """An Arrow file of one record batch a row, mapped into memory where the disk is local."""
     path = storage.join(folder, f"{shard_name(shard)}.arrow")

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from pipelines.data import members, quarantine, schema, storage
 from pipelines.data.batch import SampleBatch
 from pipelines.data.feature_files import (
+    AUDIO,
+    AUDIO_VALID,
     FAILURE_COLUMNS,
     INDEX_FILE,
     INDEX_SCHEMA,
     QUARANTINE_FILE,
     ROWS_SCHEMA,
     SHARD_SCHEMA,
+    SOUNDING_SHARD_SCHEMA,
     SOURCE,
     STATE,
     read_table,
@@ -101,6 +104,7 @@ def write_shard(
     tokens: list[NDArray[np.float32] | None],
     dtype: TokenDtype,
     states: Sequence[str | None],
+    vectors: Sequence[NDArray[np.float32]] | None = None,
 ) -> int:
     """Write one shard, and after it its list of rows.
 
@@ -110,6 +114,7 @@ def write_shard(
         tokens: [T, P, V] of each row, None where it failed.
         dtype: How to store them.
         states: `file_states` of the rows' media from before they were read.
+        vectors: [valid, V] of each row's valid segments of sound; None: of a cache without sound.
 
     Returns:
         Bytes written.
@@ -120,9 +125,10 @@ def write_shard(
         storage.remove_file(f"{name}.parquet")
     failures = {failure.sample_id: failure for failure in batch.failures}
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SHARD_SCHEMA) as writer:
+    row_schema = SHARD_SCHEMA if vectors is None else SOUNDING_SHARD_SCHEMA
+    with pa.ipc.new_file(sink, row_schema) as writer:
         columns = (batch.sample_ids, batch.image_ids.tolist(), tokens, batch.frame_valid.tolist())
-        for sample_id, source, values, frame_valid in zip(*columns, strict=True):
+        for place, (sample_id, source, values, frame_valid) in enumerate(zip(*columns, strict=True)):
             raw = None if values is None else encode_tokens(values, dtype)
             failure = failures.get(sample_id)
             row = {
@@ -133,7 +139,10 @@ def write_shard(
                 "frame_valid": frame_valid,
                 **{column: failure and getattr(failure, column) for column in FAILURE_COLUMNS},
             }
-            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SHARD_SCHEMA))
+            if vectors is not None and batch.audio_valid is not None:
+                row[AUDIO] = encode_tokens(vectors[place], dtype).tobytes()
+                row[AUDIO_VALID] = batch.audio_valid[place].tolist()
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=row_schema))
     content = sink.getvalue()
     write_file(f"{name}.arrow", content)
     count = len(batch.sample_ids)

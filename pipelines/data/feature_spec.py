@@ -1,4 +1,4 @@
-"""What made a feature cache: encoder, preprocessing, sampling and storage, and the fingerprint of them all."""
+"""What made a feature cache: encoders, preprocessing, sampling and storage, and the fingerprint of them all."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.data import schema, storage
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.samples import DecodeSettings
 from pipelines.data.sampling import Sampling
 from pipelines.data.token_codec import RAW_DTYPES, TokenDtype, raw_width
@@ -18,6 +19,9 @@ SPEC_FILE = "features.json"
 FORMAT_VERSION = 3
 _WITHOUT_EFFECT = ("limits", "augmentation", "has_chance")
 """Of `DecodeSettings`: limits decide which rows fail, not what the others look like; nothing in a cache is random."""
+_NAMES = ("vision", "audio_encoder")
+"""For people; weights are what counts."""
+_OF_AUDIO = ("audio", "audio_encoder", "audio_weights", "audio_extractor", "audio_width")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,16 +40,33 @@ class FeatureSpec:
     num_tokens: int
     width: int
     dtype: TokenDtype
+    audio: AudioSampling | None = None
+    """Segments of sound whose vectors lie beside the tokens; None: no sound."""
+    audio_encoder: str | None = None
+    """Name or folder of the audio encoder, for people."""
+    audio_weights: str | None = None
+    """SHA-256 of its weights as they were run."""
+    audio_extractor: str | None = None
+    """SHA-256 of the settings of its feature extractor."""
+    audio_width: int = 0
+    """Of its vectors."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all but the encoder's name."""
-        values = {name: value for name, value in self.to_dict().items() if name != "vision"}
+        """SHA-256 of all but the encoders' names."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _NAMES}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, the inverse of `from_dict`."""
-        return dataclasses.asdict(self)
+        """Plain JSON-ready values, the inverse of `from_dict`; what tells of sound is left out where there is none."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _OF_AUDIO or self.audio is not None}
+
+    def without_audio(self) -> "FeatureSpec":
+        """The same cache for those who do not listen."""
+        return dataclasses.replace(
+            self, audio=None, audio_encoder=None, audio_weights=None, audio_extractor=None, audio_width=0
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FeatureSpec":
@@ -54,11 +75,13 @@ class FeatureSpec:
             Preprocessing.from_dict(values["preprocessing"]),
             Sampling.from_dict(values["sampling"]),
         )
-        return cls(**{**values, "preprocessing": preprocessing, "sampling": sampling})
+        audio = AudioSampling.from_dict(values["audio"]) if values.get("audio") is not None else None
+        return cls(**{**values, "preprocessing": preprocessing, "sampling": sampling, "audio": audio})
 
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample in the cache."""
-        return math.prod(self.raw_shape(kind)) * RAW_DTYPES[self.dtype].itemsize
+        sound = self.audio.num_segments * self.raw_audio_width if self.audio is not None and kind == schema.VIDEO else 0
+        return (math.prod(self.raw_shape(kind)) + sound) * RAW_DTYPES[self.dtype].itemsize
 
     def require_same(self, cached: "FeatureSpec") -> None:
         """Refuse a cache that another encoder, preprocessing or sampling made.
@@ -72,9 +95,11 @@ class FeatureSpec:
         if self.fingerprint == cached.fingerprint:
             return
         mine, theirs = self.to_dict(), cached.to_dict()
-        differing = [name for name in mine if name != "vision" and mine[name] != theirs[name]]
+        names = [name for name in {**mine, **theirs} if name not in _NAMES]
         told = ", ".join(
-            f"{name}: {_short(theirs[name])} in the cache, {_short(mine[name])} here" for name in differing
+            f"{name}: {_short(getattr(cached, name))} in the cache, {_short(getattr(self, name))} here"
+            for name in names
+            if mine.get(name) != theirs.get(name)
         )
         raise UserError(f"the feature cache does not fit ({told}); run `qformer features` into another folder")
 
@@ -111,6 +136,11 @@ class FeatureSpec:
         """[frames, tokens, items a token] as stored."""
         frames = self.num_frames if kind == schema.VIDEO else 1
         return frames, self.num_tokens, raw_width(self.width, self.dtype)
+
+    @property
+    def raw_audio_width(self) -> int:
+        """Items a segment's vector as stored."""
+        return raw_width(self.audio_width, self.dtype)
 
 
 def read_spec(folder: str) -> FeatureSpec | None:

@@ -1,15 +1,19 @@
 """Reading a feature cache in the place of pixels; see `feature_files` for what lies where."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
+from pipelines.data.audio_rows import AudioRows
 from pipelines.data.batch import IMAGE_ID, Failure, ImageRows, pack
-from pipelines.data.feature_files import FAILURE_COLUMNS, INDEX_FILE, SOURCE, open_shard, read_table
+from pipelines.data.feature_files import AUDIO, AUDIO_VALID, FAILURE_COLUMNS, INDEX_FILE, SOURCE, open_shard, read_table
 from pipelines.data.feature_spec import FeatureSpec, read_spec
 from pipelines.data.media import MediaError
 from pipelines.data.plan import image_ids
@@ -34,6 +38,10 @@ class FeatureCache:
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample."""
         return self.spec.row_bytes(kind)
+
+    def without_audio(self) -> "FeatureCache":
+        """The same cache for those who do not listen."""
+        return dataclasses.replace(self, spec=self.spec.without_audio())
 
 
 def open_cache(folder: str) -> FeatureCache:
@@ -89,6 +97,10 @@ class ReadFeatures:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Read a block; rows whose decoding failed come back with their failure and zero tokens."""
         images = ImageRows([self._spec.raw_shape(kind) for kind in rows[schema.KIND].to_pylist()], self._spec.dtype)
+        spec = self._spec
+        audio = (
+            None if spec.audio is None else AudioRows(len(rows), spec.audio.num_segments, spec.audio_width, spec.dtype)
+        )
         failures: list[Failure | None] = []
         costs = [StageCosts() for _ in range(len(rows))]
         names = (schema.SAMPLE_ID, schema.MEDIA, IMAGE_ID, *schema.FEATURE_COLUMNS)
@@ -106,8 +118,15 @@ class ReadFeatures:
                         images[row] = values.reshape(stored["shape"][0].as_py())
                     images.frame_valid[row] = stored["frame_valid"][0].as_py()
                     costs[row].fetched_bytes = values.nbytes
+                    if audio is not None:
+                        with costs[row].measure("fetch"):
+                            audio[row] = self._vectors(stored), stored[AUDIO_VALID][0].as_py()
             failures.append(failure)
-        return pack(rows, images, failures, costs)
+        return pack(rows, images, failures, costs, audio)
+
+    def _vectors(self, stored: pa.RecordBatch) -> NDArray[Any]:
+        raw = np.frombuffer(stored[AUDIO][0].as_buffer(), dtype=RAW_DTYPES[self._spec.dtype])
+        return raw.reshape(-1, self._spec.raw_audio_width)
 
     def _batch(self, shard: int, place: int) -> pa.RecordBatch:
         try:

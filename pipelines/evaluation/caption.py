@@ -8,6 +8,7 @@ import torch
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure
+from pipelines.data.bridge_decoding import waveforms_of
 from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
 from pipelines.data.local_copies import local_folder
 from pipelines.data.row_index import TableRows
@@ -49,7 +50,9 @@ class CaptionBlocks:
         if batch.is_valid.any():
             pixels = torch.from_numpy(batch.images[batch.is_valid])
             frame_valid = torch.from_numpy(batch.frame_valid[batch.is_valid])
-            captions = self._captioner.answer(pixels, instructions, self._generation, frame_valid=frame_valid)
+            captions = self._captioner.answer(
+                pixels, instructions, self._generation, frame_valid=frame_valid, audio=waveforms_of(batch)
+            )
         results = {schema.INSTRUCTION: instructions, PREDICTION: captions}
         columns = {name: pa.array(texts, pa.string()) for name, texts in results.items()}
         columns[_IS_TRUNCATED] = pa.array([self._captioner.num_truncated([t]) > 0 for t in instructions], pa.bool_())

@@ -15,6 +15,7 @@ from qformer.analysis.image_use import USED_GAIN_NATS, PairedFigures, answer_los
 from qformer.analysis.query_use import QueryFigures, QueryStatistics
 from qformer.bridge import Captioner, Retriever
 from qformer.objectives import similarity
+from qformer.video.audio_branch import Sound
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,10 +135,12 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
             instruction = [tensor.to(device) for tensor in captioner.tokenizer.encode(prompts)[:2]]
         tokens_BFPV = captioner.encoder.features(batch.pixels_BFCYX.to(device))
         answers, is_frame_BF = answers.to(device), batch.frame_valid_BF.to(device)
+        heard = captioner.sound(batch.audio, device)
         prefixes, losses = [], []
         for index_K in (text_K, other_K):
-            prefix_KNL = stage2(tokens_BFPV[index_K], *instruction, is_frame_BF=is_frame_BF[index_K])
-            is_prefix_KN = stage2.is_prompt(is_frame_BF[index_K], None, prefix_KNL)
+            sound = heard and Sound(*(tensor[index_K] for tensor in heard))
+            prefix_KNL = stage2(tokens_BFPV[index_K], *instruction, is_frame_BF=is_frame_BF[index_K], sound=sound)
+            is_prefix_KN = stage2.is_prompt(is_frame_BF[index_K], sound, prefix_KNL)
             losses.append(answer_losses(language, prefix_KNL, answers, is_prefix_KN))
             prefixes.append(prefix_KNL)
         sums.add("lm", *losses)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pipelines.data import schema
 from pipelines.data.batch import Failure, SampleBatch, unpack
+from pipelines.data.bridge_decoding import waveforms_of
 from pipelines.data.decode_rows import DecodeRows
 from pipelines.data.mixture import Corpus
 from pipelines.data.order import Batches
 from pipelines.data.plan import RowLookup, training_blocks
 from pipelines.data.samples import DecodeSettings
+from qformer.bridge import Waveforms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,8 @@ class PairBatch:
     captions: list[str]
     instructions: list[str]
     """What each caption answers; "" where the prompt of training serves."""
+    audio: Waveforms | None
+    """The clips' sound; None where the model reads none."""
     may_swap_BB: Tensor
     """True where text i may meet image j as a wrong one: another picture, which no such caption describes."""
 
@@ -94,6 +98,7 @@ def _pairs(batch: SampleBatch, all_captions: list[list[str]]) -> PairBatch:
     return PairBatch(
         pixels_BFCYX=torch.from_numpy(batch.images[batch.is_valid]),
         frame_valid_BF=torch.from_numpy(batch.frame_valid[batch.is_valid]),
+        audio=waveforms_of(batch),
         captions=[batch.captions[row] for row in valid],
         instructions=[batch.instructions[row] for row in valid],
         may_swap_BB=torch.tensor(may_swap),

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.batch import SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
@@ -34,6 +35,7 @@ class FrozenEncoders:
         preprocessing: What pictures are made into for them.
         vision_width: Of their tokens.
         audio_width: Of the vectors of sound; None where there is no audio encoder.
+        audio_sampling: Segments of sound; None likewise.
     """
 
     def __init__(
@@ -42,13 +44,14 @@ class FrozenEncoders:
         self._device = device
         self.modules: dict[str, nn.Module] = {}
         self.fingerprints: dict[str, str] = {}
-        self._ears = self._audio_encoder(choice, dtype)
-        self.audio_width = None if self._ears is None else self._ears.width
+        self.audio_width: int | None = None
+        self.audio_sampling: AudioSampling | None = None
+        self._ears: AudioEncoder | None = None
         if features is not None:
-            _require_same(choice, features)
-            self.fingerprints["vision"] = features.weights
-            self.preprocessing, self.vision_width = features.preprocessing, features.width
+            self._take(choice, features)
             return
+        if choice.audio is not None:
+            self._ears = self._audio_encoder(choice, choice.audio, dtype)
         encoder = load_vision(
             choice.vision,
             pretrained=choice.vision_pretrained,
@@ -67,18 +70,27 @@ class FrozenEncoders:
 
     def hear(self, batch: SampleBatch) -> Sound | None:
         """Vectors of a batch's sound, or those that a cache kept; None where none was asked for."""
-        if self._ears is None or batch.audio is None or batch.audio_valid is None:
+        if self.audio_width is None or batch.audio is None or batch.audio_valid is None:
             return None
         audio, is_segment_BA = torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid)
-        audio_BAV = self._ears.features(audio, is_segment_BA) if "vision" in self.modules else audio.float()
+        audio_BAV = audio.float() if self._ears is None else self._ears.features(audio, is_segment_BA)
         return Sound(audio_BAV.to(self._device), is_segment_BA.to(self._device))
 
-    def _audio_encoder(self, choice: ModelChoice, dtype: torch.dtype) -> AudioEncoder | None:
-        if choice.audio is None:
-            return None
-        ears = load_audio(choice.audio, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
-        self.modules["audio"] = ears
+    def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
+        ears = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
+        sampling = AudioSampling(sample_rate_hz=ears.sample_rate_hz, **choice.segments)
+        ears.require_fit(sampling.sample_rate_hz, sampling.segment_samples)
+        self.modules["audio"], self.audio_width, self.audio_sampling = ears, ears.width, sampling
         return ears
+
+    def _take(self, choice: ModelChoice, features: FeatureSpec) -> None:
+        features = features if choice.audio else features.without_audio()
+        _require_same(choice, features)
+        self.fingerprints["vision"] = features.weights
+        self.preprocessing, self.vision_width = features.preprocessing, features.width
+        if features.audio is not None:
+            self.fingerprints["audio"] = str(features.audio_weights)
+            self.audio_width, self.audio_sampling = features.audio_width, features.audio
 
 
 def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
@@ -93,5 +105,8 @@ def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
         sampling=Sampling.from_dict(choice.sampling),
         dtype=features.dtype,
         image_size=choice.vision_image_size,
+        audio=choice.audio,
+        audio_pretrained=choice.audio_pretrained,
+        **choice.segments,
     )
     encoder.load()[1].require_same(features)

@@ -51,6 +51,8 @@ class ModelChoice:
     audio_pretrained: bool = True
     audio_branch: Mapping[str, Any] = field(default_factory=dict)
     """`AudioConfig` but its width, and "trains_alone"."""
+    segments: Mapping[str, Any] = field(default_factory=dict)
+    """Of sound: `AudioSampling` but its rate, which is the encoder's."""
 
     def video_config(self) -> VideoConfig:
         """How frames are joined.
@@ -87,13 +89,18 @@ class ModelChoice:
 
 
 def choice_from(
-    model: Mapping[str, Any], *, stage: int, num_frames: int, tokenizer: str, sampling: Mapping[str, Any] | None = None
+    model: Mapping[str, Any],
+    *,
+    stage: int,
+    num_frames: int,
+    tokenizer: str,
+    sampling: Mapping[str, Any] | None = None,
+    segments: Mapping[str, Any] | None = None,
 ) -> ModelChoice:
     """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
     names = {one.name for one in dataclasses.fields(ModelChoice)}
     values = {name: value for name, value in model.items() if name in names}
     if values.get("lora") is not None:
         values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-    return ModelChoice(
-        **{**values, "stage": stage, "num_frames": num_frames, "sampling": sampling or {}, "tokenizer": tokenizer}
-    )
+    data: dict[str, Any] = {"num_frames": num_frames, "sampling": sampling or {}, "segments": segments or {}}
+    return ModelChoice(**{**values, **data, "stage": stage, "tokenizer": tokenizer})

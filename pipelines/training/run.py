@@ -1,5 +1,6 @@
 """A run's model on one rank: built around frozen backbones, saved, restored, and checked to have left them alone."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from qformer.conversion.initialisation import require_stage1, start_stage1, star
 from qformer.distributed import mean_of_ranks, world_size
 from qformer.errors import UserError
 from qformer.language import build_language_model
+from qformer.layers import QFormerLayers
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
+from qformer.video.cascaded import CascadedFrames
 
 _RECOMPILATIONS = 64
 
@@ -80,6 +83,7 @@ class TrainingRun:
         self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
         self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear
+        self.audio_sampling = encoders.audio_sampling
         self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
@@ -93,7 +97,9 @@ class TrainingRun:
         if is_compiled:
             # Training and evaluation, images and clips, with and without gradient each compile the same code.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
-            self.stage.trainables.qformer.layers.compile(fullgraph=True)
+            for module in self.stage.trainables.modules():
+                if isinstance(module, QFormerLayers):
+                    module.compile(fullgraph=True)
 
     @property
     def trainable_names(self) -> list[str]:
@@ -131,6 +137,7 @@ class TrainingRun:
             audio=choice.audio,
             audio_pretrained=choice.audio_pretrained,
             audio_branch=self.audio_branch,
+            audio_sampling={} if self.audio_sampling is None else dataclasses.asdict(self.audio_sampling),
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
@@ -208,7 +215,8 @@ class TrainingRun:
         if folder is not None:
             allow = self.choice.init_mismatch == "reinitialise"
             self.load_report = str(start_stage1(stage1, folder, allow_mismatch=allow))
-        return RepresentationStage(encode, stage1.to(device), self.tokenizer, self._micro_batch)
+        self._hold_frozen(stage1.to(device), is_whole=False)
+        return RepresentationStage(encode, stage1, self.tokenizer, self._micro_batch)
 
     def _generation_stage(
         self, encode: Encode, device: torch.device, dtype: torch.dtype, init_from: str | None
@@ -246,8 +254,7 @@ class TrainingRun:
             )
             self.load_report = f"{report}; {self.load_report}" if choice.qformer_init else str(report)
         stage2 = stage2.to(device)
-        if choice.freeze_qformer:
-            self.frozen["qformer"] = stage2.qformer
+        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.trains_audio_alone)
         return GenerationStage(
             encode,
             stage2,
@@ -258,6 +265,13 @@ class TrainingRun:
             micro_batch=self._micro_batch,
             hear=self._hear,
         )
+
+    def _hold_frozen(self, bridge: Stage1 | Stage2, *, is_whole: bool) -> None:
+        """See to it that a Q-Former which this run does not train stays as it is."""
+        if is_whole:
+            self.frozen["qformer"] = bridge.qformer
+        elif isinstance(bridge.frames, CascadedFrames) and bridge.frames.is_frozen:
+            self.frozen["qformer"] = bridge.frames.qformer
 
     def _tokenizer(self, folder: Path | None) -> TextTokenizer:
         """That of the checkpoint to start from: its text branch knows no other's words."""

@@ -58,6 +58,8 @@ class BridgeInfo:
     """Frozen encoder of sound, where there is a branch for it."""
     audio_pretrained: bool = True
     audio_branch: AudioConfig | None = None
+    audio_sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Which segments of sound it hears, as the data plane writes it."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from qformer.conversion.checkpoint import BridgeInfo
 from qformer.errors import UserError
 from qformer.video.clip_reader import ClipReader
+from qformer.video.config import JOINED
 
-_SEPARATE = ("concatenate", "mean")
 _FRAMES, _OWN, _FFN, _QUERIES = "frames.", "qformer.", ".query_ffn.", "query_tokens"
 _TEXT = (".text_ffn.", "word_embeddings.", "position_embeddings.", "lm_dense.", "lm_norm.", "lm_bias")
 
@@ -43,12 +43,12 @@ def clip_start(module: ClipReader, weights: Mapping[str, Tensor], info: BridgeIn
         UserError: If frames are joined in another way there.
     """
     theirs, ours = info.video.temporal, module.video.temporal
-    if theirs == ours or (theirs in _SEPARATE and ours in _SEPARATE):
+    if theirs == ours or (theirs not in JOINED and ours not in JOINED):
         return ClipStart(dict(weights), [], [])
-    if theirs not in _SEPARATE or ours in _SEPARATE:
+    if theirs in JOINED:
         raise UserError(
             f"init_from: {source} joins frames by temporal={theirs!r}, which does not start temporal={ours!r}; set "
-            f"model.temporal={theirs}, or start from a run that keeps frames apart ({' or '.join(_SEPARATE)})"
+            f"model.temporal={theirs}, or start from a run that keeps frames apart (concatenate or mean)"
         )
     return _cascaded(module, weights) if ours == "cascaded" else spatio_temporal_start(module, weights)
 

@@ -38,6 +38,7 @@ from qformer.conversion.report import LoadReport
 from qformer.conversion.vision import export_tower, import_tower, norm_eps_effect
 from qformer.errors import UserError
 from qformer.text import DEC_TOKEN, TextTokenizer, load_text_tokenizer
+from qformer.video.config import JOINED
 
 _VISION_FOLDER, _LANGUAGE_FOLDER = "vision", "language"
 _IMAGE_TOKEN = "<image>"
@@ -80,6 +81,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
     import transformers
 
     info = read_info(checkpoint)
+    _require_place(info)
     layout = next(one for one in LAYOUTS if (one.stage, one.has_text_branch) == _kind(info))
     weights = read_weights(checkpoint)
     updates = {name.removeprefix(_LORA): weights.pop(name) for name in list(weights) if name.startswith(_LORA)}
@@ -114,6 +116,17 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
     if eps != info.qformer.vision_norm_eps:
         notes.append(_eps_note(encoder, info.qformer, weights, eps))
     return LoadReport(source=repr(str(checkpoint)), loaded=sorted(weights.keys() - without_place.keys()), notes=notes)
+
+
+def _require_place(info: BridgeInfo) -> None:
+    """Refuse what no model of Hugging Face's computes."""
+    what = f"temporal={info.video.temporal!r}, which joins frames" if info.video.temporal in JOINED else ""
+    what = what or (f"a branch for sound ({info.audio!r})" if info.audio_branch is not None else "")
+    if what:
+        raise UserError(
+            f"checkpoint: it has {what}; BLIP-2 and InstructBLIP in transformers have no place for that: serve it with "
+            "`qformer serve`, or export a bridge without it"
+        )
 
 
 def _kind(info: BridgeInfo) -> tuple[int, bool]:

@@ -12,7 +12,7 @@ from qformer.video.audio_branch import Sound
 from qformer.video.cascaded import CascadedFrames
 from qformer.video.config import VideoConfig
 from qformer.video.frames import Seen, SeparateFrames, mean_over_frames
-from qformer.video.spatio_temporal import SpatioTemporalFrames, give_experts
+from qformer.video.spatio_temporal import SpatioTemporalFrames, freeze_attention, give_experts
 
 
 class ClipReader(nn.Module):
@@ -37,6 +37,8 @@ class ClipReader(nn.Module):
             case "spatio_temporal":
                 self.frames = SpatioTemporalFrames(config, self.video)
                 give_experts(self.qformer.layers, self.video.group_sizes)
+                if self.video.freeze_attention:
+                    freeze_attention(self.qformer.layers)
             case _:
                 self.frames = SeparateFrames()
 

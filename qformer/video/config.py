@@ -7,6 +7,8 @@ from typing import Literal, get_args
 from qformer.config import QFormerConfig
 
 Temporal = Literal["concatenate", "mean", "cascaded", "spatio_temporal"]
+JOINED = ("cascaded", "spatio_temporal")
+"""The ways after which there is one reading of a clip, with weights of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +31,9 @@ class VideoConfig:
     """Of the second Q-Former of cascaded; each cross-attends."""
     freeze_frames: bool = True
     """cascaded: keep the frame Q-Former and the norm before it as they were loaded (Video-LLaMA)."""
+    freeze_attention: bool = False
+    """spatio_temporal: keep the Q-Former's attention as it was loaded, while poolings, queries, feed-forwards and heads
+    are trained (the paper's first steps)."""
     num_spatial_queries: int = 32
     num_temporal_queries: int = 32
     num_summary_queries: int = 1

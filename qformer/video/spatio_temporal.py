@@ -123,3 +123,11 @@ def give_experts(layers: QFormerLayers, group_sizes: tuple[int, ...]) -> None:
     """Replace the queries' feed-forward of every layer by one for each kind of queries."""
     for layer in layers:
         layer.query_ffn = ExpertFeedForward(layer.query_ffn, group_sizes)
+
+
+def freeze_attention(layers: QFormerLayers) -> None:
+    """Leave self- and cross-attention of every layer as they are."""
+    for layer in layers:
+        for attention in (layer.attention, layer.cross_attention):
+            if attention is not None:
+                attention.requires_grad_(False)

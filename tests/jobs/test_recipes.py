@@ -32,6 +32,11 @@ FILES = {
     "instructblip": ["instructblip"],
     "minigpt4": ["minigpt4"],
     "minigpt4_second": ["minigpt4", "minigpt4_second"],
+    "video_llama_vision": ["video_llama_vision"],
+    "video_llama_vision_instruct": ["video_llama_vision", "video_llama_vision_instruct"],
+    "video_qformer_stage1": ["video_qformer_stage1"],
+    "video_qformer_stage1_second": ["video_qformer_stage1", "video_qformer_stage1_second"],
+    "video_qformer_stage2": ["video_qformer_stage2"],
 }
 BEFORE = {
     "blip2_stage2_opt": "blip2_stage1",
@@ -42,9 +47,18 @@ BEFORE = {
     "instructblip": "blip2_stage2_flant5",
     "minigpt4": "blip2_stage2_flant5",
     "minigpt4_second": "minigpt4",
+    "video_llama_vision": "blip2_stage2_flant5",
+    "video_llama_vision_instruct": "video_llama_vision",
+    "video_qformer_stage1": "blip2_stage1",
+    "video_qformer_stage1_second": "video_qformer_stage1",
+    "video_qformer_stage2": "video_qformer_stage1_second",
 }
 """The recipe whose run each starts from."""
+FROZEN = ("minigpt4", "video_llama")
+"""Beginnings of those that keep a Q-Former as it was."""
 T5_RECIPES = ("blip2_stage2_flant5", "instructblip")
+
+VICUNA = "lmsys/vicuna-7b-v1.3"
 
 # learning rate, its end, warm-up, second beta; steps, batch, precision; pixels (None: 224), language model, prompt
 PUBLISHED = {
@@ -60,6 +74,19 @@ PUBLISHED = {
         *(3e-5, 1e-5, 200, 0.999, 5 * 200, 12, "fp16", None, "lmsys/vicuna-7b-v1.3"),
         "###Human: Describe this image in detail. ###Assistant:",
     ),
+    "video_llama_vision": (1e-4, 8e-5, 2500, 0.999, 5 * 2500, 32, "fp16", None, VICUNA, ""),
+    "video_llama_vision_instruct": (3e-5, 1e-5, 1000, 0.999, 3 * 1000, 4, "fp16", None, VICUNA, ""),
+    "video_qformer_stage1": (1e-4, 1e-5, 2000, 0.98, 58_000, 256, "fp16", None, None, ""),
+    "video_qformer_stage1_second": (1e-4, 1e-5, 2000, 0.98, 220_000, 256, "fp16", None, None, ""),
+    "video_qformer_stage2": (1e-4, 8e-5, 2000, 0.999, 3 * 100_000 // 64, 64, "fp16", None, VICUNA, ""),
+}
+# how frames are joined, how many there are, and what is frozen of that
+VIDEO = {
+    "video_llama_vision": ("cascaded", 8, "head_tail", {"freeze_frames"}),
+    "video_llama_vision_instruct": ("cascaded", 8, "head_tail", {"freeze_frames"}),
+    "video_qformer_stage1": ("spatio_temporal", 16, "random_segment", {"freeze_attention"}),
+    "video_qformer_stage1_second": ("spatio_temporal", 16, "random_segment", set()),
+    "video_qformer_stage2": ("spatio_temporal", 16, "random_segment", set()),
 }
 # of `model`, where they differ from False
 FLAGS = {
@@ -95,6 +122,20 @@ def test_a_recipe_resolves_to_what_was_published(name):
     assert chosen.init_from == before and chosen.stage == (1 if model.language is None else 2)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_recipe_joins_frames_as_was_published(name):
+    chosen = load(TrainSettings, paths(name))
+    model, video = chosen.model, chosen.model.video
+    if name not in VIDEO:
+        assert model.temporal == "concatenate"
+        return
+    used = {"cascaded": "freeze_frames", "spatio_temporal": "freeze_attention"}[model.temporal]
+    frozen = {used} if getattr(video, used) else set()
+    assert VIDEO[name] == (model.temporal, chosen.data.num_frames, chosen.data.sampling.strategy, frozen)
+    assert (video.max_frames, video.num_queries, video.num_layers) == (32, 32, 2)
+    assert (video.num_spatial_queries, video.num_temporal_queries, video.num_summary_queries) == (32, 32, 1)
+
+
 def test_every_recipe_writes_a_folder_of_its_own():
     outputs = [load(TrainSettings, paths(name)).output for name in FILES]
     assert len(set(outputs)) == len(FILES)
@@ -105,7 +146,7 @@ def test_the_toy_file_leaves_what_a_recipe_is_about(name):
     plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), CONFIGS / "toy.yaml"])
     kept = {"learning_rate", "min_learning_rate", "weight_decay", "betas", "loss_weights"}
     assert plain.optim.model_dump(include=kept) == toy.optim.model_dump(include=kept)
-    kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "vision_layer", "lora"}
+    kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "vision_layer", "lora", "temporal"}
     assert plain.model.model_dump(include=kept) == toy.model.model_dump(include=kept)
     assert (plain.stage, plain.data.augmentation) == (toy.stage, toy.data.augmentation)
 
@@ -154,6 +195,8 @@ def trained_names(name):
     projection = linear("language_projection")
     if name.startswith("minigpt4"):
         return projection
+    if name in VIDEO:
+        return names_of_video(name) | (heads() if "stage1" in name else projection)
     names = {"qformer.query_tokens", *norm("vision_norm"), *norm("qformer.embedding_norm")}
     for layer in ("qformer.layers.0", "qformer.layers.1"):
         attentions = ["attention", "cross_attention"] if layer.endswith("0") else ["attention"]  # in every second layer
@@ -161,14 +204,36 @@ def trained_names(name):
             names |= norm(f"{layer}.{attention}.norm")
             names |= linear(*(f"{layer}.{attention}.{part}" for part in ("query", "key", "value", "output")))
         names |= feed_forward(f"{layer}.query_ffn")
-    words = {"qformer.word_embeddings.weight", "qformer.position_embeddings.weight"}
     if name in ("blip2_stage1", "retrieval_finetune"):
-        names |= words | feed_forward("qformer.layers.0.text_ffn") | feed_forward("qformer.layers.1.text_ffn")
-        names |= {"qformer.lm_bias", "temperature"} | linear("qformer.lm_dense") | norm("qformer.lm_norm")
-        return names | linear("vision_projection", "text_projection", "itm_head")
+        return names | heads()
+    words = {"qformer.word_embeddings.weight", "qformer.position_embeddings.weight"}
     if name in ("vqa_finetune", "instructblip"):
         names |= words | feed_forward("qformer.layers.0.text_ffn")  # nothing reads the last layer's text
     return names | projection
+
+
+def names_of_video(name):
+    """Of a cascade the second Q-Former alone, which cross-attends in each layer; never its frames'."""
+    is_cascade = VIDEO[name][0] == "cascaded"
+    names = {"qformer.query_tokens", "frames.positions.table_MD", *norm("qformer.embedding_norm")}
+    if not is_cascade:
+        names |= {"frames.over_frames.query_HV", "frames.over_space.query_HV", *norm("vision_norm")}
+    for layer in ("qformer.layers.0", "qformer.layers.1"):
+        attentions = ["attention", "cross_attention"] if is_cascade or layer.endswith("0") else ["attention"]
+        for attention in attentions if "freeze_attention" not in VIDEO[name][3] else []:
+            names |= norm(f"{layer}.{attention}.norm")
+            names |= linear(*(f"{layer}.{attention}.{part}" for part in ("query", "key", "value", "output")))
+        for ffn in ["query_ffn"] if is_cascade else [f"query_ffn.experts.{kind}" for kind in range(3)]:
+            names |= feed_forward(f"{layer}.{ffn}")
+    return names
+
+
+def heads():
+    """Of stage 1, with the text branch."""
+    names = {"qformer.word_embeddings.weight", "qformer.position_embeddings.weight", "qformer.lm_bias", "temperature"}
+    names |= feed_forward("qformer.layers.0.text_ffn") | feed_forward("qformer.layers.1.text_ffn")
+    names |= linear("qformer.lm_dense") | norm("qformer.lm_norm")
+    return names | linear("vision_projection", "text_projection", "itm_head")
 
 
 def linear(*modules):
@@ -187,7 +252,7 @@ def test_a_recipe_runs_at_toy_size(run, name):
     chosen, summary = run(name)
     assert summary["trainable_names"] == sorted(trained_names(name))
     frozen = {"vision"} | ({"language"} if chosen.stage == 2 else set())
-    assert summary["frozen_sha256"].keys() == frozen | ({"qformer"} if name.startswith("minigpt4") else set())
+    assert summary["frozen_sha256"].keys() == frozen | ({"qformer"} if name.startswith(FROZEN) else set())
     records = read_metrics(chosen.output)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     terms = {"itc", "itm", "itg"} if chosen.stage == 1 else {"lm"}

@@ -1,0 +1,159 @@
+"""Four ways to join the frames of a clip, at three lengths: time and memory of a forward and of a training step.
+
+BERT-base widths, the encoder's 257 x 1408 tokens of each frame given, batch 1, and as many soft prompts as each way
+makes; no language model and no optimizer. On a CPU in fp32 with two threads, on a GPU in bf16. Every way and length has
+a process of its own, which builds the bridge, warms up on two frames, and takes its turns; its memory is the largest
+that it held (on a CPU the resident size less that before the bridge was built): weights, gradients and activations.
+
+A training step trains all weights. Video-LLaMA keeps the Q-Former of the frames as it is, and so does our recipe:
+"cascaded frozen" is that, and is in the comparison with the spatio-temporal Q-Former too.
+
+growth_16_to_64   time at 64 frames / time at 16, the largest over cascaded and spatio_temporal, forward and step
+st_vs_cascaded    time of spatio_temporal / cascaded at 16 frames, the largest over forward, step, and step against the
+                  frozen cascade
+st_vs_cascaded_operations   the same of a forward's floating-point operations, as they run
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import cast
+
+import torch
+from torch import Tensor, multiprocessing
+
+from jobs.bench.data_memory import resident_bytes
+from jobs.bench.result import BenchResult
+from pipelines.training.flops import StepFlops
+from qformer.config import QFormerConfig
+from qformer.stage2 import Stage2
+from qformer.video.config import VideoConfig
+
+THREADS = 2
+IMAGE_TOKENS = 257
+LANGUAGE_WIDTH = 2048
+FROZEN = "cascaded frozen"
+WAYS: Mapping[str, VideoConfig] = {
+    "cascaded": VideoConfig(temporal="cascaded", freeze_frames=False),
+    FROZEN: VideoConfig(temporal="cascaded", freeze_frames=True),
+    "spatio_temporal": VideoConfig(temporal="spatio_temporal"),
+    "concatenate": VideoConfig(temporal="concatenate"),
+    "mean": VideoConfig(temporal="mean"),
+}
+_KINDS = ("forward", "step")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured where."""
+
+    config: QFormerConfig = QFormerConfig(encoder_width=1408)
+    image_tokens: int = IMAGE_TOKENS
+    rounds: Mapping[int, int] = dataclasses.field(default_factory=lambda: {8: 3, 16: 3, 64: 1})
+    """Turns at each number of frames."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One way at one length."""
+
+    seconds: Mapping[str, float]
+    """Median of the forward and of the step."""
+    peak_bytes: int
+    operations: float
+    """Floating-point, of a forward."""
+
+
+def run() -> BenchResult:
+    """Measure on the GPU where torch sees one, else on the CPU."""
+    has_gpu = torch.cuda.is_available()
+    return measure(Case(device="cuda", rounds={8: 20, 16: 20, 64: 10}) if has_gpu else Case())
+
+
+def measure(case: Case) -> BenchResult:
+    """Measure every way at every length, one after the other."""
+    found = {(name, frames): _in_child(case, name, frames) for frames in case.rounds for name in WAYS}
+    seconds = {
+        f"{name} {frames} frames {kind}": one.seconds[kind] for (name, frames), one in found.items() for kind in _KINDS
+    }
+    rates = {f"{name} clips/s": 1.0 / value for name, value in seconds.items()}
+    rates |= {f"{name} {frames} frames peak GiB": one.peak_bytes / 2**30 for (name, frames), one in found.items()}
+    return BenchResult(bench="video", seconds=seconds, ratios=_ratios(case, found), rates=rates)
+
+
+def _ratios(case: Case, found: Mapping[tuple[str, int], Measured]) -> dict[str, float]:
+    _, short, long = sorted(case.rounds)
+    growth = [
+        found[name, long].seconds[kind] / found[name, short].seconds[kind]
+        for name in ("cascaded", "spatio_temporal")
+        for kind in _KINDS
+    ]
+    ours = found["spatio_temporal", short]
+    versus = [(kind, "cascaded") for kind in _KINDS] + [("step", FROZEN)]
+    return {
+        "growth_16_to_64": max(growth),
+        "st_vs_cascaded": max(ours.seconds[kind] / found[name, short].seconds[kind] for kind, name in versus),
+        "st_vs_cascaded_operations": ours.operations / found["cascaded", short].operations,
+    }
+
+
+def _in_child(case: Case, name: str, frames: int) -> Measured:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(sender, case, name, frames))
+    child.start()
+    sender.close()
+    try:
+        return cast(Measured, receiver.recv())
+    finally:
+        child.join()
+
+
+def _report(sender: Connection, case: Case, name: str, frames: int) -> None:
+    if case.device == "cpu":
+        torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    before = resident_bytes("VmRSS")
+    bridge = Stage2(case.config, language_width=LANGUAGE_WIDTH, video=WAYS[name]).to(case.device)
+    _step(bridge, _clip(case, 2))
+    clip = _clip(case, frames)
+    taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    for _ in range(case.rounds[frames]):
+        for kind, call in (("forward", _forward), ("step", _step)):
+            bridge.zero_grad(set_to_none=True)
+            _wait(case)
+            begin = time.perf_counter()
+            call(bridge, clip)
+            _wait(case)
+            taken[kind].append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else resident_bytes("VmHWM") - before
+    flops = StepFlops(torch.device(case.device))
+    flops.add((), lambda: _forward(bridge, clip))
+    sender.send(Measured({kind: statistics.median(values) for kind, values in taken.items()}, peak, flops.total))
+
+
+def _clip(case: Case, frames: int) -> Tensor:
+    return torch.randn(1, frames, case.image_tokens, case.config.encoder_width, device=case.device)
+
+
+@torch.no_grad()
+def _forward(bridge: Stage2, clip_BFPV: Tensor) -> None:
+    bridge.eval()
+    with torch.autocast(clip_BFPV.device.type, dtype=torch.bfloat16, enabled=clip_BFPV.is_cuda):
+        bridge(clip_BFPV)
+
+
+def _step(bridge: Stage2, clip_BFPV: Tensor) -> None:
+    bridge.train()
+    with torch.autocast(clip_BFPV.device.type, dtype=torch.bfloat16, enabled=clip_BFPV.is_cuda):
+        prompts_BNL = bridge(clip_BFPV)
+    prompts_BNL.float().square().mean().backward()
+
+
+def _wait(case: Case) -> None:
+    if case.device == "cuda":
+        torch.cuda.synchronize()
