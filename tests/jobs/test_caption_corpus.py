@@ -8,16 +8,21 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from jobs import caption, cli
 from jobs.settings import CaptionSettings
 from jobs.settings_loading import load
 from pipelines.data import schema
+from pipelines.data.batch import unpack
+from pipelines.data.encode_shards import DecodeShards
 from pipelines.data.manifest import write_table
+from pipelines.data.samples import DecodeSettings
+from pipelines.evaluation.caption_shards import CaptionShards, caption_blocks
+from qformer.bridge import Captioner
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.pipelines.data.builders import image_manifest
@@ -101,31 +106,30 @@ def test_a_second_run_does_what_changed_and_nothing_else(ray_local, tmp_path, ch
     assert (Path(settings.output) / "summary.json").exists()
 
 
+def write_in_this_process(settings, table):
+    """The actors' own code over every shard; gives the last one decoded, and the actor."""
+    actor = CaptionShards(settings.checkpoint, settings.output, GENERATION, 4096, 4, "cpu")
+    decode = DecodeSettings(preprocessing=actor._captioner.preprocessing, num_frames=4)
+    decode_shard = DecodeShards(decode)
+    for block in caption_blocks(table, decode, ""):
+        decoded = decode_shard(block)
+        actor(decoded)
+    return decoded, actor
+
+
 def test_a_row_that_the_model_fails_on_is_quarantined_alone(tmp_path, checkpoint, monkeypatch):
     """In the actor, called as Ray Data does; the pass of the others is repeated without it."""
-    from pipelines.data.encode_shards import DecodeShards
-    from pipelines.data.samples import DecodeSettings
-    from pipelines.evaluation.caption_shards import CaptionShards, caption_blocks
-    from qformer.bridge import Captioner
-
-    table = corpus(tmp_path, NUM_ROWS)
-    shards = CaptionShards(str(checkpoint), str(tmp_path / "captions"), GENERATION, 4096, 4, "cpu")
-    decode = DecodeSettings(preprocessing=shards._captioner.preprocessing, num_frames=4)
-    (block,) = caption_blocks(table, decode, "")
-    decoded = DecodeShards(decode)(block)
-    shards(decoded)
+    decoded, actor = write_in_this_process(settings_of(tmp_path, checkpoint), corpus(tmp_path, NUM_ROWS))
     expected = pq.read_table(tmp_path / "captions" / "shard-00000000.parquet")["text"].to_pylist()
-    bad = Captioner.soft_prompts
-    pixels_of_7 = {}
+    real, seventh = Captioner.soft_prompts, torch.from_numpy(unpack(decoded).images[7])
 
     def failing(self, pixels, *args, **kwargs):
-        seventh = pixels_of_7.setdefault("pixels", pixels[7].clone() if len(pixels) > 7 else None)
         if any((one == seventh).all() for one in pixels):
             raise ValueError("features hold NaN")
-        return bad(self, pixels, *args, **kwargs)
+        return real(self, pixels, *args, **kwargs)
 
     monkeypatch.setattr(Captioner, "soft_prompts", failing)
-    done = shards(decoded)
+    done = actor(decoded)
     assert (done["rows"].to_pylist(), done["failed"].to_pylist()) == ([NUM_ROWS], [1])
     found = pq.read_table(tmp_path / "captions" / "shard-00000000.parquet")
     assert found["text"].to_pylist() == [*expected[:7], None, *expected[8:]]
@@ -151,39 +155,50 @@ def test_beams_are_refused_before_anything_is_loaded(tmp_path, capsys):
     assert "num_beams=3" in capsys.readouterr().err
 
 
-def start_and_kill(settings, folder, more_shards):
-    """SIGKILL the job and all its Ray processes once so many more shards are there."""
+def start_job(settings, folder):
+    """The command of a user, in a session of its own, with its Ray processes."""
     config = folder / "caption.yaml"
     config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    before = len(written(settings)[1])
     command = [sys.executable, "-m", "jobs.caption", "--config", str(config)]
-    job = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL)
+    with (folder / "job.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log)
+
+
+def start_and_kill(settings, folder, more_shards):
+    """SIGKILL the job and all its Ray processes once so many more shards are there."""
+    before, job = num_shards(settings), start_job(settings, folder)
     deadline = time.monotonic() + DEADLINE_S
-    while len(written(settings)[1]) < before + more_shards and time.monotonic() < deadline and job.poll() is None:
+    while num_shards(settings) < before + more_shards and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.02)
     was_running = job.poll() is None
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    assert was_running, "the job was done before it could be killed"
+    assert was_running, f"the job ended before it could be killed: {(folder / 'job.log').read_text()[-3000:]}"
+
+
+def num_shards(settings):
+    return len(list(Path(settings.output).glob("shard-*.parquet")))
 
 
 @pytest.mark.slow
-def test_2000_rows_killed_twice_and_resumed_come_once_each(ray_local, tmp_path, checkpoint):
+def test_2000_rows_killed_twice_and_resumed_come_once_each(tmp_path, checkpoint):
+    """And are those that one process writes without Ray."""
     table = corpus(tmp_path, 2000)
     (tmp_path / "150.jpg").write_bytes(b"no picture")
-    killed = settings_of(tmp_path, checkpoint, output=str(tmp_path / "killed"))
+    settings = settings_of(tmp_path, checkpoint)
     for _ in range(2):
-        start_and_kill(killed, tmp_path, more_shards=2)
-    done = written(killed)[1]
-    assert 4 <= len(done) < 8 and not (tmp_path / "killed" / "summary.json").exists()
-    caption.main(killed)
-    rows, times = written(killed)
+        start_and_kill(settings, tmp_path, more_shards=2)
+    done = written(settings)[1]
+    assert 4 <= len(done) < 8 and not (tmp_path / "captions" / "summary.json").exists()
+    job = start_job(settings, tmp_path)
+    assert job.wait(DEADLINE_S) == 0, (tmp_path / "job.log").read_text()[-3000:]
+    rows, times = written(settings)
     assert len(times) == 8 and done.items() <= times.items()  # what was there stayed
     assert [row["sample_id"] for row in rows] == table[schema.SAMPLE_ID].to_pylist()
     assert [row["sample_id"] for row in rows if row["text"] is None] == ["s150"]
-    whole = settings_of(tmp_path, checkpoint, output=str(tmp_path / "whole"))
-    caption.main(whole)
-    assert written(whole)[0] == rows
-    sums = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole")]
-    assert len({json.dumps({**one, "stages": None}) for one in sums}) == 1 and sums[0]["rows_in"] == 2000
-    assert pc.all(pc.is_valid(pq.read_table(tmp_path / "killed" / "quarantine.parquet")[schema.MESSAGE])).as_py()
+    summary = json.loads((tmp_path / "captions" / "summary.json").read_text())
+    assert (summary["rows_in"], summary["rows_used"], summary["rows_quarantined"]) == (2000, 1999, 1)
+    assert pq.read_table(tmp_path / "captions" / "quarantine.parquet")[schema.SAMPLE_ID].to_pylist() == ["s150"]
+    plain = settings_of(tmp_path, checkpoint, output=str(tmp_path / "plain"))
+    write_in_this_process(plain, table)
+    assert written(plain)[0] == rows
