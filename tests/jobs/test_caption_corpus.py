@@ -30,7 +30,7 @@ from tests.tiny_checkpoints import write_stage2
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS = 12
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
 GENERATION = GenerationSettings(max_new_tokens=8)
 
 
