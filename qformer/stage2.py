@@ -59,6 +59,8 @@ class Stage2(ClipReader):
         self.audio_config = audio
         is_beside = audio is not None and not audio.is_joint
         self.audio = AudioBranch(config, audio, language_width) if audio and is_beside else None
+        if trains_audio_alone and self.audio is None:
+            raise ValueError("trains_alone=true without a branch beside the frames; set model.audio, not is_joint")
         self.lora = lora
         self.freeze_qformer, self.trains_audio_alone = freeze_qformer, trains_audio_alone
         if (unread := self.qformer.layers[-1].text_ffn) is not None:

@@ -119,6 +119,13 @@ def test_joint_sound_without_a_place_is_refused(temporal, width):
         stage2(temporal, audio=dataclasses.replace(JOINT, encoder_width=width))
 
 
+@pytest.mark.parametrize("audio", [None, JOINT])
+def test_no_branch_cannot_be_trained_alone(audio):
+    config = dataclasses.replace(CONFIG, vocab_size=0)
+    with pytest.raises(ValueError, match="trains_alone=true without a branch"):
+        Stage2(config, language_width=16, video=video("cascaded"), audio=audio, trains_audio_alone=True)
+
+
 def language_batch():
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
     return LanguageBatch(ids, ids != 0, ids.masked_fill(ids == 0, -100))
