@@ -168,12 +168,12 @@ class Stage2(ClipReader):
         return self.pooled(hidden_GQD.unflatten(0, (-1, frames)), seen.is_frame_BF)[0]
 
     def _sound(self, sound: Sound | None, image_BFPV: Tensor) -> Sound | None:
-        """Checked; where there is a branch for it but no sound, silence that nothing reads: every weight has a part."""
+        """Checked; where no clip has any, zeros that nothing reads, so that every weight has its part in the result."""
         if self.audio_config is None:
             if sound is not None:
                 raise ValueError("sound for a bridge without audio branch; leave it out, or train one (model.audio)")
             return None
-        if sound is None:
+        if sound is None or (self.audio is None and not sound.is_segment_BA.any()):  # an image has no segment a frame
             return Sound.absent(len(image_BFPV), self.audio_config.encoder_width, image_BFPV.device)
         sound.check(
             len(image_BFPV), image_BFPV.shape[1] if self.audio is None else None, self.audio_config.encoder_width

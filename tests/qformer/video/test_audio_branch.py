@@ -96,6 +96,8 @@ def test_joint_sound_is_read_with_the_frames():
     assert (model(image, sound=heard) - model(image)).abs().max() > 0.01
     nothing = heard._replace(is_segment_BA=torch.zeros(3, 4, dtype=torch.bool))
     assert model(image, sound=nothing).equal(model(image))
+    # As many segments as a clip has frames, none of which an image has.
+    assert model(image[:, :1], sound=nothing).equal(model(image[:, :1]))
 
 
 @pytest.mark.parametrize(
