@@ -127,11 +127,11 @@ class Stage2(ClipReader):
         batch, num_prompts = prompts_BNL.shape[:2]
         num_audio = 0 if self.audio is None else self.audio.qformer.config.num_queries
         is_read_BN = prompts_BNL.new_ones(batch, num_prompts, dtype=torch.bool)
-        if is_frame_BF is not None and self.video.temporal == "concatenate":
+        if is_frame_BF is not None and self.video.temporal == "concatenate" and not self.trains_audio_alone:
             num_queries = self.qformer.config.num_queries
-            is_read_BN[:, : num_prompts - num_audio] &= is_frame_BF.repeat_interleave(num_queries, dim=1)
+            is_read_BN[:, : num_prompts - num_audio] = is_frame_BF.repeat_interleave(num_queries, dim=1)
         if num_audio:
-            is_read_BN[:, -num_audio:] &= False if sound is None else sound.is_segment_BA.any(dim=1, keepdim=True)
+            is_read_BN[:, -num_audio:] = False if sound is None else sound.is_segment_BA.any(dim=1, keepdim=True)
         return None if is_read_BN.all() else is_read_BN
 
     def query_outputs(self, prompts_BNL: Tensor) -> Tensor:

@@ -117,3 +117,19 @@ def test_where_sound_alone_is_trained_clips_without_any_do_not_count():
     assert mixed[1].keys() == {name for name in mixed[1] if name.startswith("audio.")}
     nothing = losses(generation_stage("cascaded", **arguments), sample_batch(audio_valid=np.zeros_like(valid)))
     assert nothing[0]["lm"] == 0 and all(not gradient.any() for gradient in nothing[1].values())
+
+
+@pytest.mark.parametrize("temporal", WAYS)
+def test_images_and_clips_train_the_same_bridge(temporal):
+    """One after the other, as one stream brings them; DDP wants a gradient of every weight from each."""
+    clips = sample_batch()
+    images = dataclasses.replace(clips, images=clips.images[:, :1], frame_valid=np.ones((3, 1), np.bool_))
+    for stage in (
+        RepresentationStage(see, stage1(temporal), text_tokenizer()),
+        generation_stage(temporal, audio=AUDIO),
+    ):
+        for batch in (images, clips):
+            terms, gradients = losses(stage, batch)
+            trained = {name for name, one in stage.trainables.named_parameters() if one.requires_grad}
+            assert gradients.keys() == trained and all(value.isfinite() for value in terms.values())
+            stage.trainables.zero_grad(set_to_none=True)
