@@ -3,9 +3,10 @@
 224-pixel JPEGs in chat requests to the demo's frozen models with a random bridge, fp32 on the CPU, one torch thread a
 process; one replica of each deployment. Three questions, in rounds that take turns:
 
-- `rps_vs_naive`: requests a second with 16 clients and 16 tokens an answer, ours / the loop's (`serve_peer.NaiveServer`).
-- `added_p50_ms`: what HTTP, Ray Serve and all the hops add to the median time of one such request, with one client, over
-  a call of the same decoder, encoder, bridge and engine in one process.
+- `rps_vs_naive`: requests a second with 16 clients and 16 tokens an answer, ours / the loop's
+  (`serve_peer.NaiveServer`).
+- `added_p50_ms`: what HTTP, Ray Serve and all the hops add to the median time of one such request, with one client,
+  over a call of the same decoder, encoder, bridge and engine in one process.
 - `short_p95_ratio`: the 95th percentile of 8-token answers, with one client, while a streamed 256-token answer is
   always in flight, / the same without it.
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +32,10 @@ from jobs.cluster_session import ray_session, set_ray_environment
 from jobs.serve import served
 from jobs.settings import ServeSettings
 from jobs.settings_data import RaySettings
+from pipelines.serving.config import EncoderScale, GeneratorScale, IngressScale, MediaScale
+
+if TYPE_CHECKING:
+    from jobs.bench.serve_peer import DirectModel
 
 QUESTION = "what is in the picture"
 NAIVE_ROUTE = "/naive"
@@ -125,14 +131,13 @@ def _both_served(case: Case, checkpoint: Path) -> Iterator[str]:
 
     from jobs.bench.serve_peer import naive_app
 
-    one = {"max_replicas": 1}
     settings = ServeSettings(
         checkpoint=str(checkpoint),
         port=case.port,
-        ingress=one,
-        media=one,
-        encoder=one,
-        generator=one,
+        ingress=IngressScale(max_replicas=1),
+        media=MediaScale(max_replicas=1),
+        encoder=EncoderScale(max_replicas=1),
+        generator=GeneratorScale(max_replicas=1),
     )
     with ray_session(RaySettings(num_cpus=NUM_CPUS)), served(settings) as url:
         serve.run(naive_app(checkpoint), name="naive", route_prefix=NAIVE_ROUTE)
@@ -201,9 +206,7 @@ def _p95(seconds: list[float]) -> float:
 
 
 def _write_bodies(case: Case, root: Path) -> _Bodies:
-    images = [
-        Path(path).read_bytes() for path in write_jpegs(root / "jpegs", case.jpegs, (224, 224), case.jpeg_bytes)
-    ]
+    images = [Path(path).read_bytes() for path in write_jpegs(root / "jpegs", case.jpegs, (224, 224), case.jpeg_bytes)]
 
     def write(kind: str, num_tokens: int, *, stream: bool = False) -> list[str]:
         files = []

@@ -1,4 +1,4 @@
-"""Clients of the serving benchmark, in a process of their own: one line of JSON in is a load, one line out its latencies.
+"""Clients of the serving benchmark, in a process of their own: a line of JSON in is a load, a line out its latencies.
 
 Closed loops: each of `concurrency` clients sends its next request when the last one is answered. With `companion`, one
 more client asks for streamed answers of that body, one after the other, all the while.

@@ -1,8 +1,8 @@
 """The peers of the serving benchmark: what a short script would put behind HTTP, and no HTTP at all.
 
-`NaiveServer` is the usual loop: `transformers` generates one answer after the other. It stands behind the same Ray Serve
-proxy and FastAPI as ours, with encoder, bridge and language model in the process that speaks HTTP: no hops, no queue but
-one lock, files decoded in the same process. `DirectModel` is our own engine called as a library.
+`NaiveServer` is the usual loop: `transformers` generates one answer after the other. It stands behind the same proxy of
+Ray Serve and speaks FastAPI as ours does, with encoder, bridge and language model in the process that speaks HTTP: no
+hops, no queue but one lock, files decoded in the same process. `DirectModel` is our own engine called as a library.
 """
 
 import asyncio
