@@ -50,7 +50,7 @@ def hostile_requests(num_seeds: int, max_body_bytes: int, search: str) -> Iterat
     for path, bodies in {EMBEDDINGS: _EMBEDDINGS, MATCH: _MATCHES, VQA: _QUESTIONS}.items():
         for place, body in enumerate(bodies):
             yield _posted(f"{path} {place}", path, body)
-    yield from _routes(max_body_bytes)
+    yield from _routes(max_body_bytes, search)
 
 
 def _with_media(name: str, kind: str, content: bytes, search: str) -> Iterator[Hostile]:
@@ -181,6 +181,10 @@ _CHATS: dict[str, dict[str, Any]] = {
     "two answers": {"n": 2},
     "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "logprobs": {"logprobs": True},
+    "logprobs of 0": {"logprobs": 0},
+    "a penalty of false": {"frequency_penalty": False},
+    "store of 0": {"store": 0},
+    "n of true": {"n": True},
     "a JSON answer": {"response_format": {"type": "json_object"}},
     "a stream of text": {"stream": "yes"},
     "options without a stream": {"stream_options": {"include_usage": True}},
@@ -226,12 +230,11 @@ _QUESTIONS: Sequence[dict[str, Any]] = (
 )
 
 
-def _routes(max_body_bytes: int) -> Iterator[Hostile]:
+def _routes(max_body_bytes: int, search: str) -> Iterator[Hostile]:
     for path in POSTED:
         for method in ("GET", "PUT", "DELETE", "PATCH"):
             yield Hostile(f"{method} {path}", path, b"", {}, method)
         yield Hostile(f"too much to {path}", path, bytes(max_body_bytes + 1), JSON_TYPE)
-        yield Hostile(f"no number of bytes to {path}", path, b"{}", {**JSON_TYPE, "Content-Type": "text/plain"})
     for path in (
         "/v1",
         "/v1/",
@@ -247,5 +250,14 @@ def _routes(max_body_bytes: int) -> Iterator[Hostile]:
         "/" + "a" * 5000,
     ):
         yield Hostile(f"GET {path[:40]}", path, b"", {}, "GET")
+    good = {
+        CHAT: {"messages": [_user("hello")]},
+        EMBEDDINGS: {"input": "hello", "model": search},
+        VQA: {"image": _PICTURE, "question": "what?"},
+        MATCH: {"image": _PICTURE, "texts": ["a"], "model": search},
+    }
+    for path, body in good.items():
+        for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+            yield Hostile(f"good JSON to {path} as {headers}", path, json.dumps(body).encode(), headers)
     for content_type in ("text/plain", "multipart/form-data; boundary=x", "audio/wav"):
         yield Hostile(f"caption of {content_type!r}", CAPTION, jpeg_bytes(), {"Content-Type": content_type})
