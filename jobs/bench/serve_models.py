@@ -19,16 +19,21 @@ from qformer.stage2 import Stage2
 
 MODELS = Path(jobs.demo.__file__).parent / "models"
 NUM_FRAMES = 4
-SEED = 0
 
 
-def write_checkpoint(run: Path) -> Path:
-    """Write a run folder with one checkpoint of stage 2; returns the checkpoint."""
-    language = _write_endless_language(run.with_name(run.name + "-language"))
+def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) -> Path:
+    """Write a run folder with one checkpoint of stage 2; returns the checkpoint.
+
+    Args:
+        run: A new folder.
+        language: That of an earlier call; None writes one beside `run`, RUN-language.
+        seed: Of the bridge's weights.
+    """
+    language = language or _write_endless_language(run.with_name(run.name + "-language"))
     encoder = load_vision(str(MODELS / "vision"), pretrained=True)
     width = build_language_model(*load_language(str(language))).width
     config = QFormerConfig(**DemoQFormerSettings().model_dump(), encoder_width=encoder.width, vocab_size=0)
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     bridge = Stage2(config, language_width=width)
     info = BridgeInfo(
         stage=2,
