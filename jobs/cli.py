@@ -8,10 +8,10 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jobs.catalogue import JOBS, Job
 from jobs.cluster_session import set_ray_environment
 from jobs.settings_data import Settings
 from jobs.settings_help import describe_settings
@@ -20,97 +20,6 @@ from qformer.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """Where a job lives and how it is explained."""
-
-    module: str
-    """Holds `main(settings)`; an int it returns is the exit code. Imported only when the job runs."""
-    settings: str
-    """Settings class as "module:Class"."""
-    summary: str
-    example: str
-    takes_media: bool = False
-    """Files after the options are put into the setting `media`."""
-    takes_run: bool = False
-    """A folder after the options is put into the setting `run`."""
-
-
-JOBS = {
-    "demo": Job(
-        module="jobs.demo.run",
-        settings="jobs.demo.settings:DemoSettings",
-        summary="run the whole road on a small synthetic world: prepare, train, evaluate, serve, report",
-        example="qformer demo",
-    ),
-    "prepare": Job(
-        module="jobs.prepare",
-        settings="jobs.settings:PrepareSettings",
-        summary="check every media file, write a manifest of the good rows and a quarantine table of the bad",
-        example="qformer prepare --config jobs/configs/prepare.yaml --set output=runs/data",
-    ),
-    "features": Job(
-        module="jobs.features",
-        settings="jobs.settings:FeaturesSettings",
-        summary="run the frozen encoder once over a manifest; training then reads what it saw",
-        example="qformer features --config jobs/configs/features.yaml --set output=runs/features",
-    ),
-    "train": Job(
-        module="jobs.train",
-        settings="jobs.settings:TrainSettings",
-        summary="train the Q-Former: stage 1 (contrast, match, generate) or stage 2 (prompt a model)",
-        example="qformer train --config jobs/configs/blip2_stage1.yaml --set output=runs/stage1",
-    ),
-    "evaluate": Job(
-        module="jobs.evaluate",
-        settings="jobs.settings:EvaluateSettings",
-        summary="score a checkpoint: retrieval after stage 1, captions after stage 2",
-        example="qformer evaluate --config jobs/configs/evaluate.yaml --set checkpoint=runs/stage1",
-    ),
-    "doctor": Job(
-        module="jobs.doctor",
-        settings="jobs.settings:DoctorSettings",
-        summary="tell whether a run's model uses its images, and what is odd in the run; exit code 1 at a problem",
-        example="qformer doctor runs/stage1",
-        takes_run=True,
-    ),
-    "caption": Job(
-        module="jobs.caption",
-        settings="jobs.settings:CaptionSettings",
-        summary="caption image and video files with a stage-2 checkpoint",
-        example="qformer caption --set checkpoint=runs/stage2 photo.jpg clip.mp4",
-        takes_media=True,
-    ),
-    "import": Job(
-        module="jobs.import_checkpoint",
-        settings="jobs.settings:ImportSettings",
-        summary="make a checkpoint of a LAVIS file or a Hugging Face BLIP-2 / InstructBLIP folder",
-        example="qformer import --set source=blip2-opt-2.7b --set output=runs/blip2-opt",
-    ),
-    "export": Job(
-        module="jobs.export",
-        settings="jobs.settings:ExportSettings",
-        summary="write a checkpoint as a folder that stock transformers loads, processor included",
-        example="qformer export --set checkpoint=runs/stage2 --set output=runs/huggingface",
-    ),
-    "serve": Job(
-        module="jobs.serve",
-        settings="jobs.settings:ServeSettings",
-        summary="answer POST /v1/caption over HTTP with a stage-2 checkpoint",
-        example="qformer serve --set checkpoint=runs/stage2 --set port=8000",
-    ),
-}
-
-
-CLEAN_FEATURES = Job(
-    module="jobs.clean_features",
-    settings="jobs.clean_features:CleanFeaturesSettings",
-    summary="remove feature caches that no run refers to; only tells which until confirm=true",
-    example="qformer features --clean --set caches=runs --set runs=[runs]",
-)
-"""What `qformer features --clean` runs, with settings of its own."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,9 +66,13 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
     job = JOBS[name]
     try:
         arguments = _parser(name, job).parse_intermixed_args(argv)
-        if getattr(arguments, "clean", False):
-            job = CLEAN_FEATURES
-        settings = load(_settings_class(job), arguments.config, _overrides(arguments))
+        overrides = list(arguments.overrides)
+        for option in job.options:
+            if (value := getattr(arguments, option.name)) not in (None, False):
+                overrides += option.overrides(value)
+                job = option.job or job
+        overrides += _positional(arguments)
+        settings = load(_settings_class(job), arguments.config, overrides)
         if arguments.show_config:
             print(resolved_yaml(settings), end="")
             return 0
@@ -211,19 +124,10 @@ def _settings_class(job: Job) -> type[Settings]:
     return found
 
 
-def _overrides(arguments: argparse.Namespace) -> list[str]:
-    overrides = list(arguments.overrides)
-    if getattr(arguments, "resume", False):
-        overrides.append("resume=true")
-    if getattr(arguments, "retry_quarantined", False):
-        overrides.append("retry_quarantined=true")
-    if getattr(arguments, "dry_run", None) is not None:
-        overrides.append(f"dry_run={arguments.dry_run}")
-    for name in ("media", "run"):
-        if getattr(arguments, name, None):
-            # JSON is YAML, and quotes whatever a file name may hold.
-            overrides.append(f"{name}={json.dumps(getattr(arguments, name), ensure_ascii=False)}")
-    return overrides
+def _positional(arguments: argparse.Namespace) -> list[str]:
+    # JSON is YAML, and quotes whatever a file name may hold.
+    given = {name: getattr(arguments, name, None) for name in ("media", "run")}
+    return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value]
 
 
 def _parser(name: str, job: Job) -> argparse.ArgumentParser:
@@ -251,17 +155,11 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
         help="override one setting of the files, with dots for nested keys; may be repeated",
     )
     parser.add_argument("--show-config", action="store_true", help="print the resolved settings and stop")
-    if name == "train":
-        parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in `output`")
-    if name == "features":
-        parser.add_argument(
-            "--clean", action="store_true", help=f"{CLEAN_FEATURES.summary}, as in: {CLEAN_FEATURES.example}"
-        )
-    if name == "prepare":
-        parser.add_argument("--dry-run", metavar="N", help="try N rows of each source and write nothing")
-        parser.add_argument(
-            "--retry-quarantined", action="store_true", help="try the quarantined files of `output` again"
-        )
+    for option in job.options:
+        if option.metavar is None:
+            parser.add_argument(option.flag, action="store_true", help=option.help)
+        else:
+            parser.add_argument(option.flag, metavar=option.metavar, help=option.help)
     if job.takes_media:
         parser.add_argument("media", nargs="*", metavar="FILE", help="image or video files")
     if job.takes_run:

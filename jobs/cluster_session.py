@@ -80,7 +80,7 @@ def ray_session(settings: RaySettings, *, include_dashboard: bool = False) -> It
         ray.shutdown()
 
 
-def require_resources(settings: RaySettings, cpus: Mapping[str, int], gpus: Mapping[str, int]) -> None:
+def require_resources(settings: RaySettings, cpus: Mapping[str, float], gpus: Mapping[str, float]) -> None:
     """Check that an initialised Ray has what a job will wait for.
 
     Args:
@@ -98,13 +98,13 @@ def require_resources(settings: RaySettings, cpus: Mapping[str, int], gpus: Mapp
         needed, there = sum(wanted.values()), int(found.get(kind, 0))
         if needed <= there:
             continue
-        asked = " and ".join(f"{name}={count}" for name, count in wanted.items())
+        asked = " and ".join(f"{name}={count:g}" for name, count in wanted.items())
         if settings.address or os.environ.get("RAY_ADDRESS"):
-            logger.warning("%s need %d %ss; the cluster has %d, so the job waits", asked, needed, kind, there)
+            logger.warning("%s need %g %ss; the cluster has %d, so the job waits", asked, needed, kind, there)
         else:
             remedy = "lower them, raise ray.num_cpus" if kind == "CPU" else "set use_gpu=false"
             raise UserError(
-                f"{asked} need {needed} {kind}s, this machine's Ray has {there}; {remedy}, or use a cluster"
+                f"{asked} need {needed:g} {kind}s, this machine's Ray has {there}; {remedy}, or use a cluster"
             )
 
 

@@ -1,47 +1,57 @@
-"""Answer POST /v1/caption over HTTP with a stage-2 checkpoint."""
+"""Serve checkpoints over HTTP."""
 
 import contextlib
+import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from jobs.checkpoint import checkpoint_name, open_checkpoint
 from jobs.cli import find_user_error, run_job
 from jobs.cluster_session import ray_session, require_resources
 from jobs.settings import ServeSettings
-from pipelines.data.bridge_decoding import decoding_of
+from pipelines.data import storage
 from pipelines.data.samples import Limits
-from pipelines.serving.config import ServingConfig
+from pipelines.serving.adapters import Adapter, require_shared_backbones
+from pipelines.serving.config import ApiKey, ServingConfig
+from pipelines.serving.keys import read_keys
 from qformer.errors import UserError
+
+if TYPE_CHECKING:
+    from ray import serve
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "qformer"
-ROUTE = "/v1/caption"
+MAX_KEY_FILE_BYTES = 2**20
 # The service answers its own timeouts in JSON; the proxy's deadline only catches a service that is gone.
 PROXY_GRACE_S = 10.0
 
 
 def main(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then shut down.
+    """Serve until SIGINT or SIGTERM, then shut down; SIGHUP reads checkpoints and keys anew.
 
     Raises:
-        UserError: If the port is taken or the checkpoint cannot be used.
+        UserError: If the port is taken, a checkpoint cannot be used, or the endpoint would be open to the network.
     """
+    require_guarded(settings)
     config = serving_config(settings)
     require_free_port(settings.host, settings.port)
     with ray_session(settings.ray):
-        replicas = {"min_replicas": max(1, settings.min_replicas)}
-        require_resources(settings.ray, replicas, gpus=replicas if settings.use_gpu else {})
+        _require_replicas(settings)
         # After Ray's start, which sets handlers of its own: on SIGTERM they abort, and Serve would be left half down.
         _exit_on_signals()
         with _served(settings, config) as url:
-            print(f"serving {config.model_name} at {url}{ROUTE}; stop with Ctrl-C")
-            print(f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}{ROUTE}", flush=True)
-            threading.Event().wait()
+            names = ", ".join(adapter.name for adapter in config.adapters)
+            print(f"serving {names} at {url}/v1, and a page to try them at {url}/; stop with Ctrl-C", flush=True)
+            if config.adapters[0].generates:
+                print(f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/v1/caption", flush=True)
+            _renew_on_hangup(settings)
 
 
 @contextlib.contextmanager
@@ -49,10 +59,10 @@ def served(settings: ServeSettings) -> Iterator[str]:
     """Serve inside an initialised Ray for the length of a `with` block.
 
     Yields:
-        The base URL; append "/v1/caption" or "/healthz".
+        The base URL; append "/v1/…" or "/healthz".
 
     Raises:
-        UserError: If the port is taken or the checkpoint cannot be used.
+        UserError: If the port is taken or a checkpoint cannot be used.
     """
     config = serving_config(settings)
     require_free_port(settings.host, settings.port)
@@ -60,32 +70,67 @@ def served(settings: ServeSettings) -> Iterator[str]:
         yield url
 
 
-def serving_config(settings: ServeSettings) -> ServingConfig:
-    """Translate settings, and learn from the checkpoint how to decode.
+def application(settings: ServeSettings) -> "serve.Application":
+    """What `serve deploy` builds on a cluster, from the `args` of a config that `qformer serve --write-config` wrote.
 
     Raises:
-        UserError: If the checkpoint is not of stage 2, or the replica bounds cross.
+        UserError: If a checkpoint cannot be used.
     """
-    checkpoint, info = open_checkpoint(settings.checkpoint)
-    if info.stage != 2:
-        raise UserError(f"checkpoint={settings.checkpoint} is of stage {info.stage}; serving captions needs stage 2")
-    if settings.min_replicas > settings.max_replicas:
+    from pipelines.serving.app import build_app
+
+    return build_app(serving_config(settings))
+
+
+def serving_config(settings: ServeSettings) -> ServingConfig:
+    """Translate settings, and learn from the checkpoints what they are.
+
+    Raises:
+        UserError: If a checkpoint or the key file cannot be used, adapters do not share their backbones, or
+            `generation` searches with beams.
+    """
+    if settings.generation.num_beams > 1:
         raise UserError(
-            f"min_replicas={settings.min_replicas} exceeds max_replicas={settings.max_replicas}; raise max_replicas"
+            f"generation.num_beams={settings.generation.num_beams}: answers that share a batch are not searched for "
+            "with beams; leave it at 1, or use `qformer evaluate`"
         )
+    adapters = [_adapter(settings.checkpoint, settings.name)]
+    adapters += [_adapter(checkpoint, name) for name, checkpoint in settings.adapters.items()]
+    require_shared_backbones(adapters)
     return ServingConfig(
-        checkpoint=checkpoint,
-        model_name=checkpoint_name(checkpoint),
-        decode=decoding_of(info, Limits(**settings.limits.model_dump())),
-        max_body_bytes=settings.max_body_bytes,
-        request_timeout_s=settings.request_timeout_s,
-        max_concurrent_requests=settings.max_concurrent_requests,
+        adapters=tuple(adapters),
+        keys=_keys(settings.api_keys),
+        requests=settings.requests,
+        media_limits=Limits(**settings.limits.model_dump()),
+        fetch=settings.fetch,
         generation=settings.generation,
-        max_batch_size=settings.max_batch_size,
-        min_replicas=settings.min_replicas,
-        max_replicas=settings.max_replicas,
+        ingress=settings.ingress,
+        media=settings.media,
+        encoder=settings.encoder,
+        generator=settings.generator,
+        decode_children=settings.decode_children,
+        max_batch_frames=settings.max_batch_frames,
+        max_loaded_adapters=settings.max_loaded_adapters,
+        max_sequences=settings.max_sequences,
+        kv_tokens=settings.kv_tokens,
         use_gpu=settings.use_gpu,
     )
+
+
+def require_guarded(settings: ServeSettings) -> None:
+    """Check that nobody opens a service to the network by accident.
+
+    Raises:
+        UserError: If the host is not loopback, there are no API keys, and `allow_open` does not say that this is meant.
+    """
+    try:
+        is_loopback = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        is_loopback = settings.host == "localhost"
+    if not is_loopback and settings.api_keys is None and not settings.allow_open:
+        raise UserError(
+            f"host={settings.host} opens the service to the network without API keys; make a key with `qformer serve "
+            "--make-key NAME --set api_keys=keys.json` and set api_keys, or set allow_open=true"
+        )
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -106,6 +151,40 @@ def require_free_port(host: str, port: int) -> None:
             ) from error
 
 
+def _adapter(checkpoint: str, name: str | None) -> Adapter:
+    folder, info = open_checkpoint(checkpoint)
+    version = checkpoint_name(folder)
+    return Adapter.of(info, name=name or version.split("/")[0], version=version, folder=_absolute(folder))
+
+
+def _absolute(folder: str) -> str:
+    """The same folder for processes that start elsewhere on this machine."""
+    return folder if "://" in folder else os.path.abspath(folder)
+
+
+def _keys(file: str | None) -> tuple[ApiKey, ...]:
+    if file is None:
+        return ()
+    try:
+        content = storage.read_bytes(file, MAX_KEY_FILE_BYTES)
+    except OSError as error:
+        raise UserError(
+            f"api_keys={file!r} cannot be read ({error}); make it with `qformer serve --make-key NAME`"
+        ) from error
+    keys = read_keys(content, file)
+    if not keys:
+        raise UserError(f"api_keys={file!r} holds no key, so nobody could ask; make one with --make-key NAME")
+    return keys
+
+
+def _require_replicas(settings: ServeSettings) -> None:
+    """Check that the cluster has room for one replica of each deployment."""
+    scales = {name: getattr(settings, name) for name in ("ingress", "media", "encoder", "generator")}
+    cpus = {f"{name}.num_cpus": scale.num_cpus * max(1, scale.min_replicas) for name, scale in scales.items()}
+    gpus = {"encoder": 1, "generator": 1} if settings.use_gpu else {}
+    require_resources(settings.ray, cpus, gpus=gpus)
+
+
 def _exit_on_signals() -> None:
     """Leave through all `finally` blocks with exit code 0 on the first SIGINT or SIGTERM; ignore further ones."""
 
@@ -119,11 +198,41 @@ def _exit_on_signals() -> None:
         signal.signal(name, leave)
 
 
-@contextlib.contextmanager
-def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
+def _renew_on_hangup(settings: ServeSettings) -> None:
+    """Wait for signals, for ever; on SIGHUP serve what the settings' checkpoints and key file hold by now."""
+    is_asked = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: is_asked.set())
+    while True:
+        is_asked.wait()
+        is_asked.clear()
+        try:
+            config = serving_config(settings)
+            update(config)
+        except UserError as error:
+            logger.error("still serving what was: %s", error)
+        else:
+            logger.info("now serving %s", ", ".join(adapter.version for adapter in config.adapters))
+
+
+def update(config: ServingConfig) -> None:
+    """Put other adapters or keys into a running service; requests in work and new ones go on meanwhile.
+
+    Raises:
+        UserError: If a replica cannot use them.
+    """
     from ray import serve
 
     from pipelines.serving.app import build_app
+
+    try:
+        serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise _why_not_deployed() or error from error
+
+
+@contextlib.contextmanager
+def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
+    from ray import serve
 
     # Serve's own progress lines tell a user nothing that this job does not say itself.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -134,14 +243,11 @@ def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
         http_options={
             "host": settings.host,
             "port": settings.port,
-            "request_timeout_s": settings.request_timeout_s + PROXY_GRACE_S,
+            "request_timeout_s": settings.requests.timeout_s + PROXY_GRACE_S,
         }
     )
     try:
-        try:
-            serve.run(build_app(config), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise _why_not_deployed() or error from error
+        update(config)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         yield f"http://{host}:{settings.port}"
     finally:

@@ -8,12 +8,12 @@ from jobs.settings_data import (
     DataSettings,
     LimitSettings,
     RaySettings,
-    ServingLimitSettings,
     Settings,
     SourceSettings,
     TrainDataSettings,
 )
 from jobs.settings_model import ModelSettings, OptimSettings
+from jobs.settings_serve import ServeSettings as ServeSettings
 from qformer.config import GenerationSettings
 
 
@@ -183,26 +183,6 @@ class CaptionSettings(Settings):
     """Question or instruction about every file; empty: the prompt of training."""
     generation: GenerationSettings = GenerationSettings()
     limits: LimitSettings = LimitSettings()
-
-
-class ServeSettings(Settings):
-    """`qformer serve`: answer POST /v1/caption over HTTP."""
-
-    checkpoint: str
-    host: str = "127.0.0.1"
-    """Loopback unless you mean to open the endpoint to the network."""
-    port: int = Field(default=8000, ge=1, le=65535)
-    max_body_bytes: int = Field(default=64 * 1024**2, gt=0)
-    max_concurrent_requests: int = Field(default=32, ge=1)
-    """Requests in work at a time; more are answered 503. Bounds the memory that bodies may take."""
-    request_timeout_s: float = Field(default=60.0, gt=0)
-    generation: GenerationSettings = GenerationSettings()
-    max_batch_size: int = Field(default=8, ge=1)
-    min_replicas: int = Field(default=1, ge=0)
-    max_replicas: int = Field(default=2, ge=1)
-    use_gpu: bool = False
-    limits: ServingLimitSettings = ServingLimitSettings()
-    ray: RaySettings = RaySettings()
 
 
 class ImportSettings(Settings):

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -235,8 +235,13 @@ def require_finite(tokens_BFPV: Tensor, is_valid_B: Tensor, sample_ids: Sequence
 
 def weights_fingerprint(module: nn.Module) -> str:
     """SHA-256 over names and bytes of a model's own weights (not LoRA's), to show that a frozen model did not move."""
+    return tensors_fingerprint(own_weights(module))
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The same of a model's tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(own_weights(module).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -54,9 +54,14 @@ class Retriever:
             image_tokens_BFPV for `match`.
         """
         tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
-        seen, image = self._seen(tokens_BFPV, frame_valid_BF)
+        return self.embed_tokens(tokens_BFPV, frame_valid_BF), tokens_BFPV
+
+    @torch.no_grad()
+    def embed_tokens(self, image_tokens_BFPV: Tensor, frame_valid_BF: Tensor | None = None) -> Tensor:
+        """query_embeds_BNE as `embed_image`, of what the encoder has seen already."""
+        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
         hidden_GQD = self.stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
-        return self.stage1.embed_queries(hidden_GQD, seen.tokens_BFPV.shape[1], seen.is_frame_BF), tokens_BFPV
+        return self.stage1.embed_queries(hidden_GQD, seen.tokens_BFPV.shape[1], seen.is_frame_BF)
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
@@ -206,7 +211,7 @@ def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
     info = _info_of_stage(folder, 1, "retrieval")
     stage1 = Stage1(info.qformer, video=info.video)
     load_weights(stage1, folder)
-    return Retriever(info, _encoder(info).to(device), stage1.to(device), _tokenizer(folder, info))
+    return Retriever(info, _encoder(info).to(device), stage1.to(device), load_tokenizer(folder, info))
 
 
 def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
@@ -223,7 +228,7 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
     lora = Lora(language.model, info.lora) if info.lora else None
     stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
     load_weights(stage2, folder)
-    tokenizer = _tokenizer(folder, info) if info.qformer.has_text_branch else None
+    tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
     ears = None if info.audio is None else load_audio(info.audio, pretrained=info.audio_pretrained).to(device)
     return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer, ears)
 
@@ -235,7 +240,8 @@ def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
     return info
 
 
-def _tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
+def load_tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
+    """Load the Q-Former's text tokenizer from its checkpoint folder."""
     return load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens, info.qformer.vocab_size)
 
 

@@ -43,18 +43,32 @@ def text_tokenizer() -> TextTokenizer:
     return TextTokenizer(tokenizer, 16)
 
 
-def write_stage2(folder: Path, lora: LoraConfig | None = None) -> Path:
-    """A captioner's checkpoint folder, its language model beside it."""
-    torch.manual_seed(2)
-    language = folder.with_name(folder.name + "-language")
-    _write_language(language)
+def write_stage2(
+    folder: Path,
+    lora: LoraConfig | None = None,
+    *,
+    language: Path | None = None,
+    seed: int = 2,
+    reads_prompt: bool = False,
+) -> Path:
+    """A captioner's checkpoint folder, its language model beside it unless there is one."""
+    torch.manual_seed(seed)
+    if language is None:
+        language = folder.with_name(folder.name + "-language")
+        _write_language(language)
     updates = None if lora is None else Lora(load_language(str(language))[0], lora)
-    stage2 = Stage2(_config(0), language_width=LANGUAGE_WIDTH, lora=updates)
-    return _write(folder, 2, stage2, None, str(language), lora)
+    tokenizer = text_tokenizer() if reads_prompt else None
+    stage2 = Stage2(
+        _config(tokenizer.vocab_size if tokenizer else 0, has_lm_head=False),
+        language_width=LANGUAGE_WIDTH,
+        lora=updates,
+    )
+    return _write(folder, 2, stage2, tokenizer, str(language), lora)
 
 
-def _config(vocab_size: int) -> QFormerConfig:
+def _config(vocab_size: int, has_lm_head: bool = True) -> QFormerConfig:
     return QFormerConfig(
+        has_lm_head=has_lm_head,
         encoder_width=load_vision(VISION, pretrained=False).width,
         hidden_size=32,
         num_layers=2,
@@ -72,7 +86,7 @@ def _write(folder, stage, trainables, tokenizer, language, lora=None) -> Path:
         # Fresh weights are so small that every picture would look alike to the model.
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     folder.mkdir(parents=True)
-    info = info_of(stage, _config(trainables.qformer.config.vocab_size), language)
+    info = info_of(stage, trainables.qformer.config, language)
     save_bridge(folder, dataclasses.replace(info, lora=lora), trainables.state_dict(), tokenizer)
     (folder / "complete.json").write_text(json.dumps({"step": 3}))
     return folder

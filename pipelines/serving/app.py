@@ -1,84 +1,88 @@
-"""The Ray Serve application: an ingress that speaks HTTP and decodes, and replicas of the model behind it."""
+"""The Ray Serve application: ingress, media, encoder and generator, each scaled by itself."""
 
-import logging
+import dataclasses
+from typing import Any
 
-import numpy as np
-from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
-from pipelines.serving.api import RETRY_AFTER_S, CaptionService, build_http
-from pipelines.serving.config import ServingConfig
-from pipelines.serving.errors import ApiError
-from pipelines.serving.model import CaptionModel
+from pipelines.serving.config import Scale, ServingConfig
+from pipelines.serving.encoder import encoder_class
+from pipelines.serving.generator import GeneratorWorker, LanguageSource
+from pipelines.serving.ingress import Ingress, QuotaKeeper, live_config
+from pipelines.serving.media import MediaWorker
 
-logger = logging.getLogger(__name__)
-
-# Requests an ingress replica may hold beyond those it works on, so that it can refuse them in JSON.
+# Requests a replica may hold beyond those it works on, so that the ingress can refuse in JSON.
 SPARE_REQUESTS = 64
 
 
-class ModelHandle:
-    """The model replicas, seen from the ingress."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def caption(self, pixels: np.ndarray) -> str:
-        """Caption uint8 [T, 3, H, W] on one of the replicas.
-
-        Raises:
-            ApiError: 503 when all replicas are busy or the chosen one died.
-        """
-        try:
-            return await self._handle.caption.remote(pixels)
-        except BackPressureError:
-            raise ApiError(503, "overloaded", "the model is busy; try again", RETRY_AFTER_S) from None
-        except (RayActorError, DeploymentUnavailableError) as error:
-            logger.warning("a model replica was lost: %r", error)
-            raise ApiError(503, "unavailable", "the model is not available; try again", RETRY_AFTER_S) from None
-
-    async def ping(self) -> None:
-        """Return when a replica answers."""
-        await self._handle.ping.remote()
-
-
-class Ingress:
-    """HTTP in, decoding, one call to the model, JSON out. Holds no model."""
-
-    def __init__(self, config: ServingConfig, model: DeploymentHandle) -> None:
-        self._service = CaptionService(config, ModelHandle(model))
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray Serve's hook: the ASGI application of this replica, made in the replica."""
-        return build_http(self._service)
-
-
 def build_app(config: ServingConfig) -> serve.Application:
-    """Wire ingress and model into an application for `serve.run`."""
-    model = serve.deployment(CaptionModel).options(
-        name="CaptionModel",
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(config.use_gpu)},
+    """Wire the deployments into an application for `serve.run` or a Serve config.
+
+    A change of adapters or keys alone reaches running replicas as their user_config; no replica is restarted for it, as
+    long as no adapter brings updates of the language model.
+    """
+    requests = config.requests
+    first = config.adapters[0]
+    media = _deployment(MediaWorker, "Media", config.media, max_ongoing=2 * config.decode_children).bind(
+        config.media_limits, config.fetch, config.decode_children
+    )
+    encoder = _deployment(
+        encoder_class(config.max_loaded_adapters),
+        "Encoder",
+        config.encoder,
+        use_gpu=config.use_gpu,
+        max_ongoing=2 * config.max_batch_frames,
+        user_config={"preload": [first.to_dict()]},
+    ).bind(dict(first.encoder), config.max_batch_frames, config.use_gpu)
+    writers = [adapter for adapter in config.adapters if adapter.generates]
+    generator = None
+    if writers:
+        generator = _deployment(
+            GeneratorWorker,
+            "Generator",
+            config.generator,
+            use_gpu=config.use_gpu,
+            max_ongoing=2 * config.max_sequences,
+        ).bind(
+            LanguageSource.of(writers[0]),
+            kv_tokens=config.kv_tokens,
+            max_sequences=config.max_sequences,
+            max_prompt_tokens=requests.max_prompt_tokens,
+            use_gpu=config.use_gpu,
+        )
+    quotas = _deployment(QuotaKeeper, "Quotas", Scale(max_replicas=1, num_cpus=0), max_ongoing=1000).bind(
+        2 * requests.timeout_s
+    )
+    ingress = _deployment(
+        serve.ingress()(Ingress),
+        "Ingress",
+        config.ingress,
+        max_ongoing=requests.max_concurrent + SPARE_REQUESTS,
+        user_config=live_config(config.adapters, config.keys),
+        # One line for each request is our own, with more in it than Serve's.
+        logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
+    )
+    return ingress.bind(dataclasses.replace(config, adapters=(), keys=()), media, encoder, generator, quotas)
+
+
+def _deployment(
+    worker: type[Any], name: str, scale: Scale, *, max_ongoing: int, use_gpu: bool = False, **options: Any
+) -> serve.Deployment:
+    return serve.deployment(worker).options(
+        name=name,
+        ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": int(use_gpu)},
         autoscaling_config={
-            "min_replicas": config.min_replicas,
-            "max_replicas": config.max_replicas,
-            "target_ongoing_requests": config.max_batch_size,
+            "min_replicas": scale.min_replicas,
+            "max_replicas": scale.max_replicas,
+            "target_ongoing_requests": scale.target_requests,
+            "upscale_delay_s": scale.upscale_delay_s,
+            "downscale_delay_s": scale.downscale_delay_s,
+            "downscale_to_zero_delay_s": scale.to_zero_delay_s,
         },
-        max_ongoing_requests=2 * config.max_batch_size,
-        max_queued_requests=config.max_concurrent_requests,
+        max_ongoing_requests=max_ongoing,
+        max_queued_requests=4 * max_ongoing,
         # A model that cannot be loaded fails soon, not after Serve's twenty tries.
         max_constructor_retry_count=2,
+        **{"logging_config": LoggingConfig(enable_access_log=False), **options},
     )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(
-        name="Ingress",
-        ray_actor_options={"num_cpus": 1},
-        autoscaling_config={
-            "min_replicas": 1,
-            "max_replicas": config.max_replicas,
-            "target_ongoing_requests": max(1, config.max_concurrent_requests // 2),
-        },
-        max_ongoing_requests=config.max_concurrent_requests + SPARE_REQUESTS,
-    )
-    return ingress.bind(config, model.bind(config))

@@ -1,60 +1,103 @@
-"""The whole service on Ray Serve with a real (random) captioner, asked over HTTP."""
+"""The whole service on Ray Serve with real (random) models, asked by OpenAI's client and over plain HTTP."""
 
 import base64
 import concurrent.futures
+import contextlib
+import json
 import socket
+import time
 
 import httpx
+import numpy as np
+import openai
 import pytest
+import torch
 
 from jobs.caption import caption_file
-from jobs.serve import require_free_port, served
+from jobs.serve import require_free_port, require_guarded, served
 from jobs.settings import ServeSettings
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from pipelines.serving.client import ServiceError, request_caption
-from qformer.bridge import load_captioner
+from pipelines.serving.config import RequestLimits, Scale
+from qformer.bridge import load_captioner, load_retriever
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.media_files import jpeg_bytes, mp4_bytes
-from tests.tiny_checkpoints import NUM_FRAMES, write_stage2
+from tests.tiny_checkpoints import NUM_FRAMES, TEXT, write_stage1, write_stage2
 
 MAX_BODY_BYTES = 300_000
+GREEDY = GenerationSettings(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_stage2(tmp_path_factory.mktemp("runs") / "tiny" / "checkpoints" / "step-00000003")
+def checkpoints(tmp_path_factory):
+    """Two adapters over one language model, one that reads its instruction, and a retriever."""
+    runs = tmp_path_factory.mktemp("runs")
+    first = write_stage2(runs / "tiny" / "checkpoints" / "step-00000003")
+    language = first.with_name(first.name + "-language")
+    return {
+        "tiny": first,
+        "other": write_stage2(runs / "other", language=language, seed=5),
+        "reader": write_stage2(runs / "reader", language=language, seed=6, reads_prompt=True),
+        "search": write_stage1(runs / "search" / "checkpoints" / "step-00000003"),
+    }
 
 
 @pytest.fixture(scope="module")
-def url(ray_local, checkpoint):
+def url(ray_local, checkpoints):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = ServeSettings(
-        checkpoint=str(checkpoint),
+        checkpoint=str(checkpoints["tiny"]),
+        adapters={name: str(checkpoints[name]) for name in ("other", "reader", "search")},
         port=port,
-        max_body_bytes=MAX_BODY_BYTES,
-        generation=GenerationSettings(max_new_tokens=8),
+        requests=RequestLimits(max_body_bytes=MAX_BODY_BYTES),
+        max_loaded_adapters=2,  # of four: they come and go
+        generation=GREEDY,
     )
     with served(settings) as base_url:
         yield base_url
 
 
 @pytest.fixture(scope="module")
-def offline(checkpoint, tmp_path_factory):
-    """Caption as the caption job does."""
-    captioner = load_captioner(checkpoint)
-    decoder = SampleDecoder(DecodeSettings(preprocessing=captioner.preprocessing, num_frames=captioner.num_frames))
-    folder = tmp_path_factory.mktemp("media")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
-    def caption(name, data):
-        path = folder / name
+
+@pytest.fixture(scope="module")
+def offline(checkpoints, tmp_path_factory):
+    """Answer as the caption job does."""
+    captioners = {name: load_captioner(checkpoints[name]) for name in ("tiny", "other", "reader")}
+    one = captioners["tiny"]
+    decoder = SampleDecoder(DecodeSettings(preprocessing=one.preprocessing, num_frames=one.num_frames))
+    path = tmp_path_factory.mktemp("media") / "media"
+
+    def answer(data, instruction="", name="tiny"):
         path.write_bytes(data)
-        return caption_file(captioner, decoder, str(path), GenerationSettings(max_new_tokens=8))
+        return caption_file(captioners[name], decoder, str(path), GREEDY, instruction)
 
-    yield caption
+    yield answer
     decoder.close()
+
+
+def data_url(data):
+    kind = "image/jpeg" if data[0] == 0xFF else "video/mp4"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def part(data):
+    name = "image_url" if data[0] == 0xFF else "video_url"
+    return {"type": name, name: {"url": data_url(data)}}
+
+
+def user(*media, text=None):
+    return {"role": "user", "content": [*map(part, media), *([{"type": "text", "text": text}] if text else [])]}
+
+
+def ask(client, data, text=None, model="tiny", **fields):
+    answer = client.chat.completions.create(model=model, messages=[user(data, text=text)], temperature=0, **fields)
+    return answer.choices[0].message.content
 
 
 def post(url, content, content_type):
@@ -62,61 +105,163 @@ def post(url, content, content_type):
     return httpx.post(f"{url}/v1/caption", content=content, headers=headers, timeout=30)
 
 
-def assert_error(response, status, kind):
+def assert_error(response, status, code):
     assert (response.status_code, response.headers["content-type"]) == (status, "application/json")
-    assert response.json()["error"]["type"] == kind
+    assert response.json()["error"]["code"] == code
 
 
 def test_served_caption_equals_offline_caption(url, offline):
-    for seed in range(4):
-        answer = request_caption(url, jpeg_bytes(seed))
-        assert answer == {
-            "caption": offline("photo.jpg", jpeg_bytes(seed)),
+    for seed in range(3):
+        assert request_caption(url, jpeg_bytes(seed)) == {
+            "caption": offline(jpeg_bytes(seed)),
             "kind": "image",
             "num_frames": 1,
             "model": "tiny/step-00000003",
         }
-    for seed in range(2):
-        answer = request_caption(url, mp4_bytes(seed))
-        assert answer["caption"] == offline("clip.mp4", mp4_bytes(seed))
-        assert (answer["kind"], answer["num_frames"]) == ("video", NUM_FRAMES)
+    answer = request_caption(url, mp4_bytes(0))
+    assert answer["caption"] == offline(mp4_bytes(0))
+    assert (answer["kind"], answer["num_frames"]) == ("video", NUM_FRAMES)
 
 
-def test_captions_differ_between_inputs(offline):
-    # Or the equality above would hold for a model that does not look.
-    assert len({offline("photo.jpg", jpeg_bytes(seed)) for seed in range(4)}) > 1
+def test_captions_differ_between_inputs_adapters_and_instructions(offline):
+    # Or the equalities would hold for a model that does not look.
+    assert len({offline(jpeg_bytes(seed)) for seed in range(4)}) > 1
+    assert len({offline(jpeg_bytes(0), name=name) for name in ("tiny", "other", "reader")}) > 1
+    assert len({offline(jpeg_bytes(0), text, "reader") for text in TEXT.split()}) > 1
 
 
-def test_concurrent_requests_of_both_kinds_keep_their_answers(url, offline):
-    media = [jpeg_bytes(seed) for seed in range(6)] + [mp4_bytes(seed) for seed in range(3)]
-    media.insert(3, jpeg_bytes(0)[:2000])  # a broken one among them
+def test_chats_equal_the_offline_path_alone_and_in_mixed_batches(client, offline):
+    questions = [
+        (data, text, name)
+        for data in (jpeg_bytes(0), jpeg_bytes(1), mp4_bytes(0))
+        for text in (None, "red circle left of")
+        for name in ("tiny", "other", "reader")
+    ]
+    expected = [offline(data, text or "", name) for data, text, name in questions]
+    assert ask(client, *questions[3]) == expected[3] and ask(client, *questions[-1]) == expected[-1]
+    with concurrent.futures.ThreadPoolExecutor(len(questions)) as threads:
+        answers = list(threads.map(lambda question: ask(client, *question), questions))
+    assert answers == expected
+
+
+def test_a_stream_is_the_whole_answer_and_counts_its_tokens(client, offline):
+    messages = [user(jpeg_bytes(2), text="blue")]
+    chunks = list(
+        client.chat.completions.create(
+            model="other", messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == offline(jpeg_bytes(2), "blue", "other")
+    whole = client.chat.completions.create(model="other", messages=messages, temperature=0)
+    # Four soft prompts, the leading token and a word.
+    assert chunks[-1].usage == whole.usage and whole.usage.prompt_tokens == 6 and whole.usage.completion_tokens > 0
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons[-1] == whole.choices[0].finish_reason and not any(reasons[:-1])
+
+
+def test_several_turns_and_media_follow_the_documented_template(client, checkpoints):
+    captioner = load_captioner(checkpoints["tiny"])
+    decoder = SampleDecoder(DecodeSettings(preprocessing=captioner.preprocessing, num_frames=captioner.num_frames))
+    first, second = (torch.tensor(decoder.decode(kind="image", data=jpeg_bytes(n)).pixels)[None] for n in (1, 2))
+    decoder.close()
+    rows = torch.cat([captioner.soft_prompts(first)[0], captioner.soft_prompts(second)[0]])
+    expected = captioner.language.generate([rows], ["red circle"], GREEDY)[0]
+    one_turn = client.chat.completions.create(
+        model="tiny", messages=[user(jpeg_bytes(1), jpeg_bytes(2), text="red circle")], temperature=0
+    )
+    assert one_turn.choices[0].message.content == expected
+    expected = captioner.language.generate(captioner.soft_prompts(first), ["red circle blue left"], GREEDY)[0]
+    turns = [user(jpeg_bytes(1), text="red"), {"role": "assistant", "content": "circle"}]
+    answer = client.chat.completions.create(
+        model="tiny", messages=[*turns, {"role": "user", "content": "blue left"}], temperature=0
+    )
+    assert answer.choices[0].message.content == expected
+
+
+def test_generation_is_asked_for(client):
+    def sampled(seed):
+        return ask_sampled(client, seed)
+
+    assert sampled(1) == sampled(1) and len({sampled(seed) for seed in range(6)}) > 1
+    text = ask(client, jpeg_bytes(0), "red", max_tokens=3)
+    assert len(text.split()) <= 3
+    words = ask(client, jpeg_bytes(1)).split()
+    if len(words) > 1:
+        assert ask(client, jpeg_bytes(1), stop=[words[1]]) == words[0]
+
+
+def ask_sampled(client, seed):
+    answer = client.chat.completions.create(
+        model="tiny", messages=[user(jpeg_bytes(0))], temperature=2.0, top_p=1.0, seed=seed, max_tokens=8
+    )
+    return answer.choices[0].message.content
+
+
+def test_the_client_gets_errors_of_its_own_kinds(client):
+    with pytest.raises(openai.NotFoundError, match="'tiny', 'other', 'reader'") as missing:
+        ask(client, jpeg_bytes(0), model="nobody")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as cut:
+        ask(client, jpeg_bytes(0)[:2000])
+    assert (cut.value.code, cut.value.param) == ("invalid_media", "messages[0].content[0].image_url.url")
+    with pytest.raises(openai.BadRequestError) as long:
+        ask(client, jpeg_bytes(0), "red " * 3000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="context|kv_tokens|long|limit"):
+        client.chat.completions.create(model="tiny", messages=[user(jpeg_bytes(0), text="red " * 500)], stream=True)
+    with pytest.raises(openai.PermissionDeniedError):
+        message = {"type": "image_url", "image_url": {"url": "https://169.254.169.254/latest"}}
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [message]}])
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "other", "reader", "search"]
+    assert client.models.retrieve("search").id == "search"
+
+
+def test_embeddings_and_matches_equal_the_offline_path(client, url, checkpoints):
+    retriever = load_retriever(checkpoints["search"])
+    decoder = SampleDecoder(DecodeSettings(preprocessing=retriever.preprocessing, num_frames=retriever.num_frames))
+    pixels = torch.tensor(decoder.decode(kind="image", data=jpeg_bytes(3)).pixels)[None]
+    decoder.close()
+    embeds_1NE, tokens = retriever.embed_image(pixels)
+    texts = ["red circle", "blue square left"]
+    found = client.embeddings.create(model="search", input=texts)  # base64, as the client asks for by itself
+    np.testing.assert_allclose([one.embedding for one in found.data], retriever.embed_text(texts), atol=1e-6)
+    queries = client.embeddings.create(
+        model="search", input=[part(jpeg_bytes(3))], extra_body={"pooling": "queries"}, encoding_format="float"
+    )
+    assert queries.data[0].shape == list(embeds_1NE.shape[1:])
+    np.testing.assert_allclose(queries.data[0].embedding, embeds_1NE.flatten(), atol=1e-5)
+    body = {"image": data_url(jpeg_bytes(3)), "texts": texts}
+    scores = httpx.post(f"{url}/v1/match", json=body, timeout=30).json()["scores"]
+    probabilities = retriever.match(tokens.expand(2, -1, -1, -1), texts)
+    np.testing.assert_allclose([score["probability"] for score in scores], probabilities, atol=1e-5)
+    similarity = (retriever.embed_text(texts) @ embeds_1NE[0].T).amax(dim=1)
+    np.testing.assert_allclose([score["similarity"] for score in scores], similarity, atol=1e-5)
+
+
+def test_one_broken_file_among_many_fails_alone(url, offline):
+    media = [jpeg_bytes(seed) for seed in range(6)] + [mp4_bytes(seed) for seed in range(2)]
+    media.insert(3, jpeg_bytes(0)[:2000])
     with concurrent.futures.ThreadPoolExecutor(len(media)) as threads:
         answers = list(threads.map(lambda data: post(url, data, "image/*" if data[0] == 0xFF else "video/*"), media))
     assert_error(answers.pop(3), 400, "invalid_media")
     media.pop(3)
     for data, answer in zip(media, answers, strict=True):
-        name = "photo.jpg" if data[0] == 0xFF else "clip.mp4"
-        assert answer.json()["caption"] == offline(name, data)
+        assert answer.json()["caption"] == offline(data)
 
 
 def test_json_base64(url, offline):
     for name, data in (("image", jpeg_bytes(1)), ("video", mp4_bytes(1))):
         text = base64.b64encode(data).decode()
         answer = httpx.post(f"{url}/v1/caption", json={name: text}, timeout=30).json()
-        assert answer["caption"] == offline(f"media-{name}", data) and answer["kind"] == name
-    data_url = "data:image/jpeg;base64," + base64.b64encode(jpeg_bytes(1)).decode()
-    assert httpx.post(f"{url}/v1/caption", json={"image": data_url}, timeout=30).status_code == 200
-
-
-def test_errors_are_json(url):
-    assert_error(post(url, jpeg_bytes()[:2000], "image/jpeg"), 400, "invalid_media")
-    assert_error(post(url, mp4_bytes()[:800], "video/mp4"), 400, "invalid_media")
-    assert_error(post(url, b"", "image/jpeg"), 400, "invalid_request")
-    assert_error(post(url, b'{"image": "http://127.0.0.1/x.jpg"}', "application/json"), 400, "invalid_request")
-    assert_error(post(url, jpeg_bytes(), "text/plain"), 415, "unsupported_media_type")
-    assert_error(post(url, jpeg_bytes(), None), 415, "unsupported_media_type")
-    assert_error(httpx.get(f"{url}/nowhere"), 404, "not_found")
-    assert_error(httpx.get(f"{url}/v1/caption"), 405, "method_not_allowed")
+        assert answer["caption"] == offline(data) and answer["kind"] == name
+    body = {"image": data_url(jpeg_bytes(1)), "question": "red left", "model": "reader"}
+    assert httpx.post(f"{url}/v1/vqa", json=body, timeout=30).json()["answer"] == offline(
+        jpeg_bytes(1), "red left", "reader"
+    )
 
 
 def test_oversize_bodies_are_refused(url):
@@ -131,8 +276,24 @@ def test_oversize_bodies_are_refused(url):
         request_caption(url, bytes(MAX_BODY_BYTES + 1))
 
 
-def test_health(url):
+def test_work_for_a_client_that_left_stops(url):
+    """Each of these asks for the longest answer there may be; the engine's place is free when they hang up."""
+    body = {"messages": [user(jpeg_bytes(0))], "stream": True, "max_tokens": 60, "temperature": 2.0, "top_p": 1.0}
+    for _ in range(3):
+        with contextlib.suppress(StopIteration), httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
+            next(reply.iter_lines())
+    begun_s = time.monotonic()
+    assert post(url, jpeg_bytes(0), "image/jpeg").status_code == 200
+    assert time.monotonic() - begun_s < 10
+
+
+def test_health_readiness_page_and_routing(url):
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok", "model": "tiny/step-00000003"}
+    assert httpx.get(f"{url}/readyz", timeout=30).json()["status"] == "ok"
+    assert "<html" in httpx.get(f"{url}/").text
+    assert json.loads(httpx.get(f"{url}/openapi.json").text)["openapi"] == "3.1.0"
+    assert_error(httpx.get(f"{url}/nowhere"), 404, "not_found")
+    assert_error(httpx.get(f"{url}/v1/caption"), 405, "method_not_allowed")
 
 
 def test_a_taken_port_is_the_users_mistake():
@@ -143,3 +304,17 @@ def test_a_taken_port_is_the_users_mistake():
         with pytest.raises(UserError, match="choose another"):
             require_free_port("127.0.0.1", port)
     require_free_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.3", "::", "example.org"])
+def test_nobody_opens_a_service_by_accident(host):
+    with pytest.raises(UserError, match="without API keys"):
+        require_guarded(ServeSettings(checkpoint="run", host=host))
+    require_guarded(ServeSettings(checkpoint="run", host=host, api_keys="keys.json"))
+    require_guarded(ServeSettings(checkpoint="run", host=host, allow_open=True))
+    require_guarded(ServeSettings(checkpoint="run", host="::1"))
+
+
+def test_bounds_that_cross_are_refused():
+    with pytest.raises(ValueError, match="min_replicas=3 and max_replicas=2"):
+        Scale(min_replicas=3, max_replicas=2)

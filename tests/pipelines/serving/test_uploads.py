@@ -3,15 +3,16 @@
 import asyncio
 import base64
 import dataclasses
-import json
 
 import pytest
 from PIL import Image
 
 from pipelines.data.samples import DecodeSettings
-from pipelines.serving.decoding import DecodePool
+from pipelines.serving.bodies import MAX_STRUCTURE, parse_json, read_body
+from pipelines.serving.config import RequestLimits
 from pipelines.serving.errors import ApiError
-from pipelines.serving.uploads import kinds_of, parse_upload, read_body
+from pipelines.serving.media import DecodePool
+from pipelines.serving.uploads import Upload, kinds_of, parse_raw, parse_reference
 from tests.media_files import jpeg_bytes, mp4_bytes
 from tests.pipelines.data.builders import PREPROCESSING, limited_memory
 from tests.pipelines.data.builders import encoded as image_bytes
@@ -20,18 +21,14 @@ GIF = b"GIF89a" + bytes(30)
 PLAYLIST = b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"
 
 
-def as_json(**fields):
-    return json.dumps(fields).encode()
-
-
 def encoded(data):
     return base64.b64encode(data).decode()
 
 
-def refusal(content_type, body):
+def refused(read, *arguments):
     with pytest.raises(ApiError) as caught:
-        parse_upload(content_type, body)
-    return caught.value.status, caught.value.kind
+        read(*arguments)
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -53,15 +50,15 @@ def test_kind_is_read_from_the_content(data, kinds):
     assert kinds_of(data) == kinds
 
 
-def test_raw_and_json_bodies():
+def test_raw_bodies_and_references():
     image, clip = jpeg_bytes(), mp4_bytes()
-    assert parse_upload("image/png; q=1", image).data == image  # the subtype may be wrong, the kind not
-    assert parse_upload("VIDEO/MP4", clip).kind == "video"
-    assert parse_upload("application/json", as_json(image=encoded(image))).data == image
-    assert parse_upload("application/json; charset=utf-8", as_json(video=encoded(clip))).data == clip
-    wrapped = "data:image/jpeg;base64," + base64.encodebytes(image).decode()  # lines of 76 characters
-    assert parse_upload("application/json", as_json(image=wrapped)).data == image
-    assert (parse_upload("image/gif", GIF).kind, parse_upload("video/gif", GIF).kind) == ("image", "video")
+    assert parse_raw("image/png; q=1", image).data == image  # the subtype may be wrong, the kind not
+    assert parse_raw("VIDEO/MP4", clip).kind == "video"
+    assert parse_reference("image", encoded(image), "image").data == image
+    assert parse_reference("video", "data:;base64," + encoded(clip), "video") == Upload("video", clip)
+    wrapped = "data:image/jpeg;charset=x;base64," + base64.encodebytes(image).decode()  # lines of 76 characters
+    assert parse_reference("image", wrapped, "image").data == image
+    assert (parse_raw("image/gif", GIF).kind, parse_raw("video/gif", GIF).kind) == ("image", "video")
 
 
 @pytest.mark.parametrize(
@@ -75,29 +72,54 @@ def test_raw_and_json_bodies():
         ("video/mp4", jpeg_bytes(), 415),
         ("text/plain", jpeg_bytes(), 415),
         (None, jpeg_bytes(), 415),
-        ("application/json", b"{", 400),
-        ("application/json", b"[" * 100_000, 400),
-        ("application/json", b"\xff\xfe", 400),
-        ("application/json", b"[]", 400),
-        ("application/json", as_json(), 400),
-        ("application/json", as_json(image="AAAA", video="AAAA"), 400),
-        ("application/json", as_json(path="/etc/passwd"), 400),
-        ("application/json", as_json(image=3), 400),
-        ("application/json", as_json(image="not base64!"), 400),
-        ("application/json", as_json(image="ä"), 400),
-        ("application/json", as_json(image=""), 400),
-        ("application/json", as_json(video=encoded(PLAYLIST)), 400),
-        ("application/json", as_json(image=encoded(mp4_bytes())), 415),
     ],
 )
-def test_refusals(content_type, body, status):
-    assert refusal(content_type, body)[0] == status
+def test_raw_refusals(content_type, body, status):
+    assert refused(parse_raw, content_type, body).status == status
 
 
-@pytest.mark.parametrize("url", ["http://localhost/a.jpg", "file:///etc/passwd", " HTTPS://x/y", "s3://b/k"])
-def test_urls_are_never_fetched(url):
-    with pytest.raises(ApiError, match="fetches nothing"):
-        parse_upload("application/json", as_json(image=url))
+@pytest.mark.parametrize(
+    ("kind", "text", "status", "code"),
+    [
+        ("image", "not base64!", 400, "invalid_base64"),
+        ("image", "QUJD*", 400, "invalid_base64"),
+        ("image", "ä", 400, "invalid_base64"),
+        ("image", "data:image/jpeg;base64,", 400, "invalid_media"),
+        ("image", "data:image/jpeg,abc", 400, "invalid_media"),  # not base64
+        ("image", "data:text/html;base64,QUJD", 415, "unsupported_media_type"),
+        ("image", "data:video/mp4;base64," + encoded(mp4_bytes()), 415, "unsupported_media_type"),
+        ("video", encoded(PLAYLIST), 400, "invalid_media"),
+        ("image", encoded(mp4_bytes()), 415, "unsupported_media_type"),
+    ],
+)
+def test_reference_refusals(kind, text, status, code):
+    error = refused(parse_reference, kind, text, "messages[0].content[1]")
+    assert (error.status, error.code, error.refusal.param) == (status, code, "messages[0].content[1]")
+
+
+@pytest.mark.parametrize("url", ["http://localhost/a.jpg", "file:///etc/passwd", " HTTPS://x/y", "s3://b/k", "ftp:x"])
+def test_urls_are_handed_on_to_whoever_checks_them(url):
+    assert parse_reference("image", url, "image") == Upload("image", url=url)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"a": "\\ud800"}',
+        b'{"a":' * 300 + b"1" + b"}" * 300,
+        b"[" * 100_000,
+        b'{"a": [' + b"[]," * MAX_STRUCTURE + b"[]]}",
+        b'{"a": ' + b"9" * 5000 + b"e",
+    ],
+)
+def test_bad_json_is_refused(body):
+    assert refused(parse_json, body).status == 400
 
 
 class Chunks:
@@ -112,6 +134,9 @@ class Chunks:
             yield bytes(size)
 
 
+TEN_BYTES = RequestLimits(max_body_bytes=10, body_timeout_s=0.2)
+
+
 @pytest.mark.parametrize(
     ("sizes", "content_length", "status"),
     [
@@ -124,28 +149,38 @@ class Chunks:
     ],
 )
 def test_body_limit(sizes, content_length, status):
-    read = read_body(aiter(Chunks(*sizes)), content_length, max_bytes=10)
+    read = read_body(aiter(Chunks(*sizes)), content_length, TEN_BYTES)
     if status is None:
         assert len(asyncio.run(read)) == 10
     else:
-        with pytest.raises(ApiError) as caught:
-            asyncio.run(read)
-        assert caught.value.status == status
+        assert refused(asyncio.run, read).status == status
 
 
 def test_reading_stops_at_the_limit():
     chunks = Chunks(*[4] * 1000)
-    with pytest.raises(ApiError):
-        asyncio.run(read_body(aiter(chunks), None, max_bytes=10))
+    refused(asyncio.run, read_body(aiter(chunks), None, TEN_BYTES))
     assert chunks.taken == 3
+
+
+def test_a_body_that_trickles_is_given_up():
+    async def trickle():
+        while True:
+            await asyncio.sleep(0.05)
+            yield b""
+
+    error = refused(asyncio.run, read_body(trickle(), None, TEN_BYTES))
+    assert (error.status, error.code) == (408, "body_timeout")
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
 def test_thin_pictures_take_little_memory(size):
     """They are a few hundred bytes; scaled to 224 as a whole, 12 GB."""
     side = dataclasses.replace(PREPROCESSING, height=224, width=224, resize_short_side=224)
-    pool = DecodePool(DecodeSettings(preprocessing=side), num_threads=1)
-    upload = parse_upload("image/png", image_bytes(Image.new("RGB", size, (200, 10, 10)), "PNG"))
+    upload = parse_raw("image/png", image_bytes(Image.new("RGB", size, (200, 10, 10)), "PNG"))
+
+    async def decode():
+        return await DecodePool(1).decode(upload, DecodeSettings(preprocessing=side))
+
     with limited_memory(2 * 1024**3):
-        pixels = asyncio.run(pool.decode(upload))
+        pixels = asyncio.run(decode()).pixels
     assert pixels.shape == (1, 3, 224, 224) and pixels.mean(axis=(0, 2, 3)).tolist() == [200, 10, 10]

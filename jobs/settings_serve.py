@@ -1,0 +1,56 @@
+"""Settings of `qformer serve`."""
+
+from pydantic import Field
+
+from jobs.settings_data import RaySettings, ServingLimitSettings, Settings
+from pipelines.serving.config import (
+    EncoderScale,
+    FetchPolicy,
+    GeneratorScale,
+    IngressScale,
+    MediaScale,
+    RequestLimits,
+)
+from qformer.config import GenerationSettings
+
+
+class ServeSettings(Settings):
+    """`qformer serve`: chats, embeddings, captions, answers and matches over HTTP."""
+
+    checkpoint: str
+    """Run folder (its newest checkpoint) or one checkpoint folder, of either stage; what a request gets that names no
+    model."""
+    name: str | None = None
+    """How requests name it; null: the run folder's name."""
+    adapters: dict[str, str] = {}
+    """Further checkpoints over the same frozen encoder and language model, by the names that requests choose."""
+    host: str = "127.0.0.1"
+    """Loopback unless you mean to open the endpoint to the network, which wants `api_keys`."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    api_keys: str | None = None
+    """File (path or fsspec URI) of those who may ask, as `qformer serve --make-key NAME` writes it; null: everybody."""
+    allow_open: bool = False
+    """Listen beyond loopback without API keys."""
+    requests: RequestLimits = RequestLimits()
+    limits: ServingLimitSettings = ServingLimitSettings()
+    fetch: FetchPolicy = FetchPolicy()
+    """Remote media; none unless `fetch.hosts` names hosts."""
+    generation: GenerationSettings = GenerationSettings()
+    """What requests get that do not ask otherwise; without beams."""
+    ingress: IngressScale = IngressScale()
+    media: MediaScale = MediaScale()
+    encoder: EncoderScale = EncoderScale()
+    generator: GeneratorScale = GeneratorScale()
+    decode_children: int = Field(default=2, ge=1)
+    """Files that a media replica decodes side by side, each in a process of its own."""
+    max_batch_frames: int = Field(default=32, ge=1)
+    """Images and frames of one pass of the encoder."""
+    max_loaded_adapters: int = Field(default=16, ge=1)
+    """Adapters that an encoder replica keeps; the one used longest ago goes first."""
+    max_sequences: int = Field(default=32, ge=1)
+    """Answers that a generator replica writes at a time; others wait."""
+    kv_tokens: int = Field(default=16_384, ge=1)
+    """Tokens of prompts and answers whose keys and values a generator replica keeps at a time."""
+    use_gpu: bool = False
+    """One GPU for each replica of encoder and generator."""
+    ray: RaySettings = RaySettings()

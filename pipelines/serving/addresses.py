@@ -1,0 +1,33 @@
+"""Which addresses of the network remote media may come from: those of the public internet, nothing nearer."""
+
+import ipaddress
+
+_CARRIERS = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "64:ff9b::/96",  # NAT64: an IPv4 address lies in the last 32 bits
+        "64:ff9b:1::/48",
+        "2002::/16",  # 6to4
+        "2001::/32",  # Teredo
+        "::/96",  # IPv4-compatible
+    )
+)
+"""IPv6 networks that stand for IPv4 addresses, which might be private ones."""
+
+
+def is_public(address: str) -> bool:
+    """Whether `address` is a unicast address of the public internet.
+
+    False for loopback, private, link-local (with the metadata services of clouds), shared, multicast, reserved and
+    unspecified ones, for IPv6 that wraps IPv4, and for what is no address.
+    """
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.scope_id is not None or any(found in network for network in _CARRIERS):
+            return False
+        if found.ipv4_mapped is not None:
+            found = found.ipv4_mapped
+    return found.is_global and not found.is_multicast and not found.is_reserved and not found.is_unspecified

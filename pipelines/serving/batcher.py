@@ -1,0 +1,121 @@
+"""Shared passes through a model: what waits is taken together, up to a budget, as soon as the model is free.
+
+No timer holds a lone request back, and no exception stops the loop: the cost of an item is known when it is handed in,
+and a pass that fails is tried again item by item, so that one bad item fails alone.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting(Generic[ItemT, ResultT]):
+    item: ItemT
+    cost: int
+    result: "asyncio.Future[ResultT]"
+
+
+class Batcher(Generic[ItemT, ResultT]):
+    """Runs `run` on batches in one thread of its own, so that the event loop stays free.
+
+    Args:
+        run: One result an item, in order. Its exceptions reach the callers of the items that cause them.
+        max_cost: Sum of the costs of a pass; an item that costs more goes alone.
+        observe: Told the number of items and the cost of each pass.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+        max_cost: int,
+        observe: Callable[[int, int], None] = lambda items, cost: None,
+    ) -> None:
+        self._run, self._max_cost, self._observe = run, max_cost, observe
+        self._waiting: deque[_Waiting[ItemT, ResultT]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._loop_task: asyncio.Task[None] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that no pass has taken yet."""
+        return len(self._waiting)
+
+    async def submit(self, item: ItemT, cost: int) -> ResultT:
+        """Wait for the item's result; an item whose caller is cancelled is left out of later passes."""
+        waiting = _Waiting(item, cost, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._loop_task is None or self._loop_task.done():
+            self._loop_task = asyncio.create_task(self._serve())
+        try:
+            return await waiting.result
+        finally:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(waiting)
+
+    async def _serve(self) -> None:
+        while batch := self._next_batch():
+            try:
+                results = await self._in_thread(batch)
+            except Exception as error:
+                if len(batch) == 1:
+                    _fail(batch[0], error)
+                    continue
+                logger.exception("a pass of %d items failed; trying them one by one", len(batch))
+                for waiting in batch:
+                    await self._alone(waiting)
+                continue
+            for waiting, result in zip(batch, results, strict=True):
+                _finish(waiting, result)
+
+    async def _alone(self, waiting: _Waiting[ItemT, ResultT]) -> None:
+        if waiting.result.done():
+            return
+        try:
+            [result] = await self._in_thread([waiting])
+        except Exception as error:
+            _fail(waiting, error)
+        else:
+            _finish(waiting, result)
+
+    async def _in_thread(self, batch: Sequence[_Waiting[ItemT, ResultT]]) -> Sequence[ResultT]:
+        with contextlib.suppress(Exception):  # figures must not fail a pass
+            self._observe(len(batch), sum(waiting.cost for waiting in batch))
+
+        def work() -> Sequence[ResultT]:
+            results = self._run([waiting.item for waiting in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} items")
+            return results
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _next_batch(self) -> list[_Waiting[ItemT, ResultT]]:
+        batch: list[_Waiting[ItemT, ResultT]] = []
+        cost = 0
+        while self._waiting and (not batch or cost + self._waiting[0].cost <= self._max_cost):
+            waiting = self._waiting.popleft()
+            if not waiting.result.done():
+                batch.append(waiting)
+                cost += waiting.cost
+        return batch
+
+
+def _finish(waiting: _Waiting[ItemT, ResultT], result: ResultT) -> None:
+    if not waiting.result.done():
+        waiting.result.set_result(result)
+
+
+def _fail(waiting: _Waiting[ItemT, ResultT], error: Exception) -> None:
+    if not waiting.result.done():
+        waiting.result.set_exception(error)

@@ -1,0 +1,161 @@
+"""The generator deployment: the frozen language model, answering many prompts at once."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from ray.util.metrics import Gauge
+
+from pipelines.data.local_copies import local_folder
+from pipelines.serving.adapters import Adapter
+from pipelines.serving.errors import RETRY_AFTER_S, Refusal
+from pipelines.serving.wire import Piece, Prompt
+from qformer.backbones import load_language
+from qformer.bridge import load_captioner
+from qformer.generation.async_engine import AsyncEngine
+from qformer.generation.engine import Engine
+from qformer.generation.inputs import num_text_tokens, segment_inputs
+from qformer.generation.request import (
+    EngineRequest,
+    GenerationFailedError,
+    QueueFullError,
+    RequestError,
+    RequestSettings,
+)
+from qformer.language import LanguageModel, build_language_model
+
+logger = logging.getLogger(__name__)
+
+STATS_EVERY_S = 1.0
+_GAUGES = {
+    "queued": "Prompts that wait for a place in the batch.",
+    "running": "Answers that are being generated.",
+    "kv_tokens_reserved": "Tokens of the key-value memory in use.",
+    "tokens_per_s": "Tokens generated a second, of the last seconds.",
+    "mean_batch_size": "Answers of one step, of the last seconds.",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageSource:
+    """Where the language model comes from; the same for all adapters, so that a new checkpoint changes nothing here."""
+
+    language: str
+    """Hub name, folder or URI."""
+    answer_end_id: int | None
+    updated_by: str | None
+    """Checkpoint whose updates (LoRA) it carries; with one adapter only."""
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "LanguageSource":
+        """That of a stage-2 adapter."""
+        return cls(**adapter.language, updated_by=adapter.folder if adapter.has_lora else None)
+
+    def load(self, device: str) -> LanguageModel:
+        """Load it.
+
+        Raises:
+            UserError: If it cannot be loaded.
+        """
+        if self.updated_by is not None:
+            return load_captioner(local_folder(self.updated_by), device).language
+        name = str(local_folder(self.language)) if "://" in self.language else self.language
+        model, words = load_language(name)
+        if self.answer_end_id is not None:
+            cast(Any, model).generation_config.eos_token_id = self.answer_end_id
+        return build_language_model(model, words).to(device)
+
+
+class GeneratorWorker:
+    """One replica of the generator deployment.
+
+    Args:
+        source: The language model.
+        kv_tokens: See `Engine`.
+        max_sequences: Answers at a time.
+        max_prompt_tokens: Text tokens of one prompt.
+        use_gpu: Run on CUDA.
+    """
+
+    def __init__(
+        self, source: LanguageSource, *, kv_tokens: int, max_sequences: int, max_prompt_tokens: int, use_gpu: bool
+    ) -> None:
+        self._language = source.load("cuda" if use_gpu else "cpu")
+        self._max_prompt_tokens = max_prompt_tokens
+        engine = Engine(self._language, kv_tokens=kv_tokens, max_requests=max_sequences)
+        self._engine = AsyncEngine(engine)
+        self._gauges = {name: Gauge(f"qformer_serve_{name}", text) for name, text in _GAUGES.items()}
+        self._reporting: asyncio.Task[None] | None = None
+
+    async def answer(self, prompt: Prompt) -> Piece | Refusal:
+        """A whole answer."""
+        return [piece async for piece in self._pieces(prompt, is_streamed=False)][-1]
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[Piece | Refusal]:
+        """An answer as it grows. Whoever closes the iterator ends the work."""
+        async with contextlib.aclosing(self._pieces(prompt, is_streamed=True)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _pieces(self, prompt: Prompt, *, is_streamed: bool) -> AsyncGenerator[Piece | Refusal, None]:
+        if self._reporting is None or self._reporting.done():
+            self._reporting = asyncio.create_task(self._report())
+        try:
+            request = await asyncio.to_thread(self._request, prompt, is_streamed)
+            if isinstance(request, Refusal):
+                yield request
+                return
+            async with contextlib.aclosing(self._engine.generate(request)) as deltas:
+                async for delta in deltas:
+                    usage = delta.usage
+                    yield Piece(
+                        text=delta.text,
+                        finish_reason=delta.finish_reason,
+                        prompt_tokens=usage.prompt_tokens,
+                        completion_tokens=usage.completion_tokens,
+                    )
+        except RequestError as error:
+            yield Refusal(400, "context_length_exceeded", str(error))
+        except QueueFullError:
+            yield Refusal(503, "overloaded", "the model is busy; try again", retry_after_s=RETRY_AFTER_S)
+        except GenerationFailedError:
+            logger.exception("generation failed")
+            yield Refusal(500, "internal", "the model failed on this request; its log says why")
+
+    def _request(self, prompt: Prompt, is_streamed: bool) -> EngineRequest | Refusal:
+        """Embed the prompt; refuse one that is too long before."""
+        settings = prompt.settings
+        texts = [segment for segment in prompt.segments if isinstance(segment, str)]
+        count = sum(num_text_tokens(self._language, text) for text in texts)
+        if count > self._max_prompt_tokens:
+            message = f"{count} text tokens exceed the limit of {self._max_prompt_tokens}; shorten the messages"
+            return Refusal(400, "context_length_exceeded", message, "messages")
+        segments = [
+            segment if isinstance(segment, str) else torch.from_numpy(segment.copy()) for segment in prompt.segments
+        ]
+        return EngineRequest(
+            inputs_SL=segment_inputs(self._language, segments),
+            settings=RequestSettings(
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                repetition_penalty=settings.repetition_penalty,
+                seed=settings.seed,
+                stop=settings.stop,
+            ),
+            is_streamed=is_streamed,
+        )
+
+    async def _report(self) -> None:
+        """Tell the engine's figures to Prometheus while it works, and once more when it rests."""
+        is_idle = False
+        while not is_idle:
+            await asyncio.sleep(STATS_EVERY_S)
+            stats = self._engine.stats()
+            is_idle = stats.running == stats.queued == 0
+            for name, gauge in self._gauges.items():
+                gauge.set(getattr(stats, name))

@@ -1,0 +1,125 @@
+"""The other deployments, as the ingress uses them."""
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.serving.adapters import Adapter
+from pipelines.serving.calls import call, stream
+from pipelines.serving.config import ApiKey
+from pipelines.serving.errors import ApiError, Refusal, unavailable
+from pipelines.serving.uploads import Upload
+from pipelines.serving.wire import Decoded, Matched, Piece, Prompt, TextEmbeddings
+
+
+class Models(Protocol):
+    """What the HTTP interface asks for; failures are `ApiError`s."""
+
+    async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
+        """Fetch and decode one file."""
+
+    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
+        """What the language model reads of one image or clip."""
+
+    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
+        """Query embeddings [N, E]."""
+
+    async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
+        """Embeddings of texts."""
+
+    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
+        """How well each text fits."""
+
+    async def answer(self, prompt: Prompt) -> Piece:
+        """A whole answer."""
+
+    def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
+        """An answer as it grows."""
+
+    async def take_quota(self, key: ApiKey) -> int:
+        """Let a request of `key` in; give the lease back at its end."""
+
+    async def give_quota(self, key: ApiKey, lease: int) -> None:
+        """The request has ended."""
+
+
+class RemoteModels:
+    """`Models` by handles.
+
+    Args:
+        media: Of `MediaWorker`.
+        encoder: Of `EncoderWorker`.
+        generator: Of `GeneratorWorker`; None where no adapter answers in text.
+        quotas: Of `Quotas`.
+    """
+
+    def __init__(
+        self,
+        media: DeploymentHandle,
+        encoder: DeploymentHandle,
+        generator: DeploymentHandle | None,
+        quotas: DeploymentHandle,
+    ) -> None:
+        self._media, self._encoder, self._generator, self._quotas = media, encoder, generator, quotas
+        self._stream = None if generator is None else generator.options(method_name="stream", stream=True)
+
+    async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
+        """See `Models`."""
+        return _accepted(await call(lambda: self._media.decode.remote(upload, adapter), "decoding"))
+
+    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
+        """See `Models`."""
+        handle = self._of(adapter).soft_prompts
+        return await call(lambda: handle.remote(adapter, clip, instruction), "encoding")
+
+    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
+        """See `Models`."""
+        handle = self._of(adapter).embed
+        return await call(lambda: handle.remote(adapter, clip), "embedding")
+
+    async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
+        """See `Models`."""
+        handle = self._of(adapter).embed_texts
+        return _accepted(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
+
+    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
+        """See `Models`."""
+        handle = self._of(adapter).match
+        return _accepted(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
+
+    async def answer(self, prompt: Prompt) -> Piece:
+        """See `Models`."""
+        if self._generator is None:
+            raise unavailable()
+        handle = self._generator.answer
+        return _accepted(await call(lambda: handle.remote(prompt), "generation"))
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
+        """See `Models`."""
+        if (handle := self._stream) is None:
+            raise unavailable()
+        async with contextlib.aclosing(stream(lambda: handle.remote(prompt), "generation")) as pieces:
+            async for piece in pieces:
+                yield _accepted(piece)
+
+    async def take_quota(self, key: ApiKey) -> int:
+        """See `Models`."""
+        return _accepted(await call(lambda: self._quotas.take.remote(key), "quotas"))
+
+    async def give_quota(self, key: ApiKey, lease: int) -> None:
+        """See `Models`."""
+        await call(lambda: self._quotas.give_back.remote(key, lease), "quotas")
+
+    def _of(self, adapter: Adapter) -> DeploymentHandle:
+        """The encoder, by way of a replica that holds the adapter."""
+        return self._encoder.options(multiplexed_model_id=adapter.key)
+
+
+def _accepted(answer: Any) -> Any:
+    if isinstance(answer, Refusal):
+        raise ApiError.of(answer)
+    return answer
