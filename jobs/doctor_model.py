@@ -25,7 +25,7 @@ from pipelines.evaluation.model_probe import ModelFigures, probe_captioner, prob
 from pipelines.evaluation.pair_sample import PairSample
 from pipelines.training.precision import DTYPES
 from qformer.audio import load_audio
-from qformer.backbones import load_language, load_vision, tensors_fingerprint, weights_fingerprint
+from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import load_captioner, load_retriever
 from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
@@ -118,7 +118,7 @@ def frozen_now(
             found[name] = str(error)
     if "qformer" in recorded:
         parts = [_below(prefix, weights) for prefix in _QFORMERS]
-        found["qformer"] = [tensors_fingerprint(part) for part in parts if part]
+        found["qformer"] = [weights_fingerprint(part) for part in parts if part]
     return found
 
 
