@@ -113,6 +113,23 @@ def test_a_run_without_ears_reads_the_same_cache(chosen, media):
     assert np.isfinite(backward(deaf.stage, dataclasses.replace(kept, audio=None, audio_valid=None))["lm"])
 
 
+def test_vectors_of_an_encoder_that_nobody_can_load_are_heard_from_a_cache(chosen, media):
+    """ImageBind-shaped: 1024 values a segment, made elsewhere. The frames' encoder is still compared."""
+    live = _run(chosen)
+    batch = _batch(live, media)
+    vectors = np.random.default_rng(0).standard_normal((*batch.audio_valid.shape, 1024)).astype(np.float16)
+    vectors[~batch.audio_valid] = 0
+    kept = dataclasses.replace(_kept(live, chosen, batch), audio=vectors)
+    spec = dataclasses.replace(_spec(chosen), audio_encoder="imagebind_huge", audio_weights="1" * 64, audio_width=1024)
+    with pytest.raises(UserError, match="audio_weights: 111111111111… in the cache"):
+        _run(chosen, spec)
+    run = _run(dataclasses.replace(chosen, audio="features"), spec)
+    assert run.audio_branch.encoder_width == 1024 and run.fingerprints["audio"] == "1" * 64
+    assert np.isfinite(backward(run.stage, kept)["lm"])
+    with pytest.raises(UserError, match="weights: "):
+        _run(dataclasses.replace(chosen, audio="features", vision_pretrained=False), spec)
+
+
 def test_a_cache_of_another_sound_is_refused(chosen):
     spec = _spec(chosen)
     with pytest.raises(UserError, match="audio: 3 segments of 1 s at 16000 Hz in the cache, 4 segments of 1 s"):
