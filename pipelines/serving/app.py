@@ -33,7 +33,7 @@ def build_app(config: ServingConfig) -> serve.Application:
         config.encoder,
         use_gpu=config.use_gpu,
         max_ongoing=2 * config.max_batch_frames,
-        user_config={"preload": [first.to_dict()]},
+        user_config={"preload": first.to_dict()},
     ).bind(dict(first.encoder), config.max_batch_frames, config.use_gpu)
     writers = [adapter for adapter in config.adapters if adapter.generates]
     generator = None
