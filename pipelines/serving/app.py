@@ -51,14 +51,17 @@ def build_app(config: ServingConfig) -> serve.Application:
             max_prompt_tokens=requests.max_prompt_tokens,
             use_gpu=config.use_gpu,
         )
-    quotas = _deployment(QuotaKeeper, "Quotas", Scale(max_replicas=1, num_cpus=0), max_ongoing=1000).bind(
-        2 * requests.timeout_s
-    )
+    quotas = None
+    if config.keys:
+        one = Scale(max_replicas=1, num_cpus=0)
+        quotas = _deployment(QuotaKeeper, "Quotas", one, max_ongoing=1000).bind(2 * requests.timeout_s)
     ingress = _deployment(
         serve.ingress()(Ingress),
         "Ingress",
         config.ingress,
         max_ongoing=requests.max_concurrent + SPARE_REQUESTS,
+        # What waits for the other deployments is bounded by what the ingress lets in.
+        max_queued_requests=4 * requests.max_concurrent,
         user_config=live_config(config.adapters, config.keys),
         # One line for each request is our own, with more in it than Serve's.
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
@@ -81,7 +84,6 @@ def _deployment(
             "downscale_to_zero_delay_s": scale.to_zero_delay_s,
         },
         max_ongoing_requests=max_ongoing,
-        max_queued_requests=4 * max_ongoing,
         # A model that cannot be loaded fails soon, not after Serve's twenty tries.
         max_constructor_retry_count=2,
         **{"logging_config": LoggingConfig(enable_access_log=False), **options},

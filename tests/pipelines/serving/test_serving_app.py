@@ -4,8 +4,10 @@ import base64
 import concurrent.futures
 import contextlib
 import json
+import re
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,6 +25,7 @@ from qformer.bridge import load_captioner, load_retriever
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.media_files import jpeg_bytes, mp4_bytes
+from tests.metrics_endpoint import endpoints
 from tests.tiny_checkpoints import NUM_FRAMES, TEXT, write_stage1, write_stage2
 
 MAX_BODY_BYTES = 300_000
@@ -52,7 +55,7 @@ def url(ray_local, checkpoints):
         checkpoint=str(checkpoints["tiny"]),
         adapters={name: str(checkpoints[name]) for name in ("other", "reader", "search")},
         port=port,
-        requests=RequestLimits(max_body_bytes=MAX_BODY_BYTES),
+        requests=RequestLimits(max_body_bytes=MAX_BODY_BYTES, body_timeout_s=4.0),
         max_loaded_adapters=2,  # of four: they come and go
         generation=GREEDY,
     )
@@ -285,6 +288,43 @@ def test_work_for_a_client_that_left_stops(url):
     begun_s = time.monotonic()
     assert post(url, jpeg_bytes(0), "image/jpeg").status_code == 200
     assert time.monotonic() - begun_s < 10
+
+
+def test_clients_that_send_slowly_hold_up_nobody(url):
+    address = httpx.URL(url)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            silent = stack.enter_context(socket.create_connection((address.host, address.port)))
+            silent.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        slow = stack.enter_context(socket.create_connection((address.host, address.port)))
+        slow.sendall(
+            b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 999\r\n\r\n\xff"
+        )
+        assert post(url, jpeg_bytes(0), "image/jpeg").status_code == 200
+        slow.settimeout(30)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_figures_and_logs_tell_of_requests_and_not_what_was_asked(url, client, ray_local):
+    secret = "circle moving above"
+    ask(client, jpeg_bytes(4), secret, model="other")
+    wanted = ("ray_qformer_serve_requests_total", "ray_qformer_serve_tokens_total", "ray_qformer_serve_encoder_batch")
+    end_s = time.monotonic() + 30
+    while not all(name in (text := endpoints(ray_local)) for name in wanted) and time.monotonic() < end_s:
+        time.sleep(1)
+    assert re.search(r'ray_qformer_serve_requests_total\{.*adapter="other".*status="200".*\} [1-9]', text)
+    assert re.search(r'ray_qformer_serve_tokens_total\{.*adapter="other".*kind="completion".*\} [1-9]', text)
+    logs = Path(ray_local._private.worker._global_node.get_session_dir_path(), "logs")
+    lines = [line for file in logs.glob("serve/replica_*Ingress*") for line in file.read_text().splitlines()]
+    told = [entry for entry in map(json.loads, lines) if entry.get("endpoint") == "/v1/chat/completions"]
+    last = [entry for entry in told if entry["adapter"] == "other/other" or entry["adapter"] == "other"][-1]
+    assert (last["status"], last["num_media"], last["num_frames"]) == (200, 1, 1)
+    assert last["completion_tokens"] > 0 and last["stages_s"].keys() == {"received", "decoded", "encoded"}
+    image = data_url(jpeg_bytes(4))[-60:]
+    for file in logs.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert secret.encode() not in content and image.encode() not in content, file
 
 
 def test_health_readiness_page_and_routing(url):
