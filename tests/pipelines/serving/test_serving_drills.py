@@ -14,7 +14,7 @@ import openai
 import pytest
 from ray import serve
 
-from jobs.serve import APP_NAME, served, serving_config, update
+from jobs.serve import APP_NAME, served, update, what_to_serve
 from jobs.settings import ServeSettings
 from pipelines.serving.config import EncoderScale, GeneratorScale, IngressScale, MediaScale, RequestLimits
 from qformer.config import GenerationSettings
@@ -150,7 +150,7 @@ def test_a_newer_checkpoint_is_taken_without_a_failed_request_or_a_restart(url, 
             language=run / "checkpoints" / "step-00000003-language",
             seed=9,
         )
-        update(serving_config(settings))
+        update(what_to_serve(settings))
         until(lambda: load.models[-1] == "tiny/step-00000004")
         load.more()
         assert {name: replica_pids(name) for name in before} == before
