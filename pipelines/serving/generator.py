@@ -36,6 +36,7 @@ _GAUGES = {
     "kv_tokens_reserved": "Tokens of the key-value memory in use.",
     "tokens_per_s": "Tokens generated a second, of the last seconds.",
     "mean_batch_size": "Answers of one step, of the last seconds.",
+    "cancelled_total": "Answers given up because nobody waits for them any more, since the replica's start.",
 }
 
 

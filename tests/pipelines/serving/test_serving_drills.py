@@ -12,9 +12,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import yaml
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
-from jobs.serve import APP_NAME, served, update, what_to_serve
+from jobs.serve import APP_NAME
+from jobs.serve_config import serve_config
 from jobs.settings import ServeSettings
 from pipelines.serving.config import EncoderScale, GeneratorScale, IngressScale, MediaScale, RequestLimits
 from qformer.config import GenerationSettings
@@ -54,10 +58,19 @@ def settings(run):
     )
 
 
+def deploy(settings):
+    """What `serve deploy` does with the file of `qformer serve --write-config`."""
+    config = yaml.safe_load(yaml.safe_dump(serve_config(settings)))
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+
 @pytest.fixture(scope="module")
 def url(ray_local, settings):
-    with served(settings) as base_url:
-        yield base_url
+    serve.start(http_options=serve_config(settings)["http_options"])
+    deploy(settings)
+    until(lambda: serve.status().applications[APP_NAME].status == "RUNNING")
+    yield f"http://{settings.host}:{settings.port}"
+    serve.shutdown()
 
 
 class Load:
@@ -150,7 +163,7 @@ def test_a_newer_checkpoint_is_taken_without_a_failed_request_or_a_restart(url, 
             language=run / "checkpoints" / "step-00000003-language",
             seed=9,
         )
-        update(what_to_serve(settings))
+        deploy(settings)
         until(lambda: load.models[-1] == "tiny/step-00000004")
         load.more()
         assert {name: replica_pids(name) for name in before} == before
