@@ -29,12 +29,12 @@ from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridge import load_captioner, load_retriever
 from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
-from qformer.model import QFormer
 
 EVALUATION_SPLITS = ("val", "validation", "dev", "test")
 """Looked for in the run's manifest, in this order, where its settings name no validation."""
 
-_QFORMER = "qformer."
+_QFORMERS = ("qformer.", "frames.qformer.")
+"""Where a frozen Q-Former may lie in a bridge."""
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +117,13 @@ def frozen_now(
         except UserError as error:
             found[name] = str(error)
     if "qformer" in recorded:
-        qformer = QFormer(info.qformer)
-        own = {name.removeprefix(_QFORMER): one for name, one in weights.items() if name.startswith(_QFORMER)}
-        qformer.load_state_dict(own)
-        found["qformer"] = [weights_fingerprint(qformer)]
+        parts = [_below(prefix, weights) for prefix in _QFORMERS]
+        found["qformer"] = [weights_fingerprint(part) for part in parts if part]
     return found
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
 
 
 def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:

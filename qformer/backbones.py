@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -21,8 +21,7 @@ from qformer.errors import NotFiniteError, UserError
 from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 
 RANDOM_WEIGHTS_SEED = 0
-FRAMES_PER_PASS = 64
-"""Most frames that an encoder works on at a time, however many clips a batch holds: what bounds its memory."""
+FRAMES_PER_PASS = 64  # that an encoder works on at a time, however many clips a batch holds: this bounds its memory
 
 
 class VisionEncoder(nn.Module):
@@ -72,7 +71,10 @@ class VisionEncoder(nn.Module):
                 f"the encoder takes uint8 [B, F, {expected}], got {pixels_BFCYX.dtype} {tuple(pixels_BFCYX.shape)}; "
                 "decode with this encoder's own preprocessing"
             )
-        parts = [self._tokens(self._scaled(part)) for part in pixels_BFCYX.flatten(0, 1).split(FRAMES_PER_PASS)]
+        dtype, parts = next(self.model.parameters()).dtype, []
+        for part in pixels_BFCYX.flatten(0, 1).split(FRAMES_PER_PASS):
+            scaled = (part.float() / 255.0 - self.mean_1C11) / self.std_1C11
+            parts.append(self._tokens(scaled.to(dtype)))
         return torch.cat(parts).unflatten(0, (-1, pixels_BFCYX.shape[1]))
 
     def features(self, pixels_BFCYX: Tensor) -> Tensor:
@@ -80,10 +82,6 @@ class VisionEncoder(nn.Module):
         tokens_BFPV = cast(Tensor, self(pixels_BFCYX)).float()
         require_finite(tokens_BFPV, torch.ones(len(tokens_BFPV), dtype=torch.bool, device=tokens_BFPV.device))
         return tokens_BFPV
-
-    def _scaled(self, pixels: Tensor) -> Tensor:
-        scaled = (pixels.float() / 255.0 - self.mean_1C11) / self.std_1C11
-        return scaled.to(next(self.model.parameters()).dtype)
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Tokens of the chosen layer, class and register tokens first: [G, P, V]."""
@@ -233,10 +231,10 @@ def require_finite(tokens_BFPV: Tensor, is_valid_B: Tensor, sample_ids: Sequence
         )
 
 
-def weights_fingerprint(module: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 over names and bytes of a model's own weights (not LoRA's), to show that a frozen model did not move."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(own_weights(module).items()):
+    for name, tensor in sorted((own_weights(model) if isinstance(model, nn.Module) else model).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -107,10 +107,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, prefix_BNL: Tensor, batch: LanguageBatch, is_prefix_BN: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocabulary] after the soft prompts; entry t predicts label t.
-
-        `is_prefix_BN` is False at rows that are left out, as if they were not there; None leaves out none.
-        """
+        """Logits [B, T, vocabulary] after the soft prompts, but those False in `is_prefix_BN`; t predicts label t."""
 
     @abstractmethod
     def _generation_inputs(self, prefixes: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -141,8 +138,7 @@ class LanguageModel(nn.Module, ABC):
         is_first_BN = batch.is_input_BS.new_ones(prefix_BNL.shape[:2]) if is_prefix_BN is None else is_prefix_BN
         is_real_BR = torch.cat([is_first_BN, batch.is_input_BS], dim=1).long()
         if is_prefix_BN is not None:
-            # In between they would move the text away from its positions.
-            order_BR = is_real_BR.argsort(dim=1, descending=True, stable=True)
+            order_BR = is_real_BR.argsort(dim=1, descending=True, stable=True)  # in between they would move the text
             embedded_BRL = embedded_BRL.gather(1, order_BR[..., None].expand_as(embedded_BRL))
             is_real_BR = is_real_BR.gather(1, order_BR)
         return {"inputs_embeds": embedded_BRL, "attention_mask": is_real_BR}
@@ -221,10 +217,7 @@ class DecoderLanguageModel(LanguageModel):
         return logits_BRV.gather(1, place_BT[..., None].expand(-1, -1, logits_BRV.shape[-1]))
 
     def _generation_inputs(self, prefixes: Sequence[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Padding goes in front of the soft prompts, so that every row's real tokens are contiguous.
-
-        The next one comes right after them; positions follow from the mask.
-        """
+        """Padding goes in front, so that the next token comes right after real ones; positions follow from the mask."""
         device, rows = prefixes[0].device, []
         for prefix_NL, prompt in zip(prefixes, prompts, strict=True):
             ids = self._text_ids(prompt)[: self.max_prompt_tokens]

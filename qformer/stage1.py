@@ -212,8 +212,7 @@ class Stage1(ClipReader):
 
         An image meets its own text and its negative text over one set of keys and values.
         """
-        seen = encoded.seen
-        size, frames = seen.tokens_BFPV.shape[:2]
+        seen, (size, frames) = encoded.seen, encoded.seen.tokens_BFPV.shape[:2]
 
         def rows(own_BT: Tensor, negative_BT: Tensor) -> Tensor:
             """Own and negative text of every frame in turn, then the own text of every negative frame."""
@@ -269,9 +268,8 @@ class Stage1(ClipReader):
         is_label_BT = batch.is_text_BT[:, 1:].bool() & batch.is_valid_B[:, None]
         decoder_ids_BT = batch.input_ids_BT[:, :-1].clone()
         decoder_ids_BT[:, 0] = self.dec_id
-        cache = [_join_frames(kv, frames) for kv in encoded.cache]
-        num_queries = encoded.hidden_GQD.shape[1]
-        is_query_BN = None if is_frame_BF is None else is_frame_BF.repeat_interleave(num_queries, dim=1)
+        cache, queries = [_join_frames(kv, frames) for kv in encoded.cache], encoded.hidden_GQD.shape[1]
+        is_query_BN = None if is_frame_BF is None else is_frame_BF.repeat_interleave(queries, dim=1)
         logits_MV = self.qformer.decode_text(decoder_ids_BT, is_label_BT, cache, is_query_BN)
         return itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT])
 

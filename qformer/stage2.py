@@ -59,6 +59,8 @@ class Stage2(ClipReader):
         self.audio_config = audio
         is_beside = audio is not None and not audio.is_joint
         self.audio = AudioBranch(config, audio, language_width) if audio and is_beside else None
+        if trains_audio_alone and self.audio is None:
+            raise ValueError("trains_alone=true without a branch beside the frames; set model.audio, not is_joint")
         self.lora = lora
         self.freeze_qformer, self.trains_audio_alone = freeze_qformer, trains_audio_alone
         if (unread := self.qformer.layers[-1].text_ffn) is not None:
@@ -125,11 +127,11 @@ class Stage2(ClipReader):
         batch, num_prompts = prompts_BNL.shape[:2]
         num_audio = 0 if self.audio is None else self.audio.qformer.config.num_queries
         is_read_BN = prompts_BNL.new_ones(batch, num_prompts, dtype=torch.bool)
-        if is_frame_BF is not None and self.video.temporal == "concatenate":
+        if is_frame_BF is not None and self.video.temporal == "concatenate" and not self.trains_audio_alone:
             num_queries = self.qformer.config.num_queries
-            is_read_BN[:, : num_prompts - num_audio] &= is_frame_BF.repeat_interleave(num_queries, dim=1)
+            is_read_BN[:, : num_prompts - num_audio] = is_frame_BF.repeat_interleave(num_queries, dim=1)
         if num_audio:
-            is_read_BN[:, -num_audio:] &= False if sound is None else sound.is_segment_BA.any(dim=1, keepdim=True)
+            is_read_BN[:, -num_audio:] = False if sound is None else sound.is_segment_BA.any(dim=1, keepdim=True)
         return None if is_read_BN.all() else is_read_BN
 
     def query_outputs(self, prompts_BNL: Tensor) -> Tensor:
@@ -166,12 +168,12 @@ class Stage2(ClipReader):
         return self.pooled(hidden_GQD.unflatten(0, (-1, frames)), seen.is_frame_BF)[0]
 
     def _sound(self, sound: Sound | None, image_BFPV: Tensor) -> Sound | None:
-        """Checked; where there is a branch for it but no sound, silence that nothing reads: every weight has a part."""
+        """Checked; where no clip has any, zeros that nothing reads, so that every weight has its part in the result."""
         if self.audio_config is None:
             if sound is not None:
                 raise ValueError("sound for a bridge without audio branch; leave it out, or train one (model.audio)")
             return None
-        if sound is None:
+        if sound is None or (self.audio is None and not sound.is_segment_BA.any()):  # an image has no segment a frame
             return Sound.absent(len(image_BFPV), self.audio_config.encoder_width, image_BFPV.device)
         sound.check(
             len(image_BFPV), image_BFPV.shape[1] if self.audio is None else None, self.audio_config.encoder_width

@@ -13,6 +13,7 @@ from qformer.conversion.checkpoint import BridgeInfo, save_bridge
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer
+from qformer.video.config import VideoConfig
 
 VISION = "test_vit"  # timm's smallest ViT, 160 px, random weights
 NUM_FRAMES = 4
@@ -21,11 +22,11 @@ WORDS = TEXT.split()
 LANGUAGE_WIDTH = 32
 
 
-def write_stage1(folder: Path) -> Path:
+def write_stage1(folder: Path, *, video: VideoConfig | None = None) -> Path:
     """A retriever's checkpoint folder."""
     torch.manual_seed(1)
     tokenizer = text_tokenizer()
-    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size)), tokenizer, None)
+    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size), video=video), tokenizer, None)
 
 
 def text_tokenizer() -> TextTokenizer:
@@ -50,6 +51,7 @@ def write_stage2(
     language: Path | None = None,
     seed: int = 2,
     reads_prompt: bool = False,
+    video: VideoConfig | None = None,
 ) -> Path:
     """A captioner's checkpoint folder, its language model beside it unless there is one."""
     torch.manual_seed(seed)
@@ -62,6 +64,7 @@ def write_stage2(
         _config(tokenizer.vocab_size if tokenizer else 0, has_lm_head=False),
         language_width=LANGUAGE_WIDTH,
         lora=updates,
+        video=video,
     )
     return _write(folder, 2, stage2, tokenizer, str(language), lora)
 
@@ -86,8 +89,10 @@ def _write(folder, stage, trainables, tokenizer, language, lora=None) -> Path:
         # Fresh weights are so small that every picture would look alike to the model.
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     folder.mkdir(parents=True)
-    info = info_of(stage, trainables.qformer.config, language)
-    save_bridge(folder, dataclasses.replace(info, lora=lora), trainables.state_dict(), tokenizer)
+    own = trainables.qformer.config
+    config = _config(own.vocab_size, own.has_lm_head)  # of an image's Q-Former, which need not be the one that is read
+    info = dataclasses.replace(info_of(stage, config, language), lora=lora, video=trainables.video)
+    save_bridge(folder, info, trainables.state_dict(), tokenizer)
     (folder / "complete.json").write_text(json.dumps({"step": 3}))
     return folder
 

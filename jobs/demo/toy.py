@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import jobs
+from jobs.demo.toy_sound import write_audio_encoder, write_clips
 from jobs.demo.world import LICENCE, write_world
 from jobs.settings import TrainSettings
 from jobs.settings_loading import load
@@ -35,7 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_toy(folder: Path) -> None:
-    """Write `corpus/` (pictures, captions, questions), `bridge/` (an untrained stage 1) and `t5/` (random weights)."""
+    """Write `corpus/` (pictures, captions, questions), `bridge/` (an untrained stage 1), `t5/` (random weights).
+
+    And for the recipes with sound `clips/` and `ast/`, see `toy_sound`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus"
     write_world(
@@ -55,6 +59,8 @@ def write_toy(folder: Path) -> None:
     (corpus / "manifest.jsonl").write_text(content, encoding="utf-8")
     _write_bridge(folder / "bridge", [text for row in rows for text in row["captions"]])
     _write_t5(folder / "t5")
+    write_clips(folder / "clips")
+    write_audio_encoder(folder / "ast")
 
 
 def _question(row: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:

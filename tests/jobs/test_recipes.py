@@ -34,6 +34,8 @@ FILES = {
     "minigpt4_second": ["minigpt4", "minigpt4_second"],
     "video_llama_vision": ["video_llama_vision"],
     "video_llama_vision_instruct": ["video_llama_vision", "video_llama_vision_instruct"],
+    "video_llama_audio": ["video_llama_vision", "video_llama_audio"],
+    "video_llama_audio_finetune": ["video_llama_vision", "video_llama_audio", "video_llama_audio_finetune"],
     "video_qformer_stage1": ["video_qformer_stage1"],
     "video_qformer_stage1_second": ["video_qformer_stage1", "video_qformer_stage1_second"],
     "video_qformer_stage2": ["video_qformer_stage2"],
@@ -49,11 +51,14 @@ BEFORE = {
     "minigpt4_second": "minigpt4",
     "video_llama_vision": "blip2_stage2_flant5",
     "video_llama_vision_instruct": "video_llama_vision",
+    "video_llama_audio": "video_llama_vision_instruct",
+    "video_llama_audio_finetune": "video_llama_audio",
     "video_qformer_stage1": "blip2_stage1",
     "video_qformer_stage1_second": "video_qformer_stage1",
     "video_qformer_stage2": "video_qformer_stage1_second",
 }
 """The recipe whose run each starts from."""
+AUDIO = ("video_llama_audio", "video_llama_audio_finetune")
 FROZEN = ("minigpt4", "video_llama")
 """Beginnings of those that keep a Q-Former as it was."""
 T5_RECIPES = ("blip2_stage2_flant5", "instructblip")
@@ -76,6 +81,8 @@ PUBLISHED = {
     ),
     "video_llama_vision": (1e-4, 8e-5, 2500, 0.999, 5 * 2500, 32, "fp16", None, VICUNA, ""),
     "video_llama_vision_instruct": (3e-5, 1e-5, 1000, 0.999, 3 * 1000, 4, "fp16", None, VICUNA, ""),
+    "video_llama_audio": (1e-4, 8e-5, 5000, 0.999, 5 * 5000, 32, "fp16", None, VICUNA, ""),
+    "video_llama_audio_finetune": (3e-5, 1e-5, 400, 0.999, 3 * 1000, 4, "fp16", None, VICUNA, ""),
     "video_qformer_stage1": (1e-4, 1e-5, 2000, 0.98, 58_000, 256, "fp16", None, None, ""),
     "video_qformer_stage1_second": (1e-4, 1e-5, 2000, 0.98, 220_000, 256, "fp16", None, None, ""),
     "video_qformer_stage2": (1e-4, 8e-5, 2000, 0.999, 3 * 100_000 // 64, 64, "fp16", None, VICUNA, ""),
@@ -84,6 +91,8 @@ PUBLISHED = {
 VIDEO = {
     "video_llama_vision": ("cascaded", 8, "head_tail", {"freeze_frames"}),
     "video_llama_vision_instruct": ("cascaded", 8, "head_tail", {"freeze_frames"}),
+    "video_llama_audio": ("cascaded", 8, "head_tail", {"freeze_frames"}),
+    "video_llama_audio_finetune": ("cascaded", 8, "head_tail", {"freeze_frames"}),
     "video_qformer_stage1": ("spatio_temporal", 16, "random_segment", {"freeze_attention"}),
     "video_qformer_stage1_second": ("spatio_temporal", 16, "random_segment", set()),
     "video_qformer_stage2": ("spatio_temporal", 16, "random_segment", set()),
@@ -133,6 +142,10 @@ def test_a_recipe_joins_frames_as_was_published(name):
     frozen = {used} if getattr(video, used) else set()
     assert VIDEO[name] == (model.temporal, chosen.data.num_frames, chosen.data.sampling.strategy, frozen)
     assert (video.max_frames, video.num_queries, video.num_layers) == (32, 32, 2)
+    branch = model.audio_branch
+    assert (model.audio is not None, branch.trains_alone) == (name in AUDIO, name in AUDIO)
+    assert (branch.num_queries, branch.num_layers, branch.max_segments, branch.is_joint) == (8, 2, 8, False)
+    assert (chosen.data.audio.num_segments, chosen.data.audio.segment_s) == (8, 2.0)
     assert (video.num_spatial_queries, video.num_temporal_queries, video.num_summary_queries) == (32, 32, 1)
 
 
@@ -177,6 +190,8 @@ def run(ray_local, toy):
             overrides = [f"output={toy / name}", f"data.manifest={toy}/corpus/manifest.jsonl", f"init_from={before}"]
             if name in T5_RECIPES:
                 overrides.append(f"model.language={toy / 't5'}")
+            if name in AUDIO:
+                overrides += [f"model.audio={toy / 'ast'}", f"data.manifest={toy}/clips/manifest.jsonl"]
             done[name] = train_here([*paths(name), CONFIGS / "toy.yaml"], overrides)
         return done[name]
 
@@ -195,6 +210,9 @@ def trained_names(name):
     projection = linear("language_projection")
     if name.startswith("minigpt4"):
         return projection
+    if name in AUDIO:  # a Q-Former like the cascade's second, with positions of its own
+        branch = (names_of_video(name) | projection | {"positions.table_MD"}) - {"frames.positions.table_MD"}
+        return {f"audio.{own}" for own in branch}
     if name in VIDEO:
         return names_of_video(name) | (heads() if "stage1" in name else projection)
     names = {"qformer.query_tokens", *norm("vision_norm"), *norm("qformer.embedding_norm")}
@@ -251,7 +269,7 @@ def feed_forward(module):
 def test_a_recipe_runs_at_toy_size(run, name):
     chosen, summary = run(name)
     assert summary["trainable_names"] == sorted(trained_names(name))
-    frozen = {"vision"} | ({"language"} if chosen.stage == 2 else set())
+    frozen = {"vision"} | ({"language"} if chosen.stage == 2 else set()) | ({"audio"} if name in AUDIO else set())
     assert summary["frozen_sha256"].keys() == frozen | ({"qformer"} if name.startswith(FROZEN) else set())
     records = read_metrics(chosen.output)
     assert [record["step"] for record in records] == [1, 2, 3, 4]

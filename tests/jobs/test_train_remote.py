@@ -16,6 +16,8 @@ from tests.jobs.train_jobs import Job
 from tests.pipelines.data.object_store import CREDENTIALS, moto_program, s3_server
 
 pytestmark = pytest.mark.slow
+PATIENCE_S = 900
+"""Every write of a run is a request to the server, which is slow."""
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def test_a_run_on_a_store_is_written_and_resumed(bucket, tmp_path):
         tmp_path, output, data=data, model=model, validation=validation, steps=4, batch_size=20, checkpoint_every=2
     )
     with Job(chosen, tmp_path / "first.log") as job:
-        assert job.end() == 0, job.log.read_text()[-3000:]
+        assert job.process.wait(PATIENCE_S) == 0, job.log.read_text()[-3000:]
     with Job(chosen.model_copy(update={"steps": 8}), tmp_path / "second.log", resume=True) as job:
-        assert job.end() == 0, job.log.read_text()[-3000:]
+        assert job.process.wait(PATIENCE_S) == 0, job.log.read_text()[-3000:]
     for name in ("first", "second"):
         assert "ALARM" not in (tmp_path / f"{name}.log").read_text()
     fsspec.filesystem("s3").invalidate_cache()

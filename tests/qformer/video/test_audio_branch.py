@@ -76,12 +76,14 @@ def test_every_weight_has_a_gradient_with_sound_and_without(heard):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_branch_alone_is_trained_and_read():
+@pytest.mark.parametrize("temporal", ["concatenate", "cascaded"])
+def test_the_branch_alone_is_trained_and_read(temporal):
     config = dataclasses.replace(CONFIG, vocab_size=0)
-    model = Stage2(config, language_width=16, video=video("cascaded"), audio=AUDIO, trains_audio_alone=True).train()
-    prompts = model(frames(), sound=sound())
+    model = Stage2(config, language_width=16, video=video(temporal), audio=AUDIO, trains_audio_alone=True).train()
+    is_frame = torch.tensor([[True, False, True, False]] * 3)
+    prompts = model(frames(), is_frame_BF=is_frame, sound=sound())
     assert prompts.shape == (3, 3, 16)
-    assert model.is_prompt(None, sound(), prompts) is None
+    assert model.is_prompt(is_frame, sound(), prompts) is None
     assert model.query_outputs(prompts).shape == (3, 3, 16)
     prompts.sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -96,6 +98,8 @@ def test_joint_sound_is_read_with_the_frames():
     assert (model(image, sound=heard) - model(image)).abs().max() > 0.01
     nothing = heard._replace(is_segment_BA=torch.zeros(3, 4, dtype=torch.bool))
     assert model(image, sound=nothing).equal(model(image))
+    # As many segments as a clip has frames, none of which an image has.
+    assert model(image[:, :1], sound=nothing).equal(model(image[:, :1]))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,13 @@ def test_sound_that_does_not_fit_is_refused(audio, heard, message):
 def test_joint_sound_without_a_place_is_refused(temporal, width):
     with pytest.raises(ValueError, match=f"encoder_width={width} with temporal='{temporal}' and hidden_size=32"):
         stage2(temporal, audio=dataclasses.replace(JOINT, encoder_width=width))
+
+
+@pytest.mark.parametrize("audio", [None, JOINT])
+def test_no_branch_cannot_be_trained_alone(audio):
+    config = dataclasses.replace(CONFIG, vocab_size=0)
+    with pytest.raises(ValueError, match="trains_alone=true without a branch"):
+        Stage2(config, language_width=16, video=video("cascaded"), audio=audio, trains_audio_alone=True)
 
 
 def language_batch():

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from qformer import backbones
+from qformer.layers import QFormerLayers
 from qformer.objectives import Negatives
+from qformer.video import cascaded
 from qformer.video.positions import FramePositions
 from tests.qformer.video.clips import CLOSE, CONFIG, JOINED, WAYS, batch, frames, stage1, stage2
 
@@ -151,3 +154,40 @@ def test_a_mask_of_other_frames_is_refused(mask, message):
 def test_tokens_of_another_encoder_are_refused_by_the_frame_q_former():
     with pytest.raises(ValueError, match=rf"encoder_width={CONFIG.encoder_width}"):
         stage2("cascaded")(torch.zeros(1, 2, 7, CONFIG.hidden_size))
+
+
+def test_the_frozen_encoder_sees_so_many_frames_at_a_time(monkeypatch):
+    encoder, seen = backbones.load_vision("test_vit", pretrained=False), []
+    size = (2, 5, 3, encoder.preprocessing.height, encoder.preprocessing.width)
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    whole = encoder(pixels)
+    monkeypatch.setattr(backbones, "FRAMES_PER_PASS", 4)
+    encoder.model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close(encoder(pixels), whole, **CLOSE)
+    assert seen == [4, 4, 2]
+
+
+@torch.no_grad()
+def test_a_frozen_frame_q_former_reads_so_many_frames_at_a_time(monkeypatch):
+    model, image, read = stage2("cascaded", freeze_frames=True).eval(), frames(2, 5), []
+    whole = model(image)
+    monkeypatch.setattr(cascaded, "FRAMES_PER_PASS", 4)
+    model.frames.qformer.layers.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    torch.testing.assert_close(model(image), whole, **CLOSE)
+    assert read == [CONFIG.num_queries * number for number in (4, 4, 2)]
+
+
+@pytest.mark.parametrize("temporal", JOINED)
+def test_compiled_layers_equal_eager_ones(temporal):
+    """As a run compiles them: all of a bridge's, without graph breaks."""
+    torch._dynamo.reset()
+    eager, compiled, image = stage2(temporal), stage2(temporal), frames()
+    for module in compiled.modules():
+        if isinstance(module, QFormerLayers):
+            module.compile(backend="aot_eager", fullgraph=True)
+    outputs = [model(image, is_frame_BF=IS_FRAME) for model in (eager, compiled)]
+    torch.testing.assert_close(*outputs, **CLOSE)
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, one), two in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
