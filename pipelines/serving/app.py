@@ -84,10 +84,21 @@ def user_configs(adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> dict[st
 
 
 def _deployment(
-    worker: type[Any], name: str, scale: Scale, *, max_ongoing: int, use_gpu: bool = False, **options: Any
+    worker: type[Any],
+    name: str,
+    scale: Scale,
+    *,
+    version: str,
+    max_ongoing: int,
+    use_gpu: bool = False,
+    **options: Any,
 ) -> serve.Deployment:
     return serve.deployment(worker).options(
         name=name,
+        # Serve lets nobody else say that a deployment is the one that runs; `serve.run` would restart all its replicas
+        # for a change of user_config. A Serve config's version is that of its arguments.
+        version=version,
+        _internal=True,
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": int(use_gpu)},
         autoscaling_config={
             "min_replicas": scale.min_replicas,
