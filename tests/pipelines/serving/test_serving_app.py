@@ -29,7 +29,6 @@ from tests.metrics_endpoint import endpoints
 from tests.tiny_checkpoints import NUM_FRAMES, TEXT, write_stage1, write_stage2
 
 MAX_BODY_BYTES = 300_000
-LONG = 100
 GREEDY = GenerationSettings(max_new_tokens=8)
 
 
@@ -284,22 +283,16 @@ def test_oversize_bodies_are_refused(url):
         request_caption(url, bytes(MAX_BODY_BYTES + 1))
 
 
-def test_work_for_a_client_that_left_stops(url, client, ray_local):
-    """The engine counts what it drops; an answer is long by itself where its greedy words come to no end."""
-
-    def length(seed):
-        turn = [user(jpeg_bytes(seed))]
-        answer = client.chat.completions.create(model="tiny", messages=turn, temperature=0, max_tokens=LONG)
-        return answer.usage.completion_tokens
-
-    seed = next(seed for seed in range(50) if length(seed) == LONG)
-    body = {"messages": [user(jpeg_bytes(seed))], "stream": True, "max_tokens": LONG, "temperature": 0}
-    end_s = time.monotonic() + 60
+def test_work_for_a_client_that_left_stops(url, ray_local):
+    """The engine counts what it drops. An answer may end before its client is known to be gone: not all of them do."""
+    body = {"messages": [user(jpeg_bytes(0))], "stream": True, "max_tokens": 100, "temperature": 2.0}
+    end_s, seed = time.monotonic() + 60, 0
     while not re.search(r"ray_qformer_serve_cancelled_total\{.*\} [1-9]", endpoints(ray_local)):
         assert time.monotonic() < end_s
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as reply:
+        seed += 1
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "seed": seed}, timeout=30) as reply:
             next(reply.iter_lines())
-        time.sleep(0.5)
+        time.sleep(0.3)
 
 
 def test_clients_that_send_slowly_hold_up_nobody(url):
