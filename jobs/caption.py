@@ -1,4 +1,4 @@
-"""Caption image and video files with a stage-2 checkpoint, or ask it about them, in this process."""
+"""Caption files with a stage-2 checkpoint, or ask it about them, in this process; a manifest through Ray Data."""
 
 import dataclasses
 import logging
@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from jobs.caption_corpus import caption_corpus
 from jobs.checkpoint import open_checkpoint
 from jobs.cli import run_job
 from jobs.settings import CaptionSettings
@@ -25,12 +26,17 @@ logger = logging.getLogger(__name__)
 def main(settings: CaptionSettings) -> int:
     """Print `path<TAB>caption` for each file; a file that cannot be used is reported on stderr and skipped.
 
+    A manifest's captions go into a folder: see `caption_corpus`.
+
     Returns:
         The exit code: 0, or 1 when a file could not be used.
 
     Raises:
         UserError: If a file does not exist, or the checkpoint cannot be used.
     """
+    if settings.manifest is not None:
+        caption_corpus(settings)
+        return 0
     for path in settings.media:
         if not storage.exists(path):
             raise UserError(f"media: no file at {path}; give the path of an image or a video")

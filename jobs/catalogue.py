@@ -127,8 +127,16 @@ JOBS = {
     "caption": Job(
         module="jobs.caption",
         settings="jobs.settings:CaptionSettings",
-        summary="caption image and video files with a stage-2 checkpoint",
+        summary="caption image and video files, or a whole manifest, with a stage-2 checkpoint",
         example="qformer caption --set checkpoint=runs/stage2 photo.jpg clip.mp4",
+        options=(
+            Option(
+                flag="--manifest",
+                key="manifest",
+                metavar="MANIFEST",
+                help="caption a corpus in place of files, into the folder `output`",
+            ),
+        ),
         takes_media=True,
     ),
     "import": Job(

@@ -86,7 +86,7 @@ def _caption(
 ) -> tuple[list[Failure], dict[str, Any]]:
     from pipelines.evaluation.caption import caption_manifest
 
-    _require_one_instruction(manifest)
+    require_one_instruction(manifest, "data.manifest")
     result = caption_manifest(
         manifest,
         checkpoint=checkpoint,
@@ -101,14 +101,18 @@ def _caption(
     return result.failures, {"texts_truncated": result.num_truncated}
 
 
-def _require_one_instruction(manifest: pa.Table) -> None:
-    """A row gets one answer; which of several questions it should be for, only the user knows."""
+def require_one_instruction(manifest: pa.Table, setting: str) -> None:
+    """A row gets one answer; which of several questions it should be for, only the user knows.
+
+    Raises:
+        UserError: If a row asks several; `setting` holds the manifest.
+    """
     columns = (manifest[name].to_pylist() for name in (schema.SAMPLE_ID, schema.INSTRUCTIONS))
     several = [(name, texts) for name, texts in zip(*columns, strict=True) if len(set(texts)) > 1]
     if several:
         name, texts = several[0]
         raise UserError(
-            f"data.manifest: {len(several)} rows ask more than one question, first {name!r} with {len(texts)}; "
+            f"{setting}: {len(several)} rows ask more than one question, first {name!r} with {len(texts)}; "
             "write a row for each question, with a sample_id of its own"
         )
 

@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from jobs.cluster_session import ray_session
 from jobs.output_folder import require_unused
 from jobs.settings import FeaturesSettings
 from jobs.settings_loading import resolved_yaml
+from jobs.shard_progress import ShardProgress
 from pipelines.data import quarantine, schema, storage
 from pipelines.data.feature_files import QUARANTINE_FILE
 from pipelines.data.feature_forecast import Forecast, forecast, measured_blocks
@@ -29,16 +29,14 @@ from pipelines.data.feature_shards import (
 from pipelines.data.feature_spec import FeatureSpec, read_spec, write_spec
 from pipelines.data.manifest import read_manifest
 from pipelines.data.samples import DecodeSettings, Limits
-from pipelines.data.stage_costs import StageCosts, summed
-from pipelines.data.stage_report import Pool, size, stage_table
+from pipelines.data.stage_costs import summed
+from pipelines.data.stage_report import Pool, size
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.data.encode_shards import EncoderChoice
 
 logger = logging.getLogger(__name__)
-
-_PROGRESS_EVERY_S = 5.0
 
 
 def main(settings: FeaturesSettings) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
     shards = shard_blocks(manifest, decode)
     missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
-    progress = _Progress(len(manifest), sum(map(len, missing)))
+    progress = ShardProgress("encoded", len(manifest), sum(map(len, missing)))
     try:
         if missing:
             open_for_change(output)
@@ -152,7 +150,7 @@ def _encode(
     spec: FeatureSpec,
     decode: DecodeSettings,
     missing: list[pa.Table],
-    progress: "_Progress",
+    progress: ShardProgress,
 ) -> None:
     """Forecast, write the missing shards, and tell where the time went."""
     options: dict[str, Any] = {"choice": choice, "decode": decode, "frames_per_pass": settings.frames_per_pass}
@@ -175,7 +173,9 @@ def _encode(
                 metrics.waited(wait_s, queue_depth=progress.queue_depth)
             if _is_too_many(progress.num_failed, progress.num_rows, settings):
                 break  # the rest would only take time
-    print(progress.table(settings))
+    decoding = Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
+    encoding = Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds={})
+    print(progress.table(decoding, encoding))
 
 
 def _tell(expected: Forecast, output: str) -> None:
@@ -185,64 +185,6 @@ def _tell(expected: Forecast, output: str) -> None:
         free_bytes = shutil.disk_usage(output).free
         if expected.size_bytes > free_bytes:
             logger.warning("%s has only %s free", output, size(free_bytes))
-
-
-class _Progress:
-    """Tells how far the job is and how long the rest will take.
-
-    Args:
-        num_rows: Of the manifest.
-        num_missing: Of them to be encoded.
-    """
-
-    def __init__(self, num_rows: int, num_missing: int) -> None:
-        self.num_rows, self._num_missing = num_rows, num_missing
-        self._done = self.num_failed = 0
-        self._wait_s = self._queued_s = 0.0
-        self.costs = StageCosts()
-        self.begin()
-        if num_missing < num_rows:
-            logger.info("%d of %d rows were there already", num_rows - num_missing, num_rows)
-
-    def begin(self) -> None:
-        """Start the clock."""
-        self._begun_s = self._told_at_s = time.monotonic()
-
-    def add(self, done: pa.Table) -> None:
-        """Count finished shards, as `EncodeShards` describes them."""
-        self._done += pc.sum(done["rows"]).as_py()
-        self.num_failed += pc.sum(done["failed"]).as_py()
-        self._wait_s += pc.sum(done["wait_s"]).as_py()
-        self._queued_s += pc.sum(done["queued_s"]).as_py()
-        self.costs.add(summed(done))
-        now_s = time.monotonic()
-        if self._done == self._num_missing or now_s - self._told_at_s > _PROGRESS_EVERY_S:
-            self._told_at_s = now_s
-            rate = self._done / (now_s - self._begun_s)
-            left_s = (self._num_missing - self._done) / rate
-            there = self.num_rows - self._num_missing + self._done
-            logger.info("encoded %d of %d rows, %.0f rows/s, %.0f s left", there, self.num_rows, rate, left_s)
-
-    @property
-    def queue_depth(self) -> float:
-        """Decoded shards that waited for an encoder, on average over the time: by Little's law."""
-        return self._queued_s / max(time.monotonic() - self._begun_s, 1e-9)
-
-    def stages(self) -> dict[str, float]:
-        """For the summary: seconds of each stage, and of waiting."""
-        seconds = self.costs.seconds()
-        return {**seconds, "wait_s": self._wait_s, "queue_depth": self.queue_depth} if self._done else seconds
-
-    def table(self, settings: FeaturesSettings) -> str:
-        """Where the time went."""
-        seconds = self.costs.seconds()
-        encoding = {stage: seconds.pop(stage) for stage in list(seconds) if stage in ("encode", "write")}
-        pools = [
-            Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds=seconds),
-            Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds=encoding),
-        ]
-        wall_s = time.monotonic() - self._begun_s
-        return stage_table(pools, wall_s=wall_s, rows=self._done, fetched_bytes=self.costs.fetched_bytes)
 
 
 if __name__ == "__main__":

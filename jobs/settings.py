@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs.settings_data import (
+    AudioSettings,
     DataSettings,
     LimitSettings,
     RaySettings,
@@ -92,6 +93,8 @@ class PrepareSettings(Settings):
     output: str
     """Folder for manifest, quarantine.parquet, probe.parquet, duplicates.parquet and summary.json."""
     num_frames: int = Field(default=8, ge=1)
+    audio: AudioSettings | None = None
+    """Try these segments of the videos' sound as well, as training with `model.audio` will; null: pictures alone."""
     limits: LimitSettings = LimitSettings()
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
@@ -106,7 +109,7 @@ class PrepareSettings(Settings):
 
 
 class FeaturesSettings(Settings):
-    """`qformer features`: run the frozen encoder once over a manifest and keep what it sees."""
+    """`qformer features`: run the frozen encoders once over a manifest and keep what they see and hear."""
 
     output: str
     """Folder of the cache (local path or fsspec URI). A second run adds what is missing and leaves the rest."""
@@ -172,17 +175,50 @@ class DoctorSettings(Settings):
     """Folder for doctor.json; null: the run folder."""
 
 
+class EngineSettings(Settings):
+    """How much is generated at a time."""
+
+    max_requests: int = Field(default=32, ge=1)
+    """Texts that are generated together."""
+    kv_tokens: int = Field(default=16_384, ge=1)
+    """Tokens whose keys and values are kept: texts in work times the longest one's length, its prompt included."""
+
+
 class CaptionSettings(Settings):
-    """`qformer caption`: caption files from the command line with a stage-2 checkpoint."""
+    """`qformer caption`: caption files, or every row of a manifest, with a stage-2 checkpoint."""
 
     checkpoint: str
-    media: list[str] = Field(min_length=1)
+    media: list[str] = []
+    """Files to caption; either these or `manifest`."""
+    manifest: str | None = None
+    """A corpus to caption, or to answer the questions of: as `data.manifest` of `qformer evaluate`."""
+    split: str | None = None
+    """Of the manifest; null: all its rows."""
+    output: str | None = None
+    """Folder for a manifest's captions. A second run adds what is missing and leaves the rest."""
     num_frames: int | None = Field(default=None, ge=1)
     """null: as in training."""
     instruction: str = ""
-    """Question or instruction about every file; empty: the prompt of training."""
+    """Question or instruction about every file; empty: that of the manifest's row, else the prompt of training."""
     generation: GenerationSettings = GenerationSettings()
     limits: LimitSettings = LimitSettings()
+    engine: EngineSettings = EngineSettings()
+    """Of each model actor for a manifest."""
+    workers: int = Field(default=1, ge=1)
+    """Model actors for a manifest."""
+    decode_workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
+    max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
+    """The job stops when more than this share of a manifest's rows is quarantined."""
+    ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> "CaptionSettings":
+        if bool(self.media) == (self.manifest is not None):
+            raise ValueError("give either media (files) or manifest (a corpus)")
+        if (self.output is None) != (self.manifest is None):
+            raise ValueError("manifest and output belong together: give both, or neither with media")
+        return self
 
 
 class ImportSettings(Settings):

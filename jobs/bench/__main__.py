@@ -25,6 +25,9 @@ _NO_BENCHES = {
     "data_memory",
     "data_peers",
     "train_torchrun",
+    "serve_load",
+    "serve_models",
+    "serve_peer",
 }
 
 

@@ -11,6 +11,11 @@ _PAUSE_S = 0.2
 
 def tree_bytes(root_pid: int) -> int:
     """Proportional set size of a process and its descendants."""
+    return sum(map(own_bytes, tree_of(root_pid)))
+
+
+def tree_of(root_pid: int) -> set[int]:
+    """A process and its descendants."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -20,7 +25,7 @@ def tree_bytes(root_pid: int) -> int:
     tree = {root_pid}
     while grown := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
         tree |= grown
-    return sum(map(_own_bytes, tree))
+    return tree
 
 
 def resident_bytes(what: str) -> int:
@@ -29,7 +34,8 @@ def resident_bytes(what: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
-def _own_bytes(pid: int) -> int:
+def own_bytes(pid: int) -> int:
+    """Proportional set size of one process; 0 when it is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

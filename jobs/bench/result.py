@@ -34,7 +34,7 @@ class BenchResult:
 def as_table(result: BenchResult) -> str:
     """Aligned columns: the raw seconds, then the ratios, then the rates."""
     rows = [(name, f"{value:.3f} s") for name, value in result.seconds.items()]
-    rows += [(name, f"{value:.2f} x") for name, value in result.ratios.items()]
+    rows += [(name, f"{value:.2f} {'ms' if name.endswith('_ms') else 'x'}") for name, value in result.ratios.items()]
     rows += [(name, f"{value:.1f}") for name, value in result.rates.items()]
     name_width = max((len(name) for name, _ in rows), default=0)
     value_width = max((len(value) for _, value in rows), default=0)

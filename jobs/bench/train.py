@@ -2,8 +2,9 @@
 
 Two CPU ranks of 16 samples a step; 640x480 JPEGs; `vit_tiny_patch16_224` with random weights, frozen; a Q-Former of 4
 layers, 256 wide, with 16 queries. Ours decodes through Ray Data; the peer with Pillow in one DataLoader process a rank.
-Then ours trains on a feature cache: how long it waits for data where decoding does not matter, and how near it comes to
-the samples a second that a step without the encoder allows, which the peer measures with tensors in memory.
+In the same turns ours trains on a feature cache: how long it waits for data where decoding does not matter, and how
+near it comes to the samples a second that a step without the encoder allows, which the peer measures with tensors in
+memory.
 """
 
 import json
@@ -90,41 +91,51 @@ def run() -> BenchResult:
 
 
 def measure(case: Case) -> BenchResult:
-    """Ours and the peer in turns, then ours on a cache."""
+    """Ours, the peer, and ours on a cache, in turns."""
     with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
         root = Path(folder)
         paths = write_jpegs(root / "jpegs", case.jpegs, case.jpeg_size, case.jpeg_bytes)
         captions = [" ".join(WORDS[(7 * row + place) % len(WORDS)] for place in range(10)) for row in range(case.jpegs)]
         manifest = _write_manifest(root, paths, captions)
-        ours, peers, ratios = [], [], []
+        cache = str(root / "features")
+        data = DataSettings(manifest=manifest)
+        features.main(FeaturesSettings(output=cache, vision=case.vision, vision_pretrained=False, data=data))
+        ours, cached, peers = [], [], []
         for turn in range(case.rounds):
             settings = _settings(case, manifest, root / f"run{turn}")
             ours.append(_train(settings, case))
             peers.append(_peer(case, settings, paths, captions, root))
-            ratios.append(ours[-1].samples_per_s * peers[-1]["step_s"] / case.batch_size)
-            print(f"round {turn + 1}: ours {ours[-1].samples_per_s:.1f} samples/s, {ratios[-1]:.2f} x torchrun's")
-        cache = str(root / "features")
-        data = DataSettings(manifest=manifest)
-        features.main(FeaturesSettings(output=cache, vision=case.vision, vision_pretrained=False, data=data))
-        cached = _train(_settings(case, manifest, root / "cached", features=cache), case)
+            cached.append(_train(_settings(case, manifest, root / f"cached{turn}", features=cache), case))
+            print(f"round {turn + 1}: {_told(case, ours[-1], cached[-1], peers[-1])}")
     seconds = {name: statistics.median(peer[name] for peer in peers) for name in peers[0]}
-    pixels_s = statistics.median(case.batch_size / one.samples_per_s for one in ours)
-    cached_s = case.batch_size / cached.samples_per_s
-    print(f"waiting for data: {ours[-1].data_wait_share:.1%} with pixels, {cached.data_wait_share:.1%} with a cache")
+    rounds = list(zip(ours, cached, peers, strict=True))
     return BenchResult(
         bench="train",
         seconds={
-            "step, ours": pixels_s,
+            "step, ours": statistics.median(case.batch_size / one.samples_per_s for one in ours),
             "step, torchrun": seconds["step_s"],
             "encoder alone": seconds["encode_s"],
             "step without encoder": seconds["train_s"],
-            "step, ours, cached": cached_s,
+            "step, ours, cached": statistics.median(case.batch_size / one.samples_per_s for one in cached),
         },
         ratios={
-            "ray_vs_torchrun": statistics.median(ratios),
-            "data_wait_share": max(cached.data_wait_share, MIN_SHARE),
-            "cache_vs_ceiling": seconds["train_s"] / cached_s,
+            "ray_vs_torchrun": statistics.median(_share(case, one, peer["step_s"]) for one, _, peer in rounds),
+            "data_wait_share": max(statistics.median(one.data_wait_share for one in cached), MIN_SHARE),
+            "cache_vs_ceiling": statistics.median(_share(case, one, peer["train_s"]) for _, one, peer in rounds),
         },
+    )
+
+
+def _share(case: Case, run: _Run, step_s: float) -> float:
+    """A run's samples/s over those of steps that take `step_s`."""
+    return run.samples_per_s * step_s / case.batch_size
+
+
+def _told(case: Case, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
+    return (
+        f"ours {ours.samples_per_s:.1f} samples/s, {_share(case, ours, peer['step_s']):.2f} x torchrun's; with a cache "
+        f"{cached.samples_per_s:.1f}, {_share(case, cached, peer['train_s']):.2f} x what a step without the encoder "
+        f"allows; waiting for data {ours.data_wait_share:.1%} and {cached.data_wait_share:.1%}"
     )
 
 

@@ -237,16 +237,42 @@ def encode_features(
     Yields:
         What `EncodeShards` returns about each, as they are done.
     """
-    from pipelines.data.encode_shards import DecodeShards, EncodeShards
+    from pipelines.data.encode_shards import EncodeShards
 
-    arguments = {
-        "choice": choice,
-        "folder": folder,
-        "frames_per_pass": frames_per_pass,
-        "device": "cuda" if use_gpu else "cpu",
-    }
+    arguments = {"choice": choice, "folder": folder, "frames_per_pass": frames_per_pass}
+    pools: dict[str, Any] = {"workers": workers, "decode_workers": decode_workers, "use_gpu": use_gpu}
+    yield from write_shards(shards, EncodeShards, arguments, decode=decode, **pools)
+
+
+def write_shards(
+    shards: list[pa.Table],
+    operator: type,
+    arguments: Mapping[str, Any],
+    *,
+    decode: DecodeSettings,
+    workers: int,
+    decode_workers: int,
+    use_gpu: bool,
+) -> Iterator[pa.Table]:
+    """Decode shards and send each through a model actor that writes it.
+
+    Args:
+        shards: Of `features.shard_blocks`, those that are missing.
+        operator: Callable class from a decoded shard to one row about it, such as `EncodeShards`.
+        arguments: Constructor arguments of `operator`, besides its `device`.
+        decode: How files become pixels.
+        workers: Model actors.
+        decode_workers: Decode actors.
+        use_gpu: One GPU for each model actor.
+
+    Yields:
+        What `operator` returns about each, as they are done.
+    """
+    from pipelines.data.encode_shards import DecodeShards
+
     dataset = _mapped(shards, DecodeShards, (decode,), decode_workers)
-    yield from map_blocks([dataset], EncodeShards, arguments, workers=workers, use_gpu=use_gpu)
+    placed = {**arguments, "device": "cuda" if use_gpu else "cpu"}
+    yield from map_blocks([dataset], operator, placed, workers=workers, use_gpu=use_gpu)
 
 
 def to_batch(block: pa.Table) -> SampleBatch:

@@ -119,6 +119,11 @@ class DecodeShards:
         self._decode.close()
 
 
+def queued_seconds(block: pa.Table) -> float:
+    """How long a block of `DecodeShards` has waited; clocks of two machines may differ."""
+    return max(0.0, time.time() - float(block[_DONE_AT_S][0].as_py()))
+
+
 class EncodeShards:
     """Encodes one decoded block and writes it as one shard.
 
@@ -143,9 +148,7 @@ class EncodeShards:
             an actor (of all blocks together divided by the time they took: the mean length of the queue); and the
             costs of all stages.
         """
-        wait_s = time.perf_counter() - self._idle_since_s
-        # Clocks of two machines may differ.
-        queued_s = max(0.0, time.time() - block[_DONE_AT_S][0].as_py())
+        wait_s, queued_s = time.perf_counter() - self._idle_since_s, queued_seconds(block)
         batch, states = unpack(block), block[STATE].to_pylist()
         require_readable(batch.failures)
         try:

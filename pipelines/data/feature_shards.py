@@ -44,10 +44,10 @@ _SHARD_PIXEL_BYTES = 64 * 1024**2
 _MAX_SHARD_ROWS = 4096
 
 
-def shard_blocks(manifest: pa.Table, decode: DecodeSettings) -> list[pa.Table]:
+def shard_blocks(manifest: pa.Table, decode: DecodeSettings, max_rows: int = _MAX_SHARD_ROWS) -> list[pa.Table]:
     """Cut a manifest into the rows of each shard, in the form that `DecodeRows` takes; equal for equal input."""
     largest = max(map(decode.row_bytes, pc.unique(manifest[schema.KIND]).to_pylist()), default=1)
-    rows_per_shard = int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, _MAX_SHARD_ROWS))
+    rows_per_shard = int(np.clip(_SHARD_PIXEL_BYTES // largest, 1, max_rows))
     return list(evaluation_blocks(TableRows(manifest), rows_per_shard))
 
 
@@ -79,9 +79,16 @@ def finished_shard(folder: str, shard: int, rows: pa.Table) -> bool:
         rows: One of `shard_blocks`.
     """
     path = storage.join(folder, rows_file(shard))
-    if not storage.exists(path):
-        return False
-    found = read_table(path)
+    return storage.exists(path) and is_current(read_table(path), rows)
+
+
+def is_current(found: pa.Table, rows: pa.Table) -> bool:
+    """Whether what was made of some rows is still right: see `finished_shard`.
+
+    Args:
+        found: With the columns of `ROWS_SCHEMA` that tell rows, files and failures.
+        rows: One of `shard_blocks`.
+    """
     states = zip(found[STATE].to_pylist(), file_states(rows[schema.MEDIA].to_pylist()), strict=False)
     return bool(
         found[schema.SAMPLE_ID].to_pylist() == rows[schema.SAMPLE_ID].to_pylist()

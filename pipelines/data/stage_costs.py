@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Stage = Literal["fetch", "decode", "transform", "encode", "write"]
+Stage = Literal["fetch", "decode", "transform", "encode", "generate", "write"]
 
 
 @dataclass(slots=True)
@@ -24,8 +24,10 @@ class StageCosts:
     """Resize, crop, flip."""
     encode_s: float = 0.0
     """The frozen encoder."""
+    generate_s: float = 0.0
+    """The frozen language model's texts."""
     write_s: float = 0.0
-    """Storing features."""
+    """Storing features or texts."""
     fetched_bytes: int = 0
     """Sizes of the files (or stored features) that were read."""
 

@@ -110,7 +110,7 @@ class Api:
     async def _task(
         self, request: Request, context: Context, schema: type[CaptionRequest] | type[VqaRequest], name: str
     ) -> Any:
-        body = await self._body(request, context)
+        body = await self._body(request, context, is_json=schema is VqaRequest)
 
         def read(body: bytes) -> tuple[Sampled, Medium]:
             if schema is CaptionRequest and not _is_json(request):
@@ -234,7 +234,12 @@ class Api:
             "tasks": tasks,
         }
 
-    async def _body(self, request: Request, context: Context) -> bytes:
+    async def _body(self, request: Request, context: Context, *, is_json: bool = True) -> bytes:
+        if is_json and not _is_json(request):
+            # Also what keeps the pages of other sites out: browsers let them send other types without asking.
+            told = request.headers.get("content-type", "")[:80]
+            message = f"Content-Type is {told!r}; send JSON as application/json"
+            raise ApiError(415, "unsupported_media_type", message)
         body = await read_body(request.stream(), request.headers.get("content-length"), self._limits)
         context.record.body_bytes = len(body)
         context.record.reached("received")

@@ -68,6 +68,11 @@ class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
+    @field_validator("include_obfuscation", mode="before")
+    @classmethod
+    def _truth(cls, value: Any) -> Any:
+        return _true_or_false(value)
+
 
 class Sampled(Strict):
     """How the answer's text is generated."""
@@ -114,10 +119,18 @@ class ChatRequest(Sampled):
     safety_identifier: str | None = None
     """Without effect."""
 
-    @field_validator("frequency_penalty", "presence_penalty", mode="before")
+    @field_validator("n", "frequency_penalty", "presence_penalty", mode="before")
     @classmethod
-    def _penalty(cls, value: Any) -> Any:
-        return 0 if value == 0.0 and isinstance(value, float) else value
+    def _number(cls, value: Any) -> Any:
+        """To Python, false equals 0; to JSON, 0.0 does."""
+        if isinstance(value, bool):
+            raise ValueError("give a number")
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("logprobs", "store", mode="before")
+    @classmethod
+    def _truth(cls, value: Any) -> Any:
+        return _true_or_false(value)
 
 
 class EmbeddingRequest(Strict):
@@ -157,6 +170,13 @@ class MatchRequest(TaskMedia):
 
     model: str | None = Field(default=None, min_length=1, max_length=200)
     texts: list[str] = Field(min_length=1)
+
+
+def _true_or_false(value: Any) -> Any:
+    """`value`, unless it is a number that Python holds for one of the two."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("give true or false")
+    return value
 
 
 def validated(model: type[ModelT], value: Any) -> ModelT:

@@ -63,7 +63,9 @@ class Rules:
             UserError: If it has one that the engine does not know.
         """
         config = model.generation_config
-        if odd := [name for name in _UNSUPPORTED if getattr(config, name, None) not in (None, False)]:
+        odd = [name for name in _UNSUPPORTED if getattr(config, name, None) not in (None, False)]
+        odd += ["guidance_scale"] if getattr(config, "guidance_scale", None) not in (None, 1) else []
+        if odd:
             raise UserError(
                 f"the language model's generation_config sets {', '.join(odd)}, which the engine does not know; remove "
                 "it from the model's generation_config.json"

@@ -73,7 +73,7 @@ def test_each_job_has_its_settings_class_and_its_file(name):
             ["serve", "--set", "checkpoint=a", "--set", "prot=3"],
             "error: --set prot=3: unknown key 'prot'; did you mean port?",
         ),
-        (["caption", *CAPTION], "error: settings: 'media' is missing; give a --config file or add --set media=VALUE"),
+        (["caption", *CAPTION], "error: settings: give either media (files) or manifest (a corpus)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, expected, capsys):

@@ -9,24 +9,11 @@ import pytest
 
 from tests.browser import DESKTOP, PHONE, chromium, picture_folder
 from tests.media_files import jpeg_bytes, mp4_bytes
+from tests.pipelines.serving.console_page import ANSWER, FAILURE, NOTE, ask, drop, wait_for, wait_for_text
 from tests.pipelines.serving.console_server import MAX_BODY_BYTES, MODELS, ToyServer, listening
 
 IMAGE = {"name": "it's a photo.jpg", "mimeType": "image/jpeg", "buffer": jpeg_bytes()}
 CLIP = {"name": "clip.mp4", "mimeType": "video/mp4", "buffer": mp4_bytes()}
-ANSWER = ".turn:last-child .answer"
-FAILURE = ".turn:last-child .failure"
-
-# Files as a person drops them, made of the bytes given.
-DROP = """(files) => {
-  const transfer = new DataTransfer();
-  for (const { name, type, content } of files) {
-    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-    transfer.items.add(new File([bytes], name, { type }));
-  }
-  const options = { bubbles: true, cancelable: true, dataTransfer: transfer };
-  document.body.dispatchEvent(new DragEvent("dragover", options));
-  document.body.dispatchEvent(new DragEvent("drop", options));
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +53,6 @@ def open_page(browser, url, toy):
     for context in contexts:
         context.close()
     assert complaints == []
-
-
-def drop(page, *files):
-    described = [
-        {"name": file["name"], "type": file["mimeType"], "content": base64.b64encode(file["buffer"]).decode()}
-        for file in files
-    ]
-    page.evaluate(DROP, described)
-
-
-def ask(page, text):
-    page.locator("#question").fill(text)
-    page.locator("#question").press("Enter")
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def wait_for_text(page, selector, text):
-    page.locator(selector).filter(has_text=text).wait_for()
 
 
 def test_dropped_files_are_shown_and_asked_about_and_the_answer_streams(open_page, toy, tmp_path):
@@ -154,7 +117,7 @@ def test_settings_travel_along(open_page, toy):
     page.keyboard.press("Escape")
     toy.finish = "length"
     ask(page, "Hello")
-    wait_for_text(page, ".turn:last-child .note", "Settings")
+    wait_for_text(page, NOTE, "Settings")
     assert (toy.requests[0]["max_tokens"], toy.requests[0]["temperature"]) == (5, 0)
 
 
@@ -164,7 +127,7 @@ def test_escape_stops_the_answer_and_the_server(open_page, toy):
     ask(page, "Go on")
     wait_for_text(page, ANSWER, "on on")
     page.keyboard.press("Escape")
-    wait_for_text(page, ".turn:last-child .note", "Stopped.")
+    wait_for_text(page, NOTE, "Stopped.")
     wait_for(lambda: toy.num_gone == 1)
     assert page.locator("#send").is_visible()
     shown = page.locator(ANSWER).inner_text()
@@ -194,7 +157,7 @@ def test_without_a_mouse(open_page, toy):
     page.locator("#stop").wait_for()
     assert page.evaluate("document.activeElement.id") == "stop"
     page.keyboard.press("Enter")
-    wait_for_text(page, ".turn:last-child .note", "Stopped.")
+    wait_for_text(page, NOTE, "Stopped.")
     assert page.evaluate("document.activeElement.id") == "question"
     assert toy.requests[0]["messages"][0]["content"][1]["text"] == "First line\nsecond line"
     page.keyboard.press("Home")

@@ -1,0 +1,230 @@
+"""The service under load against a one-at-a-time `transformers` loop behind the same HTTP server, in one run.
+
+224-pixel JPEGs in chat requests to the demo's frozen models with a random bridge, fp32 on the CPU, one torch thread a
+process; one replica of each deployment. Three questions, in rounds that take turns:
+
+- `rps_vs_naive`: requests a second with 16 clients and 16 tokens an answer, ours / the loop's
+  (`serve_peer.NaiveServer`).
+- `added_p50_ms`: what HTTP, Ray Serve and all the hops add to the median time of one such request, with one client,
+  over a call of the same decoder, encoder, bridge and engine in one process.
+- `short_p95_ratio`: the 95th percentile of 8-token answers, with one client, while a streamed 256-token answer is
+  always in flight, / the same without it.
+"""
+
+import base64
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from jobs.bench.data_media import write_jpegs
+from jobs.bench.result import BenchResult
+from jobs.bench.serve_load import Clients, Load, clients
+from jobs.bench.serve_models import write_checkpoint
+from jobs.cluster_session import ray_session, set_ray_environment
+from jobs.serve import served
+from jobs.settings import ServeSettings
+from jobs.settings_data import RaySettings
+from pipelines.serving.config import EncoderScale, GeneratorScale, IngressScale, MediaScale
+
+if TYPE_CHECKING:
+    from jobs.bench.serve_peer import DirectModel
+
+QUESTION = "what is in the picture"
+NAIVE_ROUTE = "/naive"
+NUM_CPUS = 6
+"""That Ray counts: the deployments' shares and the loop's; the machine has fewer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """How much is measured."""
+
+    rounds: int = 3
+    jpegs: int = 64
+    jpeg_bytes: int = 16_000
+    clients: int = 16
+    many: int = 320
+    """Requests of all clients together, in each round."""
+    few: int = 100
+    """Requests of one client, in each round."""
+    warm_up: int = 32
+    tokens: int = 16
+    short_tokens: int = 8
+    long_tokens: int = 256
+    port: int = 8199
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bodies:
+    """Files with requests, and the pictures in them."""
+
+    images: list[bytes]
+    plain: list[str]
+    short: list[str]
+    long: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """One round's figures."""
+
+    ours_rps: float
+    naive_rps: float
+    served_p50_s: float
+    direct_p50_s: float
+    short_p95_s: float
+    short_beside_long_p95_s: float
+
+
+def run() -> BenchResult:
+    """Measure at full size."""
+    return measure(Case())
+
+
+def measure(case: Case) -> BenchResult:
+    """Ours, the loop and the direct call in turns."""
+    set_ray_environment()  # before the first import of ray
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
+        root = Path(folder)
+        checkpoint = write_checkpoint(root / "bench")
+        bodies = _write_bodies(case, root)
+        with _both_served(case, checkpoint) as url, clients() as load:
+            rounds = [_round(case, url, load, checkpoint, bodies) for _ in range(case.rounds)]
+    return _result(rounds)
+
+
+def _result(rounds: list[_Round]) -> BenchResult:
+    def median(name: str) -> float:
+        return statistics.median(getattr(one, name) for one in rounds)
+
+    added_s = statistics.median(one.served_p50_s - one.direct_p50_s for one in rounds)
+    return BenchResult(
+        bench="serve",
+        seconds={
+            "one request, served, p50": median("served_p50_s"),
+            "one request, direct, p50": median("direct_p50_s"),
+            "short answer, p95": median("short_p95_s"),
+            "short answer beside a long one, p95": median("short_beside_long_p95_s"),
+        },
+        ratios={
+            "rps_vs_naive": statistics.median(one.ours_rps / one.naive_rps for one in rounds),
+            "added_p50_ms": 1000 * added_s,
+            "short_p95_ratio": statistics.median(one.short_beside_long_p95_s / one.short_p95_s for one in rounds),
+        },
+        rates={"ours, 16 clients, requests/s": median("ours_rps"), "loop, 16 clients, requests/s": median("naive_rps")},
+    )
+
+
+@contextmanager
+def _both_served(case: Case, checkpoint: Path) -> Iterator[str]:
+    """Ours at `/` and the loop at `NAIVE_ROUTE` of one HTTP proxy; yields its address."""
+    from ray import serve
+
+    from jobs.bench.serve_peer import naive_app
+
+    settings = ServeSettings(
+        checkpoint=str(checkpoint),
+        port=case.port,
+        ingress=IngressScale(max_replicas=1),
+        media=MediaScale(max_replicas=1),
+        encoder=EncoderScale(max_replicas=1),
+        generator=GeneratorScale(max_replicas=1),
+    )
+    with ray_session(RaySettings(num_cpus=NUM_CPUS)), served(settings) as url:
+        serve.run(naive_app(checkpoint), name="naive", route_prefix=NAIVE_ROUTE)
+        yield url
+
+
+def _round(case: Case, url: str, load: Clients, checkpoint: Path, bodies: _Bodies) -> _Round:
+    from jobs.bench.serve_peer import DirectModel
+
+    ours, naive = f"{url}/v1/chat/completions", f"{url}{NAIVE_ROUTE}/v1/chat/completions"
+
+    def many(address: str, num_requests: int) -> float:
+        measured = load.measure(
+            Load(
+                url=address,
+                bodies=bodies.plain,
+                num_tokens=case.tokens,
+                concurrency=case.clients,
+                num_requests=num_requests,
+            )
+        )
+        return num_requests / measured.seconds
+
+    def one(files: list[str], num_tokens: int, companion: str | None = None) -> list[float]:
+        measured = load.measure(
+            Load(
+                url=ours,
+                bodies=files,
+                num_tokens=num_tokens,
+                concurrency=1,
+                num_requests=case.few,
+                companion=companion,
+            )
+        )
+        return list(measured.latencies_s)
+
+    for address in (ours, naive):
+        many(address, case.warm_up)
+    rates = {address: many(address, case.many) for address in (ours, naive)}
+    direct_s = _direct(case, DirectModel(checkpoint), bodies.images)
+    figures = _Round(
+        ours_rps=rates[ours],
+        naive_rps=rates[naive],
+        served_p50_s=statistics.median(one(bodies.plain, case.tokens)),
+        direct_p50_s=statistics.median(direct_s),
+        short_p95_s=_p95(one(bodies.short, case.short_tokens)),
+        short_beside_long_p95_s=_p95(one(bodies.short, case.short_tokens, bodies.long)),
+    )
+    print(f"round: {figures}", flush=True)
+    return figures
+
+
+def _direct(case: Case, model: "DirectModel", images: list[bytes]) -> list[float]:
+    for place in range(case.warm_up // 4):
+        model.answer(images[place % len(images)], QUESTION, case.tokens)
+    seconds = []
+    for place in range(case.few):
+        begun_s = time.perf_counter()
+        model.answer(images[place % len(images)], QUESTION, case.tokens)
+        seconds.append(time.perf_counter() - begun_s)
+    return seconds
+
+
+def _p95(seconds: list[float]) -> float:
+    return statistics.quantiles(seconds, n=20)[-1]
+
+
+def _write_bodies(case: Case, root: Path) -> _Bodies:
+    images = [Path(path).read_bytes() for path in write_jpegs(root / "jpegs", case.jpegs, (224, 224), case.jpeg_bytes)]
+
+    def write(kind: str, num_tokens: int, *, stream: bool = False) -> list[str]:
+        files = []
+        for place, image in enumerate(images):
+            file = root / f"{kind}-{place:04d}.json"
+            file.write_text(json.dumps(_body(image, num_tokens, stream=stream)))
+            files.append(str(file))
+        return files
+
+    return _Bodies(
+        images=images,
+        plain=write("plain", case.tokens),
+        short=write("short", case.short_tokens),
+        long=write("long", case.long_tokens, stream=True)[0],
+    )
+
+
+def _body(image: bytes, num_tokens: int, *, stream: bool) -> dict[str, object]:
+    url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": num_tokens, "stream": stream}

@@ -1,0 +1,63 @@
+"""A checkpoint for the serving benchmark: the demo's frozen models, and a bridge between them with random weights.
+
+The copy of the language model never ends an answer by itself, so that each has exactly the tokens that were asked for.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import jobs.demo
+from jobs.demo.settings import DemoQFormerSettings
+from qformer.backbones import load_language, load_vision
+from qformer.config import QFormerConfig
+from qformer.conversion.checkpoint import BridgeInfo, save_bridge
+from qformer.language import build_language_model
+from qformer.stage2 import Stage2
+
+MODELS = Path(jobs.demo.__file__).parent / "models"
+NUM_FRAMES = 4
+
+
+def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) -> Path:
+    """Write a run folder with one checkpoint of stage 2; returns the checkpoint.
+
+    Args:
+        run: A new folder.
+        language: That of an earlier call; None writes one beside `run`, RUN-language.
+        seed: Of the bridge's weights.
+    """
+    language = language or _write_endless_language(run.with_name(run.name + "-language"))
+    encoder = load_vision(str(MODELS / "vision"), pretrained=True)
+    width = build_language_model(*load_language(str(language))).width
+    config = QFormerConfig(**DemoQFormerSettings().model_dump(), encoder_width=encoder.width, vocab_size=0)
+    torch.manual_seed(seed)
+    bridge = Stage2(config, language_width=width)
+    info = BridgeInfo(
+        stage=2,
+        step=0,
+        vision=str(MODELS / "vision"),
+        vision_pretrained=True,
+        vision_layer=-2,
+        language=str(language),
+        qformer=config,
+        preprocessing=encoder.preprocessing,
+        num_frames=NUM_FRAMES,
+        max_text_tokens=32,
+    )
+    folder = run / "checkpoints" / "step-00000000"
+    folder.mkdir(parents=True)
+    save_bridge(folder, info, bridge.state_dict(), None)
+    (folder / "complete.json").write_text(json.dumps({"step": 0}))
+    return folder
+
+
+def _write_endless_language(folder: Path) -> Path:
+    """The demo's language model, told never to choose its end token: `transformers` and the engine both obey."""
+    shutil.copytree(MODELS / "language", folder)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "suppress_tokens": [settings["eos_token_id"]]}))
+    return folder

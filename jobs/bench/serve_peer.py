@@ -1,0 +1,100 @@
+"""The peers of the serving benchmark: what a short script would put behind HTTP, and no HTTP at all.
+
+`NaiveServer` is the usual loop: `transformers` generates one answer after the other. It stands behind the same proxy of
+Ray Serve and speaks FastAPI as ours does, with encoder, bridge and language model in the process that speaks HTTP: no
+hops, no queue but one lock, files decoded in the same process. `DirectModel` is our own engine called as a library.
+"""
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from ray import serve
+
+from pipelines.data.samples import DecodeSettings, SampleDecoder
+from qformer.bridge import Captioner, load_captioner
+from qformer.config import GenerationSettings
+from qformer.generation.completion import complete
+from qformer.generation.engine import Engine
+from qformer.generation.inputs import segment_inputs
+from qformer.generation.request import EngineRequest, RequestSettings
+
+
+class NaiveServer:
+    """A `transformers` loop behind HTTP, one request at a time.
+
+    Args:
+        checkpoint: Folder of a stage-2 checkpoint.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self._captioner = load_captioner(Path(checkpoint))
+        self._decoder = decoder_of(self._captioner)
+        self._one_at_a_time = asyncio.Lock()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray Serve's hook."""
+        http = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        http.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        return http
+
+    async def chat(self, request: Request) -> dict[str, Any]:
+        """One picture, one question, one answer."""
+        body = await request.json()
+        async with self._one_at_a_time:
+            text = await asyncio.to_thread(self._answer, body)
+        message = {"role": "assistant", "content": text}
+        usage = {"completion_tokens": body["max_tokens"]}
+        return {"choices": [{"index": 0, "message": message, "finish_reason": "length"}], "usage": usage}
+
+    def _answer(self, body: dict[str, Any]) -> str:
+        image, text = body["messages"][0]["content"]
+        data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
+        pixels = torch.from_numpy(self._decoder.decode(kind="image", data=data).pixels)[None]
+        settings = GenerationSettings(max_new_tokens=body["max_tokens"])
+        return self._captioner.answer(pixels, [text["text"]], settings)[0]
+
+
+def naive_app(checkpoint: Path) -> serve.Application:
+    """`NaiveServer` for `serve.run`; waits for as many requests as come."""
+    deployment = serve.deployment(serve.ingress()(NaiveServer)).options(
+        name="Naive", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1}
+    )
+    return deployment.bind(str(checkpoint))
+
+
+class DirectModel:
+    """File to answer in this process: the same decoder, encoder, bridge and engine as the service.
+
+    Args:
+        checkpoint: Folder of a stage-2 checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._captioner = load_captioner(checkpoint)
+        self._decoder = decoder_of(self._captioner)
+        self._engine = Engine(self._captioner.language, kv_tokens=4096, max_requests=1)
+
+    @torch.inference_mode()
+    def answer(self, image: bytes, question: str, num_tokens: int) -> str:
+        """Greedy, of exactly `num_tokens` tokens."""
+        captioner = self._captioner
+        pixels = torch.from_numpy(self._decoder.decode(kind="image", data=image).pixels)[None]
+        prompts_BNL = captioner.stage2(captioner.encoder.features(pixels))
+        request = EngineRequest(
+            inputs_SL=segment_inputs(captioner.language, [prompts_BNL[0], question]),
+            settings=RequestSettings(max_new_tokens=num_tokens),
+            is_streamed=False,
+        )
+        [answer] = complete(self._engine, [request])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer.text
+
+
+def decoder_of(captioner: Captioner) -> SampleDecoder:
+    """Decodes as the captioner was trained, in this process."""
+    return SampleDecoder(DecodeSettings(preprocessing=captioner.preprocessing, num_frames=captioner.num_frames))

@@ -1,0 +1,32 @@
+"""The engine's benchmark at a tiny size: it measures both ways, and notices other tokens."""
+
+import pytest
+import torch
+
+from jobs.bench import engine as bench
+from jobs.bench.engine import Case, measure
+
+TINY = Case(
+    hidden_size=16, num_layers=1, num_heads=2, vocab_size=50, concurrency=(1, 3), requests_per_place=1, rounds=1
+)
+
+
+def test_both_ways_are_measured():
+    result = measure(TINY)
+    assert set(result.ratios) == {"speedup 1", "first token 1", "speedup 3", "first token 3"}
+    assert set(result.rates) == {f"{name} {n} tokens/s" for name in ("engine", "transformers") for n in (1, 3)}
+    for name in ("engine", "transformers"):
+        assert result.seconds[f"{name} 3 first token"] < result.seconds[f"{name} 3 at a time"]
+
+
+def test_other_tokens_are_noticed(monkeypatch):
+    real = bench._generate
+    monkeypatch.setattr(bench, "_generate", lambda *args: (real(*args) + 1) % 50)
+    with pytest.raises(ValueError, match="the engine gives"):
+        measure(TINY)
+
+
+def test_the_same_requests_every_time():
+    first, again = bench.make_requests(TINY, 3), bench.make_requests(TINY, 3)
+    assert [r.settings for r in first] == [r.settings for r in again]
+    assert all(torch.equal(a.inputs_SL, b.inputs_SL) for a, b in zip(first, again, strict=True))
