@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROBED_RATE_HZ = 16_000
+"""Whether sound can be decoded does not depend on it."""
+
 SUMMARY_FILE = "summary.json"
 SETTINGS_FILE = "settings.yaml"
 _SAMPLED_FROM_ROWS = 10_000
@@ -154,6 +157,7 @@ def _probe(
     for block, checked in probe(
         rows,
         num_frames=settings.num_frames,
+        audio=settings.audio.build(_PROBED_RATE_HZ) if settings.audio else None,
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
     ):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
+from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.checked import Checked
 from pipelines.data.decode_rows import CheckRows, told
 from pipelines.data.media import MediaError
@@ -31,7 +32,12 @@ _PREPROCESSING = Preprocessing(
 
 
 def probe(
-    blocks: Iterable[pa.Table], *, num_frames: int, limits: Limits, decode_workers: int
+    blocks: Iterable[pa.Table],
+    *,
+    num_frames: int,
+    limits: Limits,
+    decode_workers: int,
+    audio: AudioSampling | None = None,
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Decode every row once to learn which can be used, and what the files are.
 
@@ -43,11 +49,12 @@ def probe(
         num_frames: Frames sampled of each video.
         limits: What one file may cost.
         decode_workers: Actors that decode.
+        audio: Segments of its sound; None: none.
 
     Yields:
         Rows, in order, and what `CheckRows` tells of them.
     """
-    settings = DecodeSettings(preprocessing=_PREPROCESSING, num_frames=num_frames, limits=limits)
+    settings = DecodeSettings(preprocessing=_PREPROCESSING, num_frames=num_frames, limits=limits, audio=audio)
     checkers = [_Checker(settings) for _ in range(decode_workers)]
     waiting: collections.deque[tuple[pa.Table, _Checker, Any]] = collections.deque()
     try:

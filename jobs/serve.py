@@ -8,22 +8,18 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from jobs.checkpoint import checkpoint_name, open_checkpoint
 from jobs.cli import find_user_error, run_job
 from jobs.cluster_session import ray_session, require_resources
 from jobs.settings import ServeSettings
 from pipelines.data import storage
-from pipelines.data.samples import Limits
-from pipelines.serving.adapters import Adapter, require_shared_backbones
+from pipelines.serving.adapters import Adapter, Backbones, require_shared_backbones
 from pipelines.serving.config import ApiKey, ServingConfig
 from pipelines.serving.keys import read_keys
 from qformer.errors import UserError
-
-if TYPE_CHECKING:
-    from ray import serve
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +36,16 @@ def main(settings: ServeSettings) -> None:
         UserError: If the port is taken, a checkpoint cannot be used, or the endpoint would be open to the network.
     """
     require_guarded(settings)
-    config = serving_config(settings)
+    what = what_to_serve(settings)
     require_free_port(settings.host, settings.port)
     with ray_session(settings.ray):
         _require_replicas(settings)
         # After Ray's start, which sets handlers of its own: on SIGTERM they abort, and Serve would be left half down.
         _exit_on_signals()
-        with _served(settings, config) as url:
-            names = ", ".join(adapter.name for adapter in config.adapters)
+        with _served(settings, what) as url:
+            names = ", ".join(adapter.name for adapter in what.adapters)
             print(f"serving {names} at {url}/v1, and a page to try them at {url}/; stop with Ctrl-C", flush=True)
-            if config.adapters[0].generates:
+            if what.adapters[0].generates:
                 print(f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/v1/caption", flush=True)
             _renew_on_hangup(settings)
 
@@ -64,56 +60,33 @@ def served(settings: ServeSettings) -> Iterator[str]:
     Raises:
         UserError: If the port is taken or a checkpoint cannot be used.
     """
-    config = serving_config(settings)
+    what = what_to_serve(settings)
     require_free_port(settings.host, settings.port)
-    with _served(settings, config) as url:
+    with _served(settings, what) as url:
         yield url
 
 
-def application(settings: ServeSettings) -> "serve.Application":
-    """What `serve deploy` builds on a cluster, from the `args` of a config that `qformer serve --write-config` wrote.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a service is made of, and what it serves."""
 
-    Raises:
-        UserError: If a checkpoint cannot be used.
-    """
-    from pipelines.serving.app import build_app
-
-    return build_app(serving_config(settings))
+    config: ServingConfig
+    adapters: Sequence[Adapter]
+    keys: Sequence[ApiKey]
 
 
-def serving_config(settings: ServeSettings) -> ServingConfig:
+def what_to_serve(settings: ServeSettings) -> Served:
     """Translate settings, and learn from the checkpoints what they are.
 
     Raises:
         UserError: If a checkpoint or the key file cannot be used, adapters do not share their backbones, or
             `generation` searches with beams.
     """
-    if settings.generation.num_beams > 1:
-        raise UserError(
-            f"generation.num_beams={settings.generation.num_beams}: answers that share a batch are not searched for "
-            "with beams; leave it at 1, or use `qformer evaluate`"
-        )
     adapters = [_adapter(settings.checkpoint, settings.name)]
     adapters += [_adapter(checkpoint, name) for name, checkpoint in settings.adapters.items()]
     require_shared_backbones(adapters)
-    return ServingConfig(
-        adapters=tuple(adapters),
-        keys=_keys(settings.api_keys),
-        requests=settings.requests,
-        media_limits=Limits(**settings.limits.model_dump()),
-        fetch=settings.fetch,
-        generation=settings.generation,
-        ingress=settings.ingress,
-        media=settings.media,
-        encoder=settings.encoder,
-        generator=settings.generator,
-        decode_children=settings.decode_children,
-        max_batch_frames=settings.max_batch_frames,
-        max_loaded_adapters=settings.max_loaded_adapters,
-        max_sequences=settings.max_sequences,
-        kv_tokens=settings.kv_tokens,
-        use_gpu=settings.use_gpu,
-    )
+    keys = _keys(settings.api_keys)
+    return Served(settings.config(Backbones.of(adapters), counts_quotas=bool(keys)), adapters, keys)
 
 
 def require_guarded(settings: ServeSettings) -> None:
@@ -206,16 +179,16 @@ def _renew_on_hangup(settings: ServeSettings) -> None:
         is_asked.wait()
         is_asked.clear()
         try:
-            config = serving_config(settings)
-            update(config)
+            what = what_to_serve(settings)
+            update(what)
         except UserError as error:
             logger.error("still serving what was: %s", error)
         else:
-            logger.info("now serving %s", ", ".join(adapter.version for adapter in config.adapters))
+            logger.info("now serving %s", ", ".join(adapter.version for adapter in what.adapters))
 
 
-def update(config: ServingConfig) -> None:
-    """Put other adapters or keys into a running service; requests in work and new ones go on meanwhile.
+def update(what: Served) -> None:
+    """Put an application into Serve. Into a running one come other adapters and keys, while requests go on.
 
     Raises:
         UserError: If a replica cannot use them.
@@ -225,13 +198,13 @@ def update(config: ServingConfig) -> None:
     from pipelines.serving.app import build_app
 
     try:
-        serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+        serve.run(build_app(what.config, what.adapters, what.keys), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         raise _why_not_deployed() or error from error
 
 
 @contextlib.contextmanager
-def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
+def _served(settings: ServeSettings, what: Served) -> Iterator[str]:
     from ray import serve
 
     # Serve's own progress lines tell a user nothing that this job does not say itself.
@@ -247,7 +220,7 @@ def _served(settings: ServeSettings, config: ServingConfig) -> Iterator[str]:
         }
     )
     try:
-        update(config)
+        update(what)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         yield f"http://{host}:{settings.port}"
     finally:

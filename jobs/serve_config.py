@@ -1,26 +1,44 @@
-"""Write a config for `serve deploy`."""
+"""Write a config for `serve deploy`, and build what it names."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from jobs.serve import APP_NAME, PROXY_GRACE_S, application, require_guarded, serving_config
-from jobs.settings import ServeSettings
+from jobs.serve import APP_NAME, PROXY_GRACE_S, require_guarded, what_to_serve
+from jobs.settings_serve import ServeSettings, ServiceSettings
+from pipelines.serving.adapters import Backbones
+
+if TYPE_CHECKING:
+    from ray import serve
+
+_HEAD = """\
+# For a running Ray cluster whose nodes have this package and reach the checkpoints:
+#     serve deploy {name}
+# Newer checkpoints, other adapters, other keys: write this file anew and deploy it again. As long as `args` stays what
+# it was, running replicas take them without a restart. Host, port and timeout hold from the first deployment on.
+"""
 
 
 class ServeConfigSettings(ServeSettings):
     """`qformer serve --write-config FILE`: the settings of `qformer serve`, and where they go."""
 
     file: str
-    """New YAML file."""
+    """YAML file; one that is there is replaced."""
 
 
-_HEAD = """\
-# For a running Ray cluster whose nodes have this package and reach the checkpoints:
-#     serve deploy {name}
-# After a change (another checkpoint, another adapter) deploy it again: running replicas take new adapters and keys
-# without a restart. Host, port and timeout hold from the first deployment on.
-"""
+class ApplicationSettings(ServiceSettings):
+    """The `args` of the config: all that a new replica is made of."""
+
+    backbones: Backbones
+    counts_quotas: bool = False
+
+
+def application(settings: ApplicationSettings) -> "serve.Application":
+    """Build the application on a cluster; Serve tells its deployments the adapters and keys of the config."""
+    from pipelines.serving.app import build_app
+
+    return build_app(settings.config(settings.backbones, counts_quotas=settings.counts_quotas))
 
 
 def main(settings: ServeConfigSettings) -> None:
@@ -30,9 +48,30 @@ def main(settings: ServeConfigSettings) -> None:
         UserError: As `qformer serve`.
     """
     require_guarded(settings)
-    serving_config(settings)
-    arguments = settings.model_dump(mode="json", exclude={"file", "host", "port", "ray"}, exclude_defaults=True)
-    config = {
+    file = Path(settings.file)
+    file.write_text(
+        _HEAD.format(name=file.name) + yaml.safe_dump(serve_config(settings), sort_keys=False, allow_unicode=True)
+    )
+    print(f"wrote {file}; deploy it with: serve deploy {file}")
+
+
+def serve_config(settings: ServeSettings) -> dict[str, Any]:
+    """A config as `serve deploy` takes it.
+
+    Raises:
+        UserError: If a checkpoint or the key file cannot be used.
+    """
+    from pipelines.serving.app import user_configs
+
+    what = what_to_serve(settings)
+    own = set(ServiceSettings.model_fields)
+    arguments = ApplicationSettings(
+        **{name: getattr(settings, name) for name in own},
+        backbones=what.config.backbones,
+        counts_quotas=what.config.counts_quotas,
+    )
+    live = user_configs(what.adapters, what.keys)
+    return {
         "proxy_location": "EveryNode",
         "http_options": {
             "host": settings.host,
@@ -44,10 +83,8 @@ def main(settings: ServeConfigSettings) -> None:
                 "name": APP_NAME,
                 "route_prefix": "/",
                 "import_path": f"{application.__module__}:{application.__name__}",
-                "args": arguments,
+                "args": arguments.model_dump(mode="json", exclude_defaults=True),
+                "deployments": [{"name": name, "user_config": values} for name, values in live.items()],
             }
         ],
     }
-    file = Path(settings.file)
-    file.write_text(_HEAD.format(name=file.name) + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    print(f"wrote {file}; deploy it with: serve deploy {file}")

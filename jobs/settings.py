@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jobs.settings_data import (
+    AudioSettings,
     DataSettings,
     LimitSettings,
     RaySettings,
@@ -92,6 +93,8 @@ class PrepareSettings(Settings):
     output: str
     """Folder for manifest, quarantine.parquet, probe.parquet, duplicates.parquet and summary.json."""
     num_frames: int = Field(default=8, ge=1)
+    audio: AudioSettings | None = None
+    """Try these segments of the videos' sound as well, as training with `model.audio` will; null: pictures alone."""
     limits: LimitSettings = LimitSettings()
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
@@ -106,7 +109,7 @@ class PrepareSettings(Settings):
 
 
 class FeaturesSettings(Settings):
-    """`qformer features`: run the frozen encoder once over a manifest and keep what it sees."""
+    """`qformer features`: run the frozen encoders once over a manifest and keep what they see and hear."""
 
     output: str
     """Folder of the cache (local path or fsspec URI). A second run adds what is missing and leaves the rest."""

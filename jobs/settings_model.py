@@ -81,7 +81,8 @@ class ModelSettings(Settings):
     vision_image_size: int | None = Field(default=None, ge=1)
     """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
     audio: str | None = None
-    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); null: no sound."""
+    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); "features" for the
+    vectors that `data.features` keeps, whatever made them; null: no sound."""
     audio_pretrained: bool = True
     audio_branch: AudioBranchSettings = AudioBranchSettings()
     language: str | None = None

@@ -3,6 +3,8 @@
 from pydantic import Field
 
 from jobs.settings_data import RaySettings, ServingLimitSettings, Settings
+from pipelines.data.samples import Limits
+from pipelines.serving.adapters import Backbones
 from pipelines.serving.config import (
     EncoderScale,
     FetchPolicy,
@@ -10,27 +12,15 @@ from pipelines.serving.config import (
     IngressScale,
     MediaScale,
     RequestLimits,
+    ServingConfig,
 )
 from qformer.config import GenerationSettings
+from qformer.errors import UserError
 
 
-class ServeSettings(Settings):
-    """`qformer serve`: chats, embeddings, captions, answers and matches over HTTP."""
+class ServiceSettings(Settings):
+    """What replicas are made of, whatever they serve."""
 
-    checkpoint: str
-    """Run folder (its newest checkpoint) or one checkpoint folder, of either stage; what a request gets that names no
-    model."""
-    name: str | None = None
-    """How requests name it; null: the run folder's name."""
-    adapters: dict[str, str] = {}
-    """Further checkpoints over the same frozen encoder and language model, by the names that requests choose."""
-    host: str = "127.0.0.1"
-    """Loopback unless you mean to open the endpoint to the network, which wants `api_keys`."""
-    port: int = Field(default=8000, ge=1, le=65535)
-    api_keys: str | None = None
-    """File (path or fsspec URI) of those who may ask, as `qformer serve --make-key NAME` writes it; null: everybody."""
-    allow_open: bool = False
-    """Listen beyond loopback without API keys."""
     requests: RequestLimits = RequestLimits()
     limits: ServingLimitSettings = ServingLimitSettings()
     fetch: FetchPolicy = FetchPolicy()
@@ -53,4 +43,38 @@ class ServeSettings(Settings):
     """Tokens of prompts and answers whose keys and values a generator replica keeps at a time."""
     use_gpu: bool = False
     """One GPU for each replica of encoder and generator."""
+
+    def config(self, backbones: Backbones, *, counts_quotas: bool) -> ServingConfig:
+        """What the serving plane takes.
+
+        Raises:
+            UserError: If `generation` searches with beams.
+        """
+        if (num_beams := self.generation.num_beams) > 1:
+            raise UserError(
+                f"generation.num_beams={num_beams}: answers that share a batch are not searched for with beams; leave "
+                "it at 1, or use `qformer evaluate`"
+            )
+        own = {name: getattr(self, name) for name in ServiceSettings.model_fields if name != "limits"}
+        limits = Limits(**self.limits.model_dump())
+        return ServingConfig(backbones=backbones, counts_quotas=counts_quotas, media_limits=limits, **own)
+
+
+class ServeSettings(ServiceSettings):
+    """`qformer serve`: chats, embeddings, captions, answers and matches over HTTP."""
+
+    checkpoint: str
+    """Run folder (its newest checkpoint) or one checkpoint folder, of either stage; what a request gets that names no
+    model."""
+    name: str | None = None
+    """How requests name it; null: the run folder's name."""
+    adapters: dict[str, str] = {}
+    """Further checkpoints over the same frozen encoder and language model, by the names that requests choose."""
+    host: str = "127.0.0.1"
+    """Loopback unless you mean to open the endpoint to the network, which wants `api_keys`."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    api_keys: str | None = None
+    """File (path or fsspec URI) of those who may ask, as `qformer serve --make-key NAME` writes it; null: everybody."""
+    allow_open: bool = False
+    """Listen beyond loopback without API keys."""
     ray: RaySettings = RaySettings()

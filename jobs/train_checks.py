@@ -9,6 +9,7 @@ from pipelines.data import checkpoint_folders, members, schema, storage
 from pipelines.data.media import MediaError
 from pipelines.data.mixture import Corpus
 from pipelines.data.retries import with_retries
+from pipelines.training.model_choice import KEPT_AUDIO
 from qformer.errors import UserError
 
 
@@ -33,6 +34,10 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
+    if settings.model.audio == KEPT_AUDIO and settings.data.features is None:
+        raise UserError(
+            f"model.audio={KEPT_AUDIO} hears what a feature cache keeps; set data.features, or name an encoder"
+        )
     _check_video(settings)
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)

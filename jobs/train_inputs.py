@@ -5,6 +5,7 @@ from pipelines.data import storage
 from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
+from pipelines.training.model_choice import KEPT_AUDIO
 from qformer.preprocessing import Preprocessing
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -23,6 +24,8 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     }
     if model.tokenizer == LEARN_TOKENIZER:
         folders["tokenizer"] = LEARN_TOKENIZER
+    if model.audio == KEPT_AUDIO:
+        folders["audio"] = KEPT_AUDIO
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
     return settings.model_copy(
         update={

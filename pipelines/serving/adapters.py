@@ -105,6 +105,28 @@ class Adapter:
         return cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backbones:
+    """The frozen models that adapters share; they stay when a newer checkpoint takes another's place."""
+
+    encoder: dict[str, Any]
+    """`Adapter.encoder`."""
+    language: dict[str, Any] | None
+    """`Adapter.language`; None where no adapter answers in text."""
+    updated_by: str | None = None
+    """Checkpoint whose updates (LoRA) the language model carries."""
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter]) -> "Backbones":
+        """Those of adapters that share them (`require_shared_backbones`)."""
+        writers = [adapter for adapter in adapters if adapter.generates]
+        return cls(
+            encoder=dict(adapters[0].encoder),
+            language=dict(writers[0].language) if writers else None,
+            updated_by=writers[0].folder if writers and writers[0].has_lora else None,
+        )
+
+
 class AdapterTable:
     """All adapters of a service, the default first.
 

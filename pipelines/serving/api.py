@@ -54,7 +54,7 @@ class Api:
     def __init__(self, config: ServingConfig, models: Models) -> None:
         self._config, self._models, self._limits = config, models, config.requests
         self.gate = Gate(config.requests, models, Reporter())
-        self._adapters = AdapterTable(config.adapters) if config.adapters else None
+        self._adapters: AdapterTable | None = None
         self._canary = Canary(models)
         self._started_s = int(time.time())
 

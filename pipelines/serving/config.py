@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipelines.data.samples import Limits
-from pipelines.serving.adapters import Adapter
+from pipelines.serving.adapters import Backbones
 from qformer.config import GenerationSettings
 
 
@@ -140,12 +140,11 @@ class ApiKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingConfig:
-    """Adapters over one encoder and one language model, behind HTTP."""
+    """One encoder and one language model behind HTTP; adapters and keys come by themselves (`live_config`)."""
 
-    adapters: tuple[Adapter, ...]
-    """The default first; all fit the same backbones (`require_shared_backbones`)."""
-    keys: tuple[ApiKey, ...] = ()
-    """Who may ask; none: everybody."""
+    backbones: Backbones
+    counts_quotas: bool = False
+    """Whether there are API keys, whose requests are to be counted."""
     requests: RequestLimits = field(default_factory=RequestLimits)
     media_limits: Limits = field(default_factory=Limits)
     fetch: FetchPolicy = field(default_factory=FetchPolicy)

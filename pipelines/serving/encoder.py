@@ -72,6 +72,9 @@ class EncoderWorker:
         self._device = "cuda" if use_gpu else "cpu"
         self._encoder = load_backbone(backbone, self._device)
         self._folders: dict[str, str] = {}
+        self._is_ready = False
+        self._loading: asyncio.Task[Any] | None = None
+        """Held, or it might be forgotten before it is done."""
         self._frames = Histogram(
             "qformer_serve_encoder_batch_frames",
             "Images and frames of one pass of the encoder.",
@@ -81,9 +84,18 @@ class EncoderWorker:
         self._batcher: Batcher[Work, Any] = Batcher(self._run, max_batch_frames, self._observe)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load the default adapter before its first request; also when it changes in a running replica."""
-        for values in user_config["preload"]:
-            await self._loaded(Adapter.from_dict(values))
+        """Load the default adapter before its first request.
+
+        A new replica is ready when it is there, and fails when it cannot be loaded. A running one gets no requests
+        until this returns, so it loads a newer adapter meanwhile.
+        """
+        loading = asyncio.create_task(self._loaded(Adapter.from_dict(user_config["preload"])))
+        if not self._is_ready:
+            await loading
+            self._is_ready = True
+        else:
+            loading.add_done_callback(_tell_failure)
+            self._loading = loading
 
     async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
         """What the language model is to read of one image or clip: [N, L]."""
@@ -159,6 +171,11 @@ def encoder_class(max_loaded_adapters: int) -> type[EncoderWorker]:
             return await self.load(key)
 
     return Encoder
+
+
+def _tell_failure(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("an adapter could not be loaded: %r", error)
 
 
 def _grouped(works: Sequence[Work], key: Callable[[Work], object]) -> list[list[int]]:

@@ -11,7 +11,6 @@ import torch
 from ray.util.metrics import Gauge
 
 from pipelines.data.local_copies import local_folder
-from pipelines.serving.adapters import Adapter
 from pipelines.serving.errors import RETRY_AFTER_S, Refusal
 from pipelines.serving.wire import Piece, Prompt
 from qformer.backbones import load_language
@@ -37,6 +36,7 @@ _GAUGES = {
     "kv_tokens_reserved": "Tokens of the key-value memory in use.",
     "tokens_per_s": "Tokens generated a second, of the last seconds.",
     "mean_batch_size": "Answers of one step, of the last seconds.",
+    "cancelled_total": "Answers given up because nobody waits for them any more, since the replica's start.",
 }
 
 
@@ -49,11 +49,6 @@ class LanguageSource:
     answer_end_id: int | None
     updated_by: str | None
     """Checkpoint whose updates (LoRA) it carries; with one adapter only."""
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> "LanguageSource":
-        """That of a stage-2 adapter."""
-        return cls(**adapter.language, updated_by=adapter.folder if adapter.has_lora else None)
 
     def load(self, device: str) -> LanguageModel:
         """Load it.

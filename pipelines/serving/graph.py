@@ -54,7 +54,7 @@ class RemoteModels:
         media: Of `MediaWorker`.
         encoder: Of `EncoderWorker`.
         generator: Of `GeneratorWorker`; None where no adapter answers in text.
-        quotas: Of `Quotas`.
+        quotas: Of `QuotaKeeper`; None where there are no keys.
     """
 
     def __init__(
@@ -62,9 +62,10 @@ class RemoteModels:
         media: DeploymentHandle,
         encoder: DeploymentHandle,
         generator: DeploymentHandle | None,
-        quotas: DeploymentHandle,
+        quotas: DeploymentHandle | None,
     ) -> None:
         self._media, self._encoder, self._generator, self._quotas = media, encoder, generator, quotas
+        self._handles: dict[tuple[str, str], DeploymentHandle] = {}
         self._stream = None if generator is None else generator.options(method_name="stream", stream=True)
 
     async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
@@ -73,22 +74,22 @@ class RemoteModels:
 
     async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
         """See `Models`."""
-        handle = self._of(adapter).soft_prompts
+        handle = self._of(adapter, "soft_prompts")
         return await call(lambda: handle.remote(adapter, clip, instruction), "encoding")
 
     async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
         """See `Models`."""
-        handle = self._of(adapter).embed
+        handle = self._of(adapter, "embed")
         return await call(lambda: handle.remote(adapter, clip), "embedding")
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
         """See `Models`."""
-        handle = self._of(adapter).embed_texts
+        handle = self._of(adapter, "embed_texts")
         return _accepted(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
 
     async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
         """See `Models`."""
-        handle = self._of(adapter).match
+        handle = self._of(adapter, "match")
         return _accepted(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
 
     async def answer(self, prompt: Prompt) -> Piece:
@@ -108,15 +109,24 @@ class RemoteModels:
 
     async def take_quota(self, key: ApiKey) -> int:
         """See `Models`."""
-        return _accepted(await call(lambda: self._quotas.take.remote(key), "quotas"))
+        if self._quotas is None:
+            raise unavailable()
+        handle = self._quotas.take
+        return _accepted(await call(lambda: handle.remote(key), "quotas"))
 
     async def give_quota(self, key: ApiKey, lease: int) -> None:
         """See `Models`."""
-        await call(lambda: self._quotas.give_back.remote(key, lease), "quotas")
+        if self._quotas is not None:
+            handle = self._quotas.give_back
+            await call(lambda: handle.remote(key, lease), "quotas")
 
-    def _of(self, adapter: Adapter) -> DeploymentHandle:
-        """The encoder, by way of a replica that holds the adapter."""
-        return self._encoder.options(multiplexed_model_id=adapter.key)
+    def _of(self, adapter: Adapter, method: str) -> DeploymentHandle:
+        """A method of the encoder, by way of a replica that holds the adapter."""
+        found = self._handles.get((adapter.key, method))
+        if found is None:
+            found = self._encoder.options(multiplexed_model_id=adapter.key, method_name=method)
+            self._handles[adapter.key, method] = found
+        return found
 
 
 def _accepted(answer: Any) -> Any:

@@ -27,7 +27,7 @@ class Ingress:
         media: DeploymentHandle,
         encoder: DeploymentHandle,
         generator: DeploymentHandle | None,
-        quotas: DeploymentHandle,
+        quotas: DeploymentHandle | None,
     ) -> None:
         self._api = Api(config, RemoteModels(media, encoder, generator, quotas))
 

@@ -10,7 +10,7 @@ from pipelines.data.batch import SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.sampling import Sampling
-from pipelines.training.model_choice import ModelChoice
+from pipelines.training.model_choice import KEPT_AUDIO, ModelChoice
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import load_vision
 from qformer.distributed import rank
@@ -73,7 +73,8 @@ class FrozenEncoders:
         if self.audio_width is None or batch.audio is None or batch.audio_valid is None:
             return None
         audio, is_segment_BA = torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid)
-        audio_BAV = audio.float() if self._ears is None else self._ears.features(audio, is_segment_BA)
+        ears = self._ears
+        audio_BAV = audio.float() if ears is None else ears.features(audio, is_segment_BA, batch.sample_ids)
         return Sound(audio_BAV.to(self._device), is_segment_BA.to(self._device))
 
     def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
@@ -96,6 +97,7 @@ class FrozenEncoders:
 def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
     if rank() != 0:  # once is enough: the encoder may be large
         return
+    is_kept = choice.audio == KEPT_AUDIO
     encoder = EncoderChoice(
         vision=choice.vision,
         pretrained=choice.vision_pretrained,
@@ -105,8 +107,8 @@ def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
         sampling=Sampling.from_dict(choice.sampling),
         dtype=features.dtype,
         image_size=choice.vision_image_size,
-        audio=choice.audio,
+        audio=None if is_kept else choice.audio,
         audio_pretrained=choice.audio_pretrained,
         **choice.segments,
     )
-    encoder.load()[1].require_same(features)
+    encoder.load()[1].require_same(features.without_audio() if is_kept else features)

@@ -206,7 +206,8 @@ class GenerationStage:
             is_frame_BF = _is_frame(some, device)
             with precision.autocast():
                 tokens_BFPV = self._tokens(some, device)
-                sound = None if self.hear is None else self.hear(some)
+                with _raised_by_all_ranks(device):
+                    sound = None if self.hear is None else self.hear(some)
                 prefix_BNL = call(
                     tokens_BFPV, *(tensor[part] for tensor in instruction), is_frame_BF=is_frame_BF, sound=sound
                 )

@@ -5,7 +5,7 @@ Dimensions: B batch, A segments, N samples of a segment, G segments of several s
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -103,12 +103,13 @@ class AudioEncoder(nn.Module):
         return tokens_GPV[:, self._layout.tokens_of(waveforms_GN.shape[1])].mean(dim=1)
 
     @torch.no_grad()
-    def features(self, waveforms_BAN: Tensor, is_audio_BA: Tensor) -> Tensor:
+    def features(self, waveforms_BAN: Tensor, is_audio_BA: Tensor, sample_ids: Sequence[str] = ()) -> Tensor:
         """Encode the segments that hold sound.
 
         Args:
             waveforms_BAN: As `forward` takes them.
             is_audio_BA: False where there is nothing to hear.
+            sample_ids: Names for messages; without, rows are numbered.
 
         Returns:
             audio_BAV, float32 on the encoder's device, zero where there is nothing to hear.
@@ -122,7 +123,7 @@ class AudioEncoder(nn.Module):
         if len(heard):
             parts = [cast(Tensor, self(part)).float() for part in heard.split(_SEGMENTS_PER_PASS)]
             audio_BAV[is_audio_BA.to(device)] = torch.cat(parts)
-        require_finite(audio_BAV, torch.ones(len(audio_BAV), dtype=torch.bool, device=device))
+        require_finite(audio_BAV, torch.ones(len(audio_BAV), dtype=torch.bool, device=device), sample_ids)
         return audio_BAV
 
 

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from jobs import cli
+from jobs.serve import what_to_serve
+from jobs.serve_config import ApplicationSettings
 from jobs.settings import ServeSettings
 from qformer.errors import UserError
 from tests.tiny_checkpoints import write_stage1, write_stage2
@@ -32,12 +34,13 @@ def test_the_config_builds_the_application_it_was_written_for(tmp_path, checkpoi
     [app] = config["applications"]
     module, _, name = app["import_path"].partition(":")
     build = getattr(importlib.import_module(module), name)
-    settings = ServeSettings.model_validate(app["args"])
+    settings = ApplicationSettings.model_validate(app["args"])
     assert settings.generator.min_replicas == 0 and settings.requests.timeout_s == 9
-    application = build(settings)
-    options = application._bound_deployment
-    assert options.name == "Ingress"
-    assert [adapter["name"] for adapter in options.user_config["adapters"]] == ["tiny"]
+    assert build(settings)._bound_deployment.name == "Ingress"
+    live = {deployment["name"]: deployment["user_config"] for deployment in app["deployments"]}
+    assert [adapter["name"] for adapter in live["Ingress"]["adapters"]] == ["tiny"]
+    # The arguments are the same for a newer checkpoint: what is deployed then restarts nothing.
+    assert str(checkpoint) + "/" not in yaml.safe_dump(app["args"]) and "step-00000003" in str(live)
 
 
 def test_nothing_is_written_that_could_not_be_served(tmp_path, checkpoint, capsys):
@@ -54,14 +57,12 @@ def test_nothing_is_written_that_could_not_be_served(tmp_path, checkpoint, capsy
 
 
 def test_the_name_of_a_checkpoint_stays_when_a_newer_one_comes(checkpoint):
-    from jobs.serve import serving_config
-
-    [first] = serving_config(ServeSettings(checkpoint=str(checkpoint.parents[1]))).adapters
+    [first] = what_to_serve(ServeSettings(checkpoint=str(checkpoint.parents[1]))).adapters
     assert (first.name, first.version) == ("tiny", "tiny/step-00000003")
     newer = checkpoint.with_name("step-00000004")
     newer.symlink_to(checkpoint)
-    [second] = serving_config(ServeSettings(checkpoint=str(checkpoint.parents[1]))).adapters
+    [second] = what_to_serve(ServeSettings(checkpoint=str(checkpoint.parents[1]))).adapters
     assert (second.name, second.version) == ("tiny", "tiny/step-00000004") and second.key != first.key
     newer.unlink()
     with pytest.raises(UserError):
-        serving_config(ServeSettings(checkpoint=str(checkpoint), api_keys="missing.json"))
+        what_to_serve(ServeSettings(checkpoint=str(checkpoint), api_keys="missing.json"))

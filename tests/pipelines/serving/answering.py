@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 
 from pipelines.data.samples import Limits
-from pipelines.serving.adapters import Adapter
+from pipelines.serving.adapters import Adapter, Backbones
 from pipelines.serving.api import Api, build_http
 from pipelines.serving.config import FetchPolicy, RequestLimits, ServingConfig
 from pipelines.serving.errors import ApiError, Refusal
@@ -111,7 +111,9 @@ class Models:
 
 
 def api(models, *, adapters=None, keys=(), **limits):
-    config = ServingConfig(adapters=(), requests=RequestLimits(**{"max_body_bytes": 200_000, **limits}))
+    config = ServingConfig(
+        backbones=Backbones.of([adapter()]), requests=RequestLimits(**{"max_body_bytes": 200_000, **limits})
+    )
     served = Api(config, models)
     served.update(adapters or [adapter(), adapter("search", stage=1)], keys)
     return served
