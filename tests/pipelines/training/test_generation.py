@@ -137,9 +137,9 @@ def test_the_instruction_is_not_in_the_loss_and_reaches_both_models(tokenizer, t
     seen = []
     batch = next(batches())
 
-    def call(*inputs):
+    def call(*inputs, **masks):
         seen.append(inputs)
-        return run.stage.trainables(*inputs)
+        return run.stage.trainables(*inputs, **masks)
 
     backward(run.stage, batch, call=call)
     (image, ids, mask) = seen[0]

@@ -63,7 +63,7 @@ def joined_batch():
 
 def part(batch, rows):
     values = {name: getattr(batch, name)[rows] for name in ("sample_ids", "captions", "instructions")}
-    arrays = {name: getattr(batch, name)[rows] for name in ("image_ids", "is_valid", "images")}
+    arrays = {name: getattr(batch, name)[rows] for name in ("image_ids", "is_valid", "images", "frame_valid")}
     return dataclasses.replace(batch, **values, **arrays)
 
 
