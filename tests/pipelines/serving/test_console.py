@@ -138,6 +138,7 @@ def test_escape_stops_the_answer_and_the_server(open_page, toy):
 def test_without_a_mouse(open_page, toy):
     """Choose a file, ask, stop, set, copy: with the keyboard alone."""
     page = open_page()
+    page.on("filechooser", lambda _: None)  # asked for early: the browser is told of it in its own time
     page.locator("#model:enabled").wait_for()
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.press("Shift+Tab")
@@ -156,6 +157,7 @@ def test_without_a_mouse(open_page, toy):
     page.keyboard.press("Enter")
     page.locator("#stop").wait_for()
     assert page.evaluate("document.activeElement.id") == "stop"
+    wait_for(lambda: toy.requests)  # else it is stopped before the server hears of it
     page.keyboard.press("Enter")
     wait_for_text(page, NOTE, "Stopped.")
     assert page.evaluate("document.activeElement.id") == "question"
