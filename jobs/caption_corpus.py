@@ -1,5 +1,6 @@
 """`qformer caption --manifest …`: captions of every row of a manifest, or answers to its instructions, resumable."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -16,12 +17,12 @@ from jobs.settings import CaptionSettings
 from jobs.settings_loading import resolved_yaml
 from jobs.shard_progress import ShardProgress
 from pipelines.data import quarantine, schema, storage
+from pipelines.data.bridge_decoding import decoding_of
 from pipelines.data.checkpoint_folders import COMPLETE_MARKER
 from pipelines.data.feature_files import QUARANTINE_FILE, read_table, rows_file
 from pipelines.data.feature_shards import PASSING, write_quarantine
 from pipelines.data.manifest import read_manifest
 from pipelines.data.samples import DecodeSettings, Limits
-from pipelines.data.sampling import Sampling
 from pipelines.data.stage_costs import summed
 from pipelines.data.stage_report import Pool
 from qformer.conversion.checkpoint import BridgeInfo
@@ -55,12 +56,8 @@ def caption_corpus(settings: CaptionSettings) -> dict[str, Any]:
     require_one_instruction(manifest, "manifest")
     # The actors run in other folders.
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
-    decode = DecodeSettings(
-        preprocessing=info.preprocessing,
-        num_frames=settings.num_frames or info.num_frames,
-        sampling=Sampling.from_dict(info.sampling),
-        limits=Limits(**settings.limits.model_dump()),
-    )
+    decode = decoding_of(info, Limits(**settings.limits.model_dump()))
+    decode = dataclasses.replace(decode, num_frames=settings.num_frames or info.num_frames)
     _claim(output, _origin(settings, checkpoint, info, decode))
     storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
     progress, num_shards = _caption_missing(settings, output, checkpoint, manifest, decode)

@@ -1,5 +1,7 @@
 """Decoding for a trained bridge, as its training decoded: the offline jobs and serving take it from here."""
 
+from collections.abc import Sequence
+
 import torch
 
 from pipelines.data.audio_sampling import AudioSampling
@@ -27,11 +29,17 @@ def decoding_of(info: BridgeInfo, limits: Limits) -> DecodeSettings:
     )
 
 
-def waveforms_of(batch: SampleBatch) -> Waveforms | None:
-    """Sound of a decoded batch's valid rows, for the bridge; None where none was asked for."""
+def waveforms_of(batch: SampleBatch, rows: Sequence[int] | None = None) -> Waveforms | None:
+    """Sound of a decoded batch's rows, for the bridge; None where none was asked for.
+
+    Args:
+        batch: Decoded.
+        rows: Which; None: all valid ones.
+    """
     if batch.audio is None or batch.audio_valid is None:
         return None
-    return Waveforms(torch.from_numpy(batch.audio[batch.is_valid]), torch.from_numpy(batch.audio_valid[batch.is_valid]))
+    chosen = batch.is_valid if rows is None else list(rows)
+    return Waveforms(torch.from_numpy(batch.audio[chosen]), torch.from_numpy(batch.audio_valid[chosen]))
 
 
 def waveforms_of_clip(clip: Clip) -> Waveforms | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines.data import schema, storage
 from pipelines.data.batch import Failure, SampleBatch, unpack
+from pipelines.data.bridge_decoding import waveforms_of
 from pipelines.data.encode_shards import queued_seconds
 from pipelines.data.feature_files import FAILURE_COLUMNS, SOURCE, STATE, read_table, rows_file, write_table
 from pipelines.data.feature_shards import is_current, shard_blocks
@@ -60,7 +61,7 @@ def caption_blocks(manifest: pa.Table, decode: DecodeSettings, instruction: str)
 
     Args:
         manifest: The corpus.
-        decode: How files become pixels.
+        decode: How files become pixels and sound.
         instruction: Asked of every row in place of its own; "" keeps those.
     """
     blocks = shard_blocks(manifest, decode, _MAX_ROWS)
@@ -158,7 +159,9 @@ class CaptionShards:
         pixels, frame_valid = torch.from_numpy(batch.images[rows]), torch.from_numpy(batch.frame_valid[rows])
         instructions = [batch.instructions[row] for row in rows]
         try:
-            prefixes = self._captioner.soft_prompts(pixels, instructions, frame_valid=frame_valid)
+            prefixes = self._captioner.soft_prompts(
+                pixels, instructions, frame_valid=frame_valid, audio=waveforms_of(batch, rows)
+            )
         except Exception as error:
             return [error] if len(rows) == 1 else [one for row in rows for one in self._pass(batch, [row])]
         prompts = self._captioner.prompts(instructions, len(rows))

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,10 +15,11 @@ from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.batch import unpack
 from pipelines.data.bridge_decoding import decoding_of, waveforms_of
 from pipelines.data.decode_rows import DecodeRows
-from pipelines.data.encode_shards import EncoderChoice
+from pipelines.data.encode_shards import DecodeShards, EncoderChoice
 from pipelines.data.plan import evaluation_blocks
 from pipelines.data.row_index import TableRows
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
+from pipelines.evaluation.caption_shards import CaptionShards, caption_blocks
 from pipelines.training.accounting import Accounting
 from pipelines.training.checkpoint import write_checkpoint
 from pipelines.training.run import TrainingRun
@@ -57,10 +59,15 @@ def _run(chosen, features=None):
     return TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=features)
 
 
+def _manifest(media):
+    return manifest(
+        [{"sample_id": name, "media": name, "kind": "video", "captions": ["a small red circle"]} for name in media]
+    )
+
+
 def _batch(run, media):
     decode = DecodeSettings(preprocessing=run.preprocessing, num_frames=run.choice.num_frames, audio=run.audio_sampling)
-    rows = [{"sample_id": name, "media": name, "kind": "video", "captions": ["a small red circle"]} for name in media]
-    (block,) = evaluation_blocks(TableRows(manifest(rows)), 8)
+    (block,) = evaluation_blocks(TableRows(_manifest(media)), 8)
     operator = DecodeRows(decode)
     batch = unpack(operator(block))
     operator.close()
@@ -168,8 +175,18 @@ def test_whoever_loads_the_checkpoint_hears_as_the_training_did(chosen, media, t
     heard = []
     true_features = captioner.audio_encoder.features
     captioner.audio_encoder.features = lambda *args: heard.append(args[1].tolist()) or true_features(*args)
-    decoder = SampleDecoder(decode)
-    for name in media:
-        assert isinstance(caption_file(captioner, decoder, name, GenerationSettings(max_new_tokens=3)), str)
+    decoder, generation = SampleDecoder(decode), GenerationSettings(max_new_tokens=3)
+    texts = [caption_file(captioner, decoder, name, generation) for name in media]
     decoder.close()
     assert heard == [[[True] * 3], [[False] * 3]]
+
+    # A whole corpus is heard as its single files are.
+    folder = str(tmp_path / "captions")
+    checkpoint = str(checkpoint_folders.whole_checkpoint(str(tmp_path / "run")))
+    actor = CaptionShards(checkpoint, folder, generation, 4096, 4, "cpu")
+    actor._captioner.audio_encoder.features = captioner.audio_encoder.features
+    decode_shard = DecodeShards(decode)
+    (shard,) = caption_blocks(_manifest(media), decode, "")
+    actor(decode_shard(shard))
+    assert heard[2:] == [[[True] * 3, [False] * 3]]
+    assert pq.read_table(tmp_path / "captions" / "shard-00000000.parquet")["text"].to_pylist() == texts
