@@ -30,6 +30,8 @@ from qformer.language import LanguageModel, build_language_model
 logger = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
+STREAM_EVERY_S = 0.03
+"""Between two pieces of a streamed answer, which a reader takes for flowing; each passes four processes."""
 _GAUGES = {
     "queued": "Prompts that wait for a place in the batch.",
     "running": "Answers that are being generated.",
@@ -82,7 +84,7 @@ class GeneratorWorker:
         self._language = source.load("cuda" if use_gpu else "cpu")
         self._max_prompt_tokens = max_prompt_tokens
         engine = Engine(self._language, kv_tokens=kv_tokens, max_requests=max_sequences)
-        self._engine = AsyncEngine(engine)
+        self._engine = AsyncEngine(engine, STREAM_EVERY_S)
         self._gauges = {name: Gauge(f"qformer_serve_{name}", text) for name, text in _GAUGES.items()}
         self._reporting: asyncio.Task[None] | None = None
 

@@ -9,6 +9,7 @@ async for delta in deltas:
 import asyncio
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable
 
@@ -33,6 +34,21 @@ class _Caller:
         self.number: int | None = None
         """The engine's name for the request, once the thread has taken it."""
         self.is_gone = False
+        # The thread's own.
+        self._held: Delta | None = None
+        self._next_s = 0.0
+
+    def due(self, news: Outcome, gap_s: float) -> list[Outcome]:
+        """What to hand out now: a delta, joined to those held back, unless the last one went less than `gap_s` ago."""
+        held, self._held = self._held, None
+        if isinstance(news, Exception):
+            return [news] if held is None else [held, news]
+        delta, now_s = news if held is None else held.followed_by(news), time.monotonic()
+        if delta.finish_reason is None and now_s < self._next_s:
+            self._held = delta
+            return []
+        self._next_s = now_s + gap_s
+        return [delta]
 
 
 class AsyncEngine:
@@ -40,11 +56,14 @@ class AsyncEngine:
 
     Args:
         engine: Belongs to the thread from now on.
+        gap_s: Least time between two deltas of a request but the last; what it generates meanwhile comes together.
+            Handing out a delta may cost more than generating it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, gap_s: float = 0.0) -> None:
         self.engine = engine
         """To look at; its `check` may be called from anywhere."""
+        self._gap_s = gap_s
         self._wake = threading.Condition()
         # Handed from loops to the thread, under the condition's lock.
         self._arrived: list[_Caller] = []
@@ -142,7 +161,7 @@ class AsyncEngine:
         news: list[tuple[_Caller, Outcome]] = []
         for number, outcome in outcomes:
             if (caller := self._callers.get(number)) is not None:
-                news.append((caller, outcome))
+                news += [(caller, due) for due in caller.due(outcome, self._gap_s)]
                 if isinstance(outcome, Exception) or outcome.finish_reason is not None:
                     del self._callers[number]
         return news

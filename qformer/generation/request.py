@@ -3,7 +3,7 @@
 Dimensions: S rows of input, L language-model width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -121,3 +121,7 @@ class Delta:
     finish_reason: FinishReason | None
     """Of the last delta."""
     usage: Usage
+
+    def followed_by(self, later: "Delta") -> "Delta":
+        """Both as one."""
+        return replace(later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids)

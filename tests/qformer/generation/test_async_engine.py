@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
-from qformer.generation.request import GenerationFailedError, QueueFullError, RequestError, RequestSettings
+from qformer.generation.request import Delta, GenerationFailedError, QueueFullError, RequestError, RequestSettings
 from tests.qformer.generation.requests import make_requests, reference_answers
 from tests.qformer.test_language import tiny_language
 
@@ -54,6 +57,25 @@ def test_text_streams_while_others_run(language, engine):
         return [begun, *[delta async for delta in deltas]]
 
     assert asyncio.run(main())[-1].finish_reason is not None
+
+
+def test_text_may_come_in_larger_parts(language, monkeypatch):
+    """Not more often than told, nothing lost, and the end at once."""
+    request, now = make_requests(language, (30,) * 5)[0], itertools.count()
+    # A clock that only the hand-overs move, one second for each token.
+    monkeypatch.setattr("qformer.generation.async_engine.time", SimpleNamespace(monotonic=lambda: next(now)))
+
+    def run(gap_s):
+        engine = AsyncEngine(Engine(language, kv_tokens=512, max_requests=4), gap_s)
+        deltas = asyncio.run(collect(engine, request))
+        engine.close()
+        return deltas
+
+    each, rare = run(0.0), run(7.0)
+    parts = [each[:1], *(each[start : start + 7] for start in range(1, len(each), 7))]
+    assert len(parts) > 4 and rare == [functools.reduce(Delta.followed_by, part) for part in parts]
+    assert rare[-1].finish_reason == "length" and sum(len(delta.token_ids) for delta in rare) == 30
+    assert "".join(delta.text for delta in rare) == "".join(delta.text for delta in each)
 
 
 def test_a_gone_caller_frees_its_slot(language, engine):
