@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jobs.checkpoint import checkpoint_name, open_checkpoint
 from jobs.cli import find_user_error, run_job
-from jobs.cluster_session import ray_session, require_resources
+from jobs.cluster_session import joins_cluster, ray_session, require_resources
 from jobs.settings import ServeSettings
 from pipelines.data import storage
 from pipelines.serving.adapters import Adapter, Backbones, require_shared_backbones
@@ -39,7 +39,7 @@ def main(settings: ServeSettings) -> None:
     what = what_to_serve(settings)
     require_free_port(settings.host, settings.port)
     with ray_session(settings.ray):
-        _require_replicas(settings)
+        _require_replicas(settings, what.config)
         # After Ray's start, which sets handlers of its own: on SIGTERM they abort, and Serve would be left half down.
         _exit_on_signals()
         with _served(settings, what) as url:
@@ -82,6 +82,8 @@ def what_to_serve(settings: ServeSettings) -> Served:
         UserError: If a checkpoint or the key file cannot be used, adapters do not share their backbones, or
             `generation` searches with beams.
     """
+    if settings.fused is None:
+        settings = settings.model_copy(update={"fused": not joins_cluster(settings.ray)})
     adapters = [_adapter(settings.checkpoint, settings.name)]
     adapters += [_adapter(checkpoint, name) for name, checkpoint in settings.adapters.items()]
     require_shared_backbones(adapters)
@@ -150,12 +152,16 @@ def _keys(file: str | None) -> tuple[ApiKey, ...]:
     return keys
 
 
-def _require_replicas(settings: ServeSettings) -> None:
+def _require_replicas(settings: ServeSettings, config: ServingConfig) -> None:
     """Check that the cluster has room for one replica of each deployment."""
     scales = {name: getattr(settings, name) for name in ("ingress", "media", "encoder", "generator")}
-    cpus = {f"{name}.num_cpus": scale.num_cpus * max(1, scale.min_replicas) for name, scale in scales.items()}
-    gpus = {"encoder": 1, "generator": 1} if settings.use_gpu else {}
-    require_resources(settings.ray, cpus, gpus=gpus)
+    if config.fused:
+        counts = dict.fromkeys(scales, max(1, settings.ingress.min_replicas))
+    else:
+        counts = {name: max(1, scale.min_replicas) for name, scale in scales.items()}
+    cpus = {f"{name}.num_cpus": scale.num_cpus * counts[name] for name, scale in scales.items()}
+    gpus = {"ingress": 1} if config.fused else {"encoder": 1, "generator": 1}
+    require_resources(settings.ray, cpus, gpus=gpus if settings.use_gpu else {})
 
 
 def _exit_on_signals() -> None:

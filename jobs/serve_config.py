@@ -63,6 +63,8 @@ def serve_config(settings: ServeSettings) -> dict[str, Any]:
     """
     from pipelines.serving.app import user_configs
 
+    # For a cluster: apart unless it is wanted otherwise.
+    settings = settings.model_copy(update={"fused": bool(settings.fused)})
     what = what_to_serve(settings)
     own = set(ServiceSettings.model_fields)
     arguments = ApplicationSettings(
@@ -70,7 +72,7 @@ def serve_config(settings: ServeSettings) -> dict[str, Any]:
         backbones=what.config.backbones,
         counts_quotas=what.config.counts_quotas,
     )
-    live = user_configs(what.adapters, what.keys)
+    live = user_configs(what.config, what.adapters, what.keys)
     return {
         "proxy_location": "EveryNode",
         "http_options": {

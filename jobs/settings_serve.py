@@ -27,6 +27,10 @@ class ServiceSettings(Settings):
     """Remote media; none unless `fetch.hosts` names hosts."""
     generation: GenerationSettings = GenerationSettings()
     """What requests get that do not ask otherwise; without beams."""
+    fused: bool | None = None
+    """Everything in one replica, without ways between processes, which then scales by `ingress`; null: where this
+    command starts Ray itself, on one machine. Else media, encoder and generator are deployments that scale by
+    themselves."""
     ingress: IngressScale = IngressScale()
     media: MediaScale = MediaScale()
     encoder: EncoderScale = EncoderScale()
@@ -42,7 +46,7 @@ class ServiceSettings(Settings):
     kv_tokens: int = Field(default=16_384, ge=1)
     """Tokens of prompts and answers whose keys and values a generator replica keeps at a time."""
     use_gpu: bool = False
-    """One GPU for each replica of encoder and generator."""
+    """One GPU for each replica of encoder and generator, or of everything."""
 
     def config(self, backbones: Backbones, *, counts_quotas: bool) -> ServingConfig:
         """What the serving plane takes.
@@ -55,9 +59,11 @@ class ServiceSettings(Settings):
                 f"generation.num_beams={num_beams}: answers that share a batch are not searched for with beams; leave "
                 "it at 1, or use `qformer evaluate`"
             )
-        own = {name: getattr(self, name) for name in ServiceSettings.model_fields if name != "limits"}
+        own = {name: getattr(self, name) for name in ServiceSettings.model_fields if name not in ("limits", "fused")}
         limits = Limits(**self.limits.model_dump())
-        return ServingConfig(backbones=backbones, counts_quotas=counts_quotas, media_limits=limits, **own)
+        return ServingConfig(
+            backbones=backbones, counts_quotas=counts_quotas, media_limits=limits, fused=bool(self.fused), **own
+        )
 
 
 class ServeSettings(ServiceSettings):

@@ -1,7 +1,7 @@
 """The service under load against a one-at-a-time `transformers` loop behind the same HTTP server, in one run.
 
 224-pixel JPEGs in chat requests to the demo's frozen models with a random bridge, fp32 on the CPU, one torch thread a
-process; one replica of each deployment. Three questions, in rounds that take turns:
+process; one replica, as `qformer serve` starts on one machine (`fused`). Three questions, in rounds that take turns:
 
 - `rps_vs_naive`: requests a second with 16 clients and 16 tokens an answer, ours / the loop's
   (`serve_peer.NaiveServer`).
@@ -9,6 +9,8 @@ process; one replica of each deployment. Three questions, in rounds that take tu
   over a call of the same decoder, encoder, bridge and engine in one process.
 - `short_p95_ratio`: the 95th percentile of 8-token answers, with one client, while a streamed 256-token answer is
   always in flight, / the same without it.
+
+The first and the second are asked once more of a service whose deployments are processes of their own, as on a cluster.
 """
 
 import base64
@@ -84,6 +86,14 @@ class _Round:
     short_beside_long_p95_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Apart:
+    """The figures of a service whose deployments are processes of their own."""
+
+    rps: float
+    p50_s: float
+
+
 def run() -> BenchResult:
     """Measure at full size."""
     return measure(Case())
@@ -97,12 +107,16 @@ def measure(case: Case) -> BenchResult:
         root = Path(folder)
         checkpoint = write_checkpoint(root / "bench")
         bodies = _write_bodies(case, root)
-        with _both_served(case, checkpoint) as url, clients() as load:
-            rounds = [_round(case, url, load, checkpoint, bodies) for _ in range(case.rounds)]
-    return _result(rounds)
+        with clients() as load, ray_session(RaySettings(num_cpus=NUM_CPUS)):
+            ask = _Questions(case, load, bodies)
+            with _both_served(case, checkpoint, fused=True) as url:
+                rounds = [_round(ask, url, checkpoint) for _ in range(case.rounds)]
+            with _both_served(case, checkpoint, fused=False) as url:
+                apart = _Apart(rps=ask.many(url), p50_s=statistics.median(ask.one(url, bodies.plain, case.tokens)))
+    return _result(rounds, apart)
 
 
-def _result(rounds: list[_Round]) -> BenchResult:
+def _result(rounds: list[_Round], apart: _Apart) -> BenchResult:
     def median(name: str) -> float:
         return statistics.median(getattr(one, name) for one in rounds)
 
@@ -112,6 +126,7 @@ def _result(rounds: list[_Round]) -> BenchResult:
         seconds={
             "one request, served, p50": median("served_p50_s"),
             "one request, direct, p50": median("direct_p50_s"),
+            "one request, served by deployments of their own, p50": apart.p50_s,
             "short answer, p95": median("short_p95_s"),
             "short answer beside a long one, p95": median("short_beside_long_p95_s"),
         },
@@ -120,12 +135,16 @@ def _result(rounds: list[_Round]) -> BenchResult:
             "added_p50_ms": 1000 * added_s,
             "short_p95_ratio": statistics.median(one.short_beside_long_p95_s / one.short_p95_s for one in rounds),
         },
-        rates={"ours, 16 clients, requests/s": median("ours_rps"), "loop, 16 clients, requests/s": median("naive_rps")},
+        rates={
+            "ours, 16 clients, requests/s": median("ours_rps"),
+            "loop, 16 clients, requests/s": median("naive_rps"),
+            "deployments of their own, 16 clients, requests/s": apart.rps,
+        },
     )
 
 
 @contextmanager
-def _both_served(case: Case, checkpoint: Path) -> Iterator[str]:
+def _both_served(case: Case, checkpoint: Path, *, fused: bool) -> Iterator[str]:
     """Ours at `/` and the loop at `NAIVE_ROUTE` of one HTTP proxy; yields its address."""
     from ray import serve
 
@@ -134,57 +153,60 @@ def _both_served(case: Case, checkpoint: Path) -> Iterator[str]:
     settings = ServeSettings(
         checkpoint=str(checkpoint),
         port=case.port,
+        fused=fused,
         ingress=IngressScale(max_replicas=1),
         media=MediaScale(max_replicas=1),
         encoder=EncoderScale(max_replicas=1),
         generator=GeneratorScale(max_replicas=1),
     )
-    with ray_session(RaySettings(num_cpus=NUM_CPUS)), served(settings) as url:
+    with served(settings) as url:
         serve.run(naive_app(checkpoint), name="naive", route_prefix=NAIVE_ROUTE)
         yield url
 
 
-def _round(case: Case, url: str, load: Clients, checkpoint: Path, bodies: _Bodies) -> _Round:
-    from jobs.bench.serve_peer import DirectModel
+class _Questions:
+    """What is asked of a server."""
 
-    ours, naive = f"{url}/v1/chat/completions", f"{url}{NAIVE_ROUTE}/v1/chat/completions"
+    def __init__(self, case: Case, load: Clients, bodies: _Bodies) -> None:
+        self.case, self.bodies, self._load = case, bodies, load
 
-    def many(address: str, num_requests: int) -> float:
-        measured = load.measure(
-            Load(
-                url=address,
-                bodies=bodies.plain,
-                num_tokens=case.tokens,
-                concurrency=case.clients,
+    def many(self, url: str) -> float:
+        """Requests a second of all clients, after some that do not count."""
+        for num_requests in (self.case.warm_up, self.case.many):
+            load = Load(
+                url=f"{url}/v1/chat/completions",
+                bodies=self.bodies.plain,
+                num_tokens=self.case.tokens,
+                concurrency=self.case.clients,
                 num_requests=num_requests,
             )
-        )
-        return num_requests / measured.seconds
+            rps = num_requests / self._load.measure(load).seconds
+        return rps
 
-    def one(files: list[str], num_tokens: int, companion: str | None = None) -> list[float]:
-        measured = load.measure(
-            Load(
-                url=ours,
-                bodies=files,
-                num_tokens=num_tokens,
-                concurrency=1,
-                num_requests=case.few,
-                companion=companion,
-            )
+    def one(self, url: str, files: list[str], num_tokens: int, companion: str | None = None) -> list[float]:
+        """Seconds of each request of one client."""
+        load = Load(
+            url=f"{url}/v1/chat/completions",
+            bodies=files,
+            num_tokens=num_tokens,
+            concurrency=1,
+            num_requests=self.case.few,
+            companion=companion,
         )
-        return list(measured.latencies_s)
+        return list(self._load.measure(load).latencies_s)
 
-    for address in (ours, naive):
-        many(address, case.warm_up)
-    rates = {address: many(address, case.many) for address in (ours, naive)}
-    direct_s = _direct(case, DirectModel(checkpoint), bodies.images)
+
+def _round(ask: _Questions, url: str, checkpoint: Path) -> _Round:
+    from jobs.bench.serve_peer import DirectModel
+
+    case, bodies = ask.case, ask.bodies
     figures = _Round(
-        ours_rps=rates[ours],
-        naive_rps=rates[naive],
-        served_p50_s=statistics.median(one(bodies.plain, case.tokens)),
-        direct_p50_s=statistics.median(direct_s),
-        short_p95_s=_p95(one(bodies.short, case.short_tokens)),
-        short_beside_long_p95_s=_p95(one(bodies.short, case.short_tokens, bodies.long)),
+        ours_rps=ask.many(url),
+        naive_rps=ask.many(url + NAIVE_ROUTE),
+        direct_p50_s=statistics.median(_direct(case, DirectModel(checkpoint), bodies.images)),
+        served_p50_s=statistics.median(ask.one(url, bodies.plain, case.tokens)),
+        short_p95_s=_p95(ask.one(url, bodies.short, case.short_tokens)),
+        short_beside_long_p95_s=_p95(ask.one(url, bodies.short, case.short_tokens, bodies.long)),
     )
     print(f"round: {figures}", flush=True)
     return figures

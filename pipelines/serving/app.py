@@ -1,5 +1,6 @@
-"""The Ray Serve application: ingress, media, encoder and generator, each scaled by itself."""
+"""The Ray Serve application: ingress, media, encoder and generator, each scaled by itself, or all in one."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from ray.serve.schema import LoggingConfig
 from pipelines.serving.adapters import Adapter
 from pipelines.serving.config import ApiKey, Scale, ServingConfig
 from pipelines.serving.encoder import encoder_class
-from pipelines.serving.generator import GeneratorWorker, LanguageSource
+from pipelines.serving.fused import FusedService
+from pipelines.serving.generator import GeneratorWorker, generator_options
 from pipelines.serving.ingress import Ingress, QuotaKeeper, live_config
 from pipelines.serving.media import MediaWorker
 
@@ -31,12 +33,27 @@ def build_app(
 
     A change of adapters and keys alone reaches running replicas, and no replica is restarted for it.
     """
-    requests, version = config.requests, hashlib.sha256(repr(config).encode()).hexdigest()[:16]
-    live = user_configs(adapters, keys) if adapters else {}
+    version = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+    live = user_configs(config, adapters, keys) if adapters else {}
 
     def deployment(worker: type[Any], name: str, scale: Scale, **options: Any) -> serve.Deployment:
         return _deployment(worker, name, scale, version=version, user_config=live.get(name), **options)
 
+    quotas = None
+    if config.counts_quotas:
+        one = Scale(max_replicas=1, num_cpus=0)
+        quotas = deployment(QuotaKeeper, "Quotas", one, max_ongoing=1000).bind(2 * config.requests.timeout_s)
+    at_front = {
+        "max_ongoing": config.requests.max_concurrent + SPARE_REQUESTS,
+        # What waits for the models is bounded by what the ingress lets in.
+        "max_queued_requests": 4 * config.requests.max_concurrent,
+        # One line for each request is our own, with more in it than Serve's.
+        "logging_config": LoggingConfig(encoding="JSON", enable_access_log=False),
+    }
+    if config.fused:
+        whole = dataclasses.replace(config.ingress, num_cpus=config.num_cpus)
+        service = deployment(_http_class(FusedService), "Ingress", whole, use_gpu=config.use_gpu, **at_front)
+        return service.bind(config, quotas)
     media = deployment(MediaWorker, "Media", config.media, max_ongoing=2 * config.decode_children).bind(
         config.media_limits, config.fetch, config.decode_children
     )
@@ -47,40 +64,29 @@ def build_app(
         use_gpu=config.use_gpu,
         max_ongoing=2 * config.max_batch_frames,
     ).bind(config.backbones.encoder, config.max_batch_frames, config.use_gpu)
-    generator = quotas = None
-    if config.backbones.language is not None:
+    generator = None
+    if (options := generator_options(config)) is not None:
         generator = deployment(
             GeneratorWorker,
             "Generator",
             config.generator,
             use_gpu=config.use_gpu,
             max_ongoing=2 * config.max_sequences,
-        ).bind(
-            LanguageSource(**config.backbones.language, updated_by=config.backbones.updated_by),
-            kv_tokens=config.kv_tokens,
-            max_sequences=config.max_sequences,
-            max_prompt_tokens=requests.max_prompt_tokens,
-            use_gpu=config.use_gpu,
-        )
-    if config.counts_quotas:
-        one = Scale(max_replicas=1, num_cpus=0)
-        quotas = deployment(QuotaKeeper, "Quotas", one, max_ongoing=1000).bind(2 * requests.timeout_s)
-    ingress = deployment(
-        serve.ingress()(Ingress),
-        "Ingress",
-        config.ingress,
-        max_ongoing=requests.max_concurrent + SPARE_REQUESTS,
-        # What waits for the other deployments is bounded by what the ingress lets in.
-        max_queued_requests=4 * requests.max_concurrent,
-        # One line for each request is our own, with more in it than Serve's.
-        logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
-    )
+        ).bind(**options)
+    ingress = deployment(_http_class(Ingress), "Ingress", config.ingress, **at_front)
     return ingress.bind(config, media, encoder, generator, quotas)
 
 
-def user_configs(adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> dict[str, dict[str, Any]]:
+def user_configs(
+    config: ServingConfig, adapters: Sequence[Adapter], keys: Sequence[ApiKey]
+) -> dict[str, dict[str, Any]]:
     """What deployments are told of adapters and keys, by their names; JSON-ready, keys as hashes."""
-    return {"Ingress": live_config(adapters, keys), "Encoder": {"preload": adapters[0].to_dict()}}
+    front = {"Ingress": live_config(adapters, keys)}
+    return front if config.fused else {**front, "Encoder": {"preload": adapters[0].to_dict()}}
+
+
+def _http_class(worker: type[Any]) -> Any:
+    return serve.ingress()(worker)
 
 
 def _deployment(

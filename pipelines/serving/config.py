@@ -150,6 +150,8 @@ class ServingConfig:
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """What requests get that do not ask otherwise."""
+    fused: bool = False
+    """Everything in the replicas of the ingress, which then scale by its settings."""
     ingress: IngressScale = field(default_factory=IngressScale)
     media: MediaScale = field(default_factory=MediaScale)
     encoder: EncoderScale = field(default_factory=EncoderScale)
@@ -165,3 +167,8 @@ class ServingConfig:
     kv_tokens: int = 16_384
     """Tokens of prompts and answers whose keys and values a generator replica keeps at a time."""
     use_gpu: bool = False
+
+    @property
+    def num_cpus(self) -> float:
+        """Of one replica of everything."""
+        return sum(scale.num_cpus for scale in (self.ingress, self.media, self.encoder, self.generator))

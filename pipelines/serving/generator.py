@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from ray.util.metrics import Gauge
 
 from pipelines.data.local_copies import local_folder
+from pipelines.serving.config import ServingConfig
 from pipelines.serving.errors import RETRY_AFTER_S, Refusal
 from pipelines.serving.wire import Piece, Prompt
 from qformer.backbones import load_language
@@ -92,7 +93,7 @@ class GeneratorWorker:
         """A whole answer."""
         return [piece async for piece in self._pieces(prompt, is_streamed=False)][-1]
 
-    async def stream(self, prompt: Prompt) -> AsyncIterator[Piece | Refusal]:
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece | Refusal, None]:
         """An answer as it grows. Whoever closes the iterator ends the work."""
         async with contextlib.aclosing(self._pieces(prompt, is_streamed=True)) as pieces:
             async for piece in pieces:
@@ -156,3 +157,16 @@ class GeneratorWorker:
             is_idle = stats.running == stats.queued == 0
             for name, gauge in self._gauges.items():
                 gauge.set(getattr(stats, name))
+
+
+def generator_options(config: ServingConfig) -> dict[str, Any] | None:
+    """Arguments of `GeneratorWorker`; None where no adapter answers in text."""
+    if config.backbones.language is None:
+        return None
+    return {
+        "source": LanguageSource(**config.backbones.language, updated_by=config.backbones.updated_by),
+        "kv_tokens": config.kv_tokens,
+        "max_sequences": config.max_sequences,
+        "max_prompt_tokens": config.requests.max_prompt_tokens,
+        "use_gpu": config.use_gpu,
+    }

@@ -47,14 +47,38 @@ class Models(Protocol):
         """The request has ended."""
 
 
-class RemoteModels:
+class Quotas:
+    """The part of `Models` that all replicas share.
+
+    Args:
+        quotas: Of `QuotaKeeper`; None where there are no keys.
+    """
+
+    def __init__(self, quotas: DeploymentHandle | None) -> None:
+        self._quotas = quotas
+
+    async def take_quota(self, key: ApiKey) -> int:
+        """See `Models`."""
+        if self._quotas is None:
+            raise unavailable()
+        handle = self._quotas.take
+        return accepted(await call(lambda: handle.remote(key), "quotas"))
+
+    async def give_quota(self, key: ApiKey, lease: int) -> None:
+        """See `Models`."""
+        if self._quotas is not None:
+            handle = self._quotas.give_back
+            await call(lambda: handle.remote(key, lease), "quotas")
+
+
+class RemoteModels(Quotas):
     """`Models` by handles.
 
     Args:
         media: Of `MediaWorker`.
         encoder: Of `EncoderWorker`.
         generator: Of `GeneratorWorker`; None where no adapter answers in text.
-        quotas: Of `QuotaKeeper`; None where there are no keys.
+        quotas: See `Quotas`.
     """
 
     def __init__(
@@ -64,13 +88,14 @@ class RemoteModels:
         generator: DeploymentHandle | None,
         quotas: DeploymentHandle | None,
     ) -> None:
-        self._media, self._encoder, self._generator, self._quotas = media, encoder, generator, quotas
+        super().__init__(quotas)
+        self._media, self._encoder, self._generator = media, encoder, generator
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
         self._stream = None if generator is None else generator.options(method_name="stream", stream=True)
 
     async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
         """See `Models`."""
-        return _accepted(await call(lambda: self._media.decode.remote(upload, adapter), "decoding"))
+        return accepted(await call(lambda: self._media.decode.remote(upload, adapter), "decoding"))
 
     async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
         """See `Models`."""
@@ -85,19 +110,19 @@ class RemoteModels:
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
         """See `Models`."""
         handle = self._of(adapter, "embed_texts")
-        return _accepted(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
+        return accepted(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
 
     async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
         """See `Models`."""
         handle = self._of(adapter, "match")
-        return _accepted(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
+        return accepted(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
 
     async def answer(self, prompt: Prompt) -> Piece:
         """See `Models`."""
         if self._generator is None:
             raise unavailable()
         handle = self._generator.answer
-        return _accepted(await call(lambda: handle.remote(prompt), "generation"))
+        return accepted(await call(lambda: handle.remote(prompt), "generation"))
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
         """See `Models`."""
@@ -105,20 +130,7 @@ class RemoteModels:
             raise unavailable()
         async with contextlib.aclosing(stream(lambda: handle.remote(prompt), "generation")) as pieces:
             async for piece in pieces:
-                yield _accepted(piece)
-
-    async def take_quota(self, key: ApiKey) -> int:
-        """See `Models`."""
-        if self._quotas is None:
-            raise unavailable()
-        handle = self._quotas.take
-        return _accepted(await call(lambda: handle.remote(key), "quotas"))
-
-    async def give_quota(self, key: ApiKey, lease: int) -> None:
-        """See `Models`."""
-        if self._quotas is not None:
-            handle = self._quotas.give_back
-            await call(lambda: handle.remote(key, lease), "quotas")
+                yield accepted(piece)
 
     def _of(self, adapter: Adapter, method: str) -> DeploymentHandle:
         """A method of the encoder, by way of a replica that holds the adapter."""
@@ -129,7 +141,12 @@ class RemoteModels:
         return found
 
 
-def _accepted(answer: Any) -> Any:
+def accepted(answer: Any) -> Any:
+    """What a worker answered.
+
+    Raises:
+        ApiError: If that is a refusal.
+    """
     if isinstance(answer, Refusal):
         raise ApiError.of(answer)
     return answer

@@ -1,7 +1,7 @@
 """The ingress deployment: HTTP in, calls to the other deployments, HTTP out. Holds no model and loads no torch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,8 +33,7 @@ class Ingress:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take what `live_config` gives."""
-        adapters = [Adapter.from_dict(values) for values in user_config["adapters"]]
-        self._api.update(adapters, [ApiKey(**values) for values in user_config["keys"]])
+        self._api.update(*read_live_config(user_config))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve's hook: the ASGI application of this replica, made in the replica."""
@@ -59,3 +58,9 @@ class QuotaKeeper:
 def live_config(adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> dict[str, Any]:
     """JSON-ready, for `Ingress.reconfigure`; keys are their hashes."""
     return {"adapters": [adapter.to_dict() for adapter in adapters], "keys": [asdict(key) for key in keys]}
+
+
+def read_live_config(user_config: Mapping[str, Any]) -> tuple[list[Adapter], list[ApiKey]]:
+    """The inverse of `live_config`."""
+    adapters = [Adapter.from_dict(values) for values in user_config["adapters"]]
+    return adapters, [ApiKey(**values) for values in user_config["keys"]]

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -46,8 +47,8 @@ def checkpoints(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
-def settings(checkpoints):
+@pytest.fixture(scope="module", params=[False, True], ids=["apart", "fused"])
+def settings(checkpoints, request):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,6 +59,7 @@ def settings(checkpoints):
         requests=RequestLimits(max_body_bytes=MAX_BODY_BYTES, body_timeout_s=4.0),
         max_loaded_adapters=2,  # of four: they come and go
         generation=GREEDY,
+        fused=request.param,
     )
 
 
@@ -286,8 +288,9 @@ def test_oversize_bodies_are_refused(url):
 def test_work_for_a_client_that_left_stops(url, ray_local):
     """The engine counts what it drops. An answer may end before its client is known to be gone: not all of them do."""
     body = {"messages": [user(jpeg_bytes(0))], "stream": True, "max_tokens": 100, "temperature": 2.0}
-    end_s, seed = time.monotonic() + 60, 0
-    while not re.search(r"ray_qformer_serve_cancelled_total\{.*\} [1-9]", endpoints(ray_local)):
+    counted = re.compile(r"ray_qformer_serve_cancelled_total\{.*\} [1-9].*")
+    before, end_s, seed = set(counted.findall(endpoints(ray_local))), time.monotonic() + 60, 0
+    while not set(counted.findall(endpoints(ray_local))) - before:
         assert time.monotonic() < end_s
         seed += 1
         with httpx.stream("POST", f"{url}/v1/chat/completions", json={**body, "seed": seed}, timeout=30) as reply:
@@ -360,6 +363,7 @@ def test_a_newer_checkpoint_is_taken_while_requests_go_on(client, checkpoints, s
     path.write_bytes(jpeg_bytes(0))
     assert answer.choices[0].message.content == caption_file(captioner, decoder, str(path), GREEDY)
     decoder.close()
+    shutil.rmtree(newer)  # the next service begins as this one did
 
 
 def request_answer(client):
