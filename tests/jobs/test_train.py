@@ -208,7 +208,7 @@ def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(r
     assert table["error_class"].to_pylist() == ["missing"] * 16
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_storage_that_refuses_ends_the_run_at_once_also_where_restarts_are_allowed(ray_local, workers, tmp_path):
     """The rank that meets it raises alone, in the middle of the loop; the others wait for it."""
     rows = [{"media": f"nosuch://bucket/{index}.jpg", "caption": "a red circle"} for index in range(64)]

@@ -99,7 +99,7 @@ def read_by_threads(feed, folder, start_step, num_steps, world_size, attempt="fi
 @pytest.mark.parametrize(
     ("world_size", "decode_workers", "num_steps", "segment_steps"),
     # The second goes from one segment into the next, the third does so time and again.
-    [(1, 1, 40, 512), (2, 3, 530, 512), (3, 2, 40, 9), (8, 1, 40, 512)],
+    [(1, 1, 40, 512), (2, 3, 530, 512), pytest.param(3, 2, 40, 9, marks=pytest.mark.slow), (8, 1, 40, 512)],
 )
 def test_the_sequence_is_the_same_for_any_number_of_readers(
     world_size, decode_workers, num_steps, segment_steps, corpus, order, ray_local, tmp_path
