@@ -19,7 +19,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Waiting(Generic[ItemT, ResultT]):
     item: ItemT
     cost: int
@@ -59,9 +59,10 @@ class Batcher(Generic[ItemT, ResultT]):
             self._loop_task = asyncio.create_task(self._serve())
         try:
             return await waiting.result
-        finally:
-            with contextlib.suppress(ValueError):
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):  # a pass has it
                 self._waiting.remove(waiting)
+            raise
 
     async def _serve(self) -> None:
         while batch := self._next_batch():
