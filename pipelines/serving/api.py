@@ -55,11 +55,11 @@ class Api:
         self._config, self._models, self._limits = config, models, config.requests
         self.gate = Gate(config.requests, models, Reporter())
         self._adapters: AdapterTable | None = None
-        self._canary = Canary(models)
         self._started_s = int(time.time())
 
     def update(self, adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> None:
         """Serve other adapters and keys from the next request on."""
+        self._canary = Canary(self._models)  # the song of others tells nothing of these
         self._adapters, self.gate.keys = AdapterTable(adapters), KeyRing(keys)
 
     @property
@@ -219,7 +219,7 @@ class Api:
         return {"status": "ok", "model": self.adapters.default.version}
 
     async def ready(self, request: Request) -> Any:
-        """GET /readyz: a picture goes through the whole graph."""
+        """GET /readyz: a picture goes through the whole graph, for one adapter of each stage."""
         await self._canary.sing(self.adapters)
         return {"status": "ok", "model": self.adapters.default.version}
 

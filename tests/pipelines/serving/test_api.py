@@ -18,7 +18,7 @@ from pipelines.serving.media import DecodePool
 from pipelines.serving.uploads import Upload
 from pipelines.serving.wire import Piece
 from tests.media_files import jpeg_bytes, mp4_bytes, png_bytes
-from tests.pipelines.serving.answering import EMBED_DIM, NUM_QUERIES, Models, adapter, client, post
+from tests.pipelines.serving.answering import EMBED_DIM, NUM_QUERIES, Models, adapter, api, client, post
 
 IMAGE = {"Content-Type": "image/jpeg"}
 VIDEO = {"Content-Type": "video/mp4"}
@@ -355,6 +355,35 @@ def test_routing_health_models_and_the_openapi_page():
     dead = asyncio.run(run(Models(error=ApiError(503, "unavailable", "dead")), "/healthz", "/readyz"))
     assert dead[0].status_code == 200
     assert_error(dead[1], 503, "unavailable")
+
+
+def test_probes_share_one_look_at_the_models_and_ask_every_stage():
+    class Slow(Models):
+        async def decode(self, upload, adapter):
+            asked.append(adapter.name)
+            return await super().decode(upload, adapter)
+
+    async def ready(served, count=5):
+        async def one():
+            try:
+                return (await served.ready(None))["status"]
+            except ApiError as error:
+                return error.code
+
+        return await asyncio.gather(*[one() for _ in range(count)])
+
+    async def run(error):
+        served = api(Slow(delay_s=0.2, error=error))
+        told = [*await ready(served), *await ready(served)]
+        served.update([adapter("next")], ())  # what was heard of others tells nothing of it
+        return told + await ready(served, 1)
+
+    asked = []
+    assert asyncio.run(run(None)) == ["ok"] * 11
+    assert sorted(asked) == ["demo", "next", "search"]
+    asked.clear()
+    assert asyncio.run(run(ApiError(503, "unavailable", "dead"))) == ["unavailable"] * 11
+    assert len(asked) == 2
 
 
 def test_the_openapi_page_shows_requests_that_are_answered():

@@ -14,10 +14,12 @@ import numpy as np
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs.caption import caption_file
-from jobs.serve import require_free_port, require_guarded, served, update, what_to_serve
+from jobs.serve import renew, require_free_port, require_guarded, served, what_to_serve
 from jobs.settings import ServeSettings
+from pipelines.data.checkpoint_folders import write_marker
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from pipelines.serving.client import ServiceError, request_caption
 from pipelines.serving.config import RequestLimits, Scale
@@ -344,14 +346,23 @@ def test_health_readiness_page_and_routing(url):
 def test_a_newer_checkpoint_is_taken_while_requests_go_on(client, checkpoints, settings, tmp_path):
     """The last test on this service; drills do the same under load."""
     language = checkpoints["tiny"].with_name(checkpoints["tiny"].name + "-language")
-    newer = write_stage2(checkpoints["tiny"].with_name("step-00000004"), language=language, seed=9)
+    before = what_to_serve(settings)
+    useless = write_stage2(checkpoints["tiny"].with_name("step-00000004"), language=language)
+    weights = load_file(useless / "bridge.safetensors")
+    weights.pop("language_projection.bias")
+    save_file(weights, useless / "bridge.safetensors")
+    write_marker(useless, {"step": 4})  # whole, and yet nothing that can be loaded
+    with pytest.raises(UserError, match="tiny/step-00000004 at .* does not answer"):
+        renew(before, what_to_serve(settings))
+    assert request_answer(client).model == "tiny/step-00000003"
+    newer = write_stage2(checkpoints["tiny"].with_name("step-00000005"), language=language, seed=9)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        updating = thread.submit(update, what_to_serve(settings))
+        updating = thread.submit(renew, before, what_to_serve(settings))
         while not updating.done():
             ask(client, jpeg_bytes(0))
         updating.result()
     end_s = time.monotonic() + 30
-    while (answer := request_answer(client)).model != "tiny/step-00000004":
+    while (answer := request_answer(client)).model != "tiny/step-00000005":
         assert answer.model == "tiny/step-00000003" and time.monotonic() < end_s
         time.sleep(0.2)
     captioner = load_captioner(newer)
