@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ from pipelines.data import storage
 from pipelines.serving.adapters import Adapter, Backbones, require_shared_backbones
 from pipelines.serving.config import ApiKey, ServingConfig
 from pipelines.serving.errors import ApiError
+from pipelines.serving.heads import is_loopback
 from pipelines.serving.keys import read_keys
 from qformer.errors import UserError
 
@@ -90,7 +90,9 @@ def what_to_serve(settings: ServeSettings) -> Served:
     for adapter in adapters:
         require_whole(adapter.folder)
     keys = _keys(settings.api_keys)
-    return Served(settings.config(Backbones.of(adapters), counts_quotas=bool(keys)), adapters, keys)
+    is_local = is_loopback(settings.host) and not settings.allow_open
+    config = settings.config(Backbones.of(adapters), counts_quotas=bool(keys), is_local=is_local)
+    return Served(config, adapters, keys)
 
 
 def require_guarded(settings: ServeSettings) -> None:
@@ -99,11 +101,7 @@ def require_guarded(settings: ServeSettings) -> None:
     Raises:
         UserError: If the host is not loopback, there are no API keys, and `allow_open` does not say that this is meant.
     """
-    try:
-        is_loopback = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        is_loopback = settings.host == "localhost"
-    if not is_loopback and settings.api_keys is None and not settings.allow_open:
+    if not is_loopback(settings.host) and settings.api_keys is None and not settings.allow_open:
         raise UserError(
             f"host={settings.host} opens the service to the network without API keys; make a key with `qformer serve "
             "--make-key NAME --set api_keys=keys.json` and set api_keys, or set allow_open=true"
