@@ -1,4 +1,4 @@
-"""What a running `qformer serve` does on SIGHUP; tests/pipelines/serving/test_serving_app.py does it to a service."""
+"""What `qformer serve` looks at before it serves, and what it does on SIGHUP."""
 
 import logging
 import os
@@ -11,6 +11,19 @@ import pytest
 from jobs import serve
 from jobs.settings import ServeSettings
 from qformer.errors import UserError
+from tests.tiny_checkpoints import write_stage2
+
+
+def test_every_byte_is_looked_at_before_it_is_served(tmp_path):
+    checkpoint = write_stage2(tmp_path / "run" / "checkpoints" / "step-00000003")
+    settings = ServeSettings(checkpoint=str(tmp_path / "run"))
+    assert serve.what_to_serve(settings).adapters[0].version == "run/step-00000003"
+    file = checkpoint / "bridge.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"step-00000003 is damaged \(bridge.safetensors has other content") as caught:
+        serve.what_to_serve(settings)
+    assert "name an earlier one" in str(caught.value)
 
 
 @pytest.fixture
