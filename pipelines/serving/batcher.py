@@ -19,7 +19,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Waiting(Generic[ItemT, ResultT]):
     item: ItemT
     cost: int
@@ -32,14 +32,14 @@ class Batcher(Generic[ItemT, ResultT]):
     Args:
         run: One result an item, in order. Its exceptions reach the callers of the items that cause them.
         max_cost: Sum of the costs of a pass; an item that costs more goes alone.
-        observe: Told the number of items and the cost of each pass.
+        observe: Told the items of each pass.
     """
 
     def __init__(
         self,
         run: Callable[[Sequence[ItemT]], Sequence[ResultT]],
         max_cost: int,
-        observe: Callable[[int, int], None] = lambda items, cost: None,
+        observe: Callable[[Sequence[ItemT]], None] = lambda items: None,
     ) -> None:
         self._run, self._max_cost, self._observe = run, max_cost, observe
         self._waiting: deque[_Waiting[ItemT, ResultT]] = deque()
@@ -59,9 +59,10 @@ class Batcher(Generic[ItemT, ResultT]):
             self._loop_task = asyncio.create_task(self._serve())
         try:
             return await waiting.result
-        finally:
-            with contextlib.suppress(ValueError):
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):  # a pass has it
                 self._waiting.remove(waiting)
+            raise
 
     async def _serve(self) -> None:
         while batch := self._next_batch():
@@ -89,11 +90,12 @@ class Batcher(Generic[ItemT, ResultT]):
             _finish(waiting, result)
 
     async def _in_thread(self, batch: Sequence[_Waiting[ItemT, ResultT]]) -> Sequence[ResultT]:
+        items = [waiting.item for waiting in batch]
         with contextlib.suppress(Exception):  # figures must not fail a pass
-            self._observe(len(batch), sum(waiting.cost for waiting in batch))
+            self._observe(items)
 
         def work() -> Sequence[ResultT]:
-            results = self._run([waiting.item for waiting in batch])
+            results = self._run(items)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
             return results

@@ -24,12 +24,17 @@ def test_the_whole_demo_runs_and_is_reused(tmp_path, capsys, caplog):
     assert main(arguments) == 1
     shown = capsys.readouterr().out
     assert "cascaded: direction" in shown and "MISSED" in shown
-    assert "mean pooling: first" in shown and "blind guess 0.500" in shown
+    assert (
+        "mean pooling: first, chosen" in shown
+        and "minutes of the clips' part" in shown
+        and "blind guess 0.500" in shown
+    )
     assert "quarantined clips" in shown
     output = tmp_path / "demo"
     answers = json.loads((output / "clip_answers/answers.json").read_text())
     assert set(answers) == {bridge.name for bridge in BRIDGES}
-    for conditions in answers.values():
+    choices = json.loads((output / "clip_answers/choices.json").read_text())
+    for conditions in (*answers.values(), *choices.values()):
         assert all(len(table) == 40 for tables in conditions.values() for table in tables)
     assert (output / "report_video.html").is_file()
     summary = json.loads((output / "clip_cascaded_sound/summary.json").read_text())

@@ -1,6 +1,10 @@
 """What every bridge says of the held-out clips: as they are, with frames shuffled, with another clip's sound.
 
-Dimensions: B clips, F frames, C channels, Y/X pixels, A segments of sound, N samples of a segment.
+Of the order it also has to choose: which caption of all that differ in it alone is the likeliest? Free captions do not
+tell whether a bridge knows the order, for they can be wrong in many ways.
+
+Dimensions: B clips, F frames, C channels, Y/X pixels, A segments of sound, W samples of a segment, N soft prompts, L
+language-model width.
 """
 
 import json
@@ -19,13 +23,17 @@ from jobs.demo.render import SAMPLE_RATE_HZ
 from jobs.demo.video.bridges import BRIDGES, Bridge
 from jobs.demo.video.film import NUM_FRAMES
 from jobs.demo.video.make_audio import NUM_SEGMENTS, SEGMENT_S
+from jobs.demo.video.scoring import choices
+from jobs.demo.video.world import read_stories
 from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.checkpoint_folders import newest_checkpoint
 from pipelines.data.samples import DecodeSettings, SampleDecoder
+from qformer.analysis.image_use import answer_losses
 from qformer.bridge import Captioner, Waveforms, load_captioner
+from qformer.language import LanguageModel
 from qformer.preprocessing import Preprocessing
 
-ANSWERS_FILE = "answers.json"
+ANSWERS_FILE, CHOICES_FILE = "answers.json", "choices.json"
 AS_IT_IS, FRAMES_SHUFFLED, SOUND_SHUFFLED = "as it is", "frames shuffled", "sounds shuffled"
 NUM_SHUFFLES = 3
 """Answers under a shuffle are averaged over so many of them."""
@@ -42,7 +50,7 @@ class Clips:
     pixels: Tensor
     """BFCYX, uint8."""
     waveforms: Tensor
-    """BAN."""
+    """BAW."""
     audio_valid: Tensor
     """BA, False where there is no sound."""
 
@@ -85,25 +93,58 @@ def decode_clips(manifest: Path, preprocessing: Preprocessing, *, split: str = "
 
 
 def write_answers(output: Path, *, seed: int = 0) -> None:
-    """Write answers.json: by bridge and condition, the captions of every held-out clip, one list a shuffle.
+    """Write answers.json and choices.json: by bridge and condition, a caption of every held-out clip, a list a shuffle.
+
+    The first holds what is generated; the second which of `scoring.choices` is likeliest, for bridges that only see.
 
     Args:
-        output: Folder of the demo, with every bridge's run.
+        output: Folder of the demo, with its clips and every bridge's run.
         seed: Decides the shuffles, which are the same for all bridges.
     """
-    clips: Clips | None = None
+    stories, clips = read_stories(output / "clip_world"), None
     answers: dict[str, dict[str, list[dict[str, str]]]] = {}
+    chosen: dict[str, dict[str, list[dict[str, str]]]] = {}
     for bridge in BRIDGES:
         captioner = load_captioner(Path(newest_checkpoint(str(output / bridge.name))))
         clips = clips or decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing)
-        answers[bridge.name] = {
-            condition: [dict(zip(one.sample_ids, _answer(captioner, bridge, one), strict=True)) for one in shown]
-            for condition, shown in _conditions(bridge, clips, seed).items()
-        }
+        names, offered = clips.sample_ids, [choices(stories[sample_id]) for sample_id in clips.sample_ids]
+        answers[bridge.name], chosen[bridge.name] = {}, {}
+        for condition, several in _conditions(bridge, clips, seed).items():
+            prompts = [_soft_prompts(captioner, bridge, one) for one in several]
+            answers[bridge.name][condition] = [dict(zip(names, _answer(captioner, p), strict=True)) for p in prompts]
+            if not bridge.hears:
+                tables = [dict(zip(names, _choose(captioner, p, offered), strict=True)) for p in prompts]
+                chosen[bridge.name][condition] = tables
         logger.info("%s has answered", bridge.title)
     folder = output / "clip_answers"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ANSWERS_FILE).write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    for name, content in ((ANSWERS_FILE, answers), (CHOICES_FILE, chosen)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def likeliest(
+    language: LanguageModel, prompts: list[Tensor], offered: list[list[str]], *, text: str, max_tokens: int
+) -> list[str]:
+    """The caption of each clip that the language model finds likeliest of those offered.
+
+    Args:
+        language: The frozen language model.
+        prompts: Soft prompts NL of each clip, equally many for all.
+        offered: Captions of each clip, equally many tokens each.
+        text: Stands between soft prompts and caption, as in training.
+        max_tokens: See `LanguageModel.tokenize`.
+    """
+    chosen: list[str] = []
+    for part in _passes(len(prompts)):
+        texts = [caption for several in offered[part] for caption in several]
+        counts = [len(several) for several in offered[part]]
+        prefix_BNL = torch.stack(prompts[part]).repeat_interleave(torch.tensor(counts), dim=0)
+        batch = language.tokenize([text] * len(texts), texts, max_tokens=max_tokens)
+        # Means over tokens, which rank equally long captions as sums do.
+        losses = answer_losses(language, prefix_BNL, batch).split(counts)
+        chosen += [several[int(own.argmin())] for several, own in zip(offered[part], losses, strict=True)]
+    return chosen
 
 
 def _conditions(bridge: Bridge, clips: Clips, seed: int) -> dict[str, Sequence[Clips]]:
@@ -116,10 +157,26 @@ def _conditions(bridge: Bridge, clips: Clips, seed: int) -> dict[str, Sequence[C
     return shown
 
 
-def _answer(captioner: Captioner, bridge: Bridge, clips: Clips) -> list[str]:
-    captions: list[str] = []
-    for start in range(0, len(clips.sample_ids), _CLIPS_PER_PASS):
-        part = slice(start, start + _CLIPS_PER_PASS)
+def _soft_prompts(captioner: Captioner, bridge: Bridge, clips: Clips) -> list[Tensor]:
+    """NL of every clip."""
+    prompts: list[Tensor] = []
+    for part in _passes(len(clips.sample_ids)):
         audio = Waveforms(clips.waveforms[part], clips.audio_valid[part]) if bridge.hears else None
-        captions += captioner.answer(clips.pixels[part], audio=audio)
-    return captions
+        prompts += captioner.soft_prompts(clips.pixels[part], audio=audio)
+    return prompts
+
+
+def _answer(captioner: Captioner, prompts: list[Tensor]) -> list[str]:
+    said: list[str] = []
+    for part in _passes(len(prompts)):
+        said += captioner.language.generate(prompts[part], captioner.prompts(None, len(prompts[part])))
+    return said
+
+
+def _choose(captioner: Captioner, prompts: list[Tensor], offered: list[list[str]]) -> list[str]:
+    info = captioner.info
+    return likeliest(captioner.language, prompts, offered, text=info.prompt, max_tokens=info.max_text_tokens)
+
+
+def _passes(count: int) -> list[slice]:
+    return [slice(start, start + _CLIPS_PER_PASS) for start in range(0, count, _CLIPS_PER_PASS)]

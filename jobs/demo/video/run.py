@@ -70,8 +70,8 @@ def report(output: Path, seconds: dict[str, float]) -> list[ResultRow]:
     """
     preprocessing = load_vision(str(MODELS / "vision")).preprocessing
     clips = decode_clips(output / "clip_data" / "manifest.parquet", preprocessing)
-    table = results.measure(output, clips)
     own = {name: value for name, value in seconds.items() if name.startswith("clip_")}
+    table = results.measure(output, clips, sum(own.values()))
     image_results.show(table, own, title=TITLE)
     print(f"\nreport: {results.write(output, clips, table)}")
     checkpoint, clip = output / BRIDGES[-1].name, next((output / "clip_world" / "clips").glob("clip-test-*"))

@@ -2,9 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
-from jobs.demo.video.stories import KINDS, Story
-from jobs.demo.video.telling import parse
+from jobs.demo.video.stories import KINDS, MOVES, Story
+from jobs.demo.video.telling import captions, parse
 
 ORDER = tuple(KINDS)
 """Attributes that need the order of the frames."""
@@ -14,15 +15,15 @@ THINGS = "things"
 """Which things were there, whatever their order: what an observer without order can tell too."""
 
 
-def score(truths: Sequence[Story], captions: Sequence[str]) -> dict[str, float]:
+def score(truths: Sequence[Story], said: Sequence[str]) -> dict[str, float]:
     """Share of right answers by attribute, over the clips that have it; what does not parse is wrong in everything.
 
     Args:
         truths: The stories that were shown.
-        captions: What was said of each.
+        said: Caption of each.
     """
     found: dict[str, list[bool]] = defaultdict(list)
-    for truth, caption in zip(truths, captions, strict=True):
+    for truth, caption in zip(truths, said, strict=True):
         for name, is_right in judge(truth, caption).items():
             found[name].append(is_right)
     return {name: sum(values) / len(values) for name, values in found.items()}
@@ -38,19 +39,14 @@ def judge(truth: Story, caption: str) -> dict[str, bool]:
     return {name: told.get(name) == value for name, value in wanted.items()}
 
 
-def order_leaning(truths: Sequence[Story], captions: Sequence[str]) -> dict[str, float]:
-    """How far captions lean to the true order against its reverse, by attribute: all 1, none 0.
+def choices(truth: Story) -> list[str]:
+    """A caption for every value of a story's attribute of order; the truth supplies the rest.
 
-    It is what a choice between the two would score where a caption that tells neither leaves it to a coin. Against
-    `score` it does not fall where captions become unsure or tell of something else.
+    They are the same, in the same order, for a clip and its reversal: whoever finds them all equally likely, or always
+    likes one of the two best, is right for exactly one of the pair. All are equally long.
     """
-    found: dict[str, list[float]] = defaultdict(list)
-    for truth, caption in zip(truths, captions, strict=True):
-        guess = parse(caption)
-        told = None if guess is None else _order_of(guess)
-        values = {_order_of(truth): 1.0, _order_of(truth.reversed()): 0.0}
-        found[truth.kind].append(0.5 if told is None else values.get(told, 0.5))
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    told = [replace(truth, action=move) for move in MOVES] if truth.action in MOVES else [truth, truth.reversed()]
+    return sorted(captions(story)[0] for story in told)
 
 
 def values_of(story: Story) -> dict[str, Hashable]:
