@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.adapters import Adapter
+from pipelines.serving.calls import call
 from pipelines.serving.config import ApiKey, Scale, ServingConfig
 from pipelines.serving.encoder import encoder_class
 from pipelines.serving.fused import FusedService
 from pipelines.serving.generator import GeneratorWorker, generator_options
+from pipelines.serving.graph import RemoteModels, accepted
+from pipelines.serving.health import ask
 from pipelines.serving.ingress import Ingress, QuotaKeeper, live_config
 from pipelines.serving.media import MediaWorker
 
+# Beyond a request's own deadline, so that one that a replica works on as it goes ends as it would have.
+SHUTDOWN_GRACE_S = 10.0
 # Requests a replica may hold beyond those it works on, so that the ingress can refuse in JSON.
 SPARE_REQUESTS = 64
 
@@ -37,7 +43,15 @@ def build_app(
     live = user_configs(config, adapters, keys) if adapters else {}
 
     def deployment(worker: type[Any], name: str, scale: Scale, **options: Any) -> serve.Deployment:
-        return _deployment(worker, name, scale, version=version, user_config=live.get(name), **options)
+        return _deployment(
+            worker,
+            name,
+            scale,
+            version=version,
+            user_config=live.get(name),
+            graceful_shutdown_timeout_s=config.requests.timeout_s + SHUTDOWN_GRACE_S,
+            **options,
+        )
 
     quotas = None
     if config.counts_quotas:
@@ -87,6 +101,24 @@ def user_configs(
 
 def _http_class(worker: type[Any]) -> Any:
     return serve.ingress()(worker)
+
+
+async def rehearse(app: str, config: ServingConfig, adapter: Adapter) -> None:
+    """Have a running application answer by an adapter that requests do not know yet.
+
+    Raises:
+        ApiError: When it does not.
+    """
+
+    def handle(name: str) -> DeploymentHandle:
+        return serve.get_deployment_handle(name, app)
+
+    if config.fused:
+        front = handle("Ingress").rehearse
+        accepted(await call(lambda: front.remote(adapter), "rehearsal"))
+        return
+    generator = None if config.backbones.language is None else handle("Generator")
+    await ask(RemoteModels(handle("Media"), handle("Encoder"), generator, None), adapter)
 
 
 def _deployment(

@@ -18,9 +18,10 @@ from pipelines.serving.adapters import Adapter
 from pipelines.serving.api import Api, build_http
 from pipelines.serving.config import ServingConfig
 from pipelines.serving.encoder import EncoderWorker, encoder_class
-from pipelines.serving.errors import unavailable
+from pipelines.serving.errors import ApiError, Refusal, unavailable
 from pipelines.serving.generator import GeneratorWorker, generator_options
 from pipelines.serving.graph import Quotas, accepted
+from pipelines.serving.health import ask
 from pipelines.serving.ingress import read_live_config
 from pipelines.serving.media import MediaWorker
 from pipelines.serving.uploads import Upload
@@ -92,14 +93,28 @@ class FusedService:
         encoder = encoder_class(config.max_loaded_adapters)
         self._encoder = encoder(config.backbones.encoder, config.max_batch_frames, config.use_gpu)
         options = generator_options(config)
-        generator = None if options is None else GeneratorWorker(**options)
-        self._api = Api(config, LocalModels(media, self._encoder, generator, quotas))
+        self._generator = None if options is None else GeneratorWorker(**options)
+        self._models = LocalModels(media, self._encoder, self._generator, quotas)
+        self._api = Api(config, self._models)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take what `live_config` gives; the default adapter is loaded before the first request."""
         adapters, keys = read_live_config(user_config)
         await self._encoder.reconfigure({"preload": adapters[0].to_dict()})
         self._api.update(adapters, keys)
+
+    async def rehearse(self, adapter: Adapter) -> Refusal | None:
+        """Answer a picture by an adapter that requests do not know yet; why it does not."""
+        try:
+            await ask(self._models, adapter)
+        except ApiError as error:
+            return error.refusal
+        return None
+
+    def check_health(self) -> None:
+        """As `GeneratorWorker.check_health`."""
+        if self._generator is not None:
+            self._generator.check_health()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve's hook: the ASGI application of this replica, made in the replica."""
