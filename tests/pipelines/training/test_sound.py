@@ -150,6 +150,21 @@ def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
         _run(dataclasses.replace(chosen, segments={"num_segments": 1, "segment_s": 9.0}))
 
 
+def test_joint_sound_needs_a_segment_for_every_frame(chosen):
+    info = dataclasses.replace(_run(chosen).info(1), num_frames=3)
+    info = dataclasses.replace(info, audio_branch=dataclasses.replace(info.audio_branch, is_joint=True))
+    assert decoding_of(info, Limits()).audio == SAMPLING
+    told = "this bridge reads both together, one segment a frame; leave num_frames and data.audio as in training"
+    with pytest.raises(UserError, match=f"num_frames=8 with 3 segments of sound: {told}"):
+        decoding_of(info, Limits(), num_frames=8)
+    with pytest.raises(UserError, match=f"num_frames=3 with 2 segments of sound: {told}"):
+        decode_settings(DataSettings(manifest="m", audio=AudioSettings(num_segments=2)), info)
+    with pytest.raises(UserError, match="data.audio: audio of 100000 segments of 1 s"):
+        decode_settings(
+            DataSettings(manifest="m", audio=AudioSettings(num_segments=100_000, segment_s=0.001)), info
+        ) if False else decoding_of(info, Limits(), segments={"num_segments": 100_000})
+
+
 def test_whoever_loads_the_checkpoint_hears_as_the_training_did(chosen, media, tmp_path):
     run = _run(chosen)
     checkpoint = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")
@@ -162,7 +177,7 @@ def test_whoever_loads_the_checkpoint_hears_as_the_training_did(chosen, media, t
     data = {"manifest": "m"}
     assert decode_settings(DataSettings(**data), captioner.info) == decode
     fewer = decode_settings(DataSettings(**data, audio=AudioSettings(num_segments=2)), captioner.info)
-    assert fewer.audio == AudioSampling(sample_rate_hz=16_000, num_segments=2, segment_s=2.0)
+    assert fewer.audio == AudioSampling(sample_rate_hz=16_000, num_segments=2, segment_s=1.0)
 
     batch = _batch(run, media)
     pixels, frame_valid = torch.from_numpy(batch.images), torch.from_numpy(batch.frame_valid)
