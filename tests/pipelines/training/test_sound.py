@@ -150,6 +150,17 @@ def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
         _run(dataclasses.replace(chosen, segments={"num_segments": 1, "segment_s": 9.0}))
 
 
+@pytest.mark.parametrize("part", ["frames.positions.table_MD", "frames.qformer.queries", "language_projection.bias"])
+def test_all_of_the_bridge_is_held_where_the_branch_is_trained_alone(chosen, part):
+    run = _run(dataclasses.replace(chosen, temporal="cascaded", audio_branch={"trains_alone": True}))
+    assert {name.partition(".")[0] for name in run.trainable_names} == {"audio"}
+    run.assert_frozen()
+    with torch.no_grad():
+        dict(run.stage.trainables.named_parameters())[part].add_(1.0)
+    with pytest.raises(RuntimeError, match="weights of the bridge that are not trained changed"):
+        run.assert_frozen()
+
+
 def test_joint_sound_needs_a_segment_for_every_frame(chosen):
     info = dataclasses.replace(_run(chosen).info(1), num_frames=3)
     info = dataclasses.replace(info, audio_branch=dataclasses.replace(info.audio_branch, is_joint=True))
