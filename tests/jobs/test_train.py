@@ -164,7 +164,8 @@ def assert_validated(run, log):
 )
 def test_mistakes_end_before_any_worker_starts(changes, message, world, tmp_path):
     if "data" in changes:
-        changes = {"data": TrainDataSettings(**{**changes["data"], "manifest": str(world / "manifest.jsonl")})}
+        data = TrainDataSettings(**{**changes["data"], "manifest": str(world / "manifest.jsonl")})
+        changes = {**changes, "data": data}
     with pytest.raises(UserError, match=message):
         train.main(settings(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

@@ -95,8 +95,8 @@ def offline(checkpoint, media):
         decoder.close()
     return [
         captioner.soft_prompts(
-            torch.from_numpy(clip.pixels)[None],
-            frame_valid=torch.from_numpy(clip.frame_valid)[None],
+            torch.tensor(clip.pixels)[None],
+            frame_valid=torch.tensor(clip.frame_valid)[None],
             audio=waveforms_of_clip(clip),
         )[0].numpy()
         for clip in clips
