@@ -111,8 +111,8 @@ def _train_settings(prepared, temporal, output, **data):
 def test_real_clips_are_prepared_trained_on_and_captioned(ray_local, prepared, tmp_path, capsys, temporal):
     rows = _rows(prepared)
     told = train.main(_train_settings(prepared, temporal, tmp_path / "run"))
-    assert told["steps"] == STEPS and told["rows_in"] == STEPS * BATCH_SIZE
-    assert told["rows_used"] == told["rows_in"] and told["rows_quarantined"] == 0
+    assert told["steps"] == STEPS and told["rows_quarantined"] == 0
+    assert told["rows_used"] == told["rows_in"] >= 2 * rows.num_rows  # a third epoch has begun
     assert set(told["frozen_sha256"]) == {"audio", "language", "vision"}
     assert any(name.startswith("audio.") for name in told["trainable_names"])
 
