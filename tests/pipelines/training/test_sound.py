@@ -150,7 +150,9 @@ def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
         _run(dataclasses.replace(chosen, segments={"num_segments": 1, "segment_s": 9.0}))
 
 
-@pytest.mark.parametrize("part", ["frames.positions.table_MD", "frames.qformer.query_tokens", "language_projection.bias"])
+@pytest.mark.parametrize(
+    "part", ["frames.positions.table_MD", "frames.qformer.query_tokens", "language_projection.bias"]
+)
 def test_all_of_the_bridge_is_held_where_the_branch_is_trained_alone(chosen, part):
     run = _run(dataclasses.replace(chosen, temporal="cascaded", audio_branch={"trains_alone": True}))
     assert {name.partition(".")[0] for name in run.trainable_names} == {"audio"}
