@@ -10,24 +10,27 @@ _CARRIERS = tuple(
         "2002::/16",  # 6to4
         "2001::/32",  # Teredo
         "::/96",  # IPv4-compatible
+        "192.88.99.0/24",  # relays of 6to4
     )
 )
-"""IPv6 networks that stand for IPv4 addresses, which might be private ones."""
+"""Networks where IPv6 stands for IPv4 addresses, which might be private ones."""
 
 
 def is_public(address: str) -> bool:
     """Whether `address` is a unicast address of the public internet.
 
-    False for loopback, private, link-local (with the metadata services of clouds), shared, multicast, reserved and
-    unspecified ones, for IPv6 that wraps IPv4, and for what is no address.
+    False for loopback, private, site-local, link-local (with the metadata services of clouds), shared, multicast,
+    reserved and unspecified ones, for IPv6 that wraps IPv4, and for what is no address.
     """
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
         return False
     if isinstance(found, ipaddress.IPv6Address):
-        if found.scope_id is not None or any(found in network for network in _CARRIERS):
+        if found.scope_id is not None or found.is_site_local:
             return False
         if found.ipv4_mapped is not None:
             found = found.ipv4_mapped
+    if any(found in network for network in _CARRIERS):
+        return False
     return found.is_global and not found.is_multicast and not found.is_reserved and not found.is_unspecified

@@ -32,14 +32,14 @@ class Batcher(Generic[ItemT, ResultT]):
     Args:
         run: One result an item, in order. Its exceptions reach the callers of the items that cause them.
         max_cost: Sum of the costs of a pass; an item that costs more goes alone.
-        observe: Told the number of items and the cost of each pass.
+        observe: Told the items of each pass.
     """
 
     def __init__(
         self,
         run: Callable[[Sequence[ItemT]], Sequence[ResultT]],
         max_cost: int,
-        observe: Callable[[int, int], None] = lambda items, cost: None,
+        observe: Callable[[Sequence[ItemT]], None] = lambda items: None,
     ) -> None:
         self._run, self._max_cost, self._observe = run, max_cost, observe
         self._waiting: deque[_Waiting[ItemT, ResultT]] = deque()
@@ -90,11 +90,12 @@ class Batcher(Generic[ItemT, ResultT]):
             _finish(waiting, result)
 
     async def _in_thread(self, batch: Sequence[_Waiting[ItemT, ResultT]]) -> Sequence[ResultT]:
+        items = [waiting.item for waiting in batch]
         with contextlib.suppress(Exception):  # figures must not fail a pass
-            self._observe(len(batch), sum(waiting.cost for waiting in batch))
+            self._observe(items)
 
         def work() -> Sequence[ResultT]:
-            results = self._run([waiting.item for waiting in batch])
+            results = self._run(items)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
             return results

@@ -64,12 +64,12 @@ class EncoderWorker:
 
     Args:
         backbone: `Adapter.encoder` of all adapters.
-        max_batch_frames: Images and frames of one pass.
+        max_batch_frames: Images and frames of one pass, of the Q-Former's with texts: once for each text.
         use_gpu: Run on CUDA.
     """
 
     def __init__(self, backbone: Mapping[str, Any], max_batch_frames: int, use_gpu: bool) -> None:
-        self._device = "cuda" if use_gpu else "cpu"
+        self._device, self._max_batch_frames = "cuda" if use_gpu else "cpu", max_batch_frames
         self._encoder = load_backbone(backbone, self._device)
         self._folders: dict[str, str] = {}
         self._is_ready = False
@@ -127,11 +127,21 @@ class EncoderWorker:
         if (refusal := matcher.refusal(texts)) is not None:
             return refusal
 
-        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
-            rows = zip(tokens_BFPV, is_frame_BF, works, strict=True)
-            return [matcher.match(tokens_FPV, is_frame_F, work.argument) for tokens_FPV, is_frame_F, work in rows]
+        # Every text is read beside every frame: all of them in one pass would take many times the others' memory.
+        most = max(1, self._max_batch_frames // len(clip.pixels))
 
-        return await self._submit(Work(clip, ("match", adapter.key), finish, texts))
+        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
+            return [
+                [
+                    one
+                    for start in range(0, len(work.argument), most)
+                    for one in matcher.match(tokens_FPV, is_frame_F, work.argument[start : start + most])
+                ]
+                for tokens_FPV, is_frame_F, work in zip(tokens_BFPV, is_frame_BF, works, strict=True)
+            ]
+
+        work = Work(clip, ("match", adapter.key), finish, texts)
+        return await self._submit(work, readings=len(texts))
 
     async def load(self, key: str) -> Writer | Matcher:
         """Load the adapter of a key that `_loaded` knows, beside the event loop."""
@@ -147,16 +157,16 @@ class EncoderWorker:
         self._folders[adapter.key] = adapter.folder
         return await self.adapter(adapter.key)
 
-    async def _submit(self, work: Work) -> Any:
+    async def _submit(self, work: Work, readings: int = 1) -> Any:
         self._waiting.set(self._batcher.num_waiting + 1)
-        return await self._batcher.submit(work, cost=len(work.clip.pixels))
+        return await self._batcher.submit(work, cost=len(work.clip.pixels) * readings)
 
     def _run(self, works: Sequence[Work]) -> list[Any]:
         with torch.inference_mode():
             return run_works(lambda pixels: self._encoder.features(pixels.to(self._device)), works)
 
-    def _observe(self, num_items: int, num_frames: int) -> None:
-        self._frames.observe(num_frames)
+    def _observe(self, works: Sequence[Work]) -> None:
+        self._frames.observe(sum(len(work.clip.pixels) for work in works))
         self._waiting.set(self._batcher.num_waiting)
 
 

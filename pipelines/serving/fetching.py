@@ -90,14 +90,16 @@ class Fetcher:
         Raises:
             ApiError: 400 for what is no http(s) URL, 403 for a host that is not allowed.
         """
+        # Before anything reads it: `urlsplit` remembers what it has read.
+        if len(url) > MAX_URL_CHARACTERS or not (url.isascii() and url.isprintable()) or " " in url:
+            message = f"give a URL of at most {MAX_URL_CHARACTERS} printable ASCII characters, others as %XX"
+            raise ApiError(400, "invalid_url", message)
         try:
             parts = urlsplit(url)
-            host, port = (parts.hostname or "").rstrip(".").lower(), parts.port
+            host, port = (parts.hostname or "").removesuffix(".").lower(), parts.port
         except ValueError:
-            raise ApiError(400, "invalid_url", "the URL cannot be read; give https://HOST/PATH") from None
+            raise _unreadable() from None
         schemes = ("https", "http") if self._policy.allow_http else ("https",)
-        if len(url) > MAX_URL_CHARACTERS or not url.isprintable() or " " in url:
-            raise ApiError(400, "invalid_url", f"give a URL of at most {MAX_URL_CHARACTERS} printable characters")
         if parts.scheme not in schemes:
             wanted = " or ".join(f"{scheme}:" for scheme in schemes)
             message = f"this server fetches no {parts.scheme[:20] or 'bare'!r} URLs; use {wanted}, or send the bytes "
@@ -135,6 +137,8 @@ class Fetcher:
         except _NotPublicError:
             message = "the URL's host has no public address; send the bytes as a data: URL"
             raise ApiError(403, "url_not_allowed", message) from None
+        except ValueError:  # where it moved to, or a name that no resolver takes
+            raise _unreadable() from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             message = f"the URL could not be fetched ({type(error).__name__}); check it, or send the bytes"
             raise ApiError(422, "url_unreachable", message) from None
@@ -144,8 +148,7 @@ class Fetcher:
     async def _get(self, pool: httpcore.AsyncConnectionPool, url: str) -> bytes | str:
         """The content, or where it has moved."""
         parts = self.check(url)
-        # Without a fragment; `check` has seen that what is left is printable.
-        target = httpcore.URL(parts._replace(fragment="").geturl().encode("ascii", "ignore").decode())
+        target = httpcore.URL(parts._replace(fragment="").geturl())
         headers = [("Host", parts.hostname or ""), ("Accept", "image/*, video/*"), ("Accept-Encoding", "identity")]
         async with pool.stream("GET", target, headers=headers) as response:
             if response.status in _REDIRECTS:
@@ -162,6 +165,10 @@ class Fetcher:
                     raise ApiError(422, "media_too_large", message)
                 chunks.append(chunk)
             return b"".join(chunks)
+
+
+def _unreadable() -> ApiError:
+    return ApiError(400, "invalid_url", "the URL cannot be read; give https://HOST/PATH")
 
 
 def _covers(allowed: str, host: str) -> bool:

@@ -15,7 +15,7 @@ from pipelines.serving.errors import RETRY_AFTER_S, Refusal
 from pipelines.serving.wire import Piece, Prompt
 from qformer.backbones import load_language
 from qformer.bridge import load_captioner
-from qformer.generation.async_engine import AsyncEngine
+from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
 from qformer.generation.inputs import num_text_tokens, segment_inputs
 from qformer.generation.request import (
@@ -24,6 +24,7 @@ from qformer.generation.request import (
     QueueFullError,
     RequestError,
     RequestSettings,
+    TooLongError,
 )
 from qformer.language import LanguageModel, build_language_model
 
@@ -38,6 +39,8 @@ _GAUGES = {
     "kv_tokens_reserved": "Tokens of the key-value memory in use.",
     "tokens_per_s": "Tokens generated a second, of the last seconds.",
     "mean_batch_size": "Answers of one step, of the last seconds.",
+    "time_to_first_token_p50_s": "From queuing to the first token, streamed or not, of the last 1,024 answers.",
+    "time_to_first_token_p95_s": "As time_to_first_token_p50_s.",
     "cancelled_total": "Answers given up because nobody waits for them any more, since the replica's start.",
 }
 
@@ -88,6 +91,15 @@ class GeneratorWorker:
         self._gauges = {name: Gauge(f"qformer_serve_{name}", text) for name, text in _GAUGES.items()}
         self._reporting: asyncio.Task[None] | None = None
 
+    def check_health(self) -> None:
+        """Have Serve replace this replica when its engine has ended.
+
+        Raises:
+            RuntimeError: If it has.
+        """
+        if not self._engine.is_alive:
+            raise RuntimeError("the generation engine has ended; the log says why")
+
     async def answer(self, prompt: Prompt) -> Piece | Refusal:
         """A whole answer."""
         return [piece async for piece in self._pieces(prompt, is_streamed=False)][-1]
@@ -101,11 +113,11 @@ class GeneratorWorker:
     async def _pieces(self, prompt: Prompt, *, is_streamed: bool) -> AsyncGenerator[Piece | Refusal, None]:
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report())
+        request = await asyncio.to_thread(self._request, prompt, is_streamed)
+        if isinstance(request, Refusal):
+            yield request
+            return
         try:
-            request = await asyncio.to_thread(self._request, prompt, is_streamed)
-            if isinstance(request, Refusal):
-                yield request
-                return
             async with contextlib.aclosing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     usage = delta.usage
@@ -115,11 +127,13 @@ class GeneratorWorker:
                         prompt_tokens=usage.prompt_tokens,
                         completion_tokens=usage.completion_tokens,
                     )
-        except RequestError as error:
-            yield Refusal(400, "context_length_exceeded", str(error))
+        except TooLongError as error:
+            yield _too_long(request, error.max_tokens)
         except QueueFullError:
             yield Refusal(503, "overloaded", "the model is busy; try again", retry_after_s=RETRY_AFTER_S)
-        except GenerationFailedError:
+        except EngineClosedError:
+            yield Refusal(503, "unavailable", "the model is starting again; try later", retry_after_s=RETRY_AFTER_S)
+        except (GenerationFailedError, RequestError):  # what the other deployments made of the request is broken
             logger.exception("generation failed")
             yield Refusal(500, "internal", "the model failed on this request; its log says why")
 
@@ -134,8 +148,11 @@ class GeneratorWorker:
         segments = [
             segment if isinstance(segment, str) else torch.from_numpy(segment.copy()) for segment in prompt.segments
         ]
+        inputs_SL = segment_inputs(self._language, segments)
+        if not len(inputs_SL):
+            return Refusal(400, "invalid_request", "the messages hold nothing that the model reads", "messages")
         return EngineRequest(
-            inputs_SL=segment_inputs(self._language, segments),
+            inputs_SL=inputs_SL,
             settings=RequestSettings(
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
@@ -148,11 +165,21 @@ class GeneratorWorker:
         )
 
     async def _report(self) -> None:
-        """Tell the engine's figures to Prometheus while it works, and once more when it rests."""
+        """Tell the engine's figures to Prometheus while it works, and until those of the last seconds are 0."""
         is_idle = False
         while not is_idle:
             await asyncio.sleep(STATS_EVERY_S)
             stats = self._engine.stats()
-            is_idle = stats.running == stats.queued == 0
+            is_idle = stats.running == stats.queued == stats.mean_batch_size == 0
             for name, gauge in self._gauges.items():
                 gauge.set(getattr(stats, name))
+
+
+def _too_long(request: EngineRequest, max_tokens: int) -> Refusal:
+    """In the words of the HTTP interface; the engine's own speak of rows and settings that no client knows."""
+    count, wanted = len(request.inputs_SL), request.settings.max_new_tokens
+    message = (
+        f"the prompt takes {count} tokens, those of images and frames with it, and max_tokens={wanted}; {max_tokens} "
+        "is the most that the model takes of both: ask for fewer, shorten the prompt, or send fewer images"
+    )
+    return Refusal(400, "context_length_exceeded", message, "max_tokens" if count < max_tokens else "messages")

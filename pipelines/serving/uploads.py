@@ -16,6 +16,8 @@ from pipelines.serving.errors import ApiError
 
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:([^;,]{0,100})(?:;[^;,]{0,100})*?(;base64)?,", re.IGNORECASE)
+_MAX_HEAD_CHARACTERS = 1024
+"""Of a data: URL; the expression keeps some 150 bytes for each character that it reads."""
 _BLANKS = b" \t\r\n"
 """What encoders put between lines of base64."""
 
@@ -55,7 +57,7 @@ def parse_reference(kind: str, text: str, param: str) -> Upload:
     Raises:
         ApiError: 415 for content of the other kind, 400 for bad base64 and bytes that are no known format.
     """
-    if prefix := _DATA_URL.match(text):
+    if prefix := _DATA_URL.match(text, 0, _MAX_HEAD_CHARACTERS):
         declared = prefix[1].partition("/")[0].strip().lower()
         if prefix[2] is None:
             raise ApiError(400, "invalid_media", f"{param!r}: a data: URL must end its head in ;base64,", param=param)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineClosedError(RuntimeError):
-    """The engine was closed; the request was not finished."""
+    """The engine was closed, or its thread has ended by itself; the request was not finished."""
 
 
 class _Caller:
@@ -68,11 +68,18 @@ class AsyncEngine:
         # Handed from loops to the thread, under the condition's lock.
         self._arrived: list[_Caller] = []
         self._gone: list[_Caller] = []
+        self._waiting: set[_Caller] = set()
+        """All who wait for news, whatever has become of their requests."""
         self._is_closed = False
         # The thread's own.
         self._callers: dict[int, _Caller] = {}
         self._thread = threading.Thread(target=self._run, name="generation-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests; once False it stays so."""
+        return self._thread.is_alive()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[Delta, None]:
         """Yield a request's deltas; the last one has a finish reason. Closing the iterator cancels the request.
@@ -81,7 +88,7 @@ class AsyncEngine:
             RequestError: If it cannot be run.
             QueueFullError: If too many requests wait.
             GenerationFailedError: If the model failed on it.
-            EngineClosedError: If the engine is closed.
+            EngineClosedError: If the engine is closed, or is so before the end.
         """
         caller = _Caller(request)
         with self._wake:
@@ -90,6 +97,7 @@ class AsyncEngine:
             if len(self._arrived) >= self.engine.max_queue:
                 raise QueueFullError(f"{len(self._arrived)} requests have just come; try again later")
             self._arrived.append(caller)
+            self._waiting.add(caller)
             self._wake.notify()
         is_done = False
         try:
@@ -101,8 +109,9 @@ class AsyncEngine:
                 is_done = outcome.finish_reason is not None
                 yield outcome
         finally:
-            if not is_done:
-                with self._wake:
+            with self._wake:
+                self._waiting.discard(caller)
+                if not is_done:
                     caller.is_gone = True
                     self._gone.append(caller)
                     self._wake.notify()
@@ -119,19 +128,31 @@ class AsyncEngine:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._is_closed or self._arrived or self._gone or self.engine.is_busy):
-                    self._wake.wait()
-                arrived, self._arrived = self._arrived, []
-                gone, self._gone = self._gone, []
-                is_closed = self._is_closed
-            if is_closed:
-                closed = EngineClosedError("the engine was closed")
-                _deliver((caller, closed) for caller in [*self._callers.values(), *arrived])
-                return
-            self._leave(gone)
-            _deliver([*self._admit(arrived), *self._step()])
+        reason = "the engine was closed"
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            # Nothing is known of the engine's state any more; but who waits must not wait for ever.
+            logger.exception("the engine ends; a new one is needed")
+            reason = f"the engine has ended: {error}"
+        with self._wake:
+            self._is_closed = True
+            waiting = [*self._waiting]
+        _deliver((caller, EngineClosedError(reason)) for caller in waiting)
+
+    def _turn(self) -> bool:
+        """Do what there is to do, or wait for something; False: the engine is closed."""
+        with self._wake:
+            while not (self._is_closed or self._arrived or self._gone or self.engine.is_busy):
+                self._wake.wait()
+            arrived, self._arrived = self._arrived, []
+            gone, self._gone = self._gone, []
+            if self._is_closed:
+                return False
+        self._leave(gone)
+        _deliver([*self._admit(arrived), *self._step()])
+        return True
 
     def _leave(self, gone: Iterable[_Caller]) -> None:
         for caller in gone:

@@ -29,13 +29,18 @@ class Batch:
         """Rows in front that generate."""
         return sum(row.is_generating for row in self.rows)
 
-    def fits(self, row: Running) -> bool:
-        """Whether the budget holds one more."""
+    def most_tokens(self) -> int:
+        """Longest slot of one more request that the budget holds; 0 where it holds none."""
         count = len(self.rows) + 1
-        return count <= self._max_requests and count * self._capacity_with(row) <= self._kv_tokens
+        if count > self._max_requests:
+            return 0
+        if count == 1:
+            return self._kv_tokens
+        most = self._kv_tokens // count // _CAPACITY_STEP * _CAPACITY_STEP
+        return most if max(row.tokens_needed for row in self.rows) <= most else 0
 
     def append(self, row: Running) -> None:
-        """Give a request the next slot; `fits` allowed it."""
+        """Give a request the next slot; `most_tokens` allowed it."""
         count, capacity = len(self.rows) + 1, self._capacity_with(row)
         slots = self.slots
         if slots.capacity < capacity or count * slots.capacity > self._kv_tokens:

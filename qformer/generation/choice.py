@@ -125,12 +125,19 @@ def _processed(logits_V: Tensor, row: Chosen, rules: Rules) -> Tensor:
 
 
 def _draw(logits_NV: Tensor, rows: Sequence[Chosen]) -> Tensor:
-    """Inverse of the cumulated probabilities at one random number a row."""
+    """Inverse of the cumulated probabilities at one random number a row.
+
+    A temperature or `top_p` may be so small that fp32 has no such number; both then leave the likeliest token.
+    """
     temperature_N = torch.tensor([row.settings.temperature for row in rows], device=logits_NV.device)
+    temperature_N = temperature_N.clamp_min(torch.finfo(torch.float32).tiny)
+    logits_NV = logits_NV - logits_NV.amax(dim=-1, keepdim=True)  # or the division may give infinity less infinity
     top_p_N = torch.tensor([row.settings.top_p for row in rows], device=logits_NV.device)
     probability_NC, token_NC = (logits_NV / temperature_N[:, None]).softmax(dim=-1).sort(dim=-1, descending=True)
     before_NC = probability_NC.cumsum(dim=-1) - probability_NC
-    probability_NC = probability_NC.masked_fill(before_NC >= top_p_N[:, None], 0.0)
+    is_tail_NC = before_NC >= top_p_N[:, None]
+    is_tail_NC[:, 0] = False
+    probability_NC = probability_NC.masked_fill(is_tail_NC, 0.0)
     sum_NC = probability_NC.cumsum(dim=-1)
     # On the CPU whatever the model's device: the same seed draws the same numbers everywhere.
     random_N = torch.cat([torch.rand(1, generator=row.generator) for row in rows]).to(logits_NV.device)

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qformer.generation.engine import Engine
-from qformer.generation.request import EngineRequest, FinishReason, QueueFullError, RequestError, Usage
+from qformer.generation.request import (
+    EngineRequest,
+    FinishReason,
+    GenerationFailedError,
+    QueueFullError,
+    RequestError,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,7 @@ def complete(engine: Engine, requests: Sequence[EngineRequest]) -> list[Completi
             place = left.pop()
             try:
                 places[engine.add(replace(requests[place], is_streamed=False))] = place
-            except RequestError as error:
+            except (RequestError, GenerationFailedError) as error:
                 results[place] = error
         for number, outcome in engine.step():
             place = places.pop(number)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qformer.errors import UserError
-from qformer.generation.request import RequestError
+from qformer.generation.request import TooLongError
 from qformer.generation.running import Running
 from qformer.generation.slots import Slots, Window
 from qformer.language import LanguageModel
@@ -63,13 +63,14 @@ class DecoderPasses:
         """Positions of a request at its longest; its last token is never read.
 
         Raises:
-            RequestError: If the model has fewer.
+            TooLongError: If the model has fewer.
         """
         needed = num_inputs + max_new_tokens - 1
         if self.max_tokens is not None and needed > self.max_tokens:
-            raise RequestError(
+            raise TooLongError(
                 f"{num_inputs} input rows and max_new_tokens={max_new_tokens} need {needed} positions, the language "
-                f"model has {self.max_tokens}; shorten the prompt, use fewer images or frames, or lower max_new_tokens"
+                f"model has {self.max_tokens}; shorten the prompt, use fewer images or frames, or lower max_new_tokens",
+                self.max_tokens,
             )
         return needed
 

@@ -25,6 +25,12 @@ class EncoderDecoderSlots:
 
     def __init__(self) -> None:
         self.own, self.cross = Slots(), Slots()
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Memory`."""
+        self.own.reset()
+        self.cross.reset()
         self.start: list[int] = []
         """Column of each row's first decoder token."""
         self.num_inputs: list[int] = []
@@ -69,7 +75,7 @@ class EncoderDecoderSlots:
         self.cross.move(source, target, self.num_inputs[source])
         self.start[target], self.num_inputs[target] = self.start[source], self.num_inputs[source]
 
-    def clear(self, row: int | None = None) -> None:
+    def clear(self, row: int) -> None:
         """See `Memory`."""
         self.own.clear(row)
         self.cross.clear(row)

@@ -22,6 +22,7 @@ from qformer.generation.request import (
     GenerationFailedError,
     QueueFullError,
     RequestError,
+    TooLongError,
 )
 from qformer.generation.running import Running
 from qformer.generation.statistics import EngineStats, Meter
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 Outcome = Delta | Exception
 """A request's news: what its text grew by, or why it has failed."""
+
+_MAX_OVERTAKEN = 64
+"""Requests that may pass a longer one which finds no place; then places are kept free for it."""
 
 _Run = Callable[[int, Sequence[Running]], Tensor]
 """One pass over the rows from a slot on, which gives their logits."""
@@ -89,20 +93,23 @@ class Engine:
         """See that a request can be run at all.
 
         Raises:
-            RequestError: If not, with what to change.
+            RequestError: If not, with what to change; `TooLongError` where that is the length.
+            GenerationFailedError: If its inputs are no numbers.
         """
         inputs_SL, width = request.inputs_SL, self.language.width
         if inputs_SL.ndim != 2 or not len(inputs_SL) or inputs_SL.shape[1] != width:
             raise RequestError(f"inputs are {tuple(inputs_SL.shape)} but the language model takes [rows, {width}]")
         needed = self._passes.tokens_needed(len(inputs_SL), request.settings.max_new_tokens)
         if needed > self.kv_tokens:
-            raise RequestError(
+            raise TooLongError(
                 f"{len(inputs_SL)} input rows and max_new_tokens={request.settings.max_new_tokens} need {needed} "
                 f"tokens of memory, the engine has kv_tokens={self.kv_tokens}; shorten the prompt or lower "
-                "max_new_tokens"
+                "max_new_tokens",
+                self.kv_tokens,
             )
         if not inputs_SL.isfinite().all():
-            raise RequestError("inputs hold NaN or infinity; the image's features or the bridge's weights are broken")
+            message = "inputs hold NaN or infinity; the image's features or the bridge's weights are broken"
+            raise GenerationFailedError(message)
 
     def add(self, request: EngineRequest) -> int:
         """Queue a request behind all others.
@@ -113,6 +120,7 @@ class Engine:
         Raises:
             RequestError: If it cannot be run.
             QueueFullError: If `max_queue` requests wait.
+            GenerationFailedError: If its inputs are no numbers.
         """
         self.check(request)
         if not self.has_room:
@@ -138,12 +146,15 @@ class Engine:
                 return
 
     def drop_all(self) -> list[int]:
-        """Drop every request, and return their numbers."""
-        dropped = [*self._batch.rows, *self._waiting]
-        self._batch = Batch(self._passes.slots, self.kv_tokens, self.max_requests)
-        self._passes.slots.clear()
+        """Drop every request and the memory of their keys and values, and return their numbers.
+
+        Raises:
+            RuntimeError: If the device takes no more work, as CUDA does after some failures; this process is lost then.
+        """
+        dropped = [*self._drop_running(), *self._waiting]
         self._waiting.clear()
         self._meter.failed += len(dropped)
+        next(self.language.model.parameters()).flatten()[:1].sum().item()
         return [row.number for row in dropped]
 
     @torch.inference_mode()
@@ -172,30 +183,48 @@ class Engine:
             kv_bytes=self.kv_tokens * slots.bytes_per_token,
         )
 
+    def _drop_running(self) -> list[Running]:
+        dropped = self._batch.rows
+        self._passes.slots.reset()
+        self._batch = Batch(self._passes.slots, self.kv_tokens, self.max_requests)
+        return dropped
+
     def _next_prompts(self, news: list[tuple[int, Outcome]]) -> tuple[int, list[Running]]:
-        """Admit requests in their order, as the budgets allow, and say what to read of each.
+        """Admit requests as the budgets allow, and say what to read of each.
 
         Returns:
             The first slot and the rows; the padded pass has at most `prefill_tokens` input rows, or one prompt's part.
         """
         first = self._batch.num_generating
         rows = self._batch.rows[first:]
-        for row in rows:
-            row.num_reading = min(row.num_inputs - row.num_cached, self.prefill_tokens)
+        for begun in rows:
+            begun.num_reading = min(begun.num_inputs - begun.num_cached, self.prefill_tokens)
         longest = max((row.num_reading for row in rows), default=0)
-        while self._waiting and self._batch.fits(self._waiting[0]):
-            wider = max(longest, self._waiting[0].num_inputs)
+        while (row := self._next_fitting()) is not None:
+            wider = max(longest, row.num_inputs)
             if rows and wider * (len(rows) + 1) > self.prefill_tokens:
                 break
-            longest, row = wider, self._waiting.popleft()
+            if row is not self._waiting[0]:
+                self._waiting[0].num_overtaken += 1
+            self._waiting.remove(row)
+            longest = wider
             row.num_reading = min(row.num_inputs, self.prefill_tokens) if self._passes.is_chunked else row.num_inputs
             try:
                 self._batch.append(row)
-            except Exception as error:  # no memory, most likely
-                news.append((row.number, self._failure(row, error)))
-                continue
+            except Exception as error:  # no memory, most likely, and that of the others is lost
+                news += [(lost.number, self._failure(lost, error)) for lost in [*self._drop_running(), row]]
+                return 0, []
             rows.append(row)
         return first, rows
+
+    def _next_fitting(self) -> Running | None:
+        """The waiting request to admit next: the first one, or a shorter one while that finds no place."""
+        if not self._waiting:
+            return None
+        may_pass = self._waiting[0].num_overtaken < _MAX_OVERTAKEN
+        most_tokens = self._batch.most_tokens()
+        candidates = self._waiting if may_pass else [self._waiting[0]]
+        return next((row for row in candidates if row.tokens_needed <= most_tokens), None)
 
     def _pass(self, first: int, rows: list[Running], run: _Run, news: list[tuple[int, Outcome]]) -> int:
         """Run some rows, take what they generated and part from those that are done.

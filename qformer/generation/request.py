@@ -24,6 +24,15 @@ class RequestError(ValueError):
     """A request that the engine cannot run as it is; the message says what to change."""
 
 
+class TooLongError(RequestError):
+    """A prompt and the answer asked for do not fit."""
+
+    def __init__(self, message: str, max_tokens: int) -> None:
+        super().__init__(message)
+        self.max_tokens = max_tokens
+        """That there is place for."""
+
+
 class QueueFullError(RuntimeError):
     """As many requests wait as may; try again later."""
 

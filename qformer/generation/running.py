@@ -39,6 +39,8 @@ class Running:
         self._text = TextStream(language.tokenizer, self.settings.stop, request.is_streamed)
         self._num_told = 0
         self.queued_at_s = time.monotonic()
+        self.num_overtaken = 0
+        """Later requests that were admitted before it."""
 
     @property
     def ids(self) -> list[int]:

@@ -27,19 +27,29 @@ class Memory(Protocol):
         """Of all layers; 0 before the first pass."""
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
-        """Take other memory and copy the first `num_used` rows into it."""
+        """Take other memory and copy the first `num_used` rows into it.
+
+        Where there is not enough of it, some layers have their new size and others not: only `reset` helps then.
+        """
+
+    def reset(self) -> None:
+        """Give all memory back, as at the beginning."""
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row over another row's."""
 
-    def clear(self, row: int | None = None) -> None:
-        """Forget the values of a row, or of all: what is masked is multiplied by zero, and NaN stays NaN then."""
+    def clear(self, row: int) -> None:
+        """Forget the values of a row: what is masked is multiplied by zero, and NaN stays NaN then."""
 
 
 class Slots:
     """Memory for `num_rows` requests of `capacity` tokens; it is taken when the model's first pass tells the shapes."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Memory`."""
         self.num_rows = self.capacity = 0
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Keys and values [R, T, H, K]."""
@@ -73,11 +83,11 @@ class Slots:
                 tensor[:, : self.capacity - columns] = tensor[:, columns:].clone()
 
     @torch.inference_mode()
-    def clear(self, row: int | None = None) -> None:
+    def clear(self, row: int) -> None:
         """See `Memory`."""
         for pair in self.layers:
             for tensor in pair:
-                (tensor if row is None else tensor[row]).zero_()
+                tensor[row].zero_()
 
     def layer(self, index: int, like_BHSK: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [R, T, H, K] of a layer."""

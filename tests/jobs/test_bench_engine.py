@@ -19,6 +19,15 @@ def test_both_ways_are_measured():
         assert result.seconds[f"{name} 3 first token"] < result.seconds[f"{name} 3 at a time"]
 
 
+def test_the_first_token_of_one_request_comes_long_before_its_last():
+    language, requests = bench.build_language(TINY), bench.make_requests(TINY, 20)
+    longest = max(requests, key=lambda request: request.settings.max_new_tokens)
+    for way in (bench._engine(language, [longest], 1), bench._static(language, [longest], 1)):
+        way()  # the first one also builds what torch builds once
+        timing = way()
+        assert timing.first_token_s < timing.total_s / 2
+
+
 def test_other_tokens_are_noticed(monkeypatch):
     real = bench._generate
     monkeypatch.setattr(bench, "_generate", lambda *args: (real(*args) + 1) % 50)

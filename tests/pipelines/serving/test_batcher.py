@@ -58,7 +58,7 @@ def test_one_bad_item_fails_alone_and_the_next_pass_comes():
 def test_a_wrong_number_of_results_or_a_broken_observer_stalls_nobody():
     async def run():
         lost = await submitted(Batcher(lambda items: [], 8), 1, 2)
-        batcher = Batcher(Doubler(), 8, observe=lambda items, cost: 1 / 0)
+        batcher = Batcher(Doubler(), 8, observe=lambda items: 1 / 0)
         return lost, await submitted(batcher, 1), await submitted(batcher, 2)
 
     lost, *rest = asyncio.run(asyncio.wait_for(run(), 10))

@@ -32,16 +32,19 @@ PUBLIC = "93.184.215.14"
         "240.0.0.1",
         "255.255.255.255",
         "192.0.2.1",
+        "192.88.99.1",  # relays of 6to4
         "198.18.0.1",
         "::",
         "::1",
         "fe80::1",
         "fe80::1%eth0",
+        "fec0::1",
         "fc00::1",
         "fd00:ec2::254",
         "ff02::1",
         "::ffff:127.0.0.1",
         "::ffff:10.0.0.1",
+        "::ffff:192.88.99.1",
         "::127.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
@@ -171,6 +174,9 @@ def test_an_allowed_host_is_fetched_from_the_address_that_was_checked(site):
         ("http://img.example:99999/", 400),
         ("http://[::1", 400),
         ("http://img.example/" + "a" * 3000, 400),
+        ("http://img.example/ä", 400),
+        ("http://\N{KELVIN SIGN}.cdn.example/", 400),  # its small letter is the usual k
+        ("http://img.example../", 403),
     ],
 )
 def test_refused_before_any_connection(site, url, status):
@@ -198,6 +204,16 @@ def test_a_name_that_changes_its_address_gains_nothing(site):
     assert content == jpeg_bytes() and network.connected == [(PUBLIC, 80)] and names.asked == ["img.example"]
 
 
+@pytest.mark.parametrize("host", ["a..cdn.example", ".cdn.example", "a" * 64 + ".cdn.example"])
+def test_names_that_no_resolver_takes_are_refused(site, host):
+    async def resolver(host, port):
+        host.encode("idna")  # as the system's does
+        raise AssertionError("it takes it")
+
+    error, network, _ = fetched(site, f"http://{host}/", resolver)
+    assert (error.status, error.code, network.connected) == (400, "invalid_url", [])
+
+
 @pytest.mark.parametrize(
     ("target", "status"),
     [
@@ -205,6 +221,7 @@ def test_a_name_that_changes_its_address_gains_nothing(site):
         ("http://other.example/", 403),
         ("http://img.example:8080/", 403),
         ("file:///etc/passwd", 400),
+        ("//[::1", 400),
         ("//169.254.169.254/latest/meta-data/", 403),
         ("http://inner.cdn.example/", 403),  # allowed by name, private by address
     ],

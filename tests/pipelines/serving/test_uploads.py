@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import tracemalloc
 
 import pytest
 from PIL import Image
@@ -95,6 +96,15 @@ def test_raw_refusals(content_type, body, status):
 def test_reference_refusals(kind, text, status, code):
     error = refused(parse_reference, kind, text, "messages[0].content[1]")
     assert (error.status, error.code, error.refusal.param) == (status, code, "messages[0].content[1]")
+
+
+def test_a_head_without_end_costs_nothing():
+    tracemalloc.start()
+    try:
+        parse_reference("image", "data:" + ";" * 100_000, "image")  # a URL, which nobody fetches
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # by an expression without bounds, 15,000,000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("url", ["http://localhost/a.jpg", "file:///etc/passwd", " HTTPS://x/y", "s3://b/k", "ftp:x"])

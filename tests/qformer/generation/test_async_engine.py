@@ -13,7 +13,7 @@ import torch
 
 from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
-from qformer.generation.request import Delta, GenerationFailedError, QueueFullError, RequestError, RequestSettings
+from qformer.generation.request import Delta, GenerationFailedError, QueueFullError, RequestSettings
 from tests.qformer.generation.requests import make_requests, reference_answers
 from tests.qformer.test_language import tiny_language
 
@@ -104,7 +104,7 @@ def test_errors_reach_their_caller_alone(language, engine, monkeypatch):
         return await asyncio.gather(*(collect(engine, r) for r in (good, wrong, other)), return_exceptions=True)
 
     first, refused, second = asyncio.run(main())
-    assert isinstance(refused, RequestError) and first[-1].finish_reason and second[-1].finish_reason
+    assert isinstance(refused, GenerationFailedError) and first[-1].finish_reason and second[-1].finish_reason
 
     def broken():
         raise RuntimeError("boom")
@@ -112,8 +112,40 @@ def test_errors_reach_their_caller_alone(language, engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.engine, "step", broken)
         failed = asyncio.run(main())
-        assert all(isinstance(outcome, RequestError | GenerationFailedError) for outcome in failed)
+        assert all(isinstance(outcome, GenerationFailedError) for outcome in failed)
     assert asyncio.run(main())[0][-1].finish_reason  # it goes on
+
+
+@pytest.mark.parametrize("broken", ["cancel", "drop_all", "admit"])
+def test_what_ends_the_thread_leaves_nobody_waiting(language, engine, monkeypatch, broken):
+    def boom(*_):
+        raise MemoryError("boom")
+
+    async def main():
+        request = make_requests(language, (50,) * 5)[0]
+        others = [asyncio.create_task(collect(engine, request)) for _ in range(6)]  # four run, two wait
+        async with contextlib.aclosing(engine.generate(request)) as deltas:
+            first = asyncio.create_task(anext(deltas))
+            await asyncio.sleep(0.02)
+            match broken:
+                case "cancel":
+                    monkeypatch.setattr(engine.engine, "cancel", boom)
+                    others.pop(0).cancel()
+                case "drop_all":
+                    monkeypatch.setattr(engine.engine, "drop_all", boom)
+                    monkeypatch.setattr(engine.engine, "step", boom)
+                case "admit":
+                    monkeypatch.setattr(engine, "_admit", boom)
+                    others.append(asyncio.create_task(collect(engine, request)))
+            outcomes = await asyncio.gather(*others, first, return_exceptions=True)
+            with pytest.raises(EngineClosedError):
+                await collect(engine, request)
+        return outcomes
+
+    outcomes = asyncio.run(asyncio.wait_for(main(), 20))
+    assert sum(isinstance(outcome, EngineClosedError) for outcome in outcomes) >= 2
+    engine._thread.join(5)
+    assert not engine.is_alive
 
 
 def test_a_full_queue_refuses(language):

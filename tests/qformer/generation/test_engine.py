@@ -17,6 +17,7 @@ from qformer.generation.request import (
     QueueFullError,
     RequestError,
     RequestSettings,
+    TooLongError,
 )
 from tests.qformer.generation.requests import LENGTHS, make_requests, reference_answers
 from tests.qformer.test_language import FAMILIES, PROMPTS, soft_prompts, tiny_language
@@ -87,6 +88,26 @@ def test_requests_join_and_leave_at_any_step(language):
     assert [ended[number] for number in short] == [1, 6, 11, 16, 21, 26]
 
 
+def test_short_requests_pass_a_long_one_that_finds_no_place_so_often(monkeypatch):
+    monkeypatch.setattr("qformer.generation.batch._CAPACITY_STEP", 8)
+    monkeypatch.setattr("qformer.generation.engine._MAX_OVERTAKEN", 3)
+    language = tiny_language("llama")
+    language.model.generation_config.eos_token_id = None
+    first = make_requests(language)[0]
+    engine = Engine(language, kv_tokens=96, max_requests=4)
+
+    def add(length):
+        return engine.add(replace(first, settings=RequestSettings(max_new_tokens=length)))
+
+    running, long = add(30), add(50)  # slots of 40 and 56 tokens: two of the latter are too many
+    short = [add(2) for _ in range(6)]
+    ended = []
+    while engine.is_busy:
+        ended += [number for number, outcome in engine.step() if outcome.finish_reason]
+    # Three pass; when the running one has ended and the long one runs, the others find no place beside it.
+    assert ended == [*short[:3], running, long, *short[3:]]
+
+
 def test_a_sampled_answer_depends_on_its_seed_alone(language):
     def sample(requests, max_requests):
         return texts(complete(Engine(language, kv_tokens=2048, max_requests=max_requests), requests))
@@ -119,6 +140,13 @@ def test_sampling_follows_the_probabilities():
         share = torch.bincount(drawn, minlength=5) / len(drawn)
         wanted = torch.where(torch.arange(5) < kept, probability_V, 0.0)
         torch.testing.assert_close(share, wanted / wanted.sum(), atol=0.03, rtol=0)  # 4 standard deviations: 0.031
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"temperature": 1e-300}, {"top_p": 1e-46}])
+def test_what_fp32_cannot_hold_takes_the_likeliest_token(language, settings):
+    requests = make_requests(language, **{"temperature": 1.3, **settings})
+    engine = Engine(language, kv_tokens=1024, max_requests=8)
+    assert texts(complete(engine, requests)) == reference_answers(language)
 
 
 def test_stop_strings_end_the_text_before_them(language):
@@ -165,14 +193,14 @@ def test_what_cannot_run_is_refused_with_what_to_change(language):
     engine = Engine(language, kv_tokens=50, max_requests=2, max_queue=1)
     good = make_requests(language)[0]
     long = replace(good, settings=RequestSettings(max_new_tokens=60))
-    with pytest.raises(RequestError, match="kv_tokens=50|language model has 64"):
+    with pytest.raises(TooLongError, match="kv_tokens=50|language model has 64"):
         engine.add(long)
     with pytest.raises(RequestError, match=rf"takes \[rows, {language.width}\]"):
         engine.add(replace(good, inputs_SL=torch.zeros(4, 8)))
-    with pytest.raises(RequestError, match="NaN or infinity"):
+    with pytest.raises(GenerationFailedError, match="NaN or infinity"):  # whoever asked is not to blame
         engine.add(replace(good, inputs_SL=good.inputs_SL.clone().fill_(float("inf"))))
     if not language.is_encoder_decoder:  # T5 has no last position
-        with pytest.raises(RequestError, match="need 76 positions, the language model has 64"):
+        with pytest.raises(TooLongError, match="need 76 positions, the language model has 64"):
             engine.add(
                 replace(good, inputs_SL=torch.zeros(70, language.width), settings=RequestSettings(max_new_tokens=7))
             )
@@ -229,6 +257,39 @@ def test_a_decode_step_that_fails_once_fails_nobody(language, monkeypatch):
     monkeypatch.setattr(engine._passes, "decode", sometimes)
     assert texts(complete(engine, make_requests(language))) == reference_answers(language)
     assert calls[3] > 1 and calls[4 : 4 + calls[3]] == [1] * calls[3]
+
+
+def test_no_memory_for_larger_slots_fails_what_runs_and_nothing_after(language, monkeypatch):
+    """Some layers have the new size then, others the old one."""
+    monkeypatch.setattr("qformer.generation.batch._CAPACITY_STEP", 8)
+    engine = Engine(language, kv_tokens=1024, max_requests=8)
+    requests = make_requests(language, (20,) * 5)
+    expected = reference_answers(language, (20,) * 5)
+    running = [engine.add(request) for request in requests[:2]]
+    engine.step()
+    real, calls = torch.Tensor.new_zeros, []
+
+    def short(tensor, *shape, **options):
+        calls.append(shape)
+        if len(calls) == 4:  # keys and values of two layers
+            raise torch.OutOfMemoryError("no memory")
+        return real(tensor, *shape, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", short)
+        larger = engine.add(replace(requests[2], settings=RequestSettings(max_new_tokens=45)))
+        news = dict(engine.step())
+    assert news.keys() == {*running, larger} and len(calls) == 4
+    assert all(isinstance(outcome, GenerationFailedError) for outcome in news.values())
+    assert not engine.is_busy and engine.stats().failed_total == 3
+    assert texts(complete(engine, requests)) == expected
+
+
+def test_a_lost_device_is_not_taken_for_a_failure_that_passes():
+    engine = Engine(tiny_language("llama"), kv_tokens=64, max_requests=1)
+    engine.language.model.to("meta")  # as a GPU after an illegal access, it computes nothing
+    with pytest.raises(RuntimeError):
+        engine.drop_all()
 
 
 def test_cancelling_frees_the_slot(language):
