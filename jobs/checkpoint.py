@@ -1,6 +1,7 @@
 """Find a checkpoint and learn what it holds, without loading a model."""
 
 from pipelines.data import checkpoint_folders, storage
+from pipelines.data.local_copies import drop_copy, local_folder
 from qformer.conversion.checkpoint import INFO_FILE, BridgeInfo
 from qformer.errors import UserError
 
@@ -27,6 +28,22 @@ def open_checkpoint(run_or_checkpoint: str) -> tuple[str, BridgeInfo]:
     except OSError as error:
         raise UserError(f"{file!r} is damaged or missing ({error}); use an earlier checkpoint") from error
     return folder, BridgeInfo.from_json(content, file)
+
+
+def require_whole(folder: str) -> None:
+    """Check that the files of a checkpoint folder are as they were written.
+
+    Raises:
+        UserError: If one is not, or they cannot be read.
+    """
+    try:
+        path = local_folder(folder)
+    except OSError as error:
+        raise UserError(f"checkpoint {folder} cannot be read ({error}); try again, or name another") from error
+    problem = checkpoint_folders.damage(path)
+    drop_copy(folder, path)
+    if problem is not None:
+        raise UserError(f"checkpoint {folder} is damaged ({problem}); name an earlier one")
 
 
 def checkpoint_name(folder: str) -> str:

@@ -1,23 +1,25 @@
 """Serve checkpoints over HTTP."""
 
+import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jobs.checkpoint import checkpoint_name, open_checkpoint
+from jobs.checkpoint import checkpoint_name, open_checkpoint, require_whole
 from jobs.cli import find_user_error, run_job
 from jobs.cluster_session import ray_session, require_resources
 from jobs.settings import ServeSettings
 from pipelines.data import storage
 from pipelines.serving.adapters import Adapter, Backbones, require_shared_backbones
 from pipelines.serving.config import ApiKey, ServingConfig
+from pipelines.serving.errors import ApiError
+from pipelines.serving.heads import is_loopback
 from pipelines.serving.keys import read_keys
 from qformer.errors import UserError
 
@@ -47,7 +49,7 @@ def main(settings: ServeSettings) -> None:
             print(f"serving {names} at {url}/v1, and a page to try them at {url}/; stop with Ctrl-C", flush=True)
             if what.adapters[0].generates:
                 print(f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/v1/caption", flush=True)
-            _renew_on_hangup(settings)
+            _renew_on_hangup(settings, what)
 
 
 @contextlib.contextmanager
@@ -79,14 +81,18 @@ def what_to_serve(settings: ServeSettings) -> Served:
     """Translate settings, and learn from the checkpoints what they are.
 
     Raises:
-        UserError: If a checkpoint or the key file cannot be used, adapters do not share their backbones, or
-            `generation` searches with beams.
+        UserError: If a checkpoint or the key file cannot be used, a file of a checkpoint is not as it was written,
+            adapters do not share their backbones, or `generation` searches with beams.
     """
     adapters = [_adapter(settings.checkpoint, settings.name)]
     adapters += [_adapter(checkpoint, name) for name, checkpoint in settings.adapters.items()]
     require_shared_backbones(adapters)
+    for adapter in adapters:
+        require_whole(adapter.folder)
     keys = _keys(settings.api_keys)
-    return Served(settings.config(Backbones.of(adapters), counts_quotas=bool(keys)), adapters, keys)
+    is_local = is_loopback(settings.host) and not settings.allow_open
+    config = settings.config(Backbones.of(adapters), counts_quotas=bool(keys), is_local=is_local)
+    return Served(config, adapters, keys)
 
 
 def require_guarded(settings: ServeSettings) -> None:
@@ -95,11 +101,7 @@ def require_guarded(settings: ServeSettings) -> None:
     Raises:
         UserError: If the host is not loopback, there are no API keys, and `allow_open` does not say that this is meant.
     """
-    try:
-        is_loopback = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        is_loopback = settings.host == "localhost"
-    if not is_loopback and settings.api_keys is None and not settings.allow_open:
+    if not is_loopback(settings.host) and settings.api_keys is None and not settings.allow_open:
         raise UserError(
             f"host={settings.host} opens the service to the network without API keys; make a key with `qformer serve "
             "--make-key NAME --set api_keys=keys.json` and set api_keys, or set allow_open=true"
@@ -171,20 +173,48 @@ def _exit_on_signals() -> None:
         signal.signal(name, leave)
 
 
-def _renew_on_hangup(settings: ServeSettings) -> None:
-    """Wait for signals, for ever; on SIGHUP serve what the settings' checkpoints and key file hold by now."""
-    is_asked = threading.Event()
-    signal.signal(signal.SIGHUP, lambda *_: is_asked.set())
+def _renew_on_hangup(settings: ServeSettings, now: Served) -> None:
+    """Wait for signals, for ever; on SIGHUP serve what the settings' checkpoints and key file hold by then."""
+    # A signal may come while this thread holds the queue's lock: of all locks, only this queue's bears that.
+    asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda *_: asked.put(None))
     while True:
-        is_asked.wait()
-        is_asked.clear()
+        asked.get()
         try:
             what = what_to_serve(settings)
-            update(what)
-        except UserError as error:
-            logger.error("still serving what was: %s", error)
+            renew(now, what)
+        except Exception as error:  # a store that is away, a cluster that is short of something: it may pass
+            mistake = find_user_error(error)
+            logger.error("still serving what was: %s", mistake or repr(error), exc_info=mistake is None)
         else:
-            logger.info("now serving %s", ", ".join(adapter.version for adapter in what.adapters))
+            now = what
+            logger.info("now serving %s", ", ".join(adapter.version for adapter in now.adapters))
+
+
+def renew(now: Served, wanted: Served) -> None:
+    """Serve other adapters and keys than now, while requests go on: what is new answers once before clients ask it.
+
+    Raises:
+        UserError: If an adapter cannot be used.
+    """
+    known = {adapter.key for adapter in now.adapters}
+    if wanted.config == now.config:  # else Serve starts other replicas, which load before they are asked
+        asyncio.run(_try_out([adapter for adapter in wanted.adapters if adapter.key not in known], wanted.config))
+    update(wanted)
+
+
+async def _try_out(adapters: Sequence[Adapter], config: ServingConfig) -> None:
+    """Send a picture through the running models for each adapter."""
+    from pipelines.serving.app import running_models
+    from pipelines.serving.health import ask
+
+    for adapter in adapters:
+        try:
+            async with asyncio.timeout(config.requests.timeout_s):
+                await ask(running_models(APP_NAME, config), adapter)
+        except (ApiError, TimeoutError) as error:
+            reason = find_user_error(error) or str(error) or f"it took longer than {config.requests.timeout_s:g} s"
+            raise UserError(f"{adapter.version} at {adapter.folder} does not answer: {reason}") from error
 
 
 def update(what: Served) -> None:

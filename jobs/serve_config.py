@@ -32,13 +32,15 @@ class ApplicationSettings(ServiceSettings):
 
     backbones: Backbones
     counts_quotas: bool = False
+    is_local: bool = False
 
 
 def application(settings: ApplicationSettings) -> "serve.Application":
     """Build the application on a cluster; Serve tells its deployments the adapters and keys of the config."""
     from pipelines.serving.app import build_app
 
-    return build_app(settings.config(settings.backbones, counts_quotas=settings.counts_quotas))
+    own = {name: getattr(settings, name) for name in ("backbones", "counts_quotas", "is_local")}
+    return build_app(settings.config(**own))
 
 
 def main(settings: ServeConfigSettings) -> None:
@@ -69,6 +71,7 @@ def serve_config(settings: ServeSettings) -> dict[str, Any]:
         **{name: getattr(settings, name) for name in own},
         backbones=what.config.backbones,
         counts_quotas=what.config.counts_quotas,
+        is_local=what.config.is_local,
     )
     live = user_configs(what.adapters, what.keys)
     return {

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.data.audio_sampling import AudioSampling
+from pipelines.data.clip import MAX_DURATION_S
 from pipelines.data.sampling import Sampling
 
 _HIGHEST_RATE_HZ = 48_000
@@ -49,6 +50,8 @@ class LimitSettings(Settings):
     """Of a video on a local disk, which is read in place."""
     max_pixels: int = Field(default=90_000_000, gt=0)
     """Width x height of an image or frame."""
+    max_duration_s: float = Field(default=MAX_DURATION_S, gt=0)
+    """Of a video, by the times of its frames."""
     video_timeout_s: float = Field(default=30.0, gt=0)
     """Deadline of one clip's decoding; the decoding child is killed after it."""
     video_memory_bytes: int = Field(default=4 * 1024**3, gt=0)
@@ -57,6 +60,8 @@ class LimitSettings(Settings):
 class ServingLimitSettings(LimitSettings):
     """As `LimitSettings`, with a deadline that a waiting client can bear."""
 
+    max_duration_s: float = Field(default=3600.0, gt=0)
+    """Of a video, by the times of its frames."""
     video_timeout_s: float = Field(default=10.0, gt=0)
 
 

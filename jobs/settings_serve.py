@@ -44,7 +44,7 @@ class ServiceSettings(Settings):
     use_gpu: bool = False
     """One GPU for each replica of encoder and generator."""
 
-    def config(self, backbones: Backbones, *, counts_quotas: bool) -> ServingConfig:
+    def config(self, backbones: Backbones, *, counts_quotas: bool, is_local: bool) -> ServingConfig:
         """What the serving plane takes.
 
         Raises:
@@ -57,7 +57,9 @@ class ServiceSettings(Settings):
             )
         own = {name: getattr(self, name) for name in ServiceSettings.model_fields if name != "limits"}
         limits = Limits(**self.limits.model_dump())
-        return ServingConfig(backbones=backbones, counts_quotas=counts_quotas, media_limits=limits, **own)
+        return ServingConfig(
+            backbones=backbones, counts_quotas=counts_quotas, is_local=is_local, media_limits=limits, **own
+        )
 
 
 class ServeSettings(ServiceSettings):
@@ -76,5 +78,5 @@ class ServeSettings(ServiceSettings):
     api_keys: str | None = None
     """File (path or fsspec URI) of those who may ask, as `qformer serve --make-key NAME` writes it; null: everybody."""
     allow_open: bool = False
-    """Listen beyond loopback without API keys."""
+    """Without API keys, listen beyond loopback, or on loopback under names that are not this machine's."""
     ray: RaySettings = RaySettings()

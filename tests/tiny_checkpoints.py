@@ -1,11 +1,11 @@
 """Random checkpoints small enough to load in a test: real models, real files, nothing learned."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 
+from pipelines.data.checkpoint_folders import write_marker
 from qformer.adapters.lora import Lora
 from qformer.backbones import import_torchvision, load_language, load_vision
 from qformer.config import LoraConfig, QFormerConfig
@@ -93,7 +93,7 @@ def _write(folder, stage, trainables, tokenizer, language, lora=None) -> Path:
     config = _config(own.vocab_size, own.has_lm_head)  # of an image's Q-Former, which need not be the one that is read
     info = dataclasses.replace(info_of(stage, config, language), lora=lora, video=trainables.video)
     save_bridge(folder, info, trainables.state_dict(), tokenizer)
-    (folder / "complete.json").write_text(json.dumps({"step": 3}))
+    write_marker(folder, {"step": 3})
     return folder
 
 

@@ -11,6 +11,7 @@ import torch
 
 import jobs.demo
 from jobs.demo.settings import DemoQFormerSettings
+from pipelines.data.checkpoint_folders import write_marker
 from qformer.backbones import load_language, load_vision
 from qformer.config import QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
@@ -50,7 +51,7 @@ def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) 
     folder = run / "checkpoints" / "step-00000000"
     folder.mkdir(parents=True)
     save_bridge(folder, info, bridge.state_dict(), None)
-    (folder / "complete.json").write_text(json.dumps({"step": 0}))
+    write_marker(folder, {"step": 0})
     return folder
 
 

@@ -16,6 +16,8 @@ from qformer.preprocessing import Preprocessing
 
 BACKEND_NAMES = ("pyav", "decord", "torchcodec")
 """Libraries that decode videos, in the order in which they are tried; see `video_backends`."""
+MAX_DURATION_S = 7 * 24 * 3600.0
+"""Of a video, unless told otherwise: frames that claim to last longer are damaged more often than not."""
 SizeOf = Callable[[int, int], tuple[int, int]]
 """From a frame's shown width and height in pixels to those it is scaled to."""
 
@@ -44,6 +46,8 @@ class ClipRequest:
     preprocessing: Preprocessing
     num_frames: int
     max_pixels: int
+    max_duration_s: float = MAX_DURATION_S
+    """Of the whole file, whatever part of it is wanted."""
     sampling: Sampling = Sampling()
     start_s: float | None = None
     """Seconds after the first frame; None: the beginning."""
@@ -80,6 +84,8 @@ class WaveformRequest:
     """What to make of a file's sound."""
 
     sample_rate_hz: int
+    max_duration_s: float = MAX_DURATION_S
+    """Of the whole file's pictures."""
     start_s: float | None = None
     """Seconds after the first video frame; None: the beginning."""
     end_s: float | None = None

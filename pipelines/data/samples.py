@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.data import members, storage
 from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.checked import Checked
-from pipelines.data.clip import Clip, ClipRequest, WaveformRequest
+from pipelines.data.clip import MAX_DURATION_S, Clip, ClipRequest, WaveformRequest
 from pipelines.data.facts import content_hash
 from pipelines.data.media import MediaError
 from pipelines.data.picture import read_picture
@@ -39,6 +39,8 @@ class Limits:
     """Of a local video, which is read in place: ten hours may well have tens of gigabytes."""
     max_pixels: int = 90_000_000
     """Width x height of an image or frame."""
+    max_duration_s: float = MAX_DURATION_S
+    """Of a video."""
     video_timeout_s: float = 30.0
     video_memory_bytes: int = 4 * 1024**3
 
@@ -177,14 +179,18 @@ class SampleDecoder:
         Raises:
             MediaError: If the sound cannot be used.
         """
-        request = WaveformRequest(sample_rate_hz=sample_rate_hz, start_s=start_s, end_s=end_s)
-        max_pixels = self.settings.limits.max_pixels
+        limits = self.settings.limits
+        request = WaveformRequest(
+            sample_rate_hz=sample_rate_hz, max_duration_s=limits.max_duration_s, start_s=start_s, end_s=end_s
+        )
         with _only_media_errors():
             source = self._source(VIDEO, media, data, StageCosts())
             return self._retried(
                 media,
                 source,
-                lambda: self.videos.read_waveform(request, max_pixels=max_pixels, path=source.path, data=source.data),
+                lambda: self.videos.read_waveform(
+                    request, max_pixels=limits.max_pixels, path=source.path, data=source.data
+                ),
             )
 
     def close(self) -> None:
@@ -208,6 +214,7 @@ class SampleDecoder:
             preprocessing=settings.preprocessing,
             num_frames=settings.num_frames,
             max_pixels=settings.limits.max_pixels,
+            max_duration_s=settings.limits.max_duration_s,
             sampling=settings.sampling,
             start_s=start_s,
             end_s=end_s,

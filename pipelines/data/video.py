@@ -36,7 +36,7 @@ def read_clip(path: str, request: ClipRequest, backends: Sequence[str] = BACKEND
         MediaError: If the clip cannot be used.
     """
     try:
-        found = survey(path, request.max_pixels)
+        found = survey(path, request.max_pixels, request.max_duration_s)
         start_s, end_s = _bounds(found, request)
         indexes, frame_valid = _choose(found, request, start_s, end_s)
         pixels = _decode(path, found, request, indexes, backends)

@@ -39,7 +39,7 @@ def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArr
             has_video = len(container.streams.video) > 0
         zero_s = None
         if has_video:
-            found = survey(path, max_pixels)
+            found = survey(path, max_pixels, request.max_duration_s)
             zero_s = float(found.starts[0]) * found.unit_s
         num_wanted = None if end_s is None else round((end_s - start_s) * request.sample_rate_hz)
         with open_container(path) as container:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.clip import MAX_DURATION_S
 from pipelines.data.facts import MediaFacts
 from pipelines.data.media import SNIFFED_BYTES, MediaError, sniff_kind
 from pipelines.data.schema import IMAGE
@@ -23,7 +24,6 @@ _TIMED_CONTAINERS = (MP4, MATROSKA, "flv", "mpegts")
 """Those that store presentation times. AVI packets have none, and are given those of decoding."""
 _INDEXED_BYTES = 256 * 1024**2
 """MP4 files beyond this size are surveyed by their index: reading every packet would read the whole file."""
-_MAX_DURATION_S = 7 * 24 * 3600.0
 DEFAULT_FRAME_S = 1 / 25
 
 
@@ -98,12 +98,13 @@ def open_container(path: str) -> Any:
         raise MediaError("corrupt", f"damaged container: {error.strerror}") from error
 
 
-def survey(path: str, max_pixels: int) -> VideoSurvey:
+def survey(path: str, max_pixels: int, max_duration_s: float = MAX_DURATION_S) -> VideoSurvey:
     """Read the header and all packets' times, without decoding a frame.
 
     Args:
         path: Local file.
         max_pixels: Limit of width x height.
+        max_duration_s: Limit of what the frames claim to last.
 
     Raises:
         MediaError: If there is no video stream, or its times or sizes make no sense.
@@ -136,8 +137,8 @@ def survey(path: str, max_pixels: int) -> VideoSurvey:
             has_audio=len(container.streams.audio) > 0,
             is_exact=is_exact and container.format.name in _TIMED_CONTAINERS,
         )
-    if found.duration_s > _MAX_DURATION_S:
-        raise MediaError("corrupt", f"its frames claim to last {found.duration_s / 86400:.0f} days")
+    if found.duration_s > max_duration_s:
+        raise MediaError("too_large", f"{found.duration_s:.0f} s exceed the limit of {max_duration_s:.0f} s")
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from numpy.typing import NDArray
 
 from pipelines.data.schema import IMAGE, VIDEO
@@ -20,6 +20,7 @@ from pipelines.serving.config import ApiKey, ServingConfig
 from pipelines.serving.console_files import add_console
 from pipelines.serving.errors import ApiError, add_error_handlers
 from pipelines.serving.graph import Models
+from pipelines.serving.heads import check_head
 from pipelines.serving.health import Canary
 from pipelines.serving.keys import KeyRing
 from pipelines.serving.openapi import document
@@ -56,17 +57,24 @@ class Api:
         self.gate = Gate(config.requests, models, Reporter())
         self._adapters: AdapterTable | None = None
         self._canary = Canary(models)
+        self._is_local = config.is_local
         self._started_s = int(time.time())
 
     def update(self, adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> None:
         """Serve other adapters and keys from the next request on."""
+        self._canary = Canary(self._models)  # the song of others tells nothing of these
         self._adapters, self.gate.keys = AdapterTable(adapters), KeyRing(keys)
+        self._is_local = self._config.is_local and not keys
 
     @property
     def adapters(self) -> AdapterTable:
         """What is served now."""
         assert self._adapters is not None, "update() comes first"
         return self._adapters
+
+    async def guard(self, request: Request) -> None:
+        """Comes before every endpoint and page."""
+        check_head(request.headers, is_local=self._is_local)
 
     async def chat(self, request: Request, context: Context) -> Any:
         """POST /v1/chat/completions."""
@@ -219,7 +227,7 @@ class Api:
         return {"status": "ok", "model": self.adapters.default.version}
 
     async def ready(self, request: Request) -> Any:
-        """GET /readyz: a picture goes through the whole graph."""
+        """GET /readyz: a picture goes through the whole graph, for one adapter of each stage."""
         await self._canary.sing(self.adapters)
         return {"status": "ok", "model": self.adapters.default.version}
 
@@ -254,7 +262,7 @@ class Api:
 def build_http(api: Api) -> FastAPI:
     """The routes of `api` as an ASGI application."""
     # The interactive pages would load scripts from elsewhere.
-    http = FastAPI(title="Q-Former", docs_url=None, redoc_url=None, openapi_url=None)
+    http = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(api.guard)])
     add_error_handlers(http)
 
     def route(path: str, method: str, handler: Handler) -> None:

@@ -5,15 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.adapters import Adapter
 from pipelines.serving.config import ApiKey, Scale, ServingConfig
 from pipelines.serving.encoder import encoder_class
 from pipelines.serving.generator import GeneratorWorker, LanguageSource
+from pipelines.serving.graph import RemoteModels
 from pipelines.serving.ingress import Ingress, QuotaKeeper, live_config
 from pipelines.serving.media import MediaWorker
 
+# Beyond a request's own deadline, so that one that a replica works on as it goes ends as it would have.
+SHUTDOWN_GRACE_S = 10.0
 # Requests a replica may hold beyond those it works on, so that the ingress can refuse in JSON.
 SPARE_REQUESTS = 64
 
@@ -35,7 +39,15 @@ def build_app(
     live = user_configs(adapters, keys) if adapters else {}
 
     def deployment(worker: type[Any], name: str, scale: Scale, **options: Any) -> serve.Deployment:
-        return _deployment(worker, name, scale, version=version, user_config=live.get(name), **options)
+        return _deployment(
+            worker,
+            name,
+            scale,
+            version=version,
+            user_config=live.get(name),
+            graceful_shutdown_timeout_s=requests.timeout_s + SHUTDOWN_GRACE_S,
+            **options,
+        )
 
     media = deployment(MediaWorker, "Media", config.media, max_ongoing=2 * config.decode_children).bind(
         config.media_limits, config.fetch, config.decode_children
@@ -81,6 +93,16 @@ def build_app(
 def user_configs(adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> dict[str, dict[str, Any]]:
     """What deployments are told of adapters and keys, by their names; JSON-ready, keys as hashes."""
     return {"Ingress": live_config(adapters, keys), "Encoder": {"preload": adapters[0].to_dict()}}
+
+
+def running_models(app: str, config: ServingConfig) -> RemoteModels:
+    """The models of a running application, for those who ask them beside its ingress."""
+
+    def handle(name: str) -> DeploymentHandle:
+        return serve.get_deployment_handle(name, app)
+
+    generator = None if config.backbones.language is None else handle("Generator")
+    return RemoteModels(handle("Media"), handle("Encoder"), generator, None)
 
 
 def _deployment(

@@ -145,6 +145,8 @@ class ServingConfig:
     backbones: Backbones
     counts_quotas: bool = False
     """Whether there are API keys, whose requests are to be counted."""
+    is_local: bool = False
+    """Whether it is for this machine alone: while there are no keys, `Host` must be a name of this machine."""
     requests: RequestLimits = field(default_factory=RequestLimits)
     media_limits: Limits = field(default_factory=Limits)
     fetch: FetchPolicy = field(default_factory=FetchPolicy)

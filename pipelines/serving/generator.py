@@ -39,6 +39,8 @@ _GAUGES = {
     "kv_tokens_reserved": "Tokens of the key-value memory in use.",
     "tokens_per_s": "Tokens generated a second, of the last seconds.",
     "mean_batch_size": "Answers of one step, of the last seconds.",
+    "time_to_first_token_p50_s": "From queuing to the first token, streamed or not, of the last 1,024 answers.",
+    "time_to_first_token_p95_s": "As time_to_first_token_p50_s.",
     "cancelled_total": "Answers given up because nobody waits for them any more, since the replica's start.",
 }
 

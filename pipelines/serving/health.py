@@ -6,7 +6,7 @@ import logging
 import time
 
 from pipelines.data.schema import IMAGE
-from pipelines.serving.adapters import AdapterTable
+from pipelines.serving.adapters import Adapter, AdapterTable
 from pipelines.serving.errors import ApiError, unavailable
 from pipelines.serving.graph import Models
 from pipelines.serving.uploads import Upload
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 FRESH_S = 5.0
-"""A song is good for so long, however many ask."""
+"""A song tells for so long, however it ended and however many ask."""
 _PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAALUlEQVR4nGOM6jnBQEvARFPTRy0YtWDUglELRi0YtWDUglEL"
     "Ri0YtWDUAioCAOtRAe7p4y8bAAAAAElFTkSuQmCC"
@@ -25,7 +25,7 @@ _PNG = base64.b64decode(
 
 
 class Canary:
-    """Sings where the models can be reached.
+    """Sings where the models can be reached: one song at a time, for all who ask meanwhile and a moment after.
 
     Args:
         models: To send the picture to.
@@ -33,32 +33,43 @@ class Canary:
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._lock = asyncio.Lock()
-        self._sung_s: float | None = None
+        self._song: asyncio.Task[bool] | None = None
+        self._ended_s = 0.0
 
     async def sing(self, adapters: AdapterTable) -> None:
-        """Return when the default adapter has answered, now or a moment ago.
+        """Return when an adapter of each stage has answered, now or a moment ago.
 
         Raises:
-            ApiError: 503 when it does not.
+            ApiError: 503 when one does not.
         """
-        async with self._lock:
-            if self._sung_s is not None and time.monotonic() - self._sung_s < FRESH_S:
-                return
-            try:
-                async with asyncio.timeout(TIMEOUT_S):
-                    await self._ask(adapters)
-            except (ApiError, TimeoutError) as error:
-                logger.warning("not ready: %r", error)
-                raise unavailable("the models do not answer yet; try again") from None
-            self._sung_s = time.monotonic()
+        if self._song is None or (self._song.done() and time.monotonic() - self._ended_s >= FRESH_S):
+            self._song = asyncio.create_task(self._sing(adapters))
+        if not await asyncio.shield(self._song):
+            raise unavailable("the models do not answer yet; try again")
 
-    async def _ask(self, adapters: AdapterTable) -> None:
-        adapter = adapters.default
-        decoded = await self._models.decode(Upload(IMAGE, _PNG), adapter)
-        if not adapter.generates:
-            await self._models.embed(adapter, decoded)
-            return
-        rows = await self._models.soft_prompts(adapter, decoded, adapter.prompt)
-        settings = AnswerSettings(max_new_tokens=1)
-        await self._models.answer(Prompt(segments=(rows, adapter.prompt), settings=settings))
+    async def _sing(self, adapters: AdapterTable) -> bool:
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                # The first of each stage, for stages ask different models.
+                for adapter in {adapter.stage: adapter for adapter in reversed(adapters.all)}.values():
+                    await ask(self._models, adapter)
+            return True
+        except (ApiError, TimeoutError) as error:
+            logger.warning("not ready: %r", error)
+            return False
+        finally:
+            self._ended_s = time.monotonic()
+
+
+async def ask(models: Models, adapter: Adapter) -> None:
+    """Send the picture through the models, as `adapter` has them read it.
+
+    Raises:
+        ApiError: When they do not answer.
+    """
+    decoded = await models.decode(Upload(IMAGE, _PNG), adapter)
+    if not adapter.generates:
+        await models.embed(adapter, decoded)
+        return
+    rows = await models.soft_prompts(adapter, decoded, adapter.prompt)
+    await models.answer(Prompt(segments=(rows, adapter.prompt), settings=AnswerSettings(max_new_tokens=1)))

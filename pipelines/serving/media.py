@@ -5,6 +5,8 @@ import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
+from ray.util.metrics import Gauge
+
 from pipelines.data.clip import Clip
 from pipelines.data.media import MediaError
 from pipelines.data.samples import DecodeSettings, Limits, SampleDecoder
@@ -41,6 +43,8 @@ class DecodePool:
         self._idle: asyncio.LifoQueue[SampleDecoder | None] = asyncio.LifoQueue()
         for _ in range(num_children):
             self._idle.put_nowait(None)  # made with the first file's settings
+        self.num_waiting = 0
+        self._waiting = Gauge("qformer_serve_media_queue", "Files that wait for a child that decodes them.")
 
     async def decode(self, upload: Upload, settings: DecodeSettings) -> Clip:
         """Decode one file.
@@ -48,7 +52,11 @@ class DecodePool:
         Raises:
             MediaError: If it cannot be used.
         """
-        decoder = await self._idle.get()
+        self._count(1)
+        try:
+            decoder = await self._idle.get()
+        finally:
+            self._count(-1)
         try:
             if decoder is None:
                 decoder = SampleDecoder(settings, isolates_images=True)
@@ -62,6 +70,10 @@ class DecodePool:
                 raise
         finally:
             self._idle.put_nowait(decoder)
+
+    def _count(self, change: int) -> None:
+        self.num_waiting += change
+        self._waiting.set(self.num_waiting)
 
 
 class MediaWorker:

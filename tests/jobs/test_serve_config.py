@@ -36,7 +36,13 @@ def test_the_config_builds_the_application_it_was_written_for(tmp_path, checkpoi
     build = getattr(importlib.import_module(module), name)
     settings = ApplicationSettings.model_validate(app["args"])
     assert settings.generator.min_replicas == 0 and settings.requests.timeout_s == 9
-    assert build(settings)._bound_deployment.name == "Ingress"
+    ingress = build(settings)._bound_deployment
+    assert ingress.name == "Ingress"
+    # A replica that goes ends its answers: in the time that one may take, which is more than Ray's own 20 s.
+    replicas = [ingress, *[one._bound_deployment for one in ingress.init_args if hasattr(one, "_bound_deployment")]]
+    assert {one.name: one._deployment_config.graceful_shutdown_timeout_s for one in replicas} == dict.fromkeys(
+        ["Ingress", "Media", "Encoder", "Generator"], 19.0
+    )
     live = {deployment["name"]: deployment["user_config"] for deployment in app["deployments"]}
     assert [adapter["name"] for adapter in live["Ingress"]["adapters"]] == ["tiny"]
     # The arguments are the same for a newer checkpoint: what is deployed then restarts nothing.

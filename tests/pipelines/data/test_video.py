@@ -289,12 +289,14 @@ def test_damage_is_not_decoded_silently(tmp_path):
     assert caught.value.error_class == "corrupt"
 
 
-def test_absurd_durations_are_corrupt(tmp_path):
+def test_videos_that_last_too_long_are_told_apart(tmp_path):
     ten_days = 10 * 24 * 3600 * 10
-    path = write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days])
-    with pytest.raises(MediaError, match="10 days") as caught:
-        read_clip(str(path), _request())
-    assert caught.value.error_class == "corrupt"
+    path = str(write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days]))
+    for changes, limit_s in (({}, 7 * 86_400), ({"max_duration_s": 60.0}, 60)):
+        with pytest.raises(MediaError, match=f"864000 s exceed the limit of {limit_s} s") as caught:
+            read_clip(path, _request(**changes))
+        assert caught.value.error_class == "too_large"
+    assert len(read_clip(path, _request(max_duration_s=1e6)).pixels) == 4
 
 
 def test_a_long_video_is_not_decoded_whole(tmp_path):

@@ -110,9 +110,11 @@ class Models:
             raise self.error
 
 
-def api(models, *, adapters=None, keys=(), **limits):
+def api(models, *, adapters=None, keys=(), is_local=False, **limits):
     config = ServingConfig(
-        backbones=Backbones.of([adapter()]), requests=RequestLimits(**{"max_body_bytes": 200_000, **limits})
+        backbones=Backbones.of([adapter()]),
+        is_local=is_local,
+        requests=RequestLimits(**{"max_body_bytes": 200_000, **limits}),
     )
     served = Api(config, models)
     served.update(adapters or [adapter(), adapter("search", stage=1)], keys)

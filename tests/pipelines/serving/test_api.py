@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from pipelines.data.samples import Limits
@@ -58,8 +59,7 @@ def assert_error(response, status, code, param=None):
 
 
 def events(response):
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+    return [line if line == "[DONE]" else json.loads(line) for line in data_lines(response.text)]
 
 
 def test_image_and_clip_reach_the_model_as_in_training():
@@ -326,6 +326,8 @@ def test_bad_media():
     assert_error(post(Models(), "/v1/caption", content=jpeg_bytes()[:2000], headers=IMAGE), 400, "invalid_media")
     bomb = png_bytes((4000, 3000))
     assert_error(post(Models(), "/v1/caption", content=bomb, headers=IMAGE), 422, "media_too_large")
+    models = Models(limits=Limits(max_duration_s=0.5))  # the clip has two
+    assert_error(post(models, "/v1/caption", content=mp4_bytes(), headers=VIDEO), 422, "media_too_large")
     models = Models(limits=Limits(video_timeout_s=0.01))
     assert_error(post(models, "/v1/caption", content=mp4_bytes(), headers=VIDEO), 422, "media_too_slow")
 
@@ -403,22 +405,76 @@ def test_routing_health_models_and_the_openapi_page():
     assert_error(dead[1], 503, "unavailable")
 
 
-def test_the_openapi_page_shows_requests_that_are_answered():
+def test_probes_share_one_look_at_the_models_and_ask_every_stage():
+    class Slow(Models):
+        async def decode(self, upload, adapter):
+            asked.append(adapter.name)
+            return await super().decode(upload, adapter)
+
+    async def ready(served, count=5):
+        async def one():
+            try:
+                return (await served.ready(None))["status"]
+            except ApiError as error:
+                return error.code
+
+        return await asyncio.gather(*[one() for _ in range(count)])
+
+    async def run(error):
+        served = api(Slow(delay_s=0.2, error=error))
+        told = [*await ready(served), *await ready(served)]
+        served.update([adapter("next")], ())  # what was heard of others tells nothing of it
+        return told + await ready(served, 1)
+
+    asked = []
+    assert asyncio.run(run(None)) == ["ok"] * 11
+    assert sorted(asked) == ["demo", "next", "search"]
+    asked.clear()
+    assert asyncio.run(run(ApiError(503, "unavailable", "dead"))) == ["unavailable"] * 11
+    assert len(asked) == 2
+
+
+def test_the_openapi_page_shows_requests_that_are_answered_and_what_with():
+    def fits(content, value):
+        Draft202012Validator({**content["schema"], "components": page["components"]}).validate(value)
+
     async def run():
         async with client(Models()) as session:
+            nonlocal page
             page = (await session.get("/openapi.json")).json()
-            for path, operations in page["paths"].items():
-                if "post" not in operations:
-                    continue
-                examples = operations["post"]["requestBody"]["content"]["application/json"]["examples"]
-                for name, example in examples.items():
-                    response = await session.post(path, json=example["value"])
+            for path, method, operation in operations():
+                content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+                for name, example in content.get("examples", {"": {"value": None}}).items():
+                    response = await session.request(method, path.replace("{model}", "demo"), json=example["value"])
                     assert response.status_code == 200, (path, name, response.text)
-            return page
+                    kind = response.headers["content-type"].partition(";")[0]
+                    told = operation["responses"]["200"]["content"][kind]
+                    if kind == "application/json":
+                        fits(told, response.json())
+                    else:
+                        *chunks, done = events(response)
+                        for chunk in [*chunks, *map(json.loads, data_lines(told["example"])[:-1])]:
+                            fits({"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}, chunk)
+                        assert done == data_lines(told["example"])[-1] == "[DONE]"
 
-    text = json.dumps(asyncio.run(run()))
+    def operations():
+        return [(path, method, one) for path, methods in page["paths"].items() for method, one in methods.items()]
+
+    page = {}
+    asyncio.run(run())
+    for path, _, operation in operations():
+        assert {"403", "405", "503"} <= operation["responses"].keys(), path
+        for status, response in operation["responses"].items():
+            fits(told := response["content"]["application/json"], told["example"])
+            assert status == "200" or told["example"]["error"]["message"]
+    text = json.dumps(page)
     references = {part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}
-    assert references <= json.loads(text)["components"]["schemas"].keys()
+    assert references <= page["components"]["schemas"].keys()
+    assert {"image/*", "video/*"} < page["paths"]["/v1/caption"]["post"]["requestBody"]["content"].keys()
+
+
+def data_lines(text):
+    return [line.removeprefix("data: ") for line in text.split("\n\n") if line]
 
 
 def test_embeddings():
@@ -546,11 +602,14 @@ def test_the_decoder_of_a_client_that_left_is_killed(tmp_path):
         [pid] = decoder.videos.child_pids()
         os.kill(pid, signal.SIGSTOP)  # a file that takes for ever
         task = asyncio.create_task(pool.decode(Upload("video", mp4_bytes()), settings))
+        other = asyncio.create_task(pool.decode(Upload("video", mp4_bytes()), settings))
         await asyncio.sleep(0.3)
+        assert pool.num_waiting == 1
+        other.cancel()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not os.path.exists(f"/proc/{pid}")
+        assert pool.num_waiting == 0 and not os.path.exists(f"/proc/{pid}")
         assert len((await pool.decode(Upload("video", mp4_bytes()), settings)).pixels) == 4
 
     asyncio.run(run())

@@ -14,10 +14,12 @@ import numpy as np
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs.caption import caption_file
-from jobs.serve import require_free_port, require_guarded, served, update, what_to_serve
+from jobs.serve import renew, require_free_port, require_guarded, served, what_to_serve
 from jobs.settings import ServeSettings
+from pipelines.data.checkpoint_folders import write_marker
 from pipelines.data.samples import DecodeSettings, SampleDecoder
 from pipelines.serving.client import ServiceError, request_caption
 from pipelines.serving.config import RequestLimits, Scale
@@ -34,7 +36,7 @@ GREEDY = GenerationSettings(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Two adapters over one language model, one that reads its instruction, and a retriever."""
+    """A dozen adapters over one language model, one of which reads its instruction, and a retriever."""
     runs = tmp_path_factory.mktemp("runs")
     first = write_stage2(runs / "tiny" / "checkpoints" / "step-00000003")
     language = first.with_name(first.name + "-language")
@@ -43,6 +45,7 @@ def checkpoints(tmp_path_factory):
         "other": write_stage2(runs / "other", language=language, seed=5),
         "reader": write_stage2(runs / "reader", language=language, seed=6, reads_prompt=True),
         "search": write_stage1(runs / "search" / "checkpoints" / "step-00000003"),
+        **{f"more-{seed}": write_stage2(runs / f"more-{seed}", language=language, seed=seed) for seed in range(10, 19)},
     }
 
 
@@ -53,10 +56,10 @@ def settings(checkpoints):
         port = probe.getsockname()[1]
     return ServeSettings(
         checkpoint=str(checkpoints["tiny"].parents[1]),
-        adapters={name: str(checkpoints[name]) for name in ("other", "reader", "search")},
+        adapters={name: str(folder) for name, folder in checkpoints.items() if name != "tiny"},
         port=port,
         requests=RequestLimits(max_body_bytes=MAX_BODY_BYTES, body_timeout_s=4.0),
-        max_loaded_adapters=2,  # of four: they come and go
+        max_loaded_adapters=2,  # of 13: they come and go
         generation=GREEDY,
     )
 
@@ -75,7 +78,7 @@ def client(url):
 @pytest.fixture(scope="module")
 def offline(checkpoints, tmp_path_factory):
     """Answer as the caption job does."""
-    captioners = {name: load_captioner(checkpoints[name]) for name in ("tiny", "other", "reader")}
+    captioners = {name: load_captioner(folder) for name, folder in checkpoints.items() if name != "search"}
     one = captioners["tiny"]
     decoder = SampleDecoder(DecodeSettings(preprocessing=one.preprocessing, num_frames=one.num_frames))
     path = tmp_path_factory.mktemp("media") / "media"
@@ -151,6 +154,16 @@ def test_chats_equal_the_offline_path_alone_and_in_mixed_batches(client, offline
     assert answers == expected
 
 
+def test_a_dozen_adapters_take_turns_in_two_places(client, offline, checkpoints):
+    """Asked all at once, each pushes others out of the memory of the replica, which loads them again."""
+    names = [name for name in checkpoints if name != "search"]
+    expected = [offline(jpeg_bytes(1), "red", name) for name in names]
+    assert len(names) == 12 and len(set(expected)) > 1
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
+        answers = list(threads.map(lambda name: ask(client, jpeg_bytes(1), "red", name), 2 * names))
+    assert answers == 2 * expected
+
+
 def test_a_stream_is_the_whole_answer_and_counts_its_tokens(client, offline):
     messages = [user(jpeg_bytes(2), text="blue")]
     chunks = list(
@@ -171,6 +184,7 @@ def test_several_turns_and_media_follow_the_documented_template(client, checkpoi
     captioner = load_captioner(checkpoints["tiny"])
     decoder = SampleDecoder(DecodeSettings(preprocessing=captioner.preprocessing, num_frames=captioner.num_frames))
     first, second = (torch.tensor(decoder.decode(kind="image", data=jpeg_bytes(n)).pixels)[None] for n in (1, 2))
+    clip = torch.tensor(decoder.decode(kind="video", data=mp4_bytes(0)).pixels)[None]
     decoder.close()
     rows = torch.cat([captioner.soft_prompts(first)[0], captioner.soft_prompts(second)[0]])
     expected = captioner.language.generate([rows], ["red circle"], GREEDY)[0]
@@ -184,6 +198,13 @@ def test_several_turns_and_media_follow_the_documented_template(client, checkpoi
         model="tiny", messages=[*turns, {"role": "user", "content": "blue left"}], temperature=0
     )
     assert answer.choices[0].message.content == expected
+    expected = captioner.language.generate(captioner.soft_prompts(clip), ["red circle blue left"], GREEDY)[0]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[user(mp4_bytes(0), text="red"), *turns[1:], {"role": "user", "content": "blue left"}],
+        temperature=0,
+    )
+    assert answer.choices[0].message.content == expected and answer.usage.prompt_tokens > 4 * NUM_FRAMES
 
 
 def test_generation_is_asked_for(client):
@@ -223,7 +244,7 @@ def test_the_client_gets_errors_of_its_own_kinds(client):
 
 
 def test_models_are_listed(client):
-    assert [model.id for model in client.models.list()] == ["tiny", "other", "reader", "search"]
+    assert [model.id for model in client.models.list()][:4] == ["tiny", "other", "reader", "search"]
     assert client.models.retrieve("search").id == "search"
 
 
@@ -271,6 +292,16 @@ def test_json_base64(url, offline):
     )
 
 
+def test_a_page_of_another_site_may_not_ask(url):
+    """Its name may lead here, but the browser tells it."""
+    address = httpx.URL(url)
+    for path in ("/v1/models", "/"):
+        assert_error(
+            httpx.get(f"{url}{path}", headers={"Host": f"evil.example:{address.port}"}), 403, "host_not_allowed"
+        )
+        assert httpx.get(f"{url}{path}", headers={"Host": f"localhost:{address.port}"}).status_code == 200
+
+
 def test_oversize_bodies_are_refused(url):
     assert_error(post(url, bytes(MAX_BODY_BYTES + 1), "image/jpeg"), 413, "body_too_large")
 
@@ -300,10 +331,10 @@ def test_clients_that_send_slowly_hold_up_nobody(url):
     with contextlib.ExitStack() as stack:
         for _ in range(100):
             silent = stack.enter_context(socket.create_connection((address.host, address.port)))
-            silent.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            silent.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
         slow = stack.enter_context(socket.create_connection((address.host, address.port)))
         slow.sendall(
-            b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 999\r\n\r\n\xff"
+            b"POST /v1/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n\xff"
         )
         assert post(url, jpeg_bytes(0), "image/jpeg").status_code == 200
         slow.settimeout(30)
@@ -313,7 +344,10 @@ def test_clients_that_send_slowly_hold_up_nobody(url):
 def test_figures_and_logs_tell_of_requests_and_not_what_was_asked(url, client, ray_local):
     secret = "circle moving above"
     ask(client, jpeg_bytes(4), secret, model="other")
-    wanted = ("ray_qformer_serve_requests_total", "ray_qformer_serve_tokens_total", "ray_qformer_serve_encoder_batch")
+    wanted = [
+        f"ray_qformer_serve_{name}" for name in ("requests_total", "tokens_total", "encoder_batch", "media_queue")
+    ]
+    wanted.append("ray_qformer_serve_time_to_first_token_p95_s")
     end_s = time.monotonic() + 30
     while not all(name in (text := endpoints(ray_local)) for name in wanted) and time.monotonic() < end_s:
         time.sleep(1)
@@ -344,14 +378,24 @@ def test_health_readiness_page_and_routing(url):
 def test_a_newer_checkpoint_is_taken_while_requests_go_on(client, checkpoints, settings, tmp_path):
     """The last test on this service; drills do the same under load."""
     language = checkpoints["tiny"].with_name(checkpoints["tiny"].name + "-language")
-    newer = write_stage2(checkpoints["tiny"].with_name("step-00000004"), language=language, seed=9)
+    before = what_to_serve(settings)
+    useless = write_stage2(checkpoints["tiny"].with_name("step-00000004"), language=language)
+    weights = load_file(useless / "bridge.safetensors")
+    weights.pop("language_projection.bias")
+    save_file(weights, useless / "bridge.safetensors")
+    (useless / "complete.json").unlink()
+    write_marker(useless, {"step": 4})  # whole, and yet nothing that can be loaded
+    with pytest.raises(UserError, match="tiny/step-00000004 at .* does not answer"):
+        renew(before, what_to_serve(settings))
+    assert request_answer(client).model == "tiny/step-00000003"
+    newer = write_stage2(checkpoints["tiny"].with_name("step-00000005"), language=language, seed=9)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        updating = thread.submit(update, what_to_serve(settings))
+        updating = thread.submit(renew, before, what_to_serve(settings))
         while not updating.done():
             ask(client, jpeg_bytes(0))
         updating.result()
     end_s = time.monotonic() + 30
-    while (answer := request_answer(client)).model != "tiny/step-00000004":
+    while (answer := request_answer(client)).model != "tiny/step-00000005":
         assert answer.model == "tiny/step-00000003" and time.monotonic() < end_s
         time.sleep(0.2)
     captioner = load_captioner(newer)

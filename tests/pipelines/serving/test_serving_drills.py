@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -24,6 +25,7 @@ from jobs.settings import ServeSettings
 from pipelines.serving.config import EncoderScale, GeneratorScale, IngressScale, MediaScale, RequestLimits
 from qformer.config import GenerationSettings
 from tests.media_files import jpeg_bytes
+from tests.metrics_endpoint import endpoints
 from tests.tiny_checkpoints import write_stage2
 
 pytestmark = pytest.mark.slow
@@ -80,9 +82,9 @@ def url(ray_local, settings):
 class Load:
     """Threads that chat until they are told to stop."""
 
-    def __init__(self, url, num_threads=3, max_tokens=8):
+    def __init__(self, url, num_threads=3, max_tokens=8, *, is_streamed=False):
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
-        self.max_tokens, self.models, self.errors = max_tokens, [], []
+        self.max_tokens, self.is_streamed, self.models, self.errors = max_tokens, is_streamed, [], []
         self._is_over = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(num_threads)]
 
@@ -100,11 +102,18 @@ class Load:
         while not self._is_over.is_set():
             try:
                 answer = self.client.chat.completions.create(
-                    model="tiny", messages=[turn(seed)], max_tokens=self.max_tokens, temperature=0
+                    model="tiny",
+                    messages=[turn(seed)],
+                    max_tokens=self.max_tokens,
+                    temperature=0,
+                    stream=self.is_streamed,
                 )
+                if self.is_streamed:
+                    *_, answer = answer
+                    assert answer.choices[0].finish_reason == "length"
                 self.models.append(answer.model)
             except Exception as error:
-                self.errors.append(repr(error))
+                self.errors.append(error)
 
     def more(self, count=6):
         """Wait until so many more are answered."""
@@ -147,15 +156,59 @@ def num_running(deployment):
     return status.replica_states.get("RUNNING", 0)
 
 
+def kill(deployment):
+    """Kill its one replica and wait until Serve has started another."""
+    [pid] = replica_pids(deployment)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: (now := replica_pids(deployment)) and pid not in now)
+
+
 @pytest.mark.parametrize("deployment", ["Generator", "Encoder", "Media"])
 def test_a_replica_that_is_killed_costs_no_request(url, deployment):
     with Load(url) as load:
         load.more()
-        [pid] = replica_pids(deployment)
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: (now := replica_pids(deployment)) and pid not in now)
+        kill(deployment)
         load.more()
     assert not load.errors
+
+
+@pytest.mark.parametrize(("deployment", "num_cut"), [("Generator", 3), ("Encoder", 0), ("Media", 0)])
+def test_a_replica_that_is_killed_cuts_only_the_streams_that_it_writes(url, deployment, num_cut):
+    with Load(url, num_cut or 3, max_tokens=LONG, is_streamed=True) as load:
+        load.more()
+        kill(deployment)
+        cut = take_errors(load)
+        load.more()
+    assert not load.errors and len(cut) <= num_cut
+    assert all(isinstance(error, openai.APIError) and error.code == "unavailable" for error in cut)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_ingress_that_is_killed_costs_what_it_works_on_and_nothing_after(url, ray_local, is_streamed):
+    """Nobody is left who could answer in JSON: the proxy says 500 and counts it, or breaks a stream off."""
+    num_before = num_counted(ray_local)
+    with Load(url, max_tokens=LONG, is_streamed=is_streamed) as load:
+        load.more()
+        kill("Ingress")
+        lost = take_errors(load)
+        load.more()
+    assert not load.errors and len(lost) <= 3
+    refused = [error for error in lost if isinstance(error, openai.InternalServerError)]
+    assert all(error.status_code == 500 for error in refused)
+    assert all(isinstance(error, openai.APIConnectionError | httpx.HTTPError) for error in lost if error not in refused)
+    until(lambda: num_counted(ray_local) >= num_before + len(refused), 30)
+
+
+def num_counted(ray):
+    """Requests that Serve's proxy counts as failed, by its own figures."""
+    pattern = r"^ray_serve_num_http_error_requests\w*\{.*\} (\S+)$"
+    return sum(map(float, re.findall(pattern, endpoints(ray), re.MULTILINE)))
+
+
+def take_errors(load):
+    taken = load.errors[:]
+    del load.errors[: len(taken)]
+    return taken
 
 
 def test_a_newer_checkpoint_is_taken_without_a_failed_request_or_a_restart(url, run, settings):
