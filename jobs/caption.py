@@ -1,6 +1,5 @@
 """Caption files with a stage-2 checkpoint, or ask it about them, in this process; a manifest through Ray Data."""
 
-import dataclasses
 import logging
 import sys
 
@@ -41,11 +40,11 @@ def main(settings: CaptionSettings) -> int:
         if not storage.exists(path):
             raise UserError(f"media: no file at {path}; give the path of an image or a video")
     checkpoint, info = open_checkpoint(settings.checkpoint)
+    decode = decoding_of(info, Limits(**settings.limits.model_dump()), num_frames=settings.num_frames)
     captioner = load_captioner(local_folder(checkpoint))
     if captioner.num_truncated([settings.instruction]):
         logger.warning("instruction: cut to max_text_tokens=%d, as in training", info.max_text_tokens)
-    decode = decoding_of(info, Limits(**settings.limits.model_dump()))
-    decoder = SampleDecoder(dataclasses.replace(decode, num_frames=settings.num_frames or info.num_frames))
+    decoder = SampleDecoder(decode)
     num_failed = 0
     try:
         for path in settings.media:

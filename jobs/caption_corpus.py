@@ -1,6 +1,5 @@
 """`qformer caption --manifest …`: captions of every row of a manifest, or answers to its instructions, resumable."""
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -56,8 +55,7 @@ def caption_corpus(settings: CaptionSettings) -> dict[str, Any]:
     require_one_instruction(manifest, "manifest")
     # The actors run in other folders.
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
-    decode = decoding_of(info, Limits(**settings.limits.model_dump()))
-    decode = dataclasses.replace(decode, num_frames=settings.num_frames or info.num_frames)
+    decode = decoding_of(info, Limits(**settings.limits.model_dump()), num_frames=settings.num_frames)
     _claim(output, _origin(settings, checkpoint, info, decode))
     storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
     progress, num_shards = _caption_missing(settings, output, checkpoint, manifest, decode)

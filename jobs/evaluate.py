@@ -1,6 +1,5 @@
 """Score a checkpoint on a split: retrieval after stage 1, captions after stage 2."""
 
-import dataclasses
 import json
 import logging
 import sys
@@ -70,15 +69,19 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def decode_settings(data: DataSettings, info: BridgeInfo) -> DecodeSettings:
-    """Decode as in training; frames, sampling and segments that the user wrote down go before the checkpoint's."""
-    chosen, decode = data.model_fields_set, decoding_of(info, Limits(**data.limits.model_dump()))
-    if "num_frames" in chosen:
-        decode = dataclasses.replace(decode, num_frames=data.num_frames)
-    if "sampling" in chosen:
-        decode = dataclasses.replace(decode, sampling=data.sampling.build())
-    if "audio" in chosen and decode.audio is not None:
-        decode = dataclasses.replace(decode, audio=data.audio.build(decode.audio.sample_rate_hz))
-    return decode
+    """Decode as in training; what the user wrote down of frames, sampling and segments goes before the checkpoint's.
+
+    Raises:
+        UserError: As `decoding_of`.
+    """
+    chosen = data.model_fields_set
+    return decoding_of(
+        info,
+        Limits(**data.limits.model_dump()),
+        num_frames=data.num_frames if "num_frames" in chosen else None,
+        sampling=data.sampling.build() if "sampling" in chosen else None,
+        segments=data.audio.model_dump(exclude_unset=True),
+    )
 
 
 def _caption(

@@ -9,8 +9,8 @@ from pipelines.data import checkpoint_folders, members, schema, storage
 from pipelines.data.media import MediaError
 from pipelines.data.mixture import Corpus
 from pipelines.data.retries import with_retries
-from pipelines.training.model_choice import KEPT_AUDIO
 from qformer.errors import UserError
+from qformer.video.config import KEPT_AUDIO
 
 
 def check(settings: TrainSettings, num_rows: int) -> None:
@@ -75,6 +75,12 @@ def _check_video(settings: TrainSettings) -> None:
                 f"model.video.{name}=true with model.temporal={way} keeps weights as they were trained: set init_from "
                 f"to a run, or {name}=false to train them too"
             )
+    segments, frames = settings.data.audio.num_segments, settings.data.num_frames
+    if model.audio is not None and model.audio_branch.is_joint and segments != frames:
+        raise UserError(
+            f"model.audio_branch.is_joint=true reads sound with the frames, one segment a frame, but "
+            f"data.audio.num_segments={segments} and data.num_frames={frames}; make them equal"
+        )
     if model.audio_branch.trains_alone and (model.audio is None or is_fresh):
         raise UserError(
             "model.audio_branch.trains_alone=true trains a branch beside a trained bridge: set model.audio to an audio "

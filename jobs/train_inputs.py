@@ -5,8 +5,8 @@ from pipelines.data import storage
 from pipelines.data.audio_sampling import AudioSampling
 from pipelines.data.samples import DecodeSettings, Limits
 from pipelines.data.transforms import Augmentation
-from pipelines.training.model_choice import KEPT_AUDIO
 from qformer.preprocessing import Preprocessing
+from qformer.video.config import KEPT_AUDIO
 
 TOKENIZER_FOLDER = "tokenizer"
 LEARN_TOKENIZER = "corpus"
@@ -59,3 +59,6 @@ def tokenizer_folder(settings: TrainSettings) -> str:
     if settings.model.tokenizer != LEARN_TOKENIZER:
         return settings.model.tokenizer
     return storage.join(settings.output, TOKENIZER_FOLDER)
+
+
+# FIX

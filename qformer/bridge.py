@@ -23,6 +23,7 @@ from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
 from qformer.video.audio_branch import Sound
+from qformer.video.config import KEPT_AUDIO
 from qformer.video.frames import Seen
 
 
@@ -229,8 +230,8 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
     stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
     load_weights(stage2, folder)
     tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
-    ears = None if info.audio is None else load_audio(info.audio, pretrained=info.audio_pretrained).to(device)
-    return Captioner(info, _encoder(info).to(device), stage2.to(device), language.to(device), tokenizer, ears)
+    encoder, ears = _encoder(info).to(device), load_ears(info, device)
+    return Captioner(info, encoder, stage2.to(device), language.to(device), tokenizer, ears)
 
 
 def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
@@ -243,6 +244,29 @@ def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
 def load_tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
     """Load the Q-Former's text tokenizer from its checkpoint folder."""
     return load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens, info.qformer.vocab_size)
+
+
+def load_ears(info: BridgeInfo, device: str) -> AudioEncoder | None:
+    """Load the frozen encoder of sound; None for a bridge that does not hear.
+
+    Raises:
+        UserError: If it cannot be loaded, is another than in training, or was not there in training either.
+    """
+    if info.audio is None or info.audio_branch is None:
+        return None
+    if info.audio == KEPT_AUDIO:
+        raise UserError(
+            f"the bridge was trained with model.audio={KEPT_AUDIO}: it hears vectors of a feature cache, and nothing "
+            "here makes them of a file's sound; train with model.audio set to an audio encoder, or without sound"
+        )
+    ears = load_audio(info.audio, pretrained=info.audio_pretrained)
+    width, rate_hz = info.audio_branch.encoder_width, info.audio_sampling["sample_rate_hz"]
+    if (ears.width, ears.sample_rate_hz) != (width, rate_hz):
+        raise UserError(
+            f"encoder of sound {info.audio!r} is {ears.width} wide and hears {ears.sample_rate_hz} Hz, the bridge "
+            f"{width} and {rate_hz} Hz; it is another model than in training"
+        )
+    return ears.to(device)
 
 
 def _encoder(info: BridgeInfo) -> VisionEncoder:

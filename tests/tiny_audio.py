@@ -5,13 +5,13 @@ import torch
 from qformer.backbones import import_torchvision
 
 
-def write_encoder(folder, kind):
+def write_encoder(folder, kind, width=32):
     """A random model with distinct weights and its feature extractor, in the library's ordinary files."""
     import_torchvision()
     import transformers as hf
 
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     match kind:
         case "ast":
             model = hf.ASTModel(hf.ASTConfig(**sizes, max_length=256, num_mel_bins=32))
@@ -20,7 +20,7 @@ def write_encoder(folder, kind):
             model = hf.WhisperModel(
                 hf.WhisperConfig(
                     vocab_size=64,
-                    d_model=32,
+                    d_model=width,
                     encoder_layers=2,
                     encoder_attention_heads=4,
                     encoder_ffn_dim=48,

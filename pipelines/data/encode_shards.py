@@ -86,7 +86,7 @@ class EncoderChoice:
         sampling = AudioSampling(
             sample_rate_hz=ears.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
         )
-        ears.require_fit(sampling.sample_rate_hz, sampling.segment_samples)
+        ears.require_fit(sampling.segment_samples)
         heard = dataclasses.replace(
             spec,
             audio=sampling,

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from pipelines.serving.config import ApiKey, RequestLimits
@@ -87,7 +88,8 @@ class Gate:
         async with context.stack:
             context.stack.callback(self._reporter.end, record)
             response = await self._answer(request, context, handler)
-            record.status = response.status_code
+            if not isinstance(response, StreamedAnswer):  # which tells at its end
+                record.status = response.status_code
         response.headers[REQUEST_ID_HEADER] = record.id
         return response
 
@@ -107,6 +109,8 @@ class Gate:
         except TimeoutError:
             message = f"the request took longer than {self.limits.timeout_s:g} s; ask for less, or try again"
             refused = ApiError(504, "timeout", message, retry_after_s=RETRY_AFTER_S)
+        except ClientDisconnect:
+            refused = ApiError(499, "client_closed", "the client left before its request was whole")
         except Exception:
             logger.exception("request %s failed", record.id)
             refused = internal_error()

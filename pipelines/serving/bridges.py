@@ -16,9 +16,9 @@ from torch import Tensor
 from pipelines.data.local_copies import local_folder
 from pipelines.serving.errors import Refusal
 from pipelines.serving.wire import Decoded, Matched, TextEmbeddings
-from qformer.audio import AudioEncoder, load_audio
+from qformer.audio import AudioEncoder
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.bridge import Retriever, load_tokenizer
+from qformer.bridge import Retriever, load_ears, load_tokenizer
 from qformer.conversion.checkpoint import load_weights, read_info, read_weights
 from qformer.errors import UserError
 from qformer.stage1 import Stage1
@@ -131,8 +131,7 @@ def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | M
         load_weights(stage1, path)
         return Matcher(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
     tokenizer = load_tokenizer(path, info) if info.qformer.has_text_branch else None
-    ears = None if info.audio is None else load_audio(info.audio, pretrained=info.audio_pretrained).to(device)
-    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, ears=ears)
+    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, ears=load_ears(info, device))
 
 
 def _stage2(folder: Path) -> Stage2:

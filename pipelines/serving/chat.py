@@ -2,8 +2,8 @@
 
 Template: a turn's images and videos come first, as soft prompts, then its text; all texts are joined by single spaces,
 as prompt and answer are in training; a system message is the beginning of the first text. One image and one instruction
-are thus what `Captioner.answer` makes of them. A last turn without text gets the prompt of the adapter's training. The
-Q-Former of an instruction-aware adapter reads the text of the last turn beside every image.
+are thus what `Captioner.answer` makes of them. A last turn of images and videos alone gets the prompt of the adapter's
+training. The Q-Former of an instruction-aware adapter reads the text of the last turn beside every image.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def read_conversation(messages: Sequence[Message], prompt: str, limits: RequestL
 
     Args:
         messages: As they came in.
-        prompt: The adapter's, for a last turn without text.
+        prompt: The adapter's, for a last turn of images and videos alone.
         limits: Of one request.
 
     Raises:
@@ -60,6 +60,9 @@ def read_conversation(messages: Sequence[Message], prompt: str, limits: RequestL
     """
     _require_answerable(messages, limits)
     turns = [(*_turn(message, f"messages[{place}]"), message.role) for place, message in enumerate(messages)]
+    if not any(turns[-1][:2]):
+        message = "the last message holds neither text nor image nor video; ask something"
+        raise ApiError(400, "invalid_request", message, param=f"messages[{len(messages) - 1}].content")
     pending = " ".join(text for _, text, role in turns if role in _SYSTEM and text)
     segments: list[Medium | str] = []
     has_text = False  # besides the system's, which waits for the first turn's media
@@ -73,9 +76,6 @@ def read_conversation(messages: Sequence[Message], prompt: str, limits: RequestL
         if place == len(turns) - 1:
             text = text or prompt
         pending, has_text = f"{pending} {text}".strip(), has_text or bool(text)
-    if not pending and not segments:
-        message = "the messages hold neither text nor image nor video; give the last one some content"
-        raise ApiError(400, "invalid_request", message, param=f"messages[{len(messages) - 1}].content")
     return Conversation(segments=(*segments, pending), instruction=turns[-1][1] or prompt)
 
 

@@ -26,7 +26,8 @@ class Record:
     key: str | None = None
     """Name of the API key."""
     status: int = 499
-    """As answered; 499 while the client has none, and when it left before."""
+    """As answered; 499 while the client has no whole answer, and when it left before. Of a stream that broke off, what
+    its error event says."""
     error: str | None = None
     """Code of the refusal."""
     body_bytes: int = 0

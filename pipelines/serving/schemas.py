@@ -34,6 +34,11 @@ class TextPart(Strict):
     type: Literal["text"]
     text: str
 
+    @field_validator("text")
+    @classmethod
+    def _text(cls, value: str) -> str:
+        return _not_blank(value)
+
 
 class ImagePart(Strict):
     """A picture."""
@@ -164,12 +169,28 @@ class VqaRequest(TaskMedia, Sampled):
 
     question: str = Field(min_length=1)
 
+    @field_validator("question")
+    @classmethod
+    def _question(cls, value: str) -> str:
+        return _not_blank(value)
+
 
 class MatchRequest(TaskMedia):
     """POST /v1/match: how well texts fit a picture or a video."""
 
     model: str | None = Field(default=None, min_length=1, max_length=200)
     texts: list[str] = Field(min_length=1)
+
+    @field_validator("texts")
+    @classmethod
+    def _texts(cls, value: list[str]) -> list[str]:
+        return [_not_blank(text) for text in value]
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("give it some text, or leave it out")
+    return text
 
 
 def _true_or_false(value: Any) -> Any:

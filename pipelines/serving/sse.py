@@ -84,6 +84,7 @@ async def events(
     if with_usage:
         counts = usage(piece.prompt_tokens, piece.completion_tokens)
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': counts})}\n\n"
+    context.record.status = 200
     yield DONE
 
 
@@ -100,5 +101,5 @@ def _chunk(head: dict[str, Any], delta: dict[str, str], finish_reason: str | Non
 
 
 def _error(context: Context, error: ApiError) -> str:
-    context.record.error = error.code
+    context.record.status, context.record.error = error.status, error.code
     return f"data: {json.dumps(error.refusal.body())}\n\n"

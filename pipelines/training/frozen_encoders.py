@@ -10,11 +10,12 @@ from pipelines.data.batch import SampleBatch
 from pipelines.data.encode_shards import EncoderChoice
 from pipelines.data.feature_spec import FeatureSpec
 from pipelines.data.sampling import Sampling
-from pipelines.training.model_choice import KEPT_AUDIO, ModelChoice
+from pipelines.training.model_choice import ModelChoice
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import load_vision
 from qformer.distributed import rank
 from qformer.video.audio_branch import Sound
+from qformer.video.config import KEPT_AUDIO
 
 
 class FrozenEncoders:
@@ -80,7 +81,7 @@ class FrozenEncoders:
     def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
         ears = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
         sampling = AudioSampling(sample_rate_hz=ears.sample_rate_hz, **choice.segments)
-        ears.require_fit(sampling.sample_rate_hz, sampling.segment_samples)
+        ears.require_fit(sampling.segment_samples)
         self.modules["audio"], self.audio_width, self.audio_sampling = ears, ears.width, sampling
         return ears
 

@@ -9,8 +9,6 @@ from qformer.config import LoraConfig
 from qformer.errors import UserError
 from qformer.video.config import AudioConfig, Temporal, VideoConfig
 
-KEPT_AUDIO = "features"
-"""In the place of an audio encoder's name: the vectors that the cache keeps, whatever made them (ImageBind, say)."""
 _ALONE = "trains_alone"
 
 

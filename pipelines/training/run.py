@@ -94,6 +94,7 @@ class TrainingRun:
         else:
             self.stage = self._generation_stage(self.encode, device, frozen_dtype, init_from)
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
+        self._untrained = self._untrained_fingerprint()
         if is_compiled:
             # Training and evaluation, images and clips, with and without gradient each compile the same code.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
@@ -192,17 +193,24 @@ class TrainingRun:
         training.precision.restore(state.loss_scale)
         if "qformer" in self.frozen:
             self.fingerprints["qformer"] = weights_fingerprint(self.frozen["qformer"])
+        self._untrained = self._untrained_fingerprint()
         return state
 
     def assert_frozen(self) -> None:
         """Hold invariant 2: frozen is frozen.
 
         Raises:
-            RuntimeError: If a byte of a backbone changed since the run began.
+            RuntimeError: If a byte of a backbone changed since the run began, or of the bridge where it is not trained.
         """
         for name, module in self.frozen.items():
             if weights_fingerprint(module) != self.fingerprints[name]:
                 raise RuntimeError(f"the frozen {name} model changed during training")
+        if self._untrained_fingerprint() != self._untrained:
+            raise RuntimeError("weights of the bridge that are not trained changed during training")
+
+    def _untrained_fingerprint(self) -> str:
+        parameters = self.stage.trainables.named_parameters()
+        return weights_fingerprint({name: one for name, one in parameters if not one.requires_grad})
 
     def _representation_stage(self, encode: Encode, device: torch.device, init_from: str | None) -> RepresentationStage:
         folder = None if init_from is None else checkpoint_folders.whole_checkpoint(init_from)

@@ -59,17 +59,14 @@ class AudioEncoder(nn.Module):
         """SHA-256 of what the feature extractor does; with the weights it is all that decides the vectors."""
         return hashlib.sha256(self._extractor.to_json_string().encode()).hexdigest()
 
-    def require_fit(self, sample_rate_hz: int, segment_samples: int) -> None:
-        """Refuse sound that the encoder was not made for.
+    def require_fit(self, segment_samples: int) -> None:
+        """Refuse segments that the encoder was not made for.
 
         Raises:
-            UserError: If it has another rate, or segments too long or too short for this encoder.
+            UserError: If they are too long or too short for it.
         """
-        rate, length_s = self.sample_rate_hz, segment_samples / sample_rate_hz
-        if sample_rate_hz != rate:
-            raise UserError(
-                f"the sound has {sample_rate_hz} Hz and model.audio was trained with {rate} Hz; decode it at {rate} Hz"
-            )
+        rate = self.sample_rate_hz
+        length_s = segment_samples / rate
         most = self._layout.max_samples
         if most is not None and segment_samples > most:
             raise UserError(

@@ -53,7 +53,8 @@ class CascadedFrames(nn.Module):
         Args:
             tokens_BFPV: Encoder tokens behind the norm.
             is_frame_BF: False at padding; None where there is none.
-            sound: A vector for every frame, of the Q-Former's width; they follow the frames, with the same positions.
+            sound: A vector for every frame, of the Q-Former's width; they follow the frames, with the same positions,
+                and are read by a mask of their own.
         """
         batch, frames = tokens_BFPV.shape[:2]
         if is_frame_BF is None:
@@ -63,7 +64,8 @@ class CascadedFrames(nn.Module):
         hidden_BPD = hidden_BFQD.flatten(1, 2)
         is_token_BP = is_frame_BF.repeat_interleave(hidden_BFQD.shape[2], dim=1)
         if sound is not None:
-            is_heard_BF = is_frame_BF & sound.is_segment_BA
+            # Also beside a frame that only repeats another, as those of a slow clip do, there is sound of its own.
+            is_heard_BF = sound.is_segment_BA.expand_as(is_frame_BF)
             heard_BFD = sound.audio_BAV.masked_fill(~is_heard_BF[..., None], 0.0) + position_BFD
             hidden_BPD, is_token_BP = (
                 torch.cat(both, dim=1) for both in ((hidden_BPD, heard_BFD), (is_token_BP, is_heard_BF))

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 from qformer.config import QFormerConfig
 
 Temporal = Literal["concatenate", "mean", "cascaded", "spatio_temporal"]
+KEPT_AUDIO = "features"
+"""In the place of an audio encoder's name: the vectors that a feature cache keeps, whatever made them (ImageBind)."""
 JOINED = ("cascaded", "spatio_temporal")
 """The ways after which there is one reading of a clip, with weights of their own."""
 

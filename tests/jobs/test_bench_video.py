@@ -1,6 +1,7 @@
 """The benchmark of the ways to join frames, at toy size: what it tells, and that its bars are figures of it."""
 
-import dataclasses
+from multiprocessing import Pipe
+from threading import Thread
 
 from jobs.bench import video
 from jobs.bench.video import FROZEN, WAYS, Case, Measured, measure
@@ -10,27 +11,41 @@ CONFIG = QFormerConfig(encoder_width=24, hidden_size=32, num_layers=3, num_heads
 CASE = Case(config=CONFIG, image_tokens=7, rounds={2: 1, 3: 2, 4: 1})
 
 
-def test_every_way_is_told_at_every_length(monkeypatch):
-    """In this process: a child for each would take longer than all of them."""
-    received = []
+def test_every_way_is_told_at_every_length_and_the_lengths_take_turns(monkeypatch):
+    """In threads: a child for each would take longer than all of them."""
+    turns, operations = [], {}
 
-    class Sender:
-        def send(self, found):
-            received.append(found)
+    class Child:
+        """What the parent holds of one."""
 
-    def here(case, name, frames):
-        video._report(Sender(), case, name, frames)
-        return dataclasses.replace(received[-1], peak_bytes=1)  # one process has but one peak
+        def __init__(self, name, frames):
+            self.place, (self.pipe, theirs) = (name, frames), Pipe()
+            Thread(target=video._take_turns, args=(theirs, CASE, name, frames), daemon=True).start()
 
-    monkeypatch.setattr(video, "_in_child", here)
+        def send(self, goes_on):
+            if goes_on:
+                turns.append(self.place)
+            self.pipe.send(goes_on)
+
+        def recv(self):
+            told = self.pipe.recv()
+            if told is not None:
+                operations[self.place] = told.operations
+            return told
+
+    def in_threads(case, name):
+        return video._lead({frames: Child(name, frames) for frames in case.rounds}, case)
+
+    monkeypatch.setattr(video, "_in_turns", in_threads)
+    monkeypatch.setattr(video, "resident_bytes", {"VmRSS": 1, "VmHWM": 2}.get)
     monkeypatch.setattr(video.torch, "set_num_threads", lambda _: None)
     result = measure(CASE)
+    assert turns == [(name, frames) for name in WAYS for frames in (2, 3, 4, 3)]
     places = {f"{name} {frames} frames" for name in WAYS for frames in CASE.rounds}
     assert result.seconds.keys() == {f"{place} {kind}" for place in places for kind in ("forward", "step")}
     assert {f"{place} peak GiB" for place in places} <= result.rates.keys()
     assert result.rates["mean 4 frames step clips/s"] == 1 / result.seconds["mean 4 frames step"]
-    operations = {name: found.operations for name, found in zip([*WAYS] * 3, received, strict=True)}
-    assert operations["cascaded"] == operations[FROZEN] > operations["mean"] > 0
+    assert operations["cascaded", 4] == operations[FROZEN, 4] > operations["mean", 4] > 0
 
 
 def test_the_bars_are_the_worst_of_their_kind():

@@ -31,6 +31,11 @@ TINY = QFormerSettings(
     hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, num_queries=4, embed_dim=16, dropout=0.1
 )
 
+JOINT = {
+    **{"vision": "v", "language": "l", "audio": "a", "temporal": "cascaded", "video": {"freeze_frames": False}},
+    "audio_branch": {"is_joint": True},
+}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -151,11 +156,16 @@ def assert_validated(run, log):
             "data.augmentation cannot change it",
         ),
         ({"data": {"manifest": "M", "features": "/nowhere"}}, "/nowhere holds no feature cache"),
+        (
+            {"stage": 2, "model": ModelSettings(**JOINT), "data": {"manifest": "M", "num_frames": 4}},
+            "one segment a frame, but data.audio.num_segments=8 and data.num_frames=4; make them equal",
+        ),
     ],
 )
 def test_mistakes_end_before_any_worker_starts(changes, message, world, tmp_path):
     if "data" in changes:
-        changes = {"data": TrainDataSettings(**{**changes["data"], "manifest": str(world / "manifest.jsonl")})}
+        data = TrainDataSettings(**{**changes["data"], "manifest": str(world / "manifest.jsonl")})
+        changes = {**changes, "data": data}
     with pytest.raises(UserError, match=message):
         train.main(settings(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

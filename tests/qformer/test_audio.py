@@ -114,16 +114,14 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
         encoder.features(sound, torch.ones(2, 1) > 0)
 
 
-def test_sound_of_another_kind_than_in_training_is_refused_by_name(tmp_path):
+def test_segments_that_an_encoder_cannot_hear_are_refused_by_name(tmp_path):
     write_encoder(tmp_path, "whisper")
     encoder = load_audio(str(tmp_path))
-    encoder.require_fit(RATE_HZ, 4 * RATE_HZ)
-    with pytest.raises(UserError, match="the sound has 44100 Hz and model.audio was trained with 16000 Hz"):
-        encoder.require_fit(44_100, 44_100)
+    encoder.require_fit(4 * RATE_HZ)
     with pytest.raises(UserError, match="data.audio.segment_s=5 is longer than the 4 s"):
-        encoder.require_fit(RATE_HZ, 5 * RATE_HZ)
+        encoder.require_fit(5 * RATE_HZ)
     with pytest.raises(UserError, match="data.audio.segment_s=0.01 is shorter than model.audio's window"):
-        encoder.require_fit(RATE_HZ, 160)
+        encoder.require_fit(160)
 
 
 def test_what_is_no_audio_encoder_is_the_users_mistake(tmp_path):

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from pipelines.data.samples import Limits
+from pipelines.serving.api import build_http
 from pipelines.serving.errors import ApiError
 from pipelines.serving.keys import make_key
 from pipelines.serving.media import DecodePool
@@ -196,6 +197,48 @@ def test_a_stream_that_breaks_ends_with_an_error_event():
     assert_error(chat(Models(breaks_after=0), user(image_part()), stream=True), 503, "unavailable")
 
 
+@pytest.fixture
+def records(monkeypatch):
+    """Of requests that have ended."""
+    ended = []
+    monkeypatch.setattr("pipelines.serving.records.Reporter.end", lambda _, record: ended.append(record))
+    return ended
+
+
+def test_a_stream_is_counted_by_its_end(records):
+    chat(Models(), user(image_part()), stream=True)
+    chat(Models(breaks_after=2), user(image_part()), stream=True)
+    models = Endless(begins=True)
+
+    async def leave():
+        async with client(models) as session:
+            task = asyncio.create_task(session.post(CHAT, json={"messages": [user(image_part())], "stream": True}))
+            await models.thinking.wait()
+            task.cancel()
+            await asyncio.wait([task])
+
+    asyncio.run(leave())
+    assert [(r.status, r.error) for r in records] == [(200, None), (503, "unavailable"), (499, None)]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure_of_ours(records, caplog):
+    async def run():
+        chunks = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive():
+            return next(chunks)
+
+        async def send(message):
+            pass
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        await build_http(api(Models()))(scope, receive, send)
+
+    asyncio.run(run())
+    assert [(r.status, r.error) for r in records] == [(499, "client_closed")] and not caplog.records
+
+
 def test_the_deadline_holds_within_a_stream():
     async def run():
         async with client(Models(delay_s=0.2), timeout_s=0.7) as session:
@@ -232,6 +275,9 @@ TURN = user(text_part("hi"))
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_request", "messages[0].role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_request", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, 400, "invalid_request", "messages[0].content"),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "invalid_request", "messages[0].content"),
+        ({"messages": [user(text_part(""))]}, 400, "invalid_request", "messages[0].content[0].text"),
+        ({"messages": [user(image_part(), text_part(" "))]}, 400, "invalid_request", "messages[0].content[1].text"),
         ({"messages": [user()]}, 400, "invalid_request", "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "invalid_request", "messages[0].content"),
         ({"messages": [user({"type": "image_url"})]}, 400, "invalid_request", "messages[0].content[0].image_url"),

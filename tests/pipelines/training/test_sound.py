@@ -150,6 +150,34 @@ def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
         _run(dataclasses.replace(chosen, segments={"num_segments": 1, "segment_s": 9.0}))
 
 
+@pytest.mark.parametrize(
+    "part", ["frames.positions.table_MD", "frames.qformer.query_tokens", "language_projection.bias"]
+)
+def test_all_of_the_bridge_is_held_where_the_branch_is_trained_alone(chosen, part):
+    run = _run(dataclasses.replace(chosen, temporal="cascaded", audio_branch={"trains_alone": True}))
+    assert {name.partition(".")[0] for name in run.trainable_names} == {"audio"}
+    run.assert_frozen()
+    with torch.no_grad():
+        dict(run.stage.trainables.named_parameters())[part].add_(1.0)
+    with pytest.raises(RuntimeError, match="weights of the bridge that are not trained changed"):
+        run.assert_frozen()
+
+
+def test_joint_sound_needs_a_segment_for_every_frame(chosen):
+    info = dataclasses.replace(_run(chosen).info(1), num_frames=3)
+    info = dataclasses.replace(info, audio_branch=dataclasses.replace(info.audio_branch, is_joint=True))
+    assert decoding_of(info, Limits()).audio == SAMPLING
+    told = "this bridge reads both together, one segment a frame; leave num_frames and data.audio as in training"
+    with pytest.raises(UserError, match=f"num_frames=8 with 3 segments of sound: {told}"):
+        decoding_of(info, Limits(), num_frames=8)
+    with pytest.raises(UserError, match=f"num_frames=3 with 2 segments of sound: {told}"):
+        decode_settings(DataSettings(manifest="m", audio=AudioSettings(num_segments=2)), info)
+    with pytest.raises(UserError, match="data.audio: audio of 100000 segments of 1 s"):
+        decode_settings(
+            DataSettings(manifest="m", audio=AudioSettings(num_segments=100_000, segment_s=0.001)), info
+        ) if False else decoding_of(info, Limits(), segments={"num_segments": 100_000})
+
+
 def test_whoever_loads_the_checkpoint_hears_as_the_training_did(chosen, media, tmp_path):
     run = _run(chosen)
     checkpoint = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")
@@ -162,7 +190,7 @@ def test_whoever_loads_the_checkpoint_hears_as_the_training_did(chosen, media, t
     data = {"manifest": "m"}
     assert decode_settings(DataSettings(**data), captioner.info) == decode
     fewer = decode_settings(DataSettings(**data, audio=AudioSettings(num_segments=2)), captioner.info)
-    assert fewer.audio == AudioSampling(sample_rate_hz=16_000, num_segments=2, segment_s=2.0)
+    assert fewer.audio == AudioSampling(sample_rate_hz=16_000, num_segments=2, segment_s=1.0)
 
     batch = _batch(run, media)
     pixels, frame_valid = torch.from_numpy(batch.images), torch.from_numpy(batch.frame_valid)

@@ -102,6 +102,22 @@ def test_joint_sound_is_read_with_the_frames():
     assert model(image[:, :1], sound=nothing).equal(model(image[:, :1]))
 
 
+@torch.no_grad()
+def test_joint_sound_beside_a_repeated_frame_is_read():
+    model, image = stage2("cascaded", audio=JOINT).eval(), frames()
+    is_frame = torch.tensor([[True, False, True, False]] * 3)
+    heard = sound(width=CONFIG.hidden_size)
+    other = heard._replace(audio_BAV=heard.audio_BAV.index_fill(1, torch.tensor([1]), 3.0))
+    one, two = (model(image, is_frame_BF=is_frame, sound=given) for given in (heard, other))
+    assert (one - two).abs().max() > 0.01
+    # Where there is no sound beside it, nothing of it is.
+    is_segment = torch.tensor([[True, False, True, True]] * 3)
+    one, two = (
+        model(image, is_frame_BF=is_frame, sound=given._replace(is_segment_BA=is_segment)) for given in (heard, other)
+    )
+    assert one.equal(two)
+
+
 @pytest.mark.parametrize(
     ("audio", "heard", "message"),
     [

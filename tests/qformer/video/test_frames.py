@@ -79,12 +79,12 @@ def test_stage_1_of_padded_clips_is_that_of_shorter_ones(temporal):
         torch.testing.assert_close(one.grad, two.grad, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
 @pytest.mark.parametrize("temporal", WAYS)
 @torch.no_grad()
-def test_the_order_of_frames(temporal):
+def test_the_order_of_frames(temporal, order):
     model, image = stage2(temporal).eval(), frames(number=5)
-    forward, backward = model(image), model(image.flip(1))
-    difference = (forward - backward).abs().max()
+    difference = (model(image) - model(image[:, order])).abs().max()
     if temporal == "mean":
         assert difference < 1e-5
     else:
