@@ -6,9 +6,11 @@ Q-Former then reads its own. Adapters are loaded when they are first asked for a
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +68,18 @@ class EncoderWorker:
         backbone: `Adapter.encoder` of all adapters.
         max_batch_frames: Images and frames of one pass, of the Q-Former's with texts: once for each text.
         use_gpu: Run on CUDA.
+        turn: Held for every pass; see `Turns`.
     """
 
-    def __init__(self, backbone: Mapping[str, Any], max_batch_frames: int, use_gpu: bool) -> None:
+    def __init__(
+        self,
+        backbone: Mapping[str, Any],
+        max_batch_frames: int,
+        use_gpu: bool,
+        turn: AbstractContextManager[None] | None = None,
+    ) -> None:
         self._device, self._max_batch_frames = "cuda" if use_gpu else "cpu", max_batch_frames
+        self._turn = turn or contextlib.nullcontext()
         self._encoder = load_backbone(backbone, self._device)
         self._folders: dict[str, str] = {}
         self._is_ready = False
@@ -162,7 +172,7 @@ class EncoderWorker:
         return await self._batcher.submit(work, cost=len(work.clip.pixels) * readings)
 
     def _run(self, works: Sequence[Work]) -> list[Any]:
-        with torch.inference_mode():
+        with self._turn, torch.inference_mode():
             return run_works(lambda pixels: self._encoder.features(pixels.to(self._device)), works)
 
     def _observe(self, works: Sequence[Work]) -> None:

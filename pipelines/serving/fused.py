@@ -26,6 +26,7 @@ from pipelines.serving.ingress import read_live_config
 from pipelines.serving.media import MediaWorker
 from pipelines.serving.uploads import Upload
 from pipelines.serving.wire import Decoded, Matched, Piece, Prompt, TextEmbeddings
+from qformer.generation.turns import Turns
 
 
 class LocalModels(Quotas):
@@ -90,10 +91,11 @@ class FusedService:
         # Passes of encoder and language model take turns more often than not: threads for one of them.
         torch.set_num_threads(max(1, int(max(config.encoder.num_cpus, config.generator.num_cpus))))
         media = MediaWorker(config.media_limits, config.fetch, config.decode_children)
+        turn = None if config.use_gpu else Turns()
         encoder = encoder_class(config.max_loaded_adapters)
-        self._encoder = encoder(config.backbones.encoder, config.max_batch_frames, config.use_gpu)
+        self._encoder = encoder(config.backbones.encoder, config.max_batch_frames, config.use_gpu, turn)
         options = generator_options(config)
-        self._generator = None if options is None else GeneratorWorker(**options)
+        self._generator = None if options is None else GeneratorWorker(**options, turn=turn)
         self._models = LocalModels(media, self._encoder, self._generator, quotas)
         self._api = Api(config, self._models)
 

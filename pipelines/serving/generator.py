@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,15 +81,23 @@ class GeneratorWorker:
         max_sequences: Answers at a time.
         max_prompt_tokens: Text tokens of one prompt.
         use_gpu: Run on CUDA.
+        turn: Held for every step; see `Turns`.
     """
 
     def __init__(
-        self, source: LanguageSource, *, kv_tokens: int, max_sequences: int, max_prompt_tokens: int, use_gpu: bool
+        self,
+        source: LanguageSource,
+        *,
+        kv_tokens: int,
+        max_sequences: int,
+        max_prompt_tokens: int,
+        use_gpu: bool,
+        turn: AbstractContextManager[None] | None = None,
     ) -> None:
         self._language = source.load("cuda" if use_gpu else "cpu")
         self._max_prompt_tokens = max_prompt_tokens
         engine = Engine(self._language, kv_tokens=kv_tokens, max_requests=max_sequences)
-        self._engine = AsyncEngine(engine, STREAM_EVERY_S)
+        self._engine = AsyncEngine(engine, STREAM_EVERY_S, turn)
         self._gauges = {name: Gauge(f"qformer_serve_{name}", text) for name, text in _GAUGES.items()}
         self._reporting: asyncio.Task[None] | None = None
 

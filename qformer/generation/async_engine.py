@@ -7,11 +7,13 @@ async for delta in deltas:
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable
+from contextlib import AbstractContextManager
 
 from qformer.generation.engine import Engine, Outcome
 from qformer.generation.request import Delta, EngineRequest, GenerationFailedError, QueueFullError
@@ -58,12 +60,13 @@ class AsyncEngine:
         engine: Belongs to the thread from now on.
         gap_s: Least time between two deltas of a request but the last; what it generates meanwhile comes together.
             Handing out a delta may cost more than generating it.
+        turn: Held for every step; see `Turns`.
     """
 
-    def __init__(self, engine: Engine, gap_s: float = 0.0) -> None:
+    def __init__(self, engine: Engine, gap_s: float = 0.0, turn: AbstractContextManager[None] | None = None) -> None:
         self.engine = engine
         """To look at; its `check` may be called from anywhere."""
-        self._gap_s = gap_s
+        self._gap_s, self._in_turn = gap_s, turn or contextlib.nullcontext()
         self._wake = threading.Condition()
         # Handed from loops to the thread, under the condition's lock.
         self._arrived: list[_Caller] = []
@@ -173,7 +176,8 @@ class AsyncEngine:
 
     def _step(self) -> list[tuple[_Caller, Outcome]]:
         try:
-            outcomes = self.engine.step()
+            with self._in_turn:
+                outcomes = self.engine.step()
         except Exception as error:
             # The engine lets none out that it foresees; whatever this is, the next request shall find it working.
             logger.exception("a step failed; all requests in work fail")
