@@ -53,7 +53,7 @@ class Case:
 
     config: QFormerConfig = QFormerConfig(encoder_width=1408)
     image_tokens: int = IMAGE_TOKENS
-    rounds: Mapping[int, int] = dataclasses.field(default_factory=lambda: {8: 3, 16: 3, 64: 3})
+    rounds: Mapping[int, int] = dataclasses.field(default_factory=lambda: {8: 3, 16: 3, 64: 2})
     """Turns at each number of frames."""
     device: str = "cpu"
 
