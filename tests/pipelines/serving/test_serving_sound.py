@@ -76,7 +76,7 @@ def served(checkpoint, media):
     adapter = Adapter.of(info, name="hearing", version="1", folder=folder)
     encoder, passes = Encoder(adapter.encoder, 64, use_gpu=False), []
     encoder.held = load_adapter(folder, encoder._encoder, "cpu")
-    encoder._batcher._observe = lambda num_items, num_frames: passes.append(num_items)
+    encoder._batcher._observe = lambda works: passes.append(len(works))
 
     async def ask():
         worker = MediaWorker(Limits(), FetchPolicy(), 1)
