@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
+from qformer.backbones import import_torchvision
+
 SIDE = 224
 NUM_FRAMES = 8
 Read = Callable[[str], Tensor]
@@ -97,6 +99,8 @@ def read_pyav_seek(path: str) -> Tensor:
 def read_torchcodec(path: str) -> Tensor:
     """TorchCodec, exact seeking. [T, 3, H, W]."""
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
+
+    import_torchvision()  # whose own import fails beside a CPU-only torch
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     decoder = VideoDecoder(path, num_ffmpeg_threads=1)
