@@ -35,8 +35,8 @@ _ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",
     # Keeps CUDA_VISIBLE_DEVICES as it is for tasks that ask for no GPU, which is Ray's coming default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Half the time of Serve's way between processes (its replicas listen there in any case, and want the token), and
-    # some more without a thread between event loops: nothing of ours blocks one.
+    # Shorten Serve's way between processes (its replicas listen there in any case, and want the token), and save a
+    # thread between event loops: nothing of ours blocks one.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.data import members, quarantine, schema, storage
-from pipelines.data.batch import SampleBatch
+from pipelines.data.batch import Failure, SampleBatch
 from pipelines.data.feature_files import (
     AUDIO,
     AUDIO_VALID,
@@ -124,13 +124,27 @@ def write_shard(
     with contextlib.suppress(FileNotFoundError):
         storage.remove_file(f"{name}.parquet")
     failures = {failure.sample_id: failure for failure in batch.failures}
+    failure_of = [failures.get(sample_id) for sample_id in batch.sample_ids]
+    content = _shard_content(batch, tokens, dtype, vectors, failure_of)
+    write_file(f"{name}.arrow", content)
+    write_table(_list_of_rows(batch, states, failure_of), f"{name}.parquet")
+    return len(content)
+
+
+def _shard_content(
+    batch: SampleBatch,
+    tokens: list[NDArray[np.float32] | None],
+    dtype: TokenDtype,
+    vectors: Sequence[NDArray[np.float32]] | None,
+    failure_of: Sequence[Failure | None],
+) -> pa.Buffer:
+    """An Arrow file with a record batch for each row, so that one row can be read alone."""
     sink = pa.BufferOutputStream()
     row_schema = SHARD_SCHEMA if vectors is None else SOUNDING_SHARD_SCHEMA
     with pa.ipc.new_file(sink, row_schema) as writer:
-        columns = (batch.sample_ids, batch.image_ids.tolist(), tokens, batch.frame_valid.tolist())
-        for place, (sample_id, source, values, frame_valid) in enumerate(zip(*columns, strict=True)):
+        columns = (batch.sample_ids, batch.image_ids.tolist(), tokens, batch.frame_valid.tolist(), failure_of)
+        for place, (sample_id, source, values, frame_valid, failure) in enumerate(zip(*columns, strict=True)):
             raw = None if values is None else encode_tokens(values, dtype)
-            failure = failures.get(sample_id)
             row = {
                 schema.SAMPLE_ID: sample_id,
                 SOURCE: source,
@@ -143,10 +157,12 @@ def write_shard(
                 row[AUDIO] = encode_tokens(vectors[place], dtype).tobytes()
                 row[AUDIO_VALID] = batch.audio_valid[place].tolist()
             writer.write_batch(pa.RecordBatch.from_pylist([row], schema=row_schema))
-    content = sink.getvalue()
-    write_file(f"{name}.arrow", content)
+    return sink.getvalue()
+
+
+def _list_of_rows(batch: SampleBatch, states: Sequence[str | None], failure_of: Sequence[Failure | None]) -> pa.Table:
+    """What a shard holds, or why it does not, by `ROWS_SCHEMA`."""
     count = len(batch.sample_ids)
-    of_rows = [failures.get(sample_id) for sample_id in batch.sample_ids]
     reasons = (schema.ERROR_CLASS, schema.MEDIA, schema.STAGE, schema.MESSAGE, schema.TRIES)
     rows = pa.table(
         {
@@ -155,11 +171,10 @@ def write_shard(
             schema.FEATURE_SHARD: [batch.step] * count,
             schema.FEATURE_ROW: list(range(count)),
             STATE: states,
-            **{column: [failure and getattr(failure, column) for failure in of_rows] for column in reasons},
+            **{column: [failure and getattr(failure, column) for failure in failure_of] for column in reasons},
         }
     )
-    write_table(rows.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA), f"{name}.parquet")
-    return len(content)
+    return rows.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA)
 
 
 def open_for_change(folder: str) -> None:

@@ -1,8 +1,9 @@
 """The Ray Serve application: ingress, media, encoder and generator, each scaled by itself, or all in one."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
@@ -39,56 +40,56 @@ def build_app(
 
     A change of adapters and keys alone reaches running replicas, and no replica is restarted for it.
     """
-    version = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
     live = user_configs(config, adapters, keys) if adapters else {}
-
-    def deployment(worker: type[Any], name: str, scale: Scale, **options: Any) -> serve.Deployment:
-        return _deployment(
-            worker,
-            name,
-            scale,
-            version=version,
-            user_config=live.get(name),
-            graceful_shutdown_timeout_s=config.requests.timeout_s + SHUTDOWN_GRACE_S,
-            **options,
-        )
-
+    deploy = functools.partial(
+        _deployment,
+        # Serve lets nobody else say that a deployment is the one that runs; `serve.run` would restart all its replicas
+        # for a change of user_config. A Serve config's version is that of its arguments.
+        version=hashlib.sha256(repr(config).encode()).hexdigest()[:16],
+        graceful_shutdown_timeout_s=config.requests.timeout_s + SHUTDOWN_GRACE_S,
+    )
     quotas = None
     if config.counts_quotas:
         one = Scale(max_replicas=1, num_cpus=0)
-        quotas = deployment(QuotaKeeper, "Quotas", one, max_ongoing=1000).bind(2 * config.requests.timeout_s)
-    at_front = {
-        "max_ongoing": config.requests.max_concurrent + SPARE_REQUESTS,
+        quotas = deploy(QuotaKeeper, "Quotas", one, max_ongoing=1000).bind(2 * config.requests.timeout_s)
+    models = () if config.fused else _models(config, deploy, live.get("Encoder"))
+    front = deploy(
+        serve.ingress()(FusedService if config.fused else Ingress),
+        "Ingress",
+        dataclasses.replace(config.ingress, num_cpus=config.num_cpus) if config.fused else config.ingress,
+        use_gpu=config.fused and config.use_gpu,
+        max_ongoing=config.requests.max_concurrent + SPARE_REQUESTS,
+        user_config=live.get("Ingress"),
         # What waits for the models is bounded by what the ingress lets in.
-        "max_queued_requests": 4 * config.requests.max_concurrent,
+        max_queued_requests=4 * config.requests.max_concurrent,
         # One line for each request is our own, with more in it than Serve's.
-        "logging_config": LoggingConfig(encoding="JSON", enable_access_log=False),
-    }
-    if config.fused:
-        whole = dataclasses.replace(config.ingress, num_cpus=config.num_cpus)
-        service = deployment(_http_class(FusedService), "Ingress", whole, use_gpu=config.use_gpu, **at_front)
-        return service.bind(config, quotas)
-    media = deployment(MediaWorker, "Media", config.media, max_ongoing=2 * config.decode_children).bind(
-        config.media_limits, config.fetch, config.decode_children
+        logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
     )
-    encoder = deployment(
+    return front.bind(config, *models, quotas)
+
+
+def _models(
+    config: ServingConfig, deploy: Callable[..., serve.Deployment], preloaded: dict[str, Any] | None
+) -> tuple[serve.Application | None, ...]:
+    """Media, encoder and generator, each a deployment; the last is None where no adapter answers in text."""
+    media = deploy(MediaWorker, "Media", config.media, max_ongoing=2 * config.decode_children)
+    encoder = deploy(
         encoder_class(config.max_loaded_adapters),
         "Encoder",
         config.encoder,
         use_gpu=config.use_gpu,
         max_ongoing=2 * config.max_batch_frames,
-    ).bind(config.backbones.encoder, config.max_batch_frames, config.use_gpu)
-    generator = None
-    if (options := generator_options(config)) is not None:
-        generator = deployment(
-            GeneratorWorker,
-            "Generator",
-            config.generator,
-            use_gpu=config.use_gpu,
-            max_ongoing=2 * config.max_sequences,
-        ).bind(**options)
-    ingress = deployment(_http_class(Ingress), "Ingress", config.ingress, **at_front)
-    return ingress.bind(config, media, encoder, generator, quotas)
+        user_config=preloaded,
+    )
+    generator = deploy(
+        GeneratorWorker, "Generator", config.generator, use_gpu=config.use_gpu, max_ongoing=2 * config.max_sequences
+    )
+    options = generator_options(config)
+    return (
+        media.bind(config.media_limits, config.fetch, config.decode_children),
+        encoder.bind(config.backbones.encoder, config.max_batch_frames, config.use_gpu),
+        None if options is None else generator.bind(**options),
+    )
 
 
 def user_configs(
@@ -97,10 +98,6 @@ def user_configs(
     """What deployments are told of adapters and keys, by their names; JSON-ready, keys as hashes."""
     front = {"Ingress": live_config(adapters, keys)}
     return front if config.fused else {**front, "Encoder": {"preload": adapters[0].to_dict()}}
-
-
-def _http_class(worker: type[Any]) -> Any:
-    return serve.ingress()(worker)
 
 
 async def rehearse(app: str, config: ServingConfig, adapter: Adapter) -> None:
@@ -133,10 +130,8 @@ def _deployment(
 ) -> serve.Deployment:
     return serve.deployment(worker).options(
         name=name,
-        # Serve lets nobody else say that a deployment is the one that runs; `serve.run` would restart all its replicas
-        # for a change of user_config. A Serve config's version is that of its arguments.
         version=version,
-        _internal=True,
+        _internal=True,  # or no version could be given
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": int(use_gpu)},
         autoscaling_config={
             "min_replicas": scale.min_replicas,

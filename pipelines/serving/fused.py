@@ -20,7 +20,7 @@ from pipelines.serving.config import ServingConfig
 from pipelines.serving.encoder import EncoderWorker, encoder_class
 from pipelines.serving.errors import ApiError, Refusal, unavailable
 from pipelines.serving.generator import GeneratorWorker, generator_options
-from pipelines.serving.graph import Quotas, accepted
+from pipelines.serving.graph import SharedQuotas, accepted
 from pipelines.serving.health import ask
 from pipelines.serving.ingress import read_live_config
 from pipelines.serving.media import MediaWorker
@@ -29,14 +29,14 @@ from pipelines.serving.wire import Decoded, Matched, Piece, Prompt, TextEmbeddin
 from qformer.generation.turns import Turns
 
 
-class LocalModels(Quotas):
+class LocalModels(SharedQuotas):
     """`Models` in this process.
 
     Args:
         media: Decodes in children.
         encoder: Works in a thread.
         generator: Works in a thread; None where no adapter answers in text.
-        quotas: See `Quotas`.
+        quotas: See `SharedQuotas`.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
 STREAM_EVERY_S = 0.03
-"""Between two pieces of a streamed answer, which a reader takes for flowing; each passes four processes."""
+"""Between two pieces of a streamed answer, which a reader takes for flowing; each passes two to four processes."""
 _GAUGES = {
     "queued": "Prompts that wait for a place in the batch.",
     "running": "Answers that are being generated.",

@@ -47,7 +47,7 @@ class Models(Protocol):
         """The request has ended."""
 
 
-class Quotas:
+class SharedQuotas:
     """The part of `Models` that all replicas share.
 
     Args:
@@ -71,14 +71,14 @@ class Quotas:
             await call(lambda: handle.remote(key, lease), "quotas")
 
 
-class RemoteModels(Quotas):
+class RemoteModels(SharedQuotas):
     """`Models` by handles.
 
     Args:
         media: Of `MediaWorker`.
         encoder: Of `EncoderWorker`.
         generator: Of `GeneratorWorker`; None where no adapter answers in text.
-        quotas: See `Quotas`.
+        quotas: See `SharedQuotas`.
     """
 
     def __init__(

@@ -83,16 +83,20 @@ def launch(
     )
     with live_progress(board, total_steps, name):
         try:
-            result = trainer.fit()
-        except ray.exceptions.ActorDiedError as error:
-            raise UserError(
-                "the process that controls the workers died (killed, or out of memory); the run stands at its newest "
-                "checkpoint: run the same command with --resume"
-            ) from error
+            return _fit(trainer)
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
                 keep(ray.get(board.take_deaths.remote()))
-    return result.return_value
+
+
+def _fit(trainer: TorchTrainer) -> dict[str, Any]:
+    try:
+        return trainer.fit().return_value
+    except ray.exceptions.ActorDiedError as error:
+        raise UserError(
+            "the process that controls the workers died (killed, or out of memory); the run stands at its newest "
+            "checkpoint: run the same command with --resume"
+        ) from error
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

@@ -66,7 +66,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine, gap_s: float = 0.0, turn: AbstractContextManager[None] | None = None) -> None:
         self.engine = engine
         """To look at; its `check` may be called from anywhere."""
-        self._gap_s, self._in_turn = gap_s, turn or contextlib.nullcontext()
+        self._gap_s, self._turn = gap_s, turn or contextlib.nullcontext()
         self._wake = threading.Condition()
         # Handed from loops to the thread, under the condition's lock.
         self._arrived: list[_Caller] = []
@@ -133,7 +133,7 @@ class AsyncEngine:
     def _run(self) -> None:
         reason = "the engine was closed"
         try:
-            while self._turn():
+            while self._round():
                 pass
         except Exception as error:
             # Nothing is known of the engine's state any more; but who waits must not wait for ever.
@@ -144,7 +144,7 @@ class AsyncEngine:
             waiting = [*self._waiting]
         _deliver((caller, EngineClosedError(reason)) for caller in waiting)
 
-    def _turn(self) -> bool:
+    def _round(self) -> bool:
         """Do what there is to do, or wait for something; False: the engine is closed."""
         with self._wake:
             while not (self._is_closed or self._arrived or self._gone or self.engine.is_busy):
@@ -176,7 +176,7 @@ class AsyncEngine:
 
     def _step(self) -> list[tuple[_Caller, Outcome]]:
         try:
-            with self._in_turn:
+            with self._turn:
                 outcomes = self.engine.step()
         except Exception as error:
             # The engine lets none out that it foresees; whatever this is, the next request shall find it working.

@@ -154,7 +154,7 @@ class Engine:
         dropped = [*self._drop_running(), *self._waiting]
         self._waiting.clear()
         self._meter.failed += len(dropped)
-        next(self.language.model.parameters()).flatten()[:1].sum().item()
+        next(self.language.model.parameters()).flatten()[:1].sum().item()  # asks the device
         return [row.number for row in dropped]
 
     @torch.inference_mode()

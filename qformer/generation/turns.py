@@ -6,10 +6,9 @@ import threading
 class Turns:
     """Held by one of several models in a process while it computes.
 
-    Side by side they fight for Python's lock, and each goes on with the few requests that it has; in turns, the batches
-    grow: a quarter less processor time for a request (16 clients, the serving benchmark's models, two cores). Python's
-    own lock may be taken again and again by whoever holds it, so that a thread with many short passes would never let
-    another in.
+    Side by side they fight for Python's lock, and each goes on with the few requests that it has; in turns their
+    batches grow, and a request costs less of the processor. Python's own lock may be taken again and again by whoever
+    holds it, so that a thread with many short passes would never let another in.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,8 @@ import asyncio
 import threading
 import time
 
+import pytest
+
 from qformer.generation.async_engine import AsyncEngine
 from qformer.generation.engine import Engine
 from qformer.generation.turns import Turns
@@ -33,13 +35,9 @@ def test_who_asks_first_is_next_also_before_the_holder_again():
 
 def test_an_exception_hands_the_turn_on():
     turns = Turns()
-    try:
-        with turns:
-            raise ValueError
-    except ValueError:
-        pass
-    with turns:
-        pass
+    with pytest.raises(ValueError, match="a pass failed"), turns:
+        raise ValueError("a pass failed")
+    assert turns._now == turns._last == 1
 
 
 def test_an_engine_waits_for_its_turn():
