@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _CODE = ("qformer", "pipelines", "jobs", "pyproject.toml", ":(exclude)jobs/bench/results")
-_LIBRARIES = ("torch", "transformers", "timm", "peft", "ray", "pillow", "av", "decord")
+_LIBRARIES = ("torch", "transformers", "timm", "peft", "ray", "pillow", "av", "decord", "torchcodec")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

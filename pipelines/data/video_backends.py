@@ -19,6 +19,8 @@ from pipelines.data.clip import SizeOf
 from pipelines.data.video_pyav import PyAVBackend
 from pipelines.data.video_survey import MATROSKA, MP4, VideoSurvey
 
+_INDEXED = (MP4, MATROSKA)
+"""Containers that say where decoding can begin."""
 _DECORD_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9")
 _TIME_TOLERANCE_S = 1e-3
 
@@ -67,7 +69,7 @@ class DecordBackend:
 
     def suits(self, survey: VideoSurvey) -> bool:
         """See `VideoBackend`."""
-        is_known = survey.container in (MP4, MATROSKA) and survey.codec in _DECORD_CODECS
+        is_known = survey.container in _INDEXED and survey.codec in _DECORD_CODECS
         return is_known and survey.is_exact and importlib.util.find_spec("decord") is not None
 
     def frames_at(
@@ -89,13 +91,18 @@ class DecordBackend:
 
 
 class TorchCodecBackend:
-    """Frames by TorchCodec, where it and its FFmpeg are installed. Loading it takes seconds, for it loads torch."""
+    """Frames by TorchCodec, where it and its FFmpeg are installed. Loading it takes seconds, for it loads torch.
+
+    Of an MPEG transport stream, which has no index, 0.13 was measured to show frames at the right times that it had
+    decoded without the key frame before them.
+    """
 
     name = "torchcodec"
 
     def suits(self, survey: VideoSurvey) -> bool:
         """See `VideoBackend`. Whether its FFmpeg is there shows only when it is used."""
-        return survey.is_exact and importlib.util.find_spec("torchcodec") is not None
+        is_known = survey.container in _INDEXED and survey.is_exact
+        return is_known and importlib.util.find_spec("torchcodec") is not None
 
     def frames_at(
         self, path: str, survey: VideoSurvey, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
