@@ -57,6 +57,7 @@ def test_the_bars_are_the_worst_of_their_kind():
     found |= {("spatio_temporal", 16): one(2.0, 5.5), ("spatio_temporal", 64): one(6.0, 11.0)}
     assert video._ratios(Case(), found) == {
         "growth_16_to_64": 4.3,
-        "st_vs_cascaded": 0.5,
+        "st_vs_cascaded": 0.2,
+        "st_vs_cascaded_frozen": 0.5,
         "st_vs_cascaded_operations": 0.2,
     }
