@@ -18,8 +18,7 @@ from qformer.video.positions import FramePositions
 
 FRAMES_PER_PASS = 32
 """Frames read at a time. Where no gradient needs their keys and values, this bounds the memory of a clip of any length;
-where one does, a training step over 64 frames takes a tenth less time on a CPU, whose allocator hands out large arrays
-page by page each time anew.
+where one does, it keeps arrays small enough for a CPU's allocator to use their memory again.
 """
 
 

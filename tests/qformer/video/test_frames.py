@@ -167,22 +167,32 @@ def test_the_frozen_encoder_sees_so_many_frames_at_a_time(monkeypatch):
     assert seen == [4, 4, 2]
 
 
-def test_the_frame_q_former_reads_so_many_frames_at_a_time(monkeypatch):
-    """With the gradients of one pass over all."""
-    model, image, read = stage2("cascaded").eval(), frames(2, 5), []
+@torch.no_grad()
+def test_a_frozen_frame_q_former_reads_so_many_frames_at_a_time(monkeypatch):
+    model, image, read = stage2("cascaded", freeze_frames=True).eval(), frames(2, 5), []
+    whole = model(image)
+    monkeypatch.setattr(cascaded, "FRAMES_PER_PASS", 4)
+    model.frames.qformer.layers.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    torch.testing.assert_close(model(image), whole, **CLOSE)
+    assert read == [CONFIG.num_queries * number for number in (4, 4, 2)]
+
+
+def test_gradients_through_several_passes_are_those_of_one(monkeypatch):
+    model, image = stage2("cascaded").eval(), frames(2, 5)
 
     def outcome():
         model.zero_grad()
         prompts = model(image)
         prompts.square().sum().backward()
-        return [prompts.detach(), *(one.grad.clone() for one in model.parameters() if one.grad is not None)]
+        return prompts.detach(), {name: one.grad.clone() for name, one in model.named_parameters()}
 
-    whole = outcome()
+    whole, gradients = outcome()
     monkeypatch.setattr(cascaded, "FRAMES_PER_PASS", 4)
-    model.frames.qformer.layers.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
-    for part, one in zip(outcome(), whole, strict=True):
-        torch.testing.assert_close(part, one, atol=1e-4, rtol=1e-3)
-    assert read == [CONFIG.num_queries * number for number in (4, 4, 2)]
+    parts, summed = outcome()
+    torch.testing.assert_close(parts, whole, **CLOSE)
+    assert any(name.startswith("frames.qformer") for name in gradients)
+    for name, one in gradients.items():
+        torch.testing.assert_close(summed[name], one, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.parametrize("temporal", JOINED)
