@@ -335,6 +335,15 @@ def test_large_files_are_surveyed_by_their_index(tmp_path, monkeypatch):
     assert _shown(path, "pyav") == pytest.approx([levels[i] for i in (50, 150, 250, 350)], abs=LEVEL_TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_the_others_are_asked_about_containers_with_an_index_only(tmp_path, monkeypatch, backend):
+    """Both were measured to show wrong frames, without a word, from containers without one."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if it were installed
+    found = {name: survey(str(write_clip(tmp_path / f"a.{name}", [9] * 12)), 10**6) for name in ("mp4", "mkv", "ts")}
+    assert all(one.is_exact for one in found.values())
+    assert [name for name, one in found.items() if BACKENDS[backend].suits(one)] == ["mp4", "mkv"]
+
+
 @pytest.mark.parametrize(
     ("name", "codec"),
     [("a.mp4", "libx264"), ("a.mkv", "libx265"), ("a.webm", "libvpx"), ("a.mp4", "mpeg4"), ("a.mpg", "mpeg2video")],
