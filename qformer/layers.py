@@ -5,7 +5,7 @@ Reference: BLIP-2 (arXiv:2301.12597), section 3.1; LAVIS `Qformer.py` (BertLayer
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
+
+_RECOMPILATIONS = 64
 
 
 class Kept(NamedTuple):
@@ -77,10 +79,11 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerLayers(nn.ModuleList):
-    """All layers in turn: the part that does the work, and the region to compile.
+    """All layers in turn: the part that does the work.
 
-    `layers.compile(fullgraph=True)` compiles it without graph breaks. What depends on the data (packing the text,
-    drawing and fetching negatives) happens outside and comes in as tensors.
+    `layers.compile(fullgraph=True)` compiles each of them without graph breaks: what depends on the data (packing the
+    text, drawing and fetching negatives) happens outside and comes in as tensors. Layers share what is compiled, which
+    so takes a third of the time and less that all of them in one graph would.
     """
 
     def __init__(self, config: QFormerConfig) -> None:
@@ -91,6 +94,13 @@ class QFormerLayers(nn.ModuleList):
 
     def __iter__(self) -> Iterator[QFormerLayer]:
         return cast(Iterator[QFormerLayer], super().__iter__())
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, layer by layer."""
+        # With and without cross-attention, each pass, images and clips, with and without gradient: all of one code.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
+        for layer in self:
+            layer.compile(*args, **kwargs)
 
     def forward(
         self,

@@ -32,8 +32,6 @@ from qformer.stage2 import Stage2
 from qformer.text import TextTokenizer, load_text_tokenizer
 from qformer.video.cascaded import CascadedFrames
 
-_RECOMPILATIONS = 64
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
@@ -96,8 +94,6 @@ class TrainingRun:
         self.fingerprints |= {name: weights_fingerprint(module) for name, module in self.frozen.items()}
         self._untrained = self._untrained_fingerprint()
         if is_compiled:
-            # Training and evaluation, images and clips, with and without gradient each compile the same code.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
             for module in self.stage.trainables.modules():
                 if isinstance(module, QFormerLayers):
                     module.compile(fullgraph=True)

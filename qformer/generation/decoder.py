@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qformer.errors import UserError
+from qformer.generation.graphs import DecodeGraphs
 from qformer.generation.request import TooLongError
 from qformer.generation.running import Running
 from qformer.generation.slots import Slots, Window
@@ -58,6 +59,8 @@ class DecoderPasses:
         self.max_tokens = min((int(size) for size in windows if size), default=None)
         """Positions of one request; None: no limit of the model's own."""
         self._weight: Tensor = model.get_input_embeddings().weight
+        device = self._weight.device
+        self._graphs = DecodeGraphs(self._read, self.slots, device) if device.type == "cuda" else None
 
     def tokens_needed(self, num_inputs: int, max_new_tokens: int) -> int:
         """Positions of a request at its longest; its last token is never read.
@@ -120,9 +123,18 @@ class DecoderPasses:
         """
         capacity, lengths = self.slots.capacity, [row.num_cached for row in rows]
         targets = [(first + place) * capacity + length for place, length in enumerate(lengths)]
-        packed_3B = torch.tensor([[row.ids[-1] for row in rows], lengths, targets], device=self._weight.device)
-        window = Window(self.slots, slice(first, first + len(rows)), slice(max(lengths) + 1), packed_3B[2])
-        return self._forward(window, packed_3B[1][:, None], None, input_ids=packed_3B[0][:, None])
+        packed_3B, columns = torch.tensor([[row.ids[-1] for row in rows], lengths, targets]), max(lengths) + 1
+        if self._graphs is not None and first == 0:
+            logits_BV = self._graphs.run(packed_3B, columns)
+            if logits_BV is not None:
+                return logits_BV
+        return self._read(packed_3B.to(self._weight.device), slice(first, first + len(rows)), columns)
+
+    def _read(self, packed_3B: Tensor, rows: slice, columns: int) -> Tensor:
+        """See `Read`."""
+        ids_B, position_B, target_B = packed_3B
+        window = Window(self.slots, rows, slice(columns), target_B)
+        return self._forward(window, position_B[:, None], None, input_ids=ids_B[:, None])
 
     def _forward(self, window: Window, position_BS: Tensor, last_B: Tensor | None, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the new token `last_B` of each row; None: the only one."""

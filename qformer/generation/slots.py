@@ -46,10 +46,13 @@ class Slots:
     """Memory for `num_rows` requests of `capacity` tokens; it is taken when the model's first pass tells the shapes."""
 
     def __init__(self) -> None:
+        self.version = 0
+        """Changes whenever the memory is another."""
         self.reset()
 
     def reset(self) -> None:
         """See `Memory`."""
+        self.version += 1
         self.num_rows = self.capacity = 0
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Keys and values [R, T, H, K]."""
@@ -61,6 +64,7 @@ class Slots:
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
         """See `Memory`; layer by layer."""
+        self.version += 1
         tokens = min(capacity, self.capacity)
         for layer, pair in enumerate(self.layers):
             fresh = tuple(t.new_zeros(num_rows, capacity, *t.shape[2:]) for t in pair)

@@ -213,8 +213,8 @@ def test_activation_checkpointing_changes_nothing(dropout):
 def test_the_hot_path_compiles_without_graph_breaks(is_checkpointed):
     """`fullgraph` raises at a graph break; steps with texts of other lengths must not either, nor compile for ever."""
     torch._dynamo.reset()
-    stage1 = model()
-    eager = model()
+    deep = dataclasses.replace(CONFIG, num_layers=8)
+    stage1, eager = model(deep), model(deep)
     stage1.qformer.layers.is_checkpointed = is_checkpointed
     graphs = []
 
@@ -232,9 +232,10 @@ def test_the_hot_path_compiles_without_graph_breaks(is_checkpointed):
             losses.total.backward()
         assert_same_gradients(eager, stage1)
         compiled_after.append(len(graphs))
-    # The four passes (queries, text, pairs, decoding), and once more when their sizes turn out to vary.
-    assert compiled_after[0] == 4
-    assert compiled_after[-1] == compiled_after[2] <= 8
+    # Not 32, four passes of eight layers: layers share a graph for queries, text, pairs and decoding, with and without
+    # cross-attention, and for what the last layer alone does; and once more when sizes turn out to vary.
+    assert compiled_after[0] <= 10, compiled_after
+    assert compiled_after[-1] == compiled_after[2] <= 20, compiled_after
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ CONFIG = QFormerConfig(
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
-def model():
+def model(config=CONFIG):
     torch.manual_seed(0)
-    stage1 = Stage1(CONFIG)
+    stage1 = Stage1(config)
     with torch.no_grad():
         for parameter in stage1.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

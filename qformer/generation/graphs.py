@@ -1,0 +1,116 @@
+"""Decode passes on a GPU, recorded once and replayed: the processor needs longer to launch a pass than a GPU to run it.
+
+A recorded pass has fixed sizes, so that there is one for 1, 2, 4, 8 ... rows and 128, 256, 512 ... columns. Rows that
+fill one up write where nobody reads.
+
+Dimensions: B rows of the pass, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qformer.generation.slots import Slots
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_COLUMNS = 128
+
+Read = Callable[[Tensor, slice, int], Tensor]
+"""Ids, positions and targets [3, B], slots and number of columns to logits [B, V]."""
+Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+"""A call to what it returns, and what computes it again into the same memory from what its inputs hold by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    packed_3B: Tensor
+    """Where the pass reads its inputs."""
+    logits_BV: Tensor
+    replay: Callable[[], None]
+
+
+class DecodeGraphs:
+    """Recorded passes over one engine's slots.
+
+    Args:
+        read: The pass, from slot 0 on.
+        slots: Whose memory it reads and writes.
+        device: That computes.
+        record: How to record.
+    """
+
+    def __init__(self, read: Read, slots: Slots, device: torch.device, record: Record | None = None) -> None:
+        self._read, self._slots, self._device = read, slots, device
+        self._record = _record_on_gpu() if record is None else record
+        self._recorded: dict[tuple[int, int], _Recorded | None] = {}
+        self._version, self._is_off = -1, False
+
+    def run(self, packed_3B: Tensor, columns: int) -> Tensor | None:
+        """Logits [B, V], which the next call overwrites; None where this pass has to run as it is.
+
+        The first pass of a size runs as it is: much is set up then that must not be recorded.
+
+        Args:
+            packed_3B: Ids, positions and targets of slots 0 to B - 1, in the processor's memory.
+            columns: Tokens of the longest row, the new one with them.
+        """
+        slots, rows = self._slots, packed_3B.shape[1]
+        if self._version != slots.version:
+            self._recorded, self._version = {}, slots.version  # their memory is another by now
+        if self._is_off:
+            return None
+        size = min(_power_of_two(rows, 1), slots.num_rows), min(_power_of_two(columns, _FEWEST_COLUMNS), slots.capacity)
+        if size not in self._recorded:
+            self._recorded[size] = None
+            return None
+        full_3B = self._filled(packed_3B, size[0])
+        recorded = self._recorded[size]
+        if recorded is None:
+            recorded = self._recorded[size] = self._new(full_3B, *size)
+            if recorded is None:
+                return None
+        recorded.packed_3B.copy_(full_3B)
+        recorded.replay()
+        return recorded.logits_BV[:rows]
+
+    def _filled(self, packed_3B: Tensor, rows: int) -> Tensor:
+        """With rows of id 0 at position 0, whose keys and values go to the end of their slot.
+
+        If the slot is a request's whose prompt is being read, it writes there itself before it reads.
+        """
+        own, capacity = packed_3B.shape[1], self._slots.capacity
+        full_3B = F.pad(packed_3B, (0, rows - own))
+        full_3B[2, own:] = torch.arange(own + 1, rows + 1) * capacity - 1
+        return full_3B
+
+    def _new(self, full_3B: Tensor, rows: int, columns: int) -> _Recorded | None:
+        packed_3B = full_3B.to(self._device)
+        try:
+            logits_BV, replay = self._record(lambda: self._read(packed_3B, slice(rows), columns))
+        except Exception:
+            self._is_off = True
+            logger.warning("decoding runs unrecorded: the language model's pass cannot be recorded", exc_info=True)
+            return None
+        return _Recorded(packed_3B, logits_BV, replay)
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def _record_on_gpu() -> Record:
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # An encoder may run in another thread meanwhile, and take memory.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            output = call()
+        return output, graph.replay
+
+    return record
