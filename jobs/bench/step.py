@@ -1,0 +1,243 @@
+"""Whole training steps of stage 1 as `qformer train` does them, on batches held in memory: pixels, and cached features.
+
+The trainer's own loop runs: frozen encoder (or not), forward, backward, clipping, AdamW. No Ray and no decoding. On a
+GPU in bf16, with layers as they are and compiled: ViT-g with random weights and a Q-Former of BERT-base size, against
+the images a second at which BLIP-2's plain schedule would take 40 % of an H200's peak. Elsewhere in fp32 at the size of
+the training benchmark, where nothing is known to compare with.
+
+MFU counts the operations as they run, on real text tokens alone, over the device's dense 16-bit peak.
+"""
+
+import dataclasses
+import random
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from jobs.bench.result import BenchResult
+from jobs.bench.stage1 import BERT_VOCABULARY, IMAGE_TOKENS, THREADS, caption_lengths
+from pipelines.data.batch import SampleBatch
+from pipelines.training.accounting import Accounting
+from pipelines.training.flops import StepFlops
+from pipelines.training.guard import StepGuard
+from pipelines.training.health import QueryWatch
+from pipelines.training.loop import Hooks, Loop, LoopSettings
+from pipelines.training.model_choice import ModelChoice
+from pipelines.training.objective import Objective
+from pipelines.training.optim import build_optimizer
+from pipelines.training.precision import Precision, PrecisionName
+from pipelines.training.run import TrainingRun
+from qformer.backbones import import_torchvision
+
+ESTIMATES = {"uncached": 510, "cached": 1670}
+"""Images a second on one H200 at 40 % of its peak."""
+MAX_TEXT_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is measured where."""
+
+    vision: str
+    image_size: int = 224
+    tokens: tuple[int, int]
+    """Of an image, and their width: [P, V]."""
+    qformer: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: int = BERT_VOCABULARY
+    batch: int
+    warm_up: int
+    timed: int
+    device: str = "cpu"
+    precision: PrecisionName = "fp32"
+    is_compiled: bool = False
+
+
+GPU = Case(
+    vision="eva_giant_patch14_224",
+    tokens=(IMAGE_TOKENS, 1408),
+    batch=256,
+    warm_up=10,
+    timed=30,
+    device="cuda",
+    precision="bf16",
+    is_compiled=True,
+)
+CPU = Case(
+    vision="vit_tiny_patch16_224",
+    tokens=(197, 192),
+    qformer={"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 1024, "num_queries": 16},
+    vocabulary=2000,
+    batch=16,
+    warm_up=3,
+    timed=10,
+)
+
+
+def run() -> BenchResult:
+    """Measure on the GPU where torch sees one, else on the CPU."""
+    if torch.cuda.is_available():
+        return measure(GPU)
+    torch.set_num_threads(THREADS)
+    return measure(CPU)
+
+
+def measure(case: Case) -> BenchResult:
+    """Time steps on pixels, then on features."""
+    lengths, source = caption_lengths()
+    print(f"{case.batch} images a step, {case.precision} on {case.device}, caption lengths from {source}")
+    texts = _captions(case, lengths)
+    run = _training_run(case)
+    size = (case.batch, 1, 3, case.image_size, case.image_size)
+    noise = np.random.default_rng(0)
+    seconds, ratios, rates = {}, {}, {}
+    for kind in ESTIMATES:
+        if kind == "uncached":
+            images: NDArray[Any] = noise.integers(0, 256, size, dtype=np.uint8)
+        else:
+            images = noise.standard_normal((case.batch, 1, *case.tokens), dtype=np.float32).astype(np.float16)
+            _drop_encoder(run, case)
+        for stance, name in _stances(case, kind).items():
+            with torch.compiler.set_stance(stance):
+                logged = _steps(case, run, images, texts)
+            seconds[f"step, {name}"] = case.batch / logged["samples_per_s"]
+            rates[f"{name} images/s"] = logged["samples_per_s"]
+            rates[f"{name} TFLOP/s"] = logged["tflops_per_s"]
+            if "mfu" in logged:
+                ratios[f"{name} mfu"] = logged["mfu"]
+                ratios[f"{name} vs_estimate"] = logged["samples_per_s"] / ESTIMATES[kind]
+            if case.device == "cuda":
+                rates[f"{name} peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            print(f"{name}: {logged['samples_per_s']:.1f} images/s")
+    return BenchResult(bench="step", seconds=seconds, ratios=ratios, rates=rates)
+
+
+def _stances(case: Case, kind: str) -> dict[str, str]:
+    """What the compiler is told, and what the figures are called then."""
+    plain = {"force_eager": kind}
+    return {**plain, "default": f"{kind} compiled"} if case.is_compiled else plain
+
+
+def _training_run(case: Case) -> TrainingRun:
+    with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
+        _write_tokenizer(case.vocabulary, Path(folder))
+        return TrainingRun(
+            _choice(case, folder),
+            torch.device(case.device),
+            precision=case.precision,
+            seed=0,
+            init_from=None,
+            is_compiled=case.is_compiled,
+        )
+
+
+def _drop_encoder(run: TrainingRun, case: Case) -> None:
+    """Let cached features take the encoder's place, as `FrozenEncoders` does."""
+    run.stage.encode = lambda batch: torch.from_numpy(batch.images).to(case.device, non_blocking=True).float()
+    del run.encode
+    run.frozen.clear()
+
+
+def _steps(case: Case, run: TrainingRun, images: NDArray[Any], texts: list[list[str]]) -> dict[str, float]:
+    """Train, and return what the loop logged of the steps after the warm-up."""
+    device = torch.device(case.device)
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    logged: list[dict[str, float]] = []
+    steps = case.warm_up + case.timed
+    loop = Loop(
+        stage=run.stage,
+        call=run.stage.trainables,
+        optimizer=build_optimizer(run.stage.trainables, weight_decay=0.05, betas=(0.9, 0.98)),
+        objective=Objective(run.stage.terms, {}),
+        precision=Precision(case.precision, device),
+        accounting=Accounting(),
+        settings=LoopSettings(
+            steps=steps,
+            steps_per_epoch=steps,
+            rows_per_epoch=steps * case.batch,
+            learning_rate=1e-4,
+            min_learning_rate=1e-5,
+            warmup_steps=steps,
+            clip_norm=1.0,
+            checkpoint_every=steps + 1,
+            log_every=case.warm_up,
+            seed=0,
+            max_quarantine_share=0.0,
+        ),
+        guard=StepGuard(1, print, print),
+        queries=QueryWatch(print),
+        flops=StepFlops(device),
+        hooks=Hooks(log=logged.append),
+    )
+    loop.run(_batches(case, images, texts), 0)
+    windows = [values for values in logged if values["step"] > case.warm_up]
+    names = [name for name in ("samples_per_s", "tflops_per_s", "mfu") if name in windows[0]]
+    # Windows are of one length, so that the mean of seconds a step is the harmonic mean of rates.
+    return {name: len(windows) / sum(1 / values[name] for values in windows) for name in names}
+
+
+def _batches(case: Case, images: NDArray[Any], texts: list[list[str]]) -> Iterator[SampleBatch]:
+    """The same pictures with other captions, from pinned memory where there is a GPU."""
+    memory = torch.from_numpy(images)
+    if case.device == "cuda":
+        memory = memory.pin_memory()
+    first = SampleBatch(
+        step=0,
+        rank=0,
+        sample_ids=[f"s{row}" for row in range(case.batch)],
+        captions=texts[0],
+        image_ids=np.arange(case.batch),
+        is_valid=np.ones(case.batch, dtype=np.bool_),
+        images=memory.numpy(),
+        failures=[],
+        frame_valid=np.ones((case.batch, 1), dtype=np.bool_),
+    )
+    for step, captions in enumerate(texts):
+        yield dataclasses.replace(first, step=step, captions=captions)
+
+
+def _choice(case: Case, tokenizer: str) -> ModelChoice:
+    return ModelChoice(
+        stage=1,
+        vision=case.vision,
+        vision_pretrained=False,
+        vision_layer=-2,
+        language=None,
+        tokenizer=tokenizer,
+        max_text_tokens=MAX_TEXT_TOKENS,
+        prompt="",
+        num_frames=1,
+        qformer=case.qformer,
+    )
+
+
+def _captions(case: Case, lengths: list[int]) -> list[list[str]]:
+    """Captions of every step, as long as real ones."""
+    draw = random.Random(0)
+    words = [f"w{number}" for number in range(case.vocabulary - len(_SPECIAL))]
+
+    def caption() -> str:
+        return " ".join(draw.choices(words, k=min(draw.choice(lengths), MAX_TEXT_TOKENS) - 2))  # [CLS] and [SEP]
+
+    return [[caption() for _ in range(case.batch)] for _ in range(case.warm_up + case.timed)]
+
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def _write_tokenizer(vocabulary: int, folder: Path) -> None:
+    """A BERT tokenizer of so many words."""
+    import_torchvision()
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    words = [*_SPECIAL, *(f"w{number}" for number in range(vocabulary - len(_SPECIAL)))]
+    BertWordPieceTokenizer({word: number for number, word in enumerate(words)}).save(str(folder / "tokenizer.json"))
+    BertTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(str(folder))

@@ -1,0 +1,54 @@
+"""The benchmark of whole steps at a tiny size: the trainer's own loop, with an encoder and without."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from jobs.bench import step as bench
+from jobs.bench.step import Case, measure
+
+TINY = Case(
+    vision="test_vit",
+    image_size=160,
+    tokens=(101, 64),
+    qformer={"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "num_queries": 2},
+    vocabulary=40,
+    batch=4,
+    warm_up=1,
+    timed=2,
+)
+
+
+def test_every_way_is_measured(monkeypatch):
+    torch._dynamo.reset()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options)
+    )
+    result = measure(dataclasses.replace(TINY, is_compiled=True))
+    names = ["uncached", "uncached compiled", "cached", "cached compiled"]
+    assert list(result.seconds) == [f"step, {name}" for name in names]
+    assert result.ratios == {}  # no peak is known of a CPU
+    for name in names:
+        assert result.rates[f"{name} images/s"] * result.seconds[f"step, {name}"] == pytest.approx(4)
+        assert f"{name} TFLOP/s" in result.rates
+
+
+def test_cached_steps_run_no_encoder():
+    run = bench._training_run(TINY)
+    encoder, calls = run.frozen["vision"], []
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    texts = bench._captions(TINY, [5, 7])
+    pixels = torch.zeros(4, 1, 3, 160, 160, dtype=torch.uint8).numpy()
+    bench._steps(TINY, run, pixels, texts)
+    assert calls
+    calls.clear()
+    bench._drop_encoder(run, TINY)
+    bench._steps(TINY, run, torch.zeros(4, 1, *TINY.tokens, dtype=torch.float16).numpy(), texts)
+    assert not calls
+
+
+def test_captions_are_as_long_as_real_ones():
+    texts = bench._captions(TINY, [5, 7, 90])
+    assert {len(text.split()) + 2 for step in texts for text in step} == {5, 7, bench.MAX_TEXT_TOKENS}
