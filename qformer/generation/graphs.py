@@ -41,14 +41,17 @@ class DecodeGraphs:
         read: The pass, from slot 0 on.
         slots: Whose memory it reads and writes.
         device: That computes.
-        record: How to record.
+        recorder: Makes what records, for all passes over the same memory.
     """
 
-    def __init__(self, read: Read, slots: Slots, device: torch.device, record: Record | None = None) -> None:
+    def __init__(
+        self, read: Read, slots: Slots, device: torch.device, recorder: Callable[[], Record] | None = None
+    ) -> None:
         self._read, self._slots, self._device = read, slots, device
-        self._record = _record_on_gpu() if record is None else record
+        self._recorder = gpu_recorder if recorder is None else recorder
+        self._record: Record = self._recorder()
         self._recorded: dict[tuple[int, int], _Recorded | None] = {}
-        self._version, self._is_off = -1, False
+        self._version, self._is_off = slots.version, False
 
     def run(self, packed_3B: Tensor, columns: int) -> Tensor | None:
         """Logits [B, V], which the next call overwrites; None where this pass has to run as it is.
@@ -61,7 +64,8 @@ class DecodeGraphs:
         """
         slots, rows = self._slots, packed_3B.shape[1]
         if self._version != slots.version:
-            self._recorded, self._version = {}, slots.version  # their memory is another by now
+            # Their memory is another by now; and where no recording is left, its pool is lost too.
+            self._recorded, self._record, self._version = {}, self._recorder(), slots.version
         if self._is_off:
             return None
         size = min(_power_of_two(rows, 1), slots.num_rows), min(_power_of_two(columns, _FEWEST_COLUMNS), slots.capacity)
@@ -103,7 +107,8 @@ def _power_of_two(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def _record_on_gpu() -> Record:
+def gpu_recorder() -> Record:
+    """Records as CUDA graphs, which share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:

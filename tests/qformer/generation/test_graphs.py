@@ -7,7 +7,7 @@ import torch
 
 from qformer.generation.completion import complete
 from qformer.generation.engine import Engine
-from qformer.generation.graphs import DecodeGraphs, _record_on_gpu
+from qformer.generation.graphs import DecodeGraphs, gpu_recorder
 from qformer.generation.request import EngineRequest, RequestSettings
 from tests.qformer.generation.requests import make_requests, reference_answers
 from tests.qformer.generation.test_engine import SHAPES, texts
@@ -21,11 +21,15 @@ class Recorder:
 
     def __init__(self, device):
         self.num_recorded = self.num_replayed = 0
-        self._on_gpu = _record_on_gpu() if device == "cuda" else None
+        self._device = device
 
-    def __call__(self, call):
+    def __call__(self):
+        on_gpu = gpu_recorder() if self._device == "cuda" else None
+        return lambda call: self._record(call, on_gpu)
+
+    def _record(self, call, on_gpu):
         self.num_recorded += 1
-        output, replay = (call().clone(), lambda: output.copy_(call())) if self._on_gpu is None else self._on_gpu(call)
+        output, replay = (call().clone(), lambda: output.copy_(call())) if on_gpu is None else on_gpu(call)
 
         def counted():
             self.num_replayed += 1
@@ -43,7 +47,7 @@ def recording_engine(language, recorder, **sizes):
     engine = Engine(language, **sizes)
     passes = engine._passes
     device = passes._weight.device
-    passes._graphs = DecodeGraphs(passes._read, passes.slots, device, record=recorder)
+    passes._graphs = DecodeGraphs(passes._read, passes.slots, device, recorder=recorder)
     return engine
 
 
@@ -52,16 +56,12 @@ def recording_engine(language, recorder, **sizes):
 def test_mixed_batches_answer_what_the_offline_path_does(language, shape, device):
     """One by one, in chunks, with moving slots: replays have rows to fill up, beside prompts that are read in part."""
     kv_tokens, max_requests, prefill_tokens = shape
-    expected = reference_answers(language)
+    expected, made, recorder = reference_answers(language), make_requests(language), Recorder(device)
+    requests = [EngineRequest(inputs_SL=one.inputs_SL.to(device), settings=one.settings) for one in made * 2]
     language.model.to(device)
     try:
-        recorder = Recorder(device)
         sizes = {"kv_tokens": kv_tokens, "max_requests": max_requests, "prefill_tokens": prefill_tokens}
         engine = recording_engine(language, recorder, **sizes)
-        requests = [
-            EngineRequest(inputs_SL=one.inputs_SL.to(device), settings=one.settings)
-            for one in make_requests(language) * 2
-        ]
         assert texts(complete(engine, requests)) == expected * 2
     finally:
         language.model.to("cpu")
@@ -103,7 +103,7 @@ def test_a_pass_that_cannot_be_recorded_runs_as_it_is(language, caplog):
         tries.append(call)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine = recording_engine(language, refuse, kv_tokens=1024, max_requests=8)
+    engine = recording_engine(language, lambda: refuse, kv_tokens=1024, max_requests=8)
     with caplog.at_level(logging.WARNING):
         assert texts(complete(engine, make_requests(language))) == reference_answers(language)
     assert len(tries) == 1 and "decoding runs unrecorded" in caplog.text
