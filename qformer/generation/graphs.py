@@ -18,7 +18,7 @@ from qformer.generation.slots import Slots
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_COLUMNS = 128
+_FEWEST = 128
 
 Read = Callable[[Tensor, slice, int], Tensor]
 """Ids, positions and targets [3, B], slots and number of columns to logits [B, V]."""
@@ -56,31 +56,29 @@ class DecodeGraphs:
     def run(self, packed_3B: Tensor, columns: int) -> Tensor | None:
         """Logits [B, V], which the next call overwrites; None where this pass has to run as it is.
 
-        The first pass of a size runs as it is: much is set up then that must not be recorded.
+        The first pass of a size is not recorded: much is loaded and taken then that a recording must not do.
 
         Args:
             packed_3B: Ids, positions and targets of slots 0 to B - 1, in the processor's memory.
             columns: Tokens of the longest row, the new one with them.
         """
-        slots, rows = self._slots, packed_3B.shape[1]
+        slots, own = self._slots, packed_3B.shape[1]
         if self._version != slots.version:
             # Their memory is another by now; and where no recording is left, its pool is lost too.
             self._recorded, self._record, self._version = {}, self._recorder(), slots.version
         if self._is_off:
             return None
-        size = min(_power_of_two(rows, 1), slots.num_rows), min(_power_of_two(columns, _FEWEST_COLUMNS), slots.capacity)
-        if size not in self._recorded:
-            self._recorded[size] = None
-            return None
-        full_3B = self._filled(packed_3B, size[0])
-        recorded = self._recorded[size]
+        rows, columns = min(_power_of_two(own, 1), slots.num_rows), min(_power_of_two(columns, _FEWEST), slots.capacity)
+        full_3B = self._filled(packed_3B, rows)
+        if (rows, columns) not in self._recorded:
+            self._recorded[rows, columns] = None
+            return self._read(full_3B.to(self._device), slice(rows), columns)[:own]
+        recorded = self._recorded[rows, columns] or self._new(full_3B, rows, columns)
         if recorded is None:
-            recorded = self._recorded[size] = self._new(full_3B, *size)
-            if recorded is None:
-                return None
+            return None
         recorded.packed_3B.copy_(full_3B)
         recorded.replay()
-        return recorded.logits_BV[:rows]
+        return recorded.logits_BV[:own]
 
     def _filled(self, packed_3B: Tensor, rows: int) -> Tensor:
         """With rows of id 0 at position 0, whose keys and values go to the end of their slot.
@@ -100,7 +98,8 @@ class DecodeGraphs:
             self._is_off = True
             logger.warning("decoding runs unrecorded: the language model's pass cannot be recorded", exc_info=True)
             return None
-        return _Recorded(packed_3B, logits_BV, replay)
+        recorded = self._recorded[rows, columns] = _Recorded(packed_3B, logits_BV, replay)
+        return recorded
 
 
 def _power_of_two(number: int, least: int) -> int:
