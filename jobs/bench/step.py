@@ -61,9 +61,9 @@ class Case:
 GPU = Case(
     vision="eva_giant_patch14_224",
     tokens=(IMAGE_TOKENS, 1408),
-    batch=512,
-    warm_up=6,
-    timed=12,
+    batch=256,
+    warm_up=10,
+    timed=30,
     device="cuda",
     precision="bf16",
     is_compiled=True,

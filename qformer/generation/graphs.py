@@ -6,8 +6,10 @@ fill one up write where nobody reads.
 Dimensions: B rows of the pass, V vocabulary.
 """
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +115,20 @@ def gpu_recorder() -> Record:
     def record(call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # An encoder may run in another thread meanwhile, and take memory.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with _without_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = call()
         return output, graph.replay
 
     return record
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """An older graph that the collector happens to free ends the recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -60,8 +60,7 @@ def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> Trai
         settings: Of the demo.
     """
     demo, training, queries = settings.demo, settings.demo.clips.training, settings.demo.clips.queries
-    seeing_steps = training.steps if bridge.knows_order else training.baseline_steps
-    steps = training.sound_steps if bridge.hears else seeing_steps
+    steps = training.sound_steps if bridge.hears else training.steps
     return TrainSettings(
         output=str(output / bridge.name),
         stage=2,

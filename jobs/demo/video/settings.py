@@ -20,8 +20,6 @@ class ClipTrainingSettings(Settings):
 
     steps: int = Field(default=1000, gt=0)
     """Which way something moves is learnt last."""
-    baseline_steps: int = Field(default=400, gt=0)
-    """Of mean pooling, which no number of steps could teach the order: enough to know what the clips show."""
     sound_steps: int = Field(default=400, gt=0)
     """Further steps of a bridge that learns to hear."""
     batch_size: int = Field(default=32, gt=1)
