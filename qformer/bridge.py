@@ -137,10 +137,22 @@ class Captioner:
         Raises:
             ValueError: As `answer`.
         """
-        prompts = self.prompts(instructions, len(pixels_BFCYX))
-        device = self.stage2.language_projection.weight.device
+        tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
+        return self.soft_prompts_of_tokens(tokens_BFPV, instructions, frame_valid=frame_valid, audio=audio)
+
+    @torch.no_grad()
+    def soft_prompts_of_tokens(
+        self,
+        tokens_BFPV: Tensor,
+        instructions: Sequence[str] | None = None,
+        *,
+        frame_valid: Tensor | None = None,
+        audio: Waveforms | None = None,
+    ) -> list[Tensor]:
+        """As `soft_prompts`, of what the encoder has seen already."""
+        prompts, device = self.prompts(instructions, len(tokens_BFPV)), self._device
         is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self.sound(audio, device)
-        inputs = [self.encoder.features(pixels_BFCYX.to(device))]
+        inputs = [tokens_BFPV.to(device)]
         if self.tokenizer is not None:
             inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
         prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF, sound=sound)
@@ -148,6 +160,10 @@ class Captioner:
         if is_prompt_BN is None:
             return list(prompts_BNL)
         return [rows_NL[is_read_N] for rows_NL, is_read_N in zip(prompts_BNL, is_prompt_BN, strict=True)]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.stage2.language_projection.weight.device
 
     def prompts(self, instructions: Sequence[str] | None, images: int) -> list[str]:
         """The text after each image's soft prompts: its instruction, or the prompt of training.

@@ -3,8 +3,8 @@
 Of the order it also has to choose: which caption of all that differ in it alone is the likeliest? Free captions do not
 tell whether a bridge knows the order, for they can be wrong in many ways.
 
-Dimensions: B clips, F frames, C channels, Y/X pixels, A segments of sound, W samples of a segment, N soft prompts, L
-language-model width.
+Dimensions: B clips, F frames, C channels, Y/X pixels, P image tokens, V encoder width, A segments of sound,
+W samples of a segment, N soft prompts, L language-model width.
 """
 
 import json
@@ -53,6 +53,13 @@ class Clips:
     """BAW."""
     audio_valid: Tensor
     """BA, False where there is no sound."""
+    tokens: Tensor | None = None
+    """BFPV of the frozen encoder, which all bridges share; None before it has seen the clips."""
+
+    def seen_by(self, captioner: Captioner) -> "Clips":
+        """With tokens."""
+        parts = [captioner.encoder.features(self.pixels[part]) for part in _passes(len(self.sample_ids))]
+        return replace(self, tokens=torch.cat(parts))
 
     def bags(self) -> list[tuple[bytes, ...]]:
         """What an observer without order sees of each: its frames, sorted by their content."""
@@ -61,7 +68,8 @@ class Clips:
     def with_frames_shuffled(self, rng: random.Random) -> "Clips":
         """Every clip's frames in an order of its own."""
         orders = torch.tensor([rng.sample(range(n), n) for n in [self.pixels.shape[1]] * len(self.pixels)])
-        return replace(self, pixels=self.pixels[torch.arange(len(orders))[:, None], orders])
+        place = torch.arange(len(orders))[:, None], orders
+        return replace(self, pixels=self.pixels[place], tokens=None if self.tokens is None else self.tokens[place])
 
     def with_sound_shuffled(self, rng: random.Random) -> "Clips":
         """Every clip that has sound gets another one's."""
@@ -106,7 +114,8 @@ def write_answers(output: Path, *, seed: int = 0) -> None:
     chosen: dict[str, dict[str, list[dict[str, str]]]] = {}
     for bridge in BRIDGES:
         captioner = load_captioner(Path(newest_checkpoint(str(output / bridge.name))))
-        clips = clips or decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing)
+        if clips is None:
+            clips = decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing).seen_by(captioner)
         names, offered = clips.sample_ids, [choices(stories[sample_id]) for sample_id in clips.sample_ids]
         answers[bridge.name], chosen[bridge.name] = {}, {}
         for condition, several in _conditions(bridge, clips, seed).items():
@@ -159,10 +168,11 @@ def _conditions(bridge: Bridge, clips: Clips, seed: int) -> dict[str, Sequence[C
 
 def _soft_prompts(captioner: Captioner, bridge: Bridge, clips: Clips) -> list[Tensor]:
     """NL of every clip."""
+    assert clips.tokens is not None, "call `seen_by` first"
     prompts: list[Tensor] = []
     for part in _passes(len(clips.sample_ids)):
         audio = Waveforms(clips.waveforms[part], clips.audio_valid[part]) if bridge.hears else None
-        prompts += captioner.soft_prompts(clips.pixels[part], audio=audio)
+        prompts += captioner.soft_prompts_of_tokens(clips.tokens[part], audio=audio)
     return prompts
 
 
