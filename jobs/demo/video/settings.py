@@ -18,7 +18,7 @@ class ClipWorldSettings(Settings):
 class ClipTrainingSettings(Settings):
     """How long and how fast one bridge trains."""
 
-    steps: int = Field(default=1000, gt=0)
+    steps: int = Field(default=800, gt=0)
     """Which way something moves is learnt last."""
     sound_steps: int = Field(default=400, gt=0)
     """Further steps of a bridge that learns to hear."""
