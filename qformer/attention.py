@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qformer.rows import pick_rows, take_rows
-
 
 class KeyValue(NamedTuple):
     """Keys and values of one attention layer, each [B, H, A, K]."""
@@ -26,7 +24,7 @@ class KeyValue(NamedTuple):
 
     def take(self, index_E: Tensor) -> "KeyValue":
         """Those of some items, one copy for each."""
-        return KeyValue(take_rows(self.keys_BHNK, index_E), take_rows(self.values_BHNK, index_E))
+        return KeyValue(self.keys_BHNK.index_select(0, index_E), self.values_BHNK.index_select(0, index_E))
 
     def concatenate(self, other: "KeyValue", dim: int) -> "KeyValue":
         """Both along the items (0) or the attended rows (2)."""
@@ -65,7 +63,7 @@ class Rows(NamedTuple):
     def pack(self, padded_BSD: Tensor) -> Tensor:
         """Inverse of `pad`."""
         flat = padded_BSD.flatten(0, 1)
-        return flat if self.place_N is None else pick_rows(flat, self.place_N)
+        return flat if self.place_N is None else flat.index_select(0, self.place_N)
 
 
 class Part(NamedTuple):

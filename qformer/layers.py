@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
-from qformer.rows import pick_rows
 
 _RECOMPILATIONS = 64
 
@@ -22,7 +21,7 @@ class Kept(NamedTuple):
     """The rows that are read of the last layer: it computes no others."""
 
     chosen: Tensor
-    """Indexes into the packed rows, each once."""
+    """Indexes into the packed rows."""
     rows: Rows
 
 
@@ -64,7 +63,7 @@ class QFormerLayer(nn.Module):
         """
         own = self.attention.packed_key_value(hidden_ND, rows)
         if kept is not None:
-            hidden_ND, rows = pick_rows(hidden_ND, kept.chosen), kept.rows
+            hidden_ND, rows = hidden_ND.index_select(0, kept.chosen), kept.rows
         seen = own if past is None else past.concatenate(own, dim=2)
         hidden_ND = self.attention(hidden_ND, [Part(rows, seen, mask)])
         query_ND, text_MD = hidden_ND[: rows.num_query_rows], hidden_ND[rows.num_query_rows :]
