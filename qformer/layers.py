@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
 
-_RECOMPILATIONS = 64
+_RECOMPILATIONS = 256
 
 
 class Kept(NamedTuple):
@@ -83,7 +83,7 @@ class QFormerLayers(nn.ModuleList):
 
     `layers.compile(fullgraph=True)` compiles each of them without graph breaks: what depends on the data (packing the
     text, drawing and fetching negatives) happens outside and comes in as tensors. Layers share what is compiled, which
-    so takes a third of the time and less that all of them in one graph would.
+    takes far less time than all of them in one graph would.
     """
 
     def __init__(self, config: QFormerConfig) -> None:

@@ -77,7 +77,7 @@ class TrainingRun:
     ) -> None:
         frozen_dtype = DTYPES[precision] or torch.float32
         self.choice, self._micro_batch = choice, micro_batch
-        encoders = FrozenEncoders(choice, device, frozen_dtype, features)
+        self.encoders = encoders = FrozenEncoders(choice, device, frozen_dtype, features)
         self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
         self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear

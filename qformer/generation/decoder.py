@@ -53,14 +53,14 @@ class DecoderPasses:
             )
         self._picks_logits = "logits_to_keep" in taken
         self.slots = Slots()
-        windows = [getattr(config, key, None) for key in ("max_position_embeddings", "sliding_window")]
+        windows = [getattr(config, key, None) for key in ("max_position_embeddings", "window_size", "sliding_window")]
         if getattr(config, "use_sliding_window", True) is False:
             windows.pop()
         self.max_tokens = min((int(size) for size in windows if size), default=None)
         """Positions of one request; None: no limit of the model's own."""
         self._weight: Tensor = model.get_input_embeddings().weight
         device = self._weight.device
-        self._graphs = DecodeGraphs(self._read, self.slots, device) if device.type == "cuda" else None
+        self._graphs = DecodeGraphs(self.slots, device) if device.type == "cuda" else None
 
     def tokens_needed(self, num_inputs: int, max_new_tokens: int) -> int:
         """Positions of a request at its longest; its last token is never read.
@@ -125,7 +125,7 @@ class DecoderPasses:
         targets = [(first + place) * capacity + length for place, length in enumerate(lengths)]
         packed_3B, columns = torch.tensor([[row.ids[-1] for row in rows], lengths, targets]), max(lengths) + 1
         if self._graphs is not None and first == 0:
-            logits_BV = self._graphs.run(packed_3B, columns)
+            logits_BV = self._graphs.run(self._read, packed_3B, columns)
             if logits_BV is not None:
                 return logits_BV
         return self._read(packed_3B.to(self._weight.device), slice(first, first + len(rows)), columns)

@@ -136,7 +136,7 @@ class Engine:
         """Drop a request; it hears nothing more. One that is done, or unknown, changes nothing."""
         for row in self._batch.rows:
             if row.number == number:
-                self._batch.remove(row)
+                self._batch.remove(row, is_broken=True)  # nobody has looked at what its last pass wrote
                 self._meter.cancelled += 1
                 return
         for row in self._waiting:

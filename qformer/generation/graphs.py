@@ -40,42 +40,42 @@ class DecodeGraphs:
     """Recorded passes over one engine's slots.
 
     Args:
-        read: The pass, from slot 0 on.
-        slots: Whose memory it reads and writes.
+        slots: Whose memory the passes read and write.
         device: That computes.
-        recorder: Makes what records, for all passes over the same memory.
+        recorder: Makes what records on a device, for all passes over the same memory.
     """
 
     def __init__(
-        self, read: Read, slots: Slots, device: torch.device, recorder: Callable[[], Record] | None = None
+        self, slots: Slots, device: torch.device, recorder: Callable[[torch.device], Record] | None = None
     ) -> None:
-        self._read, self._slots, self._device = read, slots, device
+        self._slots, self._device = slots, device
         self._recorder = gpu_recorder if recorder is None else recorder
-        self._record: Record = self._recorder()
+        self._record: Record = self._recorder(device)
         self._recorded: dict[tuple[int, int], _Recorded | None] = {}
         self._version, self._is_off = slots.version, False
 
-    def run(self, packed_3B: Tensor, columns: int) -> Tensor | None:
+    def run(self, read: Read, packed_3B: Tensor, columns: int) -> Tensor | None:
         """Logits [B, V], which the next call overwrites; None where this pass has to run as it is.
 
         The first pass of a size is not recorded: much is loaded and taken then that a recording must not do.
 
         Args:
+            read: The pass, the same every time.
             packed_3B: Ids, positions and targets of slots 0 to B - 1, in the processor's memory.
             columns: Tokens of the longest row, the new one with them.
         """
         slots, own = self._slots, packed_3B.shape[1]
         if self._version != slots.version:
             # Their memory is another by now; and where no recording is left, its pool is lost too.
-            self._recorded, self._record, self._version = {}, self._recorder(), slots.version
+            self._recorded, self._record, self._version = {}, self._recorder(self._device), slots.version
         if self._is_off:
             return None
         rows, columns = min(_power_of_two(own, 1), slots.num_rows), min(_power_of_two(columns, _FEWEST), slots.capacity)
         full_3B = self._filled(packed_3B, rows)
         if (rows, columns) not in self._recorded:
             self._recorded[rows, columns] = None
-            return self._read(full_3B.to(self._device), slice(rows), columns)[:own]
-        recorded = self._recorded[rows, columns] or self._new(full_3B, rows, columns)
+            return read(full_3B.to(self._device), slice(rows), columns)[:own]
+        recorded = self._recorded[rows, columns] or self._new(read, full_3B, rows, columns)
         if recorded is None:
             return None
         recorded.packed_3B.copy_(full_3B)
@@ -92,13 +92,18 @@ class DecodeGraphs:
         full_3B[2, own:] = torch.arange(own + 1, rows + 1) * capacity - 1
         return full_3B
 
-    def _new(self, full_3B: Tensor, rows: int, columns: int) -> _Recorded | None:
+    def _new(self, read: Read, full_3B: Tensor, rows: int, columns: int) -> _Recorded | None:
         packed_3B = full_3B.to(self._device)
         try:
-            logits_BV, replay = self._record(lambda: self._read(packed_3B, slice(rows), columns))
+            logits_BV, replay = self._record(lambda: read(packed_3B, slice(rows), columns))
         except Exception:
             self._is_off = True
-            logger.warning("decoding runs unrecorded: the language model's pass cannot be recorded", exc_info=True)
+            self._recorded.clear()
+            logger.warning(
+                "decoding runs unrecorded from here on: recording the language model's pass failed; that costs speed, "
+                "and until a restart some of the GPU's memory",
+                exc_info=True,
+            )
             return None
         recorded = self._recorded[rows, columns] = _Recorded(packed_3B, logits_BV, replay)
         return recorded
@@ -108,14 +113,16 @@ def _power_of_two(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def gpu_recorder() -> Record:
-    """Records as CUDA graphs, which share one pool of memory."""
-    pool = torch.cuda.graph_pool_handle()
+def gpu_recorder(device: torch.device) -> Record:
+    """Records as CUDA graphs, which share one pool of memory and one stream."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # An encoder may run in another thread meanwhile, and take memory.
-        with _without_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        # After a recording that failed torch does not leave its stream by itself.
+        with torch.cuda.stream(stream), _without_collection(), recording:
             output = call()
         return output, graph.replay
 

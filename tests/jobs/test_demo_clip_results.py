@@ -201,9 +201,11 @@ def test_the_likeliest_caption_is_that_of_the_facts_in_the_soft_prompts():
 
 
 def test_shuffled_frames_are_the_same_bags_and_shuffled_sounds_are_all_other_clips(clips):
-    shuffled = clips.with_frames_shuffled(random.Random(0))
+    seen = replace(clips, tokens=clips.pixels.float().flatten(3))
+    shuffled = seen.with_frames_shuffled(random.Random(0))
     assert shuffled.bags() == clips.bags()
     assert not torch.equal(shuffled.pixels, clips.pixels)
+    assert torch.equal(shuffled.tokens, shuffled.pixels.float().flatten(3))  # each frame's own
     other = clips.with_sound_shuffled(random.Random(0))
     assert torch.equal(other.audio_valid, clips.audio_valid)
     heard = clips.audio_valid.any(1)

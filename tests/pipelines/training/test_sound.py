@@ -197,6 +197,9 @@ def test_whoever_loads_the_checkpoint_hears_as_the_training_did(chosen, media, t
     prompts = captioner.soft_prompts(pixels, frame_valid=frame_valid, audio=waveforms_of(batch))
     # The clip without sound has no soft prompts of any: nobody takes it for silence.
     assert len(prompts[0]) - len(prompts[1]) == captioner.info.audio_branch.num_queries
+    tokens = captioner.encoder.features(pixels)
+    again = captioner.soft_prompts_of_tokens(tokens, frame_valid=frame_valid, audio=waveforms_of(batch))
+    assert all(torch.equal(one, two) for one, two in zip(prompts, again, strict=True))
     deaf = captioner.soft_prompts(pixels, frame_valid=frame_valid)
     torch.testing.assert_close(deaf[1], prompts[1])
 

@@ -189,6 +189,16 @@ def test_segments_in_any_order_and_the_prompt_alone(language):
         segment_inputs(language, [torch.zeros(2, 8)])
 
 
+def test_a_model_with_a_window_of_its_own_runs_no_further_than_that():
+    """GPT-Neo's local layers cut it by the number of keys, which other rows and recorded passes decide here."""
+    language = tiny_language("gpt2")
+    language.model.config.window_size = 48
+    engine = Engine(language, kv_tokens=1024, max_requests=2)
+    inputs_SL, settings = torch.zeros(40, language.width), RequestSettings(max_new_tokens=10)
+    with pytest.raises(TooLongError, match="need 49 positions, the language model has 48"):
+        engine.add(EngineRequest(inputs_SL=inputs_SL, settings=settings))
+
+
 def test_what_cannot_run_is_refused_with_what_to_change(language):
     engine = Engine(language, kv_tokens=50, max_requests=2, max_queue=1)
     good = make_requests(language)[0]
