@@ -11,7 +11,8 @@ TINY = (
     "world.num_images=100", "world.num_clips=50", "world.num_test_images=200", "world.num_test_clips=64",
     "stage1.steps=2", "stage1.batch_size=8", "stage2.steps=2", "stage2.batch_size=8",
     "clips.world.num_clips=40", "clips.world.num_test_clips=40", "clips.world.broken_share=0.1",
-    "clips.training.steps=2", "clips.training.sound_steps=2", "clips.training.batch_size=8",
+    "clips.training.steps=2", "clips.training.baseline_steps=2", "clips.training.sound_steps=2",
+    "clips.training.batch_size=8",
 )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> Trai
         settings: Of the demo.
     """
     demo, training, queries = settings.demo, settings.demo.clips.training, settings.demo.clips.queries
-    steps = training.sound_steps if bridge.hears else training.steps
+    seeing_steps = training.steps if bridge.knows_order else training.baseline_steps
+    steps = training.sound_steps if bridge.hears else seeing_steps
     return TrainSettings(
         output=str(output / bridge.name),
         stage=2,

@@ -18,8 +18,10 @@ class ClipWorldSettings(Settings):
 class ClipTrainingSettings(Settings):
     """How long and how fast one bridge trains."""
 
-    steps: int = Field(default=800, gt=0)
-    """Which way something moves is learnt last."""
+    steps: int = Field(default=1000, gt=0)
+    """Which of two things came first is learnt last."""
+    baseline_steps: int = Field(default=800, gt=0)
+    """Of mean pooling, which no number of steps could teach the order; fewer do not teach it all of the rest."""
     sound_steps: int = Field(default=400, gt=0)
     """Further steps of a bridge that learns to hear."""
     batch_size: int = Field(default=32, gt=1)
