@@ -14,9 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
 
-_RECOMPILATIONS = 256
-
-
 class Kept(NamedTuple):
     """The rows that are read of the last layer: it computes no others."""
 
@@ -98,7 +95,7 @@ class QFormerLayers(nn.ModuleList):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `nn.Module.compile`, layer by layer."""
         # With and without cross-attention, each pass, images and clips, with and without gradient: all of one code.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for layer in self:
             layer.compile(*args, **kwargs)
 
