@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
 
+
 class Kept(NamedTuple):
     """The rows that are read of the last layer: it computes no others."""
 
