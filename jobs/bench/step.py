@@ -14,14 +14,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from jobs.bench.result import BenchResult
-from jobs.bench.stage1 import BERT_VOCABULARY, IMAGE_TOKENS, THREADS, caption_lengths
+from jobs.bench.stage1 import BERT_VOCABULARY, THREADS, caption_lengths
 from pipelines.data.batch import SampleBatch
 from pipelines.training.accounting import Accounting
 from pipelines.training.flops import StepFlops
@@ -33,11 +33,12 @@ from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision, PrecisionName
 from pipelines.training.run import TrainingRun
-from qformer.backbones import import_torchvision
+from qformer.backbones import VisionEncoder, import_torchvision
 
 ESTIMATES = {"uncached": 510, "cached": 1670}
 """Images a second on one H200 at 40 % of its peak."""
 MAX_TEXT_TOKENS = 32
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +46,6 @@ class Case:
     """What is measured where."""
 
     vision: str
-    image_size: int = 224
-    tokens: tuple[int, int]
-    """Of an image, and their width: [P, V]."""
     qformer: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: int = BERT_VOCABULARY
     batch: int
@@ -61,7 +59,6 @@ class Case:
 
 GPU = Case(
     vision="eva_giant_patch14_224",
-    tokens=(IMAGE_TOKENS, 1408),
     batch=256,
     warm_up=10,
     timed=30,
@@ -71,7 +68,6 @@ GPU = Case(
 )
 CPU = Case(
     vision="vit_tiny_patch16_224",
-    tokens=(197, 192),
     qformer={"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 1024, "num_queries": 16},
     vocabulary=2000,
     batch=16,
@@ -94,14 +90,10 @@ def measure(case: Case) -> BenchResult:
     print(f"{case.batch} images a step, {case.precision} on {case.device}, caption lengths from {source}")
     texts = _captions(case, lengths)
     run = _training_run(case)
-    size = (case.batch, 1, 3, case.image_size, case.image_size)
-    noise = np.random.default_rng(0)
+    inputs = _inputs(case, run)
     seconds, ratios, rates = {}, {}, {}
-    for kind in ESTIMATES:
-        if kind == "uncached":
-            images: NDArray[Any] = noise.integers(0, 256, size, dtype=np.uint8)
-        else:
-            images = noise.standard_normal((case.batch, 1, *case.tokens), dtype=np.float32).astype(np.float16)
+    for kind, images in inputs.items():
+        if kind == "cached":
             _drop_encoder(run)
         for stance, name in _stances(case, kind).items():
             with torch.compiler.set_stance(stance):
@@ -133,6 +125,17 @@ def _training_run(case: Case) -> TrainingRun:
             init_from=None,
             is_compiled=case.is_compiled,
         )
+
+
+def _inputs(case: Case, run: TrainingRun) -> dict[str, NDArray[Any]]:
+    """Pixels as the run's encoder takes them, and features as it gives them."""
+    encoder, noise = cast(VisionEncoder, run.frozen["vision"]), np.random.default_rng(0)
+    pixels = (case.batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
+    tokens = (case.batch, 1, encoder.num_tokens, encoder.width)
+    return {
+        "uncached": noise.integers(0, 256, pixels, dtype=np.uint8),
+        "cached": noise.standard_normal(tokens, dtype=np.float32).astype(np.float16),
+    }
 
 
 def _drop_encoder(run: TrainingRun) -> None:
@@ -222,9 +225,6 @@ def _captions(case: Case, lengths: list[int]) -> list[list[str]]:
         return " ".join(draw.choices(words, k=min(draw.choice(lengths), MAX_TEXT_TOKENS) - 2))  # [CLS] and [SEP]
 
     return [[caption() for _ in range(case.batch)] for _ in range(case.warm_up + case.timed)]
-
-
-_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def _write_tokenizer(vocabulary: int, folder: Path) -> None:

@@ -12,8 +12,6 @@ from jobs.bench.step import Case, measure
 
 TINY = Case(
     vision="test_vit",
-    image_size=160,
-    tokens=(101, 64),
     qformer={"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "num_queries": 2},
     vocabulary=40,
     batch=4,
@@ -39,13 +37,13 @@ def test_every_way_is_measured(monkeypatch):
 
 def test_cached_steps_run_without_the_encoder():
     run = bench._training_run(TINY)
-    encoder = weakref.ref(run.frozen["vision"])
+    inputs, encoder = bench._inputs(TINY, run), weakref.ref(run.frozen["vision"])
     texts = bench._captions(TINY, [5, 7])
-    bench._steps(TINY, run, torch.zeros(4, 1, 3, 160, 160, dtype=torch.uint8).numpy(), texts)
+    bench._steps(TINY, run, inputs["uncached"], texts)
     bench._drop_encoder(run)
     gc.collect()
     assert encoder() is None
-    bench._steps(TINY, run, torch.zeros(4, 1, *TINY.tokens, dtype=torch.float16).numpy(), texts)
+    bench._steps(TINY, run, inputs["cached"], texts)
 
 
 def test_captions_are_as_long_as_real_ones():

@@ -189,6 +189,18 @@ def test_segments_in_any_order_and_the_prompt_alone(language):
         segment_inputs(language, [torch.zeros(2, 8)])
 
 
+def test_a_cancelled_request_leaves_no_numbers_behind():
+    """What its last pass wrote may be NaN, and whoever comes next looks at its slot through a mask of zeros."""
+    language = tiny_language("opt")
+    engine = Engine(language, kv_tokens=1024, max_requests=2, prefill_tokens=3)
+    number = engine.add(make_requests(language)[2])
+    engine.step()  # a part of its prompt
+    layers = engine._passes.slots.layers
+    assert any(tensor[0].any() for pair in layers for tensor in pair)
+    engine.cancel(number)
+    assert not any(tensor[0].any() for pair in layers for tensor in pair)
+
+
 def test_a_model_with_a_window_of_its_own_runs_no_further_than_that():
     """GPT-Neo's local layers cut it by the number of keys, which other rows and recorded passes decide here."""
     language = tiny_language("gpt2")

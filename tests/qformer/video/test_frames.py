@@ -178,7 +178,7 @@ def test_a_frozen_frame_q_former_reads_so_many_frames_at_a_time(monkeypatch):
 
 
 def test_gradients_through_several_passes_are_those_of_one(monkeypatch):
-    model, image = stage2("cascaded").eval(), frames(2, 5)
+    model, image, read = stage2("cascaded").eval(), frames(2, 5), []
 
     def outcome():
         model.zero_grad()
@@ -188,7 +188,9 @@ def test_gradients_through_several_passes_are_those_of_one(monkeypatch):
 
     whole, gradients = outcome()
     monkeypatch.setattr(cascaded, "FRAMES_PER_PASS", 4)
+    model.frames.qformer.layers.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
     parts, summed = outcome()
+    assert read == [CONFIG.num_queries * number for number in (4, 4, 2)]
     torch.testing.assert_close(parts, whole, **CLOSE)
     assert any(name.startswith("frames.qformer") for name in gradients)
     for name, one in gradients.items():
