@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import qformer.torch_build.vector_math  # noqa: F401  # for its one call
+
 
 class KeyValue(NamedTuple):
     """Keys and values of one attention layer, each [B, H, A, K]."""

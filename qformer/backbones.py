@@ -4,21 +4,21 @@ Dimensions: B batch, F frames, C channels, Y/X pixel rows/columns, P image token
 `timm` and `transformers` are imported inside the loaders only, so that the rest of the library stays plain torch.
 """
 
-import functools
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+import qformer.torch_build.vector_math  # noqa: F401  # for its one call
 from qformer.adapters.lora import own_weights
 from qformer.errors import NotFiniteError, UserError
 from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
+from qformer.torch_build.torchvision import import_timm, import_torchvision
 
 RANDOM_WEIGHTS_SEED = 0
 FRAMES_PER_PASS = 64  # that an encoder works on at a time, however many clips a batch holds: this bounds its memory
@@ -238,39 +238,6 @@ def weights_fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def import_timm() -> ModuleType:
-    """Import timm, also beside a CPU build of torch (see `import_torchvision`)."""
-    import_torchvision()
-    import timm
-
-    return cast(ModuleType, timm)
-
-
-def import_torchvision() -> ModuleType:
-    """Import torchvision even where its compiled operators cannot load.
-
-    The registry's torchvision is compiled for CUDA. Beside a CPU-only torch its operator library does not load, and
-    its import then fails on describing two operators that nobody declared. We use none of them, but timm imports
-    torchvision; declaring the two signatures lets the import pass.
-    """
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        _declare_operators()
-        import torchvision
-    return cast(ModuleType, torchvision)
-
-
-@functools.cache  # a declaration lives as long as its library object does
-def _declare_operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def _is_transformers_name(name: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import qformer.torch_build.vector_math  # noqa: F401  # for its one call
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 

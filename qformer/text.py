@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qformer.errors import UserError
+from qformer.torch_build.torchvision import import_torchvision
 
 DEC_TOKEN = "[DEC]"
 
@@ -78,8 +79,6 @@ def load_text_tokenizer(name: str, max_tokens: int, vocab_size: int | None = Non
         UserError: If it cannot be loaded, is not `TextTokenizer`'s kind, or is not the one of a Q-Former of
             `vocab_size`.
     """
-    from qformer.backbones import import_torchvision
-
     import_torchvision()
     from transformers import AutoTokenizer
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qformer.backbones import import_torchvision
+from qformer.torch_build.torchvision import import_torchvision
 
 
 def write_encoder(folder, kind, width=32):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from qformer.backbones import import_torchvision
+from qformer.torch_build.torchvision import import_torchvision
 from tests.tiny_checkpoints import WORDS
 
 ARCHITECTURES = (

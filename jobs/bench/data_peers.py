@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
-from qformer.backbones import import_torchvision
+from qformer.torch_build.torchvision import import_torchvision
 
 SIDE = 224
 NUM_FRAMES = 8

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from jobs.bench.result import BenchResult
-from qformer.backbones import import_torchvision
 from qformer.generation.engine import Engine
 from qformer.generation.request import EngineRequest, RequestSettings
 from qformer.language import LanguageModel, build_language_model
+from qformer.torch_build.torchvision import import_torchvision
 
 THREADS = 2
 LENGTHS = (8, 16, 32, 64, 128)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qformer.backbones import import_torchvision
 from qformer.conversion.names import HF_RETRIEVAL, peer_name
 from qformer.objectives import LABEL_SMOOTHING, Negatives
 from qformer.stage1 import Stage1, Stage1Batch, Stage1Losses
+from qformer.torch_build.torchvision import import_torchvision
 
 TEXT_LENGTH = 32
 _TABLE = {

@@ -33,7 +33,8 @@ from pipelines.training.objective import Objective
 from pipelines.training.optim import build_optimizer
 from pipelines.training.precision import Precision, PrecisionName
 from pipelines.training.run import TrainingRun
-from qformer.backbones import VisionEncoder, import_torchvision
+from qformer.backbones import VisionEncoder
+from qformer.torch_build.torchvision import import_torchvision
 
 ESTIMATES = {"uncached": 510, "cached": 1670}
 """Images a second on one H200 at 40 % of its peak."""

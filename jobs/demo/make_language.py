@@ -27,7 +27,7 @@ from jobs.demo.grammar import vocabulary
 from jobs.demo.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
 from jobs.demo.lookup import VALUES_OF_KIND, begin_as_lookup, mix_facts
 from jobs.demo.scenes import MOTIONS, RELATIONS
-from qformer.backbones import import_torchvision
+from qformer.torch_build.torchvision import import_torchvision
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from jobs.demo.patches import CLASSES, IGNORED, IMAGE_SIDE, flip, render_examples
 from jobs.demo.scenes import SIZES
-from qformer.backbones import import_timm
+from qformer.torch_build.torchvision import import_timm
 
 ARCHITECTURE = "xcit_nano_12_p8_224"
 """A vision transformer with a convolutional stem. A plain one of this size was measured to tell 70 % of the shapes it

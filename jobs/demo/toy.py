@@ -17,8 +17,8 @@ from pipelines.data.checkpoint_folders import write_marker
 from pipelines.training.model_choice import choice_from
 from pipelines.training.run import TrainingRun
 from pipelines.training.vocabulary import learn_text_tokenizer
-from qformer.backbones import import_torchvision
 from qformer.conversion.checkpoint import save_bridge
+from qformer.torch_build.torchvision import import_torchvision
 
 FOLDER = Path("runs/toy")
 """As toy.yaml names it."""

@@ -11,7 +11,7 @@ from jobs.demo.grammar import captions
 from jobs.demo.render import SAMPLE_RATE_HZ, encode_mp4, render_clip_frames
 from jobs.demo.scenes import sample_scene
 from jobs.demo.world import LICENCE
-from qformer.backbones import import_torchvision
+from qformer.torch_build.torchvision import import_torchvision
 
 NUM_CLIPS = 16
 _MUTE_EVERY = 8

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from qformer.backbones import import_torchvision
 from qformer.errors import UserError
+from qformer.torch_build.torchvision import import_torchvision
 
 CORPUS_VOCABULARY = 30_000
 

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from qformer.audio.encoder import AudioEncoder, layout_of
-from qformer.backbones import RANDOM_WEIGHTS_SEED, import_torchvision, model_error
+from qformer.backbones import RANDOM_WEIGHTS_SEED, model_error
 from qformer.errors import UserError
+from qformer.torch_build.torchvision import import_torchvision
 
 
 def load_audio(name: str, *, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> AudioEncoder:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformer.backbones import import_torchvision, model_error
+from qformer.backbones import model_error
 from qformer.conversion.initialisation import TEXT_BRANCH, load_matching
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.model import INITIAL_STD, QFormer
+from qformer.torch_build.torchvision import import_torchvision
 
 _SETTING = "model.qformer_init"
 _EXPERT = re.compile(r"\.query_ffn\.(experts\.\d+\.)?")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from qformer.adapters.lora import Lora
-from qformer.backbones import import_torchvision
 from qformer.config import LoraConfig
 from qformer.conversion.bundle import read_tensors, reason_of
 from qformer.errors import UserError
 from qformer.preprocessing import PIL_INTERPOLATIONS, Preprocessing, transformers_preprocessing
+from qformer.torch_build.torchvision import import_torchvision
 
 
 def preprocessing_of(image_processor: Any) -> Preprocessing:

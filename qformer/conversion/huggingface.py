@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from qformer.backbones import VisionEncoder, import_torchvision, load_vision
+from qformer.backbones import VisionEncoder, load_vision
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors, reason_of
 from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
@@ -38,6 +38,7 @@ from qformer.conversion.report import LoadReport
 from qformer.conversion.vision import export_tower, import_tower, norm_eps_effect
 from qformer.errors import UserError
 from qformer.text import DEC_TOKEN, TextTokenizer, load_text_tokenizer
+from qformer.torch_build.torchvision import import_torchvision
 from qformer.video.config import JOINED
 
 _VISION_FOLDER, _LANGUAGE_FOLDER = "vision", "language"

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qformer.backbones import VisionEncoder, import_torchvision
+from qformer.backbones import VisionEncoder
 from qformer.conversion.bundle import read_tensors
 from qformer.conversion.names import TIMM_VIT_TO_HF, from_peer, to_peer
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
+from qformer.torch_build.torchvision import import_torchvision
 
 TIMM_NORM_EPS = 1e-6
 """Layer-norm eps of timm's plain ViT; a timm folder cannot say another."""

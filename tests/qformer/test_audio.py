@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from qformer.audio import load_audio
-from qformer.backbones import import_torchvision, weights_fingerprint
+from qformer.backbones import weights_fingerprint
 from qformer.errors import NotFiniteError, UserError
+from qformer.torch_build.torchvision import import_torchvision
 from tests.tiny_audio import write_encoder
 
 RATE_HZ = 16_000

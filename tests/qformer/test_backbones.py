@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from qformer.backbones import import_timm, import_torchvision, load_vision
+from qformer.backbones import load_vision
 from qformer.errors import UserError
 from qformer.preprocessing import transformers_preprocessing
+from qformer.torch_build.torchvision import import_timm, import_torchvision
 
 SHAPE = {
     "hidden_size": 32,

@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines.data.transforms import fit
-from qformer.backbones import import_timm, import_torchvision, load_vision
+from qformer.backbones import load_vision
 from qformer.conversion.lavis import MEAN, STD, VISION_NAME, import_lavis
 from qformer.errors import UserError
+from qformer.torch_build.torchvision import import_timm, import_torchvision
 from tests.qformer.lavis import facts, write_encoder, write_tokenizer
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qformer.backbones import import_timm, import_torchvision, load_vision
+from qformer.backbones import load_vision
 from qformer.conversion.vision import TIMM_NORM_EPS, export_tower, import_tower
 from qformer.errors import UserError
+from qformer.torch_build.torchvision import import_timm, import_torchvision
 
 SMALL = {"img_size": 42, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 2.5}
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qformer.adapters.lora import Lora
-from qformer.backbones import import_torchvision
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
 from qformer.conversion.checkpoint import save_bridge
@@ -15,6 +14,7 @@ from qformer.errors import UserError
 from qformer.model import QFormer
 from qformer.stage1 import Stage1
 from qformer.stage2 import Stage2
+from qformer.torch_build.torchvision import import_torchvision
 from tests.qformer.test_language import tiny_language
 from tests.tiny_checkpoints import info_of
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from qformer.adapters.lora import Lora, own_weights
-from qformer.backbones import import_torchvision, weights_fingerprint
+from qformer.backbones import weights_fingerprint
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
 from qformer.language import build_language_model
+from qformer.torch_build.torchvision import import_torchvision
 from tests.tiny_checkpoints import WORDS, word_tokenizer
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qformer.backbones import import_torchvision
 from qformer.errors import UserError
 from qformer.text import load_text_tokenizer
+from qformer.torch_build.torchvision import import_torchvision
 from tests.tiny_checkpoints import word_tokenizer
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.transforms import Augmentation, augment, fit, random_crop_box, resized_size
-from qformer.backbones import import_torchvision
+from qformer.torch_build.torchvision import import_torchvision
 from tests.pipelines.data.builders import PREPROCESSING, limited_memory
 
 RNG = np.random.default_rng(0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qformer.backbones import import_torchvision
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.stage2 import Stage2
+from qformer.torch_build.torchvision import import_torchvision
 from qformer.video.audio_branch import Sound
 from qformer.video.config import AudioConfig, VideoConfig
 from tests.qformer import lavis
