@@ -28,7 +28,7 @@ Reply = tuple[dict[str, Any], *tuple[bytes | memoryview, ...]]
 
 def main() -> None:
     """Serve requests."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    requests, replies = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
     # Decoders print; their words must not get between the replies.
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 0)
@@ -44,11 +44,11 @@ def main() -> None:
         send(replies, reply, *payload)
 
 
-def _answer(header: dict[str, Any], data: bytes) -> Reply:
+def _answer(header: dict[str, Any], data: bytearray) -> Reply:
     work = _waveform if header["task"] == "waveform" else _clip
     try:
         if header["task"] == "picture":
-            return _told(read_picture(data, ClipRequest.from_dict(header["request"]), StageCosts()))
+            return _told(read_picture(bytes(data), ClipRequest.from_dict(header["request"]), StageCosts()))
         if header["path"] is not None:
             return work(header["path"], header)
         with tempfile.TemporaryFile() as file:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from io import RawIOBase
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +124,7 @@ class VideoPool:
         """Process ids of the living children."""
         return [child.pid for child in self._children if child.pid is not None]
 
-    def _ask(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _ask(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytearray]:
         """Send one header after the other until a child survives it, and again where it was killed from outside."""
         child = self._idle.get()
         num_crashes = num_kills = 0
@@ -171,43 +173,34 @@ class _Child:
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._asking = threading.RLock()
+        """Held while the pipes are in use: closed ones may become another child's."""
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes] | _Death:
+    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytearray] | _Death:
         """Send a request and wait for its reply.
 
         Raises:
             MediaError: "timeout".
         """
-        if self._process is not None and self._process.poll() is not None:
-            self.kill()  # it was ended while it waited, which is nothing that this file did
-        process = self._process or self._start()
-        self._process = process
-        is_late = threading.Event()
-
-        def expire() -> None:
-            is_late.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s, expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            with contextlib.suppress(OSError):
-                send(cast(BinaryIO, process.stdin), header, data)
-            reply = receive(cast(BinaryIO, process.stdout))
-        finally:
-            timer.cancel()
-        if reply is not None:
-            if is_late.is_set():
+        with self._asking:
+            if self._process is not None and self._process.poll() is not None:
+                self.kill()  # it was ended while it waited, which is nothing that this file did
+            process = self._process or self._start()
+            self._process = process
+            deadline_s = time.monotonic() + timeout_s
+            try:
+                with contextlib.suppress(OSError):
+                    send(cast(RawIOBase, process.stdin), header, data, deadline_s=deadline_s)
+                reply = receive(cast(RawIOBase, process.stdout), deadline_s)
+            except TimeoutError:
                 self.kill()
+                raise MediaError("timeout", f"decoding took longer than {timeout_s:g} s") from None
+        if reply is not None:
             return reply
-        if is_late.is_set():
-            self.kill()
-            raise MediaError("timeout", f"decoding took longer than {timeout_s:g} s")
         if self._process is not process:
             raise MediaError("transient", "the decoder was closed while it worked")
         try:
@@ -223,9 +216,10 @@ class _Child:
             return
         process.kill()
         process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                cast(BinaryIO, stream).close()
+        with self._asking:
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    cast(RawIOBase, stream).close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
@@ -238,8 +232,10 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,
             env=environment,
         )
-        widen(cast(BinaryIO, process.stdin))
-        widen(cast(BinaryIO, process.stdout))
+        for stream in (process.stdin, process.stdout):
+            widen(cast(RawIOBase, stream))
+            os.set_blocking(cast(RawIOBase, stream).fileno(), False)
         return process

@@ -3,8 +3,12 @@
 import contextlib
 import fcntl
 import json
+import math
+import select
 import struct
-from typing import Any, BinaryIO
+import time
+from io import RawIOBase
+from typing import Any
 
 _LENGTHS = struct.Struct("<IQ")
 _PIPE_BYTES = 1024**2
@@ -12,34 +16,68 @@ _PIPE_BYTES = 1024**2
 _SET_PIPE_BYTES = getattr(fcntl, "F_SETPIPE_SZ", None)
 
 
-def widen(stream: BinaryIO) -> None:
+def widen(stream: RawIOBase) -> None:
     """Let a pipe hold more, where the system allows it."""
     if _SET_PIPE_BYTES is not None:
         with contextlib.suppress(OSError):
             fcntl.fcntl(stream.fileno(), _SET_PIPE_BYTES, _PIPE_BYTES)
 
 
-def send(stream: BinaryIO, header: dict[str, Any], *payload: bytes | memoryview) -> None:
-    """Write one message, whose payload may come in parts, and flush it.
+def send(
+    stream: RawIOBase, header: dict[str, Any], *payload: bytes | bytearray | memoryview, deadline_s: float = math.inf
+) -> None:
+    """Write one message, whose payload may come in parts.
+
+    Args:
+        stream: A pipe; with a deadline, one that does not block.
+        header: JSON-ready.
+        payload: Bytes.
+        deadline_s: By `time.monotonic`.
 
     Raises:
         OSError: If the other side is gone.
+        TimeoutError: If the deadline passes; part of the message may be written.
     """
     encoded = json.dumps(header).encode()
-    stream.write(_LENGTHS.pack(len(encoded), sum(map(len, payload))))
-    stream.write(encoded)
-    for part in payload:
-        stream.write(part)
-    stream.flush()
+    lengths = _LENGTHS.pack(len(encoded), sum(map(len, payload)))
+    for part in (lengths + encoded, *payload):
+        rest = memoryview(part)
+        while rest:
+            _wait(stream, select.POLLOUT, deadline_s)
+            rest = rest[stream.write(rest) or 0 :]
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
-    """Read one message; None when the other side has ended, also in the middle of one."""
-    lengths = stream.read(_LENGTHS.size)
-    if len(lengths) < _LENGTHS.size:
+def receive(stream: RawIOBase, deadline_s: float = math.inf) -> tuple[dict[str, Any], bytearray] | None:
+    """Read one message; None when the other side has ended, also in the middle of one.
+
+    Raises:
+        TimeoutError: If the deadline, by `time.monotonic`, passes.
+    """
+    if (lengths := _read(stream, _LENGTHS.size, deadline_s)) is None:
         return None
     header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
-    encoded, payload = stream.read(header_bytes), stream.read(payload_bytes)
-    if len(encoded) < header_bytes or len(payload) < payload_bytes:
-        return None
-    return json.loads(encoded), payload
+    encoded = _read(stream, header_bytes, deadline_s)
+    payload = _read(stream, payload_bytes, deadline_s)
+    return None if encoded is None or payload is None else (json.loads(encoded), payload)
+
+
+def _read(stream: RawIOBase, size: int, deadline_s: float) -> bytearray | None:
+    content = bytearray(size)
+    rest = memoryview(content)
+    while rest:
+        _wait(stream, select.POLLIN, deadline_s)
+        count = stream.readinto(rest)
+        if count == 0:
+            return None
+        rest = rest[count or 0 :]
+    return content
+
+
+def _wait(stream: RawIOBase, event: int, deadline_s: float) -> None:
+    """Return once the stream is ready; one without a deadline waits by itself."""
+    if deadline_s == math.inf:
+        return
+    poller = select.poll()
+    poller.register(stream, event)
+    if not poller.poll(1000 * max(0.0, deadline_s - time.monotonic())):
+        raise TimeoutError

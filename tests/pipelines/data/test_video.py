@@ -1,3 +1,4 @@
+import concurrent.futures
 import contextlib
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from pipelines.data.video_backends import BACKENDS
 from pipelines.data.video_pool import VideoPool
 from pipelines.data.video_pyav import PyAVBackend
 from pipelines.data.video_survey import open_container, survey
+from pipelines.data.video_wire import receive, send
 from tests.pipelines.data.builders import PREPROCESSING, jpeg, open_files, write_clip, write_moving_clip
 
 GIB = 1024**3
@@ -128,6 +130,37 @@ def test_a_hanging_child_is_killed_at_the_deadline(tmp_path):
         assert pool.child_pids() == []
     finally:
         pool.close()
+
+
+def test_a_child_that_does_not_read_is_killed_at_the_deadline(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", [100] * 3)
+    pool = VideoPool(timeout_s=1.5, memory_bytes=4 * GIB)
+    try:
+        pool.read_clip(_request(), path=str(path))
+        os.kill(pool.child_pids()[0], signal.SIGSTOP)
+        start_s = time.monotonic()
+        with pytest.raises(MediaError) as caught:
+            pool.read_clip(_request(), data=path.read_bytes() + bytes(4 * 1024**2))  # more than a pipe holds
+        assert caught.value.error_class == "timeout" and 1.4 < time.monotonic() - start_s < 3
+        assert pool.child_pids() == []
+        assert pool.read_clip(_request(), path=str(path)).pixels.shape == (4, 3, 32, 32)
+    finally:
+        pool.close()
+
+
+def test_a_message_larger_than_a_pipe_passes_whole_and_half_of_one_is_late():
+    far, near = (os.fdopen(end, mode, 0) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+    os.set_blocking(near.fileno(), False)
+    payload = np.random.default_rng(0).bytes(3 * 1024**2)
+    with far, near, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(receive, far)
+        send(near, {"task": "clip"}, payload[:5], payload[5:], deadline_s=time.monotonic() + 20)
+        assert reading.result(20) == ({"task": "clip"}, payload)
+        near.write(b"half")
+        with pytest.raises(TimeoutError):
+            receive(far, time.monotonic() + 0.1)
+        near.close()
+        assert receive(far) is None
 
 
 def test_a_dead_child_is_replaced(tmp_path, pool):
