@@ -57,10 +57,15 @@ def commit(root: Path) -> str | None:
 
 def hardware() -> str:
     """This machine in a few words: processor and logical cores, and the GPU when torch sees one."""
-    words = f"{_processor()}, {os.cpu_count()} cores"
+    words = f"{_processor()}, {num_usable_cpus()} cores"
     import torch
 
     return f"{words}, {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else words
+
+
+def num_usable_cpus() -> int:
+    """Logical cores that this process may run on: `taskset` leaves it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
