@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from jobs.circumstances import num_usable_cpus
 from jobs.settings_data import RaySettings
 from qformer.errors import UserError
 
@@ -39,6 +40,16 @@ _ENVIRONMENT = {
     # thread between event loops: nothing of ours blocks one.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Each line is written once: to Serve's files, not to the process's stderr as well, which nobody reads here.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Spares a small request the replica's call back for its body.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.body_ahead.proxy_middlewares",
+}
+
+_OF_PROCESSES = {
+    # A proxy calls replicas from the event loop that it reads requests on. This process has no such loop, so it is
+    # for those that Ray starts alone.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
 
@@ -49,6 +60,21 @@ def set_ray_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def environment_of_processes() -> Iterator[None]:
+    """Have settings in the environment, for the length of a `with` block, that are for Ray's own processes alone.
+
+    Start a cluster inside; this process imports ray.serve later. What the user has set stays.
+    """
+    added = {name: value for name, value in _OF_PROCESSES.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def joins_cluster(settings: RaySettings) -> bool:
@@ -151,14 +177,15 @@ def _start(settings: RaySettings, include_dashboard: bool) -> None:
     _provide_token()
     for left in reversed(range(_START_TRIES)):
         try:
-            ray.init(
-                address="local",  # never a cluster that merely happens to run on this machine
-                num_cpus=settings.num_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
-                include_dashboard=include_dashboard,
-                dashboard_host="127.0.0.1",
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            with environment_of_processes():
+                ray.init(
+                    address="local",  # never a cluster that merely happens to run on this machine
+                    num_cpus=settings.num_cpus or max(MIN_LOCAL_CPUS, num_usable_cpus()),
+                    include_dashboard=include_dashboard,
+                    dashboard_host="127.0.0.1",
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
             return
         except Exception as error:  # of no class of its own
             if not any(text in str(error) for text in _LATE):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.cluster_session import set_ray_environment
+from jobs.cluster_session import environment_of_processes, set_ray_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -69,14 +69,15 @@ def ray_local(tmp_path_factory):
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # as often as Ray can: a test reads them
         for left in (2, 1, 0):
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=4,
-                    object_store_memory=256 * 2**20,
-                    include_dashboard=False,
-                    logging_level="ERROR",
-                    log_to_driver=False,
-                )
+                with environment_of_processes():
+                    ray.init(
+                        address="local",
+                        num_cpus=4,
+                        object_store_memory=256 * 2**20,
+                        include_dashboard=False,
+                        logging_level="ERROR",
+                        log_to_driver=False,
+                    )
                 break
             except Exception as error:  # a busy machine: Ray gives its own processes 30 s
                 if not left or "timed out during startup" not in str(error):

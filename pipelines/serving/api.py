@@ -15,6 +15,7 @@ from pipelines.serving.adapters import Adapter, AdapterTable
 from pipelines.serving.admission import Context, Gate, Handler, StreamedAnswer
 from pipelines.serving.answers import Work, mean_pooled, together
 from pipelines.serving.bodies import parse_json, read_body
+from pipelines.serving.body_ahead import BodyFromHead
 from pipelines.serving.chat import Medium, answer_settings, read_conversation, require_short, single_turn
 from pipelines.serving.config import ApiKey, ServingConfig
 from pipelines.serving.console_files import add_console
@@ -264,6 +265,7 @@ def build_http(api: Api) -> FastAPI:
     # The interactive pages would load scripts from elsewhere.
     http = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(api.guard)])
     add_error_handlers(http)
+    http.add_middleware(BodyFromHead)
 
     def route(path: str, method: str, handler: Handler) -> None:
         name = path.replace("{model:path}", "{model}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
 STREAM_EVERY_S = 0.03
 """Between two pieces of a streamed answer, which a reader takes for flowing; each passes two to four processes."""
+LONG_PROMPT = 4096
+"""Characters, and rows of images and frames, that are read beside the event loop."""
 _GAUGES = {
     "queued": "Prompts that wait for a place in the batch.",
     "running": "Answers that are being generated.",
@@ -123,7 +126,10 @@ class GeneratorWorker:
     async def _pieces(self, prompt: Prompt, *, is_streamed: bool) -> AsyncGenerator[Piece | Refusal, None]:
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report())
-        request = await asyncio.to_thread(self._request, prompt, is_streamed)
+        # A thread's own way there and back takes longer than to tokenise a question.
+        is_long = sum(len(segment) for segment in prompt.segments) > LONG_PROMPT
+        read = functools.partial(self._request, prompt, is_streamed)
+        request = await asyncio.to_thread(read) if is_long else read()
         if isinstance(request, Refusal):
             yield request
             return

@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from ray import serve
 from safetensors.torch import load_file, save_file
 
 from jobs.caption import caption_file
@@ -22,6 +23,7 @@ from jobs.serve import renew, require_free_port, require_guarded, served, what_t
 from jobs.settings import ServeSettings
 from pipelines.data.checkpoint_folders import write_marker
 from pipelines.data.samples import DecodeSettings, SampleDecoder
+from pipelines.serving.body_ahead import MAX_BODY_BYTES as MAX_AHEAD_BYTES
 from pipelines.serving.client import ServiceError, request_caption
 from pipelines.serving.config import RequestLimits, Scale
 from qformer.bridge import load_captioner, load_retriever
@@ -376,6 +378,22 @@ def test_health_readiness_page_and_routing(url):
     assert json.loads(httpx.get(f"{url}/openapi.json").text)["openapi"] == "3.1.0"
     assert_error(httpx.get(f"{url}/nowhere"), 404, "not_found")
     assert_error(httpx.get(f"{url}/v1/caption"), 405, "method_not_allowed")
+
+
+def test_a_small_body_reaches_a_replica_with_its_head(url):
+    @serve.deployment
+    class Listener:
+        async def __call__(self, request):
+            ahead = [value for value in request.scope.values() if isinstance(value, bytes) and value[:1] == b"!"]
+            return {"ahead": len(ahead[0]) if ahead else 0, "received": len(await request.body())}
+
+    serve.run(Listener.bind(), name="listener", route_prefix="/listener")
+    try:
+        for size, ahead in ((50_000, 50_000), (MAX_AHEAD_BYTES + 1, 0)):
+            answer = httpx.post(f"{url}/listener", content=b"!" * size, timeout=60).json()
+            assert answer == {"ahead": ahead, "received": size}
+    finally:
+        serve.delete("listener")
 
 
 def test_a_newer_checkpoint_is_taken_while_requests_go_on(client, checkpoints, settings, tmp_path):
