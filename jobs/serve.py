@@ -241,7 +241,6 @@ def update(what: Served) -> None:
 @contextlib.contextmanager
 def _served(settings: ServeSettings, what: Served) -> Iterator[str]:
     from ray import serve
-    from ray.serve.schema import LoggingConfig
 
     # Serve's own progress lines tell a user nothing that this job does not say itself.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -253,9 +252,7 @@ def _served(settings: ServeSettings, what: Served) -> Iterator[str]:
             "host": settings.host,
             "port": settings.port,
             "request_timeout_s": settings.requests.timeout_s + PROXY_GRACE_S,
-        },
-        # Replicas write a line for each request.
-        logging_config=LoggingConfig(enable_access_log=False),
+        }
     )
     try:
         update(what)

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
+import sys
 from datetime import UTC, datetime
 
 import pytest
@@ -53,8 +55,11 @@ def test_a_figure_must_be_a_positive_number(value):
         BenchResult(bench="decode", seconds={"ours": value}, ratios={})
 
 
-def test_hardware_names_the_cores():
-    assert " cores" in hardware()
+def test_hardware_names_the_cores_that_there_are_to_use():
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from jobs.circumstances import hardware; print(hardware())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ", 1 cores" in done.stdout and f", {len(os.sched_getaffinity(0))} cores" in hardware()
 
 
 def test_a_result_is_kept_under_its_date_and_machine(tmp_path):

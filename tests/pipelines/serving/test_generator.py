@@ -1,13 +1,14 @@
 """A replica of the generator in this process, over a tiny language model."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pipelines.serving.errors import Refusal
-from pipelines.serving.generator import GeneratorWorker
+from pipelines.serving.generator import LONG_PROMPT, GeneratorWorker
 from pipelines.serving.wire import AnswerSettings, Prompt
 from tests.qformer.test_language import tiny_language
 
@@ -53,6 +54,19 @@ def test_what_is_too_long_is_said_in_the_clients_words(worker, num_rows, param):
     # The leading token, and the word.
     assert f"takes {num_rows + 2} tokens" in refusal.message and "max_tokens=20; 64 is the most" in refusal.message
     assert not any(word in refusal.message for word in ("kv_tokens", "max_new_tokens", "rows"))
+
+
+@pytest.mark.parametrize(("text", "is_aside"), [("red", False), ("red " * LONG_PROMPT, True)])
+def test_only_long_prompts_are_read_beside_the_event_loop(worker, monkeypatch, text, is_aside):
+    threads = []
+
+    def read(*_):
+        threads.append(threading.current_thread())
+        return Refusal(400, "read", "that is enough")
+
+    monkeypatch.setattr(worker, "_request", read)
+    asyncio.run(worker.answer(prompt(text)))
+    assert [thread is not threading.current_thread() for thread in threads] == [is_aside]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
