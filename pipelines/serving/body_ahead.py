@@ -2,12 +2,14 @@
 
 Ray Serve's HTTP proxy hands a request over as soon as it has the head; the replica then fetches the body by a call back
 to the proxy, some milliseconds that every request waits. `BodyAhead`, in the proxy, adds a body that is small and there
-at once to what is handed over; `BodyFromHead`, in the replica, reads it from there. Where either is missing (a cluster
-whose nodes do not name `proxy_middlewares`, another application behind the same proxy) bodies go Serve's own way.
+at once to what is handed over; `BodyFromHead`, in the replica, reads it from there and calls back no sooner than
+somebody waits for more. Where either is missing (a cluster whose nodes do not name `proxy_middlewares`, another
+application behind the same proxy) bodies go Serve's own way.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -20,6 +22,9 @@ WAIT_S = 0.05
 """For the rest of a body whose head is there; a slow client's is fetched as it comes."""
 
 _BODY = "qformer.body"
+
+_FETCH = "_receive_asgi_messages"
+"""Attribute of Serve's `receive` (`ASGIReceiveProxy`): the call back, which it makes whether or not anybody waits."""
 
 
 class BodyAhead:
@@ -83,15 +88,33 @@ def _again(messages: list[Message], receive: Receive) -> Receive:
 
 
 def _ahead(body: bytes, receive: Receive) -> Receive:
-    is_read = False
+    is_read, fetch_now = False, _put_off(receive)
 
     async def receive_ahead() -> Message:
         nonlocal is_read
         if not is_read:
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
+        fetch_now()
         while (message := await receive())["type"] == "http.request":
             pass  # the same body on Serve's own way
         return message
 
     return receive_ahead
+
+
+def _put_off(receive: Receive) -> Callable[[], None]:
+    """Have Serve make its calls back once the returned function is called: they take the time of those who compute.
+
+    Nobody waits for more than the body but streams, for their clients to leave; else the proxy cancels the request.
+    """
+    fetch = getattr(receive, _FETCH, None)
+    is_wanted = asyncio.Event()
+    if fetch is not None:
+
+        async def fetch_when_wanted(*args: Any) -> Any:
+            await is_wanted.wait()
+            return await fetch(*args)
+
+        setattr(receive, _FETCH, fetch_when_wanted)
+    return is_wanted.set

@@ -4,6 +4,7 @@ import asyncio
 import pickle
 
 import pytest
+from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import Request
 
 from pipelines.serving.body_ahead import MAX_BODY_BYTES, BodyAhead, BodyFromHead, proxy_middlewares
@@ -103,6 +104,32 @@ def test_an_application_that_does_not_look_receives_the_body():
 
     asyncio.run(BodyAhead(replica)(head(4), Connection((0, part(b"abcd"))).receive, None))
     assert seen == [b"abcd"]
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_serve_calls_back_for_nothing_that_nobody_waits_for(is_ahead):
+    """Serve's own class; the calls are those that its replicas make."""
+    calls, seen = [], []
+
+    async def call_back(metadata):
+        calls.append(metadata)
+        return pickle.dumps([part(b"abcd")] if len(calls) == 1 else [DISCONNECT])
+
+    async def replica(scope, receive, send):
+        seen.append(await Request(scope, receive).body())
+        await asyncio.sleep(0.01)
+        seen.append(len(calls))
+        seen.append(await receive())
+
+    async def serve(scope):
+        receive = ASGIReceiveProxy(scope, "request", call_back)
+        fetching = asyncio.create_task(receive.fetch_until_disconnect())
+        await BodyFromHead(replica)(scope, receive, None)
+        await fetching
+
+    scope = passed_on(head(4), (0, part(b"abcd")), (0.01, DISCONNECT))["scope"] if is_ahead else head(4)
+    asyncio.run(asyncio.wait_for(serve(scope), timeout=5))
+    assert seen == [b"abcd", 0 if is_ahead else 2, DISCONNECT] and calls == ["request"] * 2
 
 
 def test_proxies_are_told_of_it():

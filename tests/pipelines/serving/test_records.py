@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from pipelines.serving.records import TOLD_AFTER_S, Record, Reporter
+from pipelines.serving.records import Record, Reporter
 
 
 def test_a_request_is_told_of_after_its_answer_with_the_time_that_it_took(caplog):
@@ -11,11 +11,12 @@ def test_a_request_is_told_of_after_its_answer_with_the_time_that_it_took(caplog
         record = Record(id="a", route="/v1/caption", status=200)
         Reporter().end(record)
         assert not caplog.records
-        await asyncio.sleep(20 * TOLD_AFTER_S)
-        return record
+        seconds = record.seconds
+        await asyncio.sleep(0.1)
+        return seconds
 
     with caplog.at_level(logging.INFO, logger="ray.serve"):
-        record = asyncio.run(run())
+        seconds = asyncio.run(run())
     [line] = caplog.records
     assert (line.qformer_request_id, line.endpoint, line.status) == ("a", "/v1/caption", 200)
-    assert line.seconds == round(record.seconds, 4) and record.seconds < TOLD_AFTER_S
+    assert line.seconds == round(seconds, 4)
