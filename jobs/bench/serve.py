@@ -6,7 +6,8 @@ process; one replica, as `qformer serve` starts on one machine (`fused`). Three 
 - `rps_vs_naive`: requests a second with 16 clients and 16 tokens an answer, ours / the loop's
   (`serve_peer.NaiveServer`).
 - `added_p50_ms`: what HTTP, Ray Serve and all the hops add to the median time of one such request, with one client,
-  over a call of the same decoder, encoder, bridge and engine in one process.
+  over a call of the same decoder, encoder, bridge and engine in one process. Asked in short turns, for the speed of a
+  shared machine changes within seconds.
 - `short_p95_ratio`: the 95th percentile of 8-token answers, with one client, while a streamed 256-token answer is
   always in flight, / the same without it.
 
@@ -57,6 +58,8 @@ class Case:
     """Requests of all clients together, in each round."""
     few: int = 100
     """Requests of one client, in each round."""
+    turn: int = 10
+    """Requests of one client before as many direct calls."""
     warm_up: int = 32
     tokens: int = 16
     short_tokens: int = 8
@@ -108,11 +111,15 @@ def measure(case: Case) -> BenchResult:
         checkpoint = write_checkpoint(root / "bench")
         bodies = _write_bodies(case, root)
         with clients() as load, ray_session(RaySettings(num_cpus=NUM_CPUS)):
+            from jobs.bench.serve_peer import DirectModel
+
             ask = _Questions(case, load, bodies)
             with _both_served(case, checkpoint, fused=True) as url:
-                rounds = [_round(ask, url, checkpoint) for _ in range(case.rounds)]
+                model = DirectModel(checkpoint)
+                rounds = [_round(ask, url, model) for _ in range(case.rounds)]
             with _both_served(case, checkpoint, fused=False) as url:
-                apart = _Apart(rps=ask.many(url), p50_s=statistics.median(ask.one(url, bodies.plain, case.tokens)))
+                rps = ask.many(url)
+                apart = _Apart(rps=rps, p50_s=statistics.median(ask.one(url, bodies.plain, case.tokens, case.few)))
     return _result(rounds, apart)
 
 
@@ -183,44 +190,58 @@ class _Questions:
             rps = num_requests / self._load.measure(load).seconds
         return rps
 
-    def one(self, url: str, files: list[str], num_tokens: int, companion: str | None = None) -> list[float]:
+    def one(
+        self, url: str, files: list[str], num_tokens: int, num_requests: int, companion: str | None = None
+    ) -> list[float]:
         """Seconds of each request of one client."""
         load = Load(
             url=f"{url}/v1/chat/completions",
             bodies=files,
             num_tokens=num_tokens,
             concurrency=1,
-            num_requests=self.case.few,
+            num_requests=num_requests,
             companion=companion,
         )
         return list(self._load.measure(load).latencies_s)
 
 
-def _round(ask: _Questions, url: str, checkpoint: Path) -> _Round:
-    from jobs.bench.serve_peer import DirectModel
-
+def _round(ask: _Questions, url: str, model: "DirectModel") -> _Round:
     case, bodies = ask.case, ask.bodies
+    ours_rps, naive_rps = ask.many(url), ask.many(url + NAIVE_ROUTE)
+    served, direct = _in_turns(ask, url, model)
+    short = ask.one(url, bodies.short, case.short_tokens, case.few)
+    beside_long = ask.one(url, bodies.short, case.short_tokens, case.few, bodies.long)
     figures = _Round(
-        ours_rps=ask.many(url),
-        naive_rps=ask.many(url + NAIVE_ROUTE),
-        direct_p50_s=statistics.median(_direct(case, DirectModel(checkpoint), bodies.images)),
-        served_p50_s=statistics.median(ask.one(url, bodies.plain, case.tokens)),
-        short_p95_s=_p95(ask.one(url, bodies.short, case.short_tokens)),
-        short_beside_long_p95_s=_p95(ask.one(url, bodies.short, case.short_tokens, bodies.long)),
+        ours_rps=ours_rps,
+        naive_rps=naive_rps,
+        served_p50_s=statistics.median(served),
+        direct_p50_s=statistics.median(direct),
+        short_p95_s=_p95(short),
+        short_beside_long_p95_s=_p95(beside_long),
     )
     print(f"round: {figures}", flush=True)
     return figures
 
 
-def _direct(case: Case, model: "DirectModel", images: list[bytes]) -> list[float]:
-    for place in range(case.warm_up // 4):
-        model.answer(images[place % len(images)], QUESTION, case.tokens)
-    seconds = []
-    for place in range(case.few):
-        begun_s = time.perf_counter()
-        model.answer(images[place % len(images)], QUESTION, case.tokens)
-        seconds.append(time.perf_counter() - begun_s)
-    return seconds
+def _in_turns(ask: _Questions, url: str, model: "DirectModel") -> tuple[list[float], list[float]]:
+    """Seconds of served requests and of direct calls, after some of both that do not count."""
+    case, bodies = ask.case, ask.bodies
+    served: list[float] = []
+    direct: list[float] = []
+    for place in range(-case.turn, case.few, case.turn):
+        which = [(place + number) % len(bodies.images) for number in range(case.turn)]
+        some_served = ask.one(url, [bodies.plain[one] for one in which], case.tokens, case.turn)
+        some_direct = [_direct(model, bodies.images[one], case.tokens) for one in which]
+        if place >= 0:
+            served += some_served
+            direct += some_direct
+    return served, direct
+
+
+def _direct(model: "DirectModel", image: bytes, num_tokens: int) -> float:
+    begun_s = time.perf_counter()
+    model.answer(image, QUESTION, num_tokens)
+    return time.perf_counter() - begun_s
 
 
 def _p95(seconds: list[float]) -> float:
