@@ -11,7 +11,8 @@ process; one replica, as `qformer serve` starts on one machine (`fused`). Three 
 - `short_p95_ratio`: the 95th percentile of 8-token answers, with one client, while a streamed 256-token answer is
   always in flight, / the same without it.
 
-The first and the second are asked once more of a service whose deployments are processes of their own, as on a cluster.
+Requests a second, and the time of one with one client, are also taken of a service whose deployments are processes of
+their own, as on a cluster.
 """
 
 import base64
@@ -59,7 +60,7 @@ class Case:
     few: int = 100
     """Requests of one client, in each round."""
     turn: int = 10
-    """Requests of one client before as many direct calls."""
+    """Requests of one client before as many direct calls; a divisor of `few`."""
     warm_up: int = 32
     tokens: int = 16
     short_tokens: int = 8

@@ -104,9 +104,11 @@ def _ahead(body: bytes, receive: Receive) -> Receive:
 
 
 def _put_off(receive: Receive) -> Callable[[], None]:
-    """Have Serve make its calls back once the returned function is called: they take the time of those who compute.
+    """Hold back Serve's calls for messages until the returned function is called: they take time of what computes here.
 
-    Nobody waits for more than the body but streams, for their clients to leave; else the proxy cancels the request.
+    Only a streamed answer waits for more than its body, to see its client leave; whatever the answer, the proxy also
+    cancels a request whose client has left. Serve starts to call when the application first waits for something, so
+    what comes before `BodyFromHead` must not; else it calls as ever.
     """
     fetch = getattr(receive, _FETCH, None)
     is_wanted = asyncio.Event()

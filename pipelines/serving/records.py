@@ -14,8 +14,8 @@ logger = logging.getLogger("ray.serve")
 """Serve writes it to its own files, as JSON where the deployment asks for that."""
 
 TOLD_AFTER_S = 0.001
-"""From a request's end: after its answer has left, and before the same client's next request. To tell of one takes most
-of a millisecond, which a model that computes meanwhile would wait for."""
+"""From a request's end, for its answer to leave first, and short, for the same client's next request comes some
+milliseconds later: to tell of one takes most of a millisecond, which a model that computes meanwhile waits for."""
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 

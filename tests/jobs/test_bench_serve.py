@@ -10,7 +10,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from jobs.bench.serve import QUESTION, Case, _Apart, _body, _result, _Round, _write_bodies
+from jobs.bench.serve import QUESTION, Case, _Apart, _body, _in_turns, _result, _Round, _write_bodies
 from jobs.bench.serve_load import Load, clients, measure
 from jobs.bench.serve_models import write_checkpoint
 from jobs.bench.serve_peer import DirectModel, NaiveServer
@@ -95,6 +95,32 @@ def test_bodies_are_224_pixel_jpegs_in_chats(tmp_path):
     data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
     assert data == bodies.images[1] != bodies.images[0] and text["text"] == QUESTION
     assert json.loads(Path(bodies.long).read_text())["max_tokens"] == 256
+
+
+class Machine:
+    """Answers requests and direct calls at once, and remembers which."""
+
+    def __init__(self, tmp_path):
+        self.case = Case(jpegs=5, few=6, turn=2)
+        self.bodies, self.asked = _write_bodies(self.case, tmp_path), []
+
+    def one(self, url, files, num_tokens, num_requests):
+        self.asked += [("served", self.bodies.plain.index(file)) for file in files]
+        return [0.0] * num_requests
+
+    def answer(self, image, question, num_tokens):
+        self.asked.append(("direct", self.bodies.images.index(image)))
+
+
+def test_served_requests_and_direct_calls_take_turns(tmp_path):
+    machine = Machine(tmp_path)
+    served, direct = _in_turns(machine, "url", machine)
+    assert len(served) == len(direct) == 6  # and the first turn does not count
+    turns = [machine.asked[place : place + 4] for place in range(0, 16, 4)]
+    assert turns == [
+        [("served", one), ("served", other), ("direct", one), ("direct", other)]
+        for one, other in ((3, 4), (0, 1), (2, 3), (4, 0))
+    ]
 
 
 def test_figures_are_medians_over_rounds():

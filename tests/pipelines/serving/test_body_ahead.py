@@ -132,5 +132,26 @@ def test_serve_calls_back_for_nothing_that_nobody_waits_for(is_ahead):
     assert seen == [b"abcd", 0 if is_ahead else 2, DISCONNECT] and calls == ["request"] * 2
 
 
+def test_serve_calls_back_for_nothing_where_nobody_waits_at_all():
+    """And what it starts for each request ends with it, as its replicas see to."""
+
+    async def call_back(metadata):
+        raise AssertionError("nobody waits")
+
+    async def replica(scope, receive, send):
+        assert await Request(scope, receive).body() == b"abcd"
+        await asyncio.sleep(0.01)
+
+    async def serve(scope):
+        receive = ASGIReceiveProxy(scope, "request", call_back)
+        fetching = asyncio.create_task(receive.fetch_until_disconnect())
+        await BodyFromHead(replica)(scope, receive, None)
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+
+    asyncio.run(asyncio.wait_for(serve(passed_on(head(4), (0, part(b"abcd")), (0.01, DISCONNECT))["scope"]), timeout=5))
+
+
 def test_proxies_are_told_of_it():
     assert [middleware.cls for middleware in proxy_middlewares()] == [BodyAhead]
