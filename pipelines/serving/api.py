@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 
 from pipelines.data.schema import IMAGE, VIDEO
@@ -21,7 +21,7 @@ from pipelines.serving.config import ApiKey, ServingConfig
 from pipelines.serving.console_files import add_console
 from pipelines.serving.errors import ApiError, add_error_handlers
 from pipelines.serving.graph import Models
-from pipelines.serving.heads import check_head
+from pipelines.serving.heads import CheckedHead
 from pipelines.serving.health import Canary
 from pipelines.serving.keys import KeyRing
 from pipelines.serving.openapi import document
@@ -58,24 +58,21 @@ class Api:
         self.gate = Gate(config.requests, models, Reporter())
         self._adapters: AdapterTable | None = None
         self._canary = Canary(models)
-        self._is_local = config.is_local
+        self.is_local = config.is_local
+        """See `heads.check_head`."""
         self._started_s = int(time.time())
 
     def update(self, adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> None:
         """Serve other adapters and keys from the next request on."""
         self._canary = Canary(self._models)  # the song of others tells nothing of these
         self._adapters, self.gate.keys = AdapterTable(adapters), KeyRing(keys)
-        self._is_local = self._config.is_local and not keys
+        self.is_local = self._config.is_local and not keys
 
     @property
     def adapters(self) -> AdapterTable:
         """What is served now."""
         assert self._adapters is not None, "update() comes first"
         return self._adapters
-
-    async def guard(self, request: Request) -> None:
-        """Comes before every endpoint and page."""
-        check_head(request.headers, is_local=self._is_local)
 
     async def chat(self, request: Request, context: Context) -> Any:
         """POST /v1/chat/completions."""
@@ -263,8 +260,9 @@ class Api:
 def build_http(api: Api) -> FastAPI:
     """The routes of `api` as an ASGI application."""
     # The interactive pages would load scripts from elsewhere.
-    http = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(api.guard)])
+    http = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(http)
+    http.add_middleware(CheckedHead, is_local=lambda: api.is_local)
     http.add_middleware(BodyFromHead)
 
     def route(path: str, method: str, handler: Handler) -> None:
@@ -273,7 +271,8 @@ def build_http(api: Api) -> FastAPI:
         async def answer(request: Request) -> Response:
             return await api.gate.run(request, name, handler)
 
-        http.add_api_route(path, answer, methods=[method])
+        # Not `add_api_route`: endpoints read their requests themselves, without what FastAPI does for each call.
+        http.add_route(path, answer, methods=[method])
 
     route("/v1/chat/completions", "POST", api.chat)
     route("/v1/embeddings", "POST", api.embeddings)

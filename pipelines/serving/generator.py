@@ -20,7 +20,7 @@ from qformer.backbones import load_language
 from qformer.bridge import load_captioner
 from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
-from qformer.generation.inputs import num_text_tokens, segment_inputs
+from qformer.generation.inputs import segment_inputs, text_ids
 from qformer.generation.request import (
     EngineRequest,
     GenerationFailedError,
@@ -156,15 +156,15 @@ class GeneratorWorker:
     def _request(self, prompt: Prompt, is_streamed: bool) -> EngineRequest | Refusal:
         """Embed the prompt; refuse one that is too long before."""
         settings = prompt.settings
-        texts = [segment for segment in prompt.segments if isinstance(segment, str)]
-        count = sum(num_text_tokens(self._language, text) for text in texts)
+        ids = text_ids(self._language, [segment for segment in prompt.segments if isinstance(segment, str)])
+        count = sum(map(len, ids))
         if count > self._max_prompt_tokens:
             message = f"{count} text tokens exceed the limit of {self._max_prompt_tokens}; shorten the messages"
             return Refusal(400, "context_length_exceeded", message, "messages")
         segments = [
             segment if isinstance(segment, str) else torch.from_numpy(segment.copy()) for segment in prompt.segments
         ]
-        inputs_SL = segment_inputs(self._language, segments)
+        inputs_SL = segment_inputs(self._language, segments, ids)
         if not len(inputs_SL):
             return Refusal(400, "invalid_request", "the messages hold nothing that the model reads", "messages")
         return EngineRequest(

@@ -7,9 +7,12 @@ may ask it. The browser still sends the site's name.
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from pipelines.serving.errors import ApiError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pipelines.serving.errors import ApiError, error_response
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]+)?")
 _PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
@@ -45,3 +48,25 @@ def check_head(headers: Mapping[str, str], *, is_local: bool) -> None:
     if found is None or not is_loopback(found[1] or found[2]):
         message = f"Host is {host[:80]!r}, and this server is for its own machine: ask it as localhost or 127.0.0.1; "
         raise ApiError(403, "host_not_allowed", message + "for others set api_keys, or allow_open=true")
+
+
+class CheckedHead:
+    """Comes before every endpoint and page, and before it is known whether there is one.
+
+    Args:
+        app: Gets requests that pass `check_head`.
+        is_local: See `check_head`; asked at every request.
+    """
+
+    def __init__(self, app: ASGIApp, is_local: Callable[[], bool]) -> None:
+        self._app, self._is_local = app, is_local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        app = self._app
+        if scope["type"] == "http":
+            try:
+                check_head(Headers(scope=scope), is_local=self._is_local())
+            except ApiError as error:
+                app = error_response(error.refusal)
+        await app(scope, receive, send)

@@ -23,16 +23,24 @@ def prompt_inputs(language: LanguageModel, prefix_NL: Tensor, prompt: str) -> Te
     return language._generation_inputs([prefix_NL], [prompt])["inputs_embeds"][0]
 
 
+def text_ids(language: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of a prompt's texts; the tokenizer's leading token, if any, comes once, in front of the first."""
+    later = (list(language.tokenizer.encode(text, add_special_tokens=False)) for text in texts[1:])
+    return [*map(language._text_ids, texts[:1]), *later]
+
+
 @torch.no_grad()
-def segment_inputs(language: LanguageModel, segments: Sequence[str | Tensor]) -> Tensor:
+def segment_inputs(
+    language: LanguageModel, segments: Sequence[str | Tensor], ids: Sequence[list[int]] | None = None
+) -> Tensor:
     """Texts and soft prompts in any order, for several media and turns; nothing is cut.
 
-    The tokenizer's leading token, if any, comes once, in front of the first text, and an encoder's end token once, at
-    the end: `[prefix_NL, prompt]` gives what `prompt_inputs` does.
+    An encoder's end token comes once, at the end: `[prefix_NL, prompt]` gives what `prompt_inputs` does.
 
     Args:
         language: The model that will read them.
         segments: Texts, and soft prompts [N, L] of any bridge.
+        ids: The texts' `text_ids`, from a caller that has counted them; None: they are tokenised here.
 
     Returns:
         inputs_SL, in the type of the language model's embeddings.
@@ -41,16 +49,16 @@ def segment_inputs(language: LanguageModel, segments: Sequence[str | Tensor]) ->
         ValueError: If there is none, or soft prompts have another width than the model.
     """
     weight = cast(Any, language.model).get_input_embeddings().weight
-    texts = [segment for segment in segments if isinstance(segment, str)]
-    ids = [_ids(language, text, is_first=place == 0) for place, text in enumerate(texts)]
+    if ids is None:
+        ids = text_ids(language, [segment for segment in segments if isinstance(segment, str)])
     if language.is_encoder_decoder:
         end = [int(language.tokenizer.eos_token_id)]
         segments, ids = ([*segments, ""], [*ids, end])
     rows, ids_left = [], iter(ids)
     for segment in segments:
         if isinstance(segment, str):
-            text_ids = torch.tensor(next(ids_left), dtype=torch.long, device=weight.device)
-            rows.append(language._embed(text_ids))
+            ids_T = torch.tensor(next(ids_left), dtype=torch.long, device=weight.device)
+            rows.append(language._embed(ids_T))
         elif segment.ndim != 2 or segment.shape[1] != language.width:
             raise ValueError(
                 f"soft prompts are {tuple(segment.shape)} but the language model takes [rows, {language.width}]"
@@ -60,11 +68,6 @@ def segment_inputs(language: LanguageModel, segments: Sequence[str | Tensor]) ->
     if not rows:
         raise ValueError("no segments: give at least one text or soft prompts")
     return torch.cat(rows)
-
-
-def num_text_tokens(language: LanguageModel, text: str) -> int:
-    """Rows that `text` takes among `segment_inputs`, as a later segment."""
-    return len(_ids(language, text, is_first=False))
 
 
 def require_shareable(language: LanguageModel, num_bridges: int) -> None:
@@ -78,9 +81,3 @@ def require_shareable(language: LanguageModel, num_bridges: int) -> None:
             f"the language model carries low-rank updates (model.lora) of one bridge but {num_bridges} bridges would "
             "share it; serve that bridge by itself, or merge its updates with `qformer export`"
         )
-
-
-def _ids(language: LanguageModel, text: str, *, is_first: bool) -> list[int]:
-    if is_first:
-        return language._text_ids(text)
-    return list(language.tokenizer.encode(text, add_special_tokens=False))

@@ -40,12 +40,12 @@ def test_other_names(host):
 
 @pytest.mark.parametrize(
     ("is_local", "has_keys", "statuses"),
-    [(True, False, [403] * 4), (True, True, [401, 200, 200, 200]), (False, False, [200] * 4)],
+    [(True, False, [403] * 5), (True, True, [401, 200, 200, 200, 404]), (False, False, [200, 200, 200, 200, 404])],
 )
 def test_every_page_is_kept_unless_keys_keep_them_or_the_service_is_open(is_local, has_keys, statuses):
     async def run():
         async with client(Models(), is_local=is_local, keys=[make_key("alice")[1]] if has_keys else ()) as session:
-            paths = ("/v1/models", "/healthz", "/openapi.json", "/")
+            paths = ("/v1/models", "/healthz", "/openapi.json", "/", "/nowhere")
             return [(await session.get(path, headers={"Host": "evil.example"})).status_code for path in paths]
 
     assert asyncio.run(run()) == statuses

@@ -10,7 +10,7 @@ from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
 from qformer.generation.completion import complete
 from qformer.generation.engine import Engine
-from qformer.generation.inputs import num_text_tokens, prompt_inputs, require_shareable, segment_inputs
+from qformer.generation.inputs import prompt_inputs, require_shareable, segment_inputs, text_ids
 from qformer.generation.request import (
     EngineRequest,
     GenerationFailedError,
@@ -184,7 +184,10 @@ def test_segments_in_any_order_and_the_prompt_alone(language):
     assert torch.equal(chat[:first], rows[:first]) and torch.equal(chat[first : first + 6], prefix_BNL[0])
     assert torch.equal(chat[first + 6 : first + 8], rows[first : first + 2])
     assert torch.equal(chat[first + 14 :], rows[first + 2 :])
-    assert num_text_tokens(language, "circle left") == 2
+    ids = text_ids(language, ["red", "circle left"])
+    assert [*ids[0], *ids[1]] == whole[: first + 2] and len(ids[1]) == 2
+    counted = segment_inputs(language, ["red", prefix_BNL[0], "circle left"], ids)
+    assert torch.equal(counted, segment_inputs(language, ["red", prefix_BNL[0], "circle left"]))
     with pytest.raises(ValueError, match=rf"takes \[rows, {language.width}\]"):
         segment_inputs(language, [torch.zeros(2, 8)])
 
