@@ -27,8 +27,9 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # When this process runs under `uv run`, Ray would start every worker so, and resolve packages anew.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # Half the time from the end of a training loop to fit()'s return is this poll (default 2 s).
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Half the time from the end of a training loop to fit()'s return is this poll (default 2 s); each of them takes
+    # time of the training.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Every execution would print its plan and progress between a job's own lines.
     "RAY_DATA_LOG_LEVEL": "ERROR",
@@ -83,17 +84,14 @@ def joins_cluster(settings: RaySettings) -> bool:
 
 
 @contextmanager
-def ray_session(settings: RaySettings, *, include_dashboard: bool = False) -> Iterator[None]:
+def ray_session(settings: RaySettings) -> Iterator[None]:
     """Have Ray initialised inside the `with` block.
 
     Joins `settings.address`, else the cluster named by RAY_ADDRESS (as under `ray job submit`), else starts a
-    cluster in this machine: its dashboard listens on loopback only, the rest wants a token. An already initialised
-    Ray is used and left alone.
+    cluster in this machine that wants a token. An already initialised Ray is used and left alone.
 
     Args:
         settings: Address, or the size of the cluster to start.
-        include_dashboard: Start the dashboard with a local cluster. It costs about 2 s, but Ray Train asks it
-            for the state of placement groups and starts its workers some 10 s sooner with it.
 
     Raises:
         UserError: If the named cluster cannot be reached.
@@ -108,7 +106,7 @@ def ray_session(settings: RaySettings, *, include_dashboard: bool = False) -> It
     if address and address != "local":
         _join(address)
     else:
-        _start(settings, include_dashboard)
+        _start(settings)
     try:
         yield
     finally:
@@ -171,7 +169,7 @@ def _require_listener(address: str) -> None:
         ) from error
 
 
-def _start(settings: RaySettings, include_dashboard: bool) -> None:
+def _start(settings: RaySettings) -> None:
     import ray
 
     _provide_token()
@@ -181,8 +179,7 @@ def _start(settings: RaySettings, include_dashboard: bool) -> None:
                 ray.init(
                     address="local",  # never a cluster that merely happens to run on this machine
                     num_cpus=settings.num_cpus or max(MIN_LOCAL_CPUS, num_usable_cpus()),
-                    include_dashboard=include_dashboard,
-                    dashboard_host="127.0.0.1",
+                    include_dashboard=False,  # its ten processes take time of the training
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                 )

@@ -61,7 +61,7 @@ def main(settings: TrainSettings) -> dict[str, Any]:
 
 def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRows | None) -> dict[str, Any]:
     """Run `train_worker` on every rank and return the first rank's result."""
-    with ray_session(settings.ray, include_dashboard=True), tempfile.TemporaryDirectory() as scratch:
+    with ray_session(settings.ray), tempfile.TemporaryDirectory() as scratch:
         workers = settings.min_workers or settings.workers
         require_resources(
             settings.ray,

@@ -46,7 +46,7 @@ def main(settings: DemoSettings) -> int:
     world = steps.folder("world")
     steps.run("world", demo.world.model_dump(), lambda: write_world(world, **demo.world.model_dump()))
     # One Ray for all jobs: each of them would otherwise wait for its own to start.
-    with ray_session(settings.ray, include_dashboard=True):
+    with ray_session(settings.ray):
         _run_jobs(steps, settings)
         if demo.video:
             video.run_jobs(steps, settings)

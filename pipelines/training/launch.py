@@ -8,6 +8,8 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.training.telemetry import ProgressBoard, live_progress
@@ -28,6 +30,19 @@ class _TellFailures(UserCallback):  # type: ignore[misc]
         for rank, error in sorted(worker_exceptions.items()):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self._board.died.remote(f"ALARM worker {rank} died: {type(error).__name__}: {(lines or [''])[-1][:300]}")
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without two actors of Ray Train's, each a process that takes time of the training.
+
+    One shares datasets out, of which it is given none: a `BatchFeed` does that. The other frees the workers' places
+    where their controller has died but the driver lives on, and asks Ray's dashboard every second whether it has; here
+    the driver ends then, which frees them too, and a local cluster has no dashboard.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [one for one in callbacks if not isinstance(one, DatasetsCallback | PlacementGroupCleanerCallback)]
 
 
 def launch(
@@ -63,7 +78,7 @@ def launch(
         UserError: If the controller dies, which Ray Train does not start again.
     """
     board = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=beside_driver()).remote()
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         worker,
         train_loop_config={**arguments, "board": board},
         torch_config=TorchConfig(

@@ -71,10 +71,10 @@ def test_a_busy_machine_is_asked_again(monkeypatch, failures, told):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # lest one be made for this process
     monkeypatch.setattr(ray, "init", init)
     if told is None:
-        _start(RaySettings(), include_dashboard=False)
+        _start(RaySettings())
     else:
         with pytest.raises(UserError, match=told):
-            _start(RaySettings(), include_dashboard=False)
+            _start(RaySettings())
     assert init.call_count == 3
 
 
@@ -82,7 +82,7 @@ def test_another_trouble_of_rays_is_not_taken_for_a_busy_machine(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.setattr(ray, "init", mock.Mock(side_effect=ValueError("another")))
     with pytest.raises(ValueError, match="another"):
-        _start(RaySettings(), include_dashboard=False)
+        _start(RaySettings())
 
 
 def test_an_initialised_ray_is_used_and_left_alone(ray_local):
