@@ -29,8 +29,6 @@ APP_NAME = "qformer"
 MAX_KEY_FILE_BYTES = 2**20
 # The service answers its own timeouts in JSON; the proxy's deadline only catches a service that is gone.
 PROXY_GRACE_S = 10.0
-# A proxy's own line for each request would tell less than the service's (`records`), and keep the next one waiting.
-PROXY_LOGGING = {"enable_access_log": False}
 
 
 def main(settings: ServeSettings) -> None:
@@ -255,7 +253,8 @@ def _served(settings: ServeSettings, what: Served) -> Iterator[str]:
             "port": settings.port,
             "request_timeout_s": settings.requests.timeout_s + PROXY_GRACE_S,
         },
-        logging_config=PROXY_LOGGING,
+        # The service writes a line for each request, and more in it; the proxy's own would keep the next one waiting.
+        logging_config={"enable_access_log": False},
     )
     try:
         update(what)

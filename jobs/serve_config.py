@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from jobs.serve import APP_NAME, PROXY_GRACE_S, PROXY_LOGGING, require_guarded, what_to_serve
+from jobs.serve import APP_NAME, PROXY_GRACE_S, require_guarded, what_to_serve
 from jobs.settings_serve import ServeSettings, ServiceSettings
 from pipelines.serving.adapters import Backbones
 
@@ -83,7 +83,6 @@ def serve_config(settings: ServeSettings) -> dict[str, Any]:
             "port": settings.port,
             "request_timeout_s": settings.requests.timeout_s + PROXY_GRACE_S,
         },
-        "logging_config": PROXY_LOGGING,
         "applications": [
             {
                 "name": APP_NAME,

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ray.serve._private import common
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,9 +22,6 @@ WAIT_S = 0.05
 """For the rest of a body whose head is there; a slow client's is fetched as it comes."""
 
 _BODY = "qformer.body"
-
-_REQUEST, _LOOK_UP = "StreamingHTTPRequest", "receive_asgi_messages"
-"""Serve's class of requests as they come to a replica, and its property that finds the actor to call back."""
 
 _FETCH = "_receive_asgi_messages"
 """Attribute of Serve's `receive` (`ASGIReceiveProxy`): the call back, which it makes whether or not anybody waits."""
@@ -52,7 +48,6 @@ class BodyFromHead:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        _look_up_later()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; what was read ahead is received first, and once."""
@@ -106,28 +101,6 @@ def _ahead(body: bytes, receive: Receive) -> Receive:
         return message
 
     return receive_ahead
-
-
-class _Later(property):
-    """A property whose value is a function; what it takes to get that is done when the function is called."""
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """See `property`."""
-        if instance is None:
-            return self
-        look_up = super().__get__
-        return lambda *args: look_up(instance, owner)(*args)
-
-
-def _look_up_later() -> None:
-    """Have Serve look for the proxy's actor when it calls it back, not at every request.
-
-    It asks the head node for it, for half a millisecond, and the replica's event loop waits.
-    """
-    request = getattr(common, _REQUEST, None)
-    found = getattr(request, _LOOK_UP, None)
-    if isinstance(found, property) and not isinstance(found, _Later):
-        setattr(request, _LOOK_UP, _Later(found.fget))
 
 
 def _put_off(receive: Receive) -> Callable[[], None]:

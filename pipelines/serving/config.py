@@ -89,7 +89,7 @@ class RequestLimits:
     max_text_characters: int = 32_768
     """Of all texts together, before anything else looks at them."""
     max_prompt_tokens: int = 2048
-    """Text tokens of the conversation; soft prompts are not counted."""
+    """Text tokens of the conversation, with the tokenizer's leading one; soft prompts are not counted."""
     max_new_tokens: int = 1024
     """The most that `max_tokens` may ask for."""
     max_embedding_inputs: int = 64

@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
+_requests = logging.getLogger("ray.serve")
+"""See `records.logger`."""
 
 RETRY_AFTER_S = 1
 # What routing itself refuses; all other statuses come from `ApiError`.
@@ -78,12 +80,23 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal", "the server failed on this request; its log says why")
 
 
-def error_response(refusal: Refusal, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(refusal: Refusal) -> JSONResponse:
     """The one shape of an error answer."""
     extra = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
     if refusal.status == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(refusal.body(), status_code=refusal.status, headers={**(headers or {}), **extra})
+    return JSONResponse(refusal.body(), status_code=refusal.status, headers=extra)
+
+
+def turned_away(request: Request, refusal: Refusal) -> JSONResponse:
+    """Answer a request that no endpoint sees, and tell of it as endpoints do of theirs."""
+    told = {
+        "method": request.method,
+        "path": request.scope["path"][:200],
+        "client": request.client and request.client.host,
+    }
+    _requests.info("refused", extra={**told, "status": refusal.status, "error": refusal.code})
+    return error_response(refusal)
 
 
 def add_error_handlers(http: FastAPI) -> None:
@@ -96,8 +109,10 @@ def add_error_handlers(http: FastAPI) -> None:
     async def refuse_route(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         code = _ROUTING_CODES.get(error.status_code, "http_error")
-        message = f"{request.method} {request.url.path[:200]}: {error.detail}; /openapi.json lists what there is"
-        return error_response(Refusal(error.status_code, code, message), dict(error.headers or {}))
+        message = f"{request.method} {request.scope['path'][:200]}: {error.detail}; /openapi.json lists what there is"
+        response = turned_away(request, Refusal(error.status_code, code, message))
+        response.headers.update(error.headers or {})
+        return response
 
     http.add_exception_handler(ApiError, refuse)
     http.add_exception_handler(HTTPException, refuse_route)

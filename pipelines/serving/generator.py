@@ -82,7 +82,7 @@ class GeneratorWorker:
         source: The language model.
         kv_tokens: See `Engine`.
         max_sequences: Answers at a time.
-        max_prompt_tokens: Text tokens of one prompt.
+        max_prompt_tokens: Text tokens of one prompt, with the tokenizer's leading one.
         use_gpu: Run on CUDA.
         turn: Held for every step; see `Turns`.
     """

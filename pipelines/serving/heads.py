@@ -9,10 +9,10 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping
 
-from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipelines.serving.errors import ApiError, error_response
+from pipelines.serving.errors import ApiError, turned_away
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]+)?")
 _PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
@@ -65,8 +65,9 @@ class CheckedHead:
         """Pass a request on, or refuse it."""
         app = self._app
         if scope["type"] == "http":
+            request = Request(scope)
             try:
-                check_head(Headers(scope=scope), is_local=self._is_local())
+                check_head(request.headers, is_local=self._is_local())
             except ApiError as error:
-                app = error_response(error.refusal)
+                app = turned_away(request, error.refusal)
         await app(scope, receive, send)

@@ -8,8 +8,6 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.training.telemetry import ProgressBoard, live_progress
@@ -17,6 +15,10 @@ from qformer.errors import UserError
 
 _RESIZE_PAUSE_S = 60.0
 """Between looks for nodes that have come. Growing restarts the workers, from the last checkpoint."""
+
+
+_UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+"""Of the callbacks that every trainer has; see `_Trainer`."""
 
 
 class _TellFailures(UserCallback):  # type: ignore[misc]
@@ -36,13 +38,13 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Without two actors of Ray Train's, each a process that takes time of the training.
 
     One shares datasets out, of which it is given none: a `BatchFeed` does that. The other frees the workers' places
-    where their controller has died but the driver lives on, and asks Ray's dashboard every second whether it has; here
-    the driver ends then, which frees them too, and a local cluster has no dashboard.
+    where their controller has died but the driver lives on, and asks Ray's dashboard every second whether it has; a
+    job ends then, which frees them too, and a local cluster has no dashboard.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
-        return [one for one in callbacks if not isinstance(one, DatasetsCallback | PlacementGroupCleanerCallback)]
+        return [one for one in callbacks if type(one).__name__ not in _UNUSED]
 
 
 def launch(
@@ -69,7 +71,7 @@ def launch(
         use_gpu: One GPU a rank.
         max_failures: Restarts of the whole group after a crash.
         hang_timeout_s: Longest step; collectives wait twice as long, so that the watchdog speaks first.
-        name: Shown in Ray's dashboard and the progress line.
+        name: Shown in the progress line, and in the dashboard of a cluster that has one.
         scratch: Folder for Ray Train's own records; our checkpoints lie in the run folder.
         total_steps: For the progress line.
         keep: Takes of what workers died that nobody came after to write down.

@@ -4,8 +4,6 @@ import asyncio
 import pickle
 
 import pytest
-import ray
-from ray.serve._private.common import StreamingHTTPRequest
 from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import Request
 
@@ -153,27 +151,6 @@ def test_serve_calls_back_for_nothing_where_nobody_waits_at_all():
             await fetching
 
     asyncio.run(asyncio.wait_for(serve(passed_on(head(4), (0, part(b"abcd")), (0.01, DISCONNECT))["scope"]), timeout=5))
-
-
-def test_replicas_look_the_proxy_up_only_to_call_it_back(monkeypatch):
-    asked = []
-
-    class Method:
-        remote = staticmethod(lambda *args: args)
-
-    class Proxy:
-        receive_asgi_messages = Method
-
-    def get_actor(name, namespace):
-        asked.append(name)
-        return Proxy
-
-    monkeypatch.setattr(ray, "get_actor", get_actor)
-    for _ in range(2):  # as many applications as there are
-        BodyFromHead(None)
-    call_back = StreamingHTTPRequest(pickle.dumps({}), proxy_actor_name="the proxy").receive_asgi_messages
-    assert asked == []
-    assert [call_back("request") for _ in range(2)] == [("request",)] * 2 and asked == ["the proxy"]
 
 
 def test_proxies_are_told_of_it():

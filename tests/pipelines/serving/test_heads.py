@@ -1,6 +1,7 @@
 """Which names a service on loopback without keys answers to, and what else no head may hold."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -57,3 +58,19 @@ def test_nobody_has_the_proxy_look_away(name):
     response = post(models, "/v1/caption", content=jpeg_bytes(), headers={"Content-Type": "image/jpeg", name: "?1"})
     assert response.status_code == 400 and name.lower() in response.json()["error"]["message"]
     assert not models.pixels
+
+
+@pytest.mark.parametrize(
+    ("is_local", "host", "status", "code"),
+    [(True, "[", 403, "host_not_allowed"), (False, "[", 404, "not_found"), (False, "localhost", 404, "not_found")],
+)
+def test_what_no_endpoint_sees_is_told_of_all_the_same(caplog, is_local, host, status, code):
+    async def run():
+        async with client(Models(), is_local=is_local) as session:
+            return await session.get("/nowhere?secret=1", headers={"Host": host})
+
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        response = asyncio.run(run())
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    [line] = [record for record in caplog.records if record.name == "ray.serve"]
+    assert (line.method, line.path, line.status, line.error) == ("GET", "/nowhere", status, code)
