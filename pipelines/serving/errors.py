@@ -8,9 +8,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-logger = logging.getLogger(__name__)
-_requests = logging.getLogger("ray.serve")
-"""See `records.logger`."""
+logger = logging.getLogger("ray.serve")
+"""As `records.logger`."""
 
 RETRY_AFTER_S = 1
 # What routing itself refuses; all other statuses come from `ApiError`.
@@ -95,7 +94,7 @@ def turned_away(request: Request, refusal: Refusal) -> JSONResponse:
         "path": request.scope["path"][:200],
         "client": request.client and request.client.host,
     }
-    _requests.info("refused", extra={**told, "status": refusal.status, "error": refusal.code})
+    logger.info("refused", extra={**told, "status": refusal.status, "error": refusal.code})
     return error_response(refusal)
 
 

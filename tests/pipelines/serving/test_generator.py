@@ -56,6 +56,16 @@ def test_what_is_too_long_is_said_in_the_clients_words(worker, num_rows, param):
     assert not any(word in refusal.message for word in ("kv_tokens", "max_new_tokens", "rows"))
 
 
+def test_texts_may_have_as_many_tokens_as_the_limit_says_and_not_one_more(worker):
+    worker._max_prompt_tokens = 8  # the leading token, and seven words
+    rows = np.zeros((4, 32), dtype=np.float32)
+    fits = asyncio.run(worker.answer(prompt("red " * 3, rows, "red " * 4, max_new_tokens=1)))
+    assert (fits.prompt_tokens, fits.completion_tokens) == (12, 1)
+    refusal = asyncio.run(worker.answer(prompt("red " * 4, rows, "red " * 4, max_new_tokens=1)))
+    assert (refusal.code, refusal.param) == ("context_length_exceeded", "messages")
+    assert "9 text tokens exceed the limit of 8" in refusal.message
+
+
 @pytest.mark.parametrize(("text", "is_aside"), [("red", False), ("red " * LONG_PROMPT, True)])
 def test_only_long_prompts_are_read_beside_the_event_loop(worker, monkeypatch, text, is_aside):
     threads = []
