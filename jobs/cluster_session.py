@@ -51,6 +51,15 @@ _OF_PROCESSES = {
     # A proxy calls replicas from the event loop that it reads requests on. This process has no such loop, so it is
     # for those that Ray starts alone.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # The rest spares a training on few cores what nobody asks for on a cluster that is this machine alone, and has no
+    # dashboard: an actor that looks whether a node will be taken away,
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # the history of tasks and the statistics of event loops,
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    # and a look for new log files ten times a second.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
 }
 
 

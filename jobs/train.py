@@ -14,7 +14,7 @@ from jobs.cluster_session import ray_session, require_resources
 from jobs.run_folder import run_folder
 from jobs.settings import TrainSettings
 from jobs.train_inputs import LEARN_TOKENIZER, tokenizer_folder, with_absolute_paths
-from jobs.train_rows import TrainingRows, start_feed, training_rows, validation_rows
+from jobs.train_rows import TrainingRows, start_desk, start_feed, training_rows, validation_rows
 from pipelines.data import schema, storage
 from pipelines.data.mixture import Corpus
 from pipelines.data.row_index import streamed
@@ -78,11 +78,12 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         # neither must wait for a CPU of their own.
         decoders = {"decode_workers": settings.decode_workers}
         is_greedy = settings.min_workers is not None and not settings.use_gpu
-        feed = start_feed(rows, total_steps=settings.steps, reserves_cpus=not is_greedy, **decoders)
-        feeds = [feed]
+        desk = start_desk(rows, total_steps=settings.steps, reserves_cpus=not is_greedy, **decoders)
+        feeds = [desk]
         arguments = {
             "settings": settings.model_dump(),
-            "feed": feed,
+            "feed": desk,
+            "board": desk,
             "cache": rows.cache,
             "order": f"{rows.order.fingerprint}/{rows.corpus.fingerprint}/{settings.stage}",
             "rows": rows.order.rows_per_epoch,
@@ -101,6 +102,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
             return launch(
                 train_worker,
                 arguments,
+                board=desk,
                 workers=settings.workers,
                 min_workers=settings.min_workers,
                 use_gpu=settings.use_gpu,

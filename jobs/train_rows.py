@@ -58,14 +58,26 @@ def validation_rows(settings: TrainSettings) -> TrainingRows | None:
     return _with_cache(settings, corpus, order, validation.features)
 
 
+def start_desk(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
+    """An actor that hands the training's rows out and keeps what it has to say; see `RunDesk`."""
+    from pipelines.training.desk import RunDesk
+
+    return _start(RunDesk, rows, total_steps, decode_workers, reserves_cpus)
+
+
 def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
-    """An actor that hands the rows out; see `BatchFeed`."""
+    """An actor that hands rows out; see `BatchFeed`."""
+    from pipelines.training.feed import BatchFeed
+
+    return _start(BatchFeed, rows, total_steps, decode_workers, reserves_cpus)
+
+
+def _start(kind: type, rows: TrainingRows, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
     import ray
 
-    from pipelines.training.feed import BatchFeed
     from pipelines.training.launch import beside_driver
 
-    actor = ray.remote(BatchFeed).options(num_cpus=0, scheduling_strategy=beside_driver())
+    actor = ray.remote(kind).options(num_cpus=0, scheduling_strategy=beside_driver())
     return actor.remote(
         rows.order,
         [ray.put(rows.corpus)],

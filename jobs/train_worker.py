@@ -53,7 +53,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     A mistake of the user is returned as {"mistake": message}: raised, it would be tried again `max_failures` times.
 
     Args:
-        arguments: settings (dumped), feed and board (actor handles), cache (`FeatureCache` or None), order (its
+        arguments: settings (dumped), feed and board (handles of one actor), cache (`FeatureCache` or None), order (its
             fingerprint), rows (of an epoch), steps_per_epoch; of the validation, if any, validation_feed,
             validation_cache, validation_rows and validation_steps.
     """

@@ -32,7 +32,6 @@ from pipelines.data.stage_costs import StageCosts
 if TYPE_CHECKING:
     from pipelines.data.encode_shards import EncoderChoice
 
-_PREFETCHED_BATCHES = 2
 _SEGMENT_BLOCKS = 2048
 """Most input blocks of one dataset: Ray handles all of them before the first comes out."""
 _MIN_SEGMENT_STEPS, _MAX_SEGMENT_BLOCKS = 64, 16_384
@@ -61,7 +60,9 @@ class RankStream:
             RuntimeError: If Ray Data dealt a block to the wrong rank or out of turn, or lost one.
         """
         step = self.first_step
-        tables = self.blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCHED_BATCHES)
+        # Who iterates reads ahead itself. Ray's own reading ahead takes four threads more, which ask each other twenty
+        # times a second whether there is something to do.
+        tables = self.blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for table in (part for block in tables for part in split_steps(block)):
             batch = unpack(table)
             quarantine.require_readable(batch.failures)

@@ -33,6 +33,7 @@ def read_and_die_once(arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     (folder / "arriving").touch()
     options = {"start_step": 0, "total_steps": STEPS, "rank": rank(), "world_size": 2, "source": DECODE}
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     found = [[batch.step, batch.sample_ids] for batch in rank_batches(arguments["feed"], attempt=attempt, **options)]
     (folder / f"rank-{rank()}.json").write_text(json.dumps(found))
     return {}
@@ -40,14 +41,14 @@ def read_and_die_once(arguments):
 
 @pytest.mark.slow
 def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
-    from pipelines.training.feed import BatchFeed
+    from pipelines.training.desk import RunDesk
     from pipelines.training.launch import launch
 
     table = image_manifest(tmp_path, 24)
     corpus = Corpus([Source("", TableRows(table))])
     order = Order(corpus.streams("proportional"), 3, 4)
-    actor = ray_local.remote(BatchFeed).options(num_cpus=0)
-    feed = actor.remote(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1)
+    actor = ray_local.remote(RunDesk).options(num_cpus=0)
+    desk = actor.remote(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1)
     options = {
         "use_gpu": False,
         "max_failures": 1,
@@ -59,7 +60,8 @@ def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
     died: list[str] = []
     launch(
         read_and_die_once,
-        {"folder": str(tmp_path), "feed": feed},
+        {"folder": str(tmp_path), "feed": desk},
+        board=desk,
         workers=2,
         total_steps=STEPS,
         keep=died.extend,
@@ -71,4 +73,4 @@ def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
     assert [[step for step, _ in steps] for steps in ranks] == [list(range(STEPS))] * 2
     names = [name for steps in ranks for _, of_step in steps for name in of_step]
     assert sorted(names) == sorted(2 * table["sample_id"].to_pylist())
-    ray_local.kill(feed)
+    ray_local.kill(desk)
