@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,6 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         arguments = {
             "settings": settings.model_dump(),
             "feed": desk,
-            "board": desk,
             "cache": rows.cache,
             "order": f"{rows.order.fingerprint}/{rows.corpus.fingerprint}/{settings.stage}",
             "rows": rows.order.rows_per_epoch,
@@ -136,8 +136,11 @@ def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
             f"model.tokenizer='corpus' needs a local output, not {settings.output!r}; learn it in a local run and "
             "give that run's tokenizer folder"
         )
-    tables = itertools.chain.from_iterable(streamed(source.rows) for source in corpus.sources)
-    captions = (text for table in tables for texts in table[schema.CAPTIONS].to_pylist() for text in texts)
+
+    def captions() -> Iterator[str]:
+        tables = itertools.chain.from_iterable(streamed(source.rows) for source in corpus.sources)
+        return (text for table in tables for texts in table[schema.CAPTIONS].to_pylist() for text in texts)
+
     learn_text_tokenizer(captions, Path(storage.local_path(folder)))
 
 

@@ -82,7 +82,7 @@ def _write_bridge(folder: Path, captions: list[str]) -> None:
     overrides = ["init_from=null", f"model.vision={CONFIGS.parent / 'demo' / 'models' / 'vision'}"]
     settings = load(TrainSettings, [CONFIGS / "blip2_stage1.yaml", CONFIGS / "toy.yaml"], overrides)
     with tempfile.TemporaryDirectory() as tokenizer:
-        learn_text_tokenizer(captions, Path(tokenizer))
+        learn_text_tokenizer(lambda: captions, Path(tokenizer))
         choice = choice_from(
             settings.model.model_dump(), stage=1, num_frames=settings.data.num_frames, tokenizer=tokenizer
         )

@@ -66,7 +66,7 @@ def launch(
     total_steps: int,
     keep: Callable[[Sequence[str]], None],
 ) -> dict[str, Any]:
-    """Run `worker(arguments)` on every rank and return the first rank's result.
+    """Run `worker(arguments | {"board": board})` on every rank and return the first rank's result.
 
     Args:
         worker: The training function; importable by the workers.
@@ -87,7 +87,7 @@ def launch(
     """
     trainer = _Trainer(
         worker,
-        train_loop_config=arguments,
+        train_loop_config={**arguments, "board": board},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=math.ceil(2 * hang_timeout_s)
         ),

@@ -110,7 +110,7 @@ def train_run(world, settings, captions=None):
     (output / "settings.yaml").write_text(resolved_yaml(settings))
     captions = captions or [row["captions"] for row in world.rows]
     tokenizer = Path(tokenizer_folder(settings))
-    learn_text_tokenizer(list(itertools.chain.from_iterable(captions)), tokenizer)
+    learn_text_tokenizer(lambda: itertools.chain.from_iterable(captions), tokenizer)
     run = TrainingRun(
         choice_from(settings.model.model_dump(), stage=settings.stage, num_frames=2, tokenizer=str(tokenizer)),
         CPU, precision=settings.precision, seed=settings.seed, init_from=settings.init_from, features=world.spec,

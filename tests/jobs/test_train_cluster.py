@@ -50,7 +50,6 @@ def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, unint
             tmp_path / "run",
             workers=3,
             min_workers=1,
-            tokenizer=uninterrupted / "tokenizer",
             ray=RaySettings(address=address),
         )
         with Job(run, tmp_path / "log", environment=cluster.environment) as job:

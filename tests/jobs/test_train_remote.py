@@ -40,7 +40,7 @@ def bucket(tmp_path_factory):
 def test_a_run_on_a_store_is_written_and_resumed(bucket, tmp_path):
     output = f"{bucket}/stage1"
     data = TrainDataSettings(manifest=f"{bucket}/world/manifest.jsonl", num_frames=2)
-    learn_text_tokenizer(["a small red circle is left of a blue square"], tmp_path / "tokenizer")
+    learn_text_tokenizer(lambda: ["a small red circle is left of a blue square"], tmp_path / "tokenizer")
     model = settings(tmp_path, "x").model.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
     validation = ValidationSettings(split="test", every=4)
     chosen = settings(

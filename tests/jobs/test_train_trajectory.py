@@ -30,9 +30,6 @@ def chosen(world, output, **changes):
     """Batches of 31, which no number of workers divides; dropout 0."""
     plain = settings(world, output)
     model = plain.model.model_copy(update={"qformer": TINY.model_copy(update={"dropout": 0.0})})
-    # The vocabulary is learned once, by the uninterrupted run: learning it twice may number words otherwise.
-    if (tokenizer := changes.pop("tokenizer", None)) is not None:
-        model = model.model_copy(update={"tokenizer": str(tokenizer)})
     values = {
         "model": model,
         "steps": STEPS,
@@ -80,8 +77,7 @@ def random_step(*between):
 
 @pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController", "job"])
 def test_killed_and_resumed(victim, world, uninterrupted, tmp_path):
-    tokenizer = uninterrupted / "tokenizer"
-    run = chosen(world, tmp_path / "run", max_failures=1, tokenizer=tokenizer)
+    run = chosen(world, tmp_path / "run", max_failures=1)
     with Job(run, tmp_path / "log") as job:
         job.wait_for_step(random_step(6, 30))
         if victim == "job":
@@ -102,9 +98,8 @@ def test_killed_and_resumed(victim, world, uninterrupted, tmp_path):
 
 
 def test_with_two_then_one_then_three_workers(world, uninterrupted, tmp_path):
-    tokenizer = uninterrupted / "tokenizer"
     for workers, until in ((2, random_step(6, 14)), (1, random_step(18, 26)), (3, None)):
-        run = chosen(world, tmp_path / "run", workers=workers, tokenizer=tokenizer)
+        run = chosen(world, tmp_path / "run", workers=workers)
         with Job(run, tmp_path / f"log{workers}", resume=workers != 2) as job:
             if until is None:
                 assert job.end() == 0, job.log.read_text()[-3000:]
@@ -117,7 +112,7 @@ def test_with_two_then_one_then_three_workers(world, uninterrupted, tmp_path):
 
 
 def test_gradient_caching_changes_nothing(world, uninterrupted, tmp_path):
-    run = chosen(world, tmp_path / "run", micro_batch=5, tokenizer=uninterrupted / "tokenizer")
+    run = chosen(world, tmp_path / "run", micro_batch=5)
     with Job(run, tmp_path / "log") as job:
         assert job.end() == 0, job.log.read_text()[-3000:]
     assert_same_trajectory(tmp_path / "run", uninterrupted, OTHER_WORLD)

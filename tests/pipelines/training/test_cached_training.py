@@ -45,7 +45,8 @@ def world(tmp_path_factory):
     for shard in shards:
         encode(decode_rows(shard))
     write_index(cache, len(shards))
-    learn_text_tokenizer([text for texts in manifest[schema.CAPTIONS].to_pylist() for text in texts], folder / "words")
+    captions = [text for texts in manifest[schema.CAPTIONS].to_pylist() for text in texts]
+    learn_text_tokenizer(lambda: captions, folder / "words")
     yield manifest, decode_rows, open_cache(cache), folder / "words"
     decode_rows.close()
 

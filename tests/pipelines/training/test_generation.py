@@ -26,7 +26,7 @@ from tests.qformer.test_language import tiny_language
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    learn_text_tokenizer([*CAPTIONS, "what is in the picture"], folder)
+    learn_text_tokenizer(lambda: [*CAPTIONS, "what is in the picture"], folder)
     return folder
 
 
@@ -186,7 +186,7 @@ def test_a_long_instruction_is_cut_and_counted_for_each_reader(tokenizer, t5, st
 
 def test_a_reading_qformer_keeps_the_words_of_stage_1(tokenizer, t5, stage1, tmp_path):
     """The tokenizer of init_from wins over the settings', whose ids mean other words."""
-    learn_text_tokenizer(["entirely other words"], tmp_path / "other")
+    learn_text_tokenizer(lambda: ["entirely other words"], tmp_path / "other")
     chosen = dataclasses.replace(kinds(tokenizer, t5)["instructed"], tokenizer=str(tmp_path / "other"))
     run = make_run(chosen, stage1)
     assert run.tokenizer.tokenizer.get_vocab() == load_text_tokenizer(str(tokenizer), 16).tokenizer.get_vocab()

@@ -112,7 +112,7 @@ def train(run, output, start_step=0, accounting=None, training=None, stop_at=Non
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    learn_text_tokenizer(CAPTIONS, folder)
+    learn_text_tokenizer(lambda: CAPTIONS, folder)
     return folder
 
 
