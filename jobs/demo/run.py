@@ -126,7 +126,8 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
         optim=OptimSettings(
             learning_rate=chosen.learning_rate,
             min_learning_rate=chosen.learning_rate / 20,
-            warmup_steps=min(30, chosen.steps // 10),
+            # With 30 steps, this rate throws stage 1 off, and whether it recovers is luck.
+            warmup_steps=min(90, chosen.steps // 5),
         ),
         steps=chosen.steps,
         batch_size=chosen.batch_size,
