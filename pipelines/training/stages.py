@@ -6,6 +6,7 @@ Dimensions: B local batch, F frames, T text tokens, G frames of several samples,
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -122,9 +123,10 @@ class RepresentationStage:
 
     def _inputs(self, batch: SampleBatch, precision: Precision) -> Stage1Batch:
         device = self.trainables.temperature.device
-        with _raised_by_all_ranks(device):
+        with _raised_by_all_ranks(device) as longest:
             ids_BT, mask_BT, num_truncated = self.tokenizer.encode(batch.captions)
             self.num_truncated += num_truncated
+            longest.number = ids_BT.shape[1]
             parts = _parts(batch, self.micro_batch)
             with precision.autocast():
                 image_BFPV = torch.cat([self.encode(_rows(batch, part)) for part in parts])
@@ -140,7 +142,7 @@ class RepresentationStage:
             self.trainables.check(inputs)
             require_finite(inputs.image_BFPV, inputs.is_valid_B, inputs.sample_ids)
         # Ranks exchange rows of text, which must be of one length.
-        extra = _largest_over_ranks(ids_BT.shape[1], device) - ids_BT.shape[1]
+        extra = longest.number - ids_BT.shape[1]
         ids_BT, mask_BT = F.pad(inputs.input_ids_BT, (0, extra)), F.pad(inputs.is_text_BT, (0, extra))
         return dataclasses.replace(inputs, input_ids_BT=ids_BT, is_text_BT=mask_BT)
 
@@ -277,26 +279,32 @@ def _outcome(terms: dict[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_f
     )
 
 
+@dataclass(slots=True)
+class _Largest:
+    """A number of this rank; after `_raised_by_all_ranks` the largest of all ranks'."""
+
+    number: int = 0
+
+
 @contextlib.contextmanager
-def _raised_by_all_ranks(device: torch.device) -> Iterator[None]:
-    """Let one rank's bad data end all ranks with its message: the others would wait for it in a collective."""
-    mistake = None
+def _raised_by_all_ranks(device: torch.device) -> Iterator[_Largest]:
+    """Let one rank's bad data end all ranks with its message: the others would wait for it in a collective.
+
+    Yields:
+        For a number that the ranks must agree on, which costs no exchange of its own.
+    """
+    mistake, largest = None, _Largest()
+    if world_size() == 1:
+        yield largest
+        return
     try:
-        yield
+        yield largest
     except ValueError as error:
-        if world_size() == 1:
-            raise
         mistake = error
     grade = 0 if mistake is None else 1 if isinstance(mistake, NotFiniteError) else 2
-    if worst := _largest_over_ranks(grade, device):
+    numbers = torch.tensor([grade, largest.number], device=device)
+    distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
+    worst, largest.number = numbers.tolist()
+    if worst:
         text = any_text(str(mistake) if grade == worst else None)
         raise (NotFiniteError if worst == 1 else ValueError)(text) from mistake
-
-
-def _largest_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of all ranks' numbers."""
-    if world_size() == 1:
-        return number
-    largest = torch.tensor(number, device=device)
-    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    return int(largest)
