@@ -47,6 +47,12 @@ _MAX_STARTS = 10
 """From one step, where a run may be restarted as often as nodes are lost: more are no accident."""
 
 
+_DESK_DIED = (
+    "the process that hands out the batches died (killed, or out of memory); the run stands at its newest checkpoint: "
+    "run the same command with --resume"
+)
+
+
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank; the first rank's return value is the run's summary.
 
@@ -58,7 +64,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             validation_cache, validation_rows and validation_steps.
     """
     settings, mistake = TrainSettings.model_validate(arguments["settings"]), None
-    if (told := ray.get(arguments["board"].mistake.remote())) is not None:
+    try:
+        told = ray.get(arguments["board"].mistake.remote())
+    except ray.exceptions.ActorDiedError:  # for every rank alike, and at every start
+        return {"mistake": _DESK_DIED}
+    if told is not None:
         return {"mistake": told}  # of one rank, which ended the start before this one
     try:
         state = _built(arguments, settings)

@@ -9,7 +9,8 @@ from pipelines.training.telemetry import ProgressBoard
 class RunDesk(BatchFeed, ProgressBoard):
     """Both in one actor: each process of Ray's takes 0.7 % of a core of the training, idle or not.
 
-    Who asks the board while a segment is planned waits a second or two; the training does not ask.
+    Who asks the board while a segment is planned waits a second or two; the training asks where it starts, or ends on a
+    mistake.
 
     Args:
         arguments: Of `BatchFeed`.

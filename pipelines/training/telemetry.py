@@ -20,6 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 POLL_PAUSE_S = 0.5
 REMOTE_PAUSE_S = 60.0
 """Object stores cannot append: there the file is written whole, but not at every log line."""
+_ANSWER_S = 10.0
+"""Most time that a poll waits: the board may be doing something else."""
 QUIET_PAUSE_S = 15.0
 """Between progress lines where there is no terminal."""
 
@@ -177,7 +179,7 @@ def live_progress(board: Any, total_steps: int, title: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join(timeout=5.0)
+        thread.join(timeout=2 * _ANSWER_S)  # that it may wait for now, and a last one
 
 
 def describe(values: dict[str, float]) -> str:
@@ -195,27 +197,40 @@ def _with_chance(name: str, values: dict[str, float]) -> str:
     return f"{term} {values[name]:.3f}" + ("" if chance is None else f" (chance {chance:.3f})")
 
 
-def _poll(board: Any) -> dict[str, float]:
-    """Print what was said, and return the figures."""
-    try:
-        values, news = ray.get(board.read.remote(), timeout=10.0)
-    except ray.exceptions.RayError:
-        return {}  # a busy or ending cluster: the next poll tells
-    for text in news:
-        logger.info("%s", text)
-    return values
+class _Listener:
+    """Asks the board of a run, from one thread."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._asked = board, None
+
+    def poll(self) -> dict[str, float]:
+        """Print what was said, and return the figures; none of a busy or ending cluster, where the next poll tells."""
+        # An answer takes its lines off the board: one that comes late is waited for again, lest they go to nobody.
+        self._asked = self._asked or self._board.read.remote()
+        try:
+            values, news = ray.get(self._asked, timeout=_ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            return {}
+        except ray.exceptions.RayError:
+            self._asked = None
+            return {}
+        self._asked = None
+        for text in news:
+            logger.info("%s", text)
+        figures: dict[str, float] = values
+        return figures
 
 
 def _show_lines(board: Any, total_steps: int, title: str, done: threading.Event) -> None:
-    shown_step, shown_at = 0, time.monotonic()
+    listener, shown_step, shown_at = _Listener(board), 0, time.monotonic()
     while not done.wait(POLL_PAUSE_S):
         if time.monotonic() - shown_at < QUIET_PAUSE_S:
             continue
-        values = _poll(board)
+        values = listener.poll()
         if values and values["step"] > shown_step:
             shown_step, shown_at = int(values["step"]), time.monotonic()
             logger.info("%s  step %d/%d  %s", title, shown_step, total_steps, describe(values))
-    _poll(board)  # a short run has said more than it was asked for
+    listener.poll()  # a short run has said more than it was asked for
 
 
 def _show_bar(board: Any, total_steps: int, title: str, done: threading.Event) -> None:
@@ -230,9 +245,10 @@ def _show_bar(board: Any, total_steps: int, title: str, done: threading.Event) -
     )
     with Progress(*columns, transient=False) as progress:
         task = progress.add_task(title, total=total_steps, line="starting workers")
+        listener = _Listener(board)
         while True:
             is_done = done.wait(POLL_PAUSE_S)
-            values = _poll(board)
+            values = listener.poll()
             if values:
                 progress.update(task, completed=int(values["step"]), line=describe(values))
             if is_done:

@@ -1,5 +1,6 @@
 """A vocabulary of one's own: WordPiece learned from a run's captions."""
 
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,14 @@ def learn_text_tokenizer(captions: Callable[[], Iterable[str]], folder: Path) ->
     if not letters:
         raise UserError("model.tokenizer: 'corpus' found no words in the captions; check data.manifest")
     vocabulary = _learn(captions(), (*_SPECIAL, *letters), size=CORPUS_VOCABULARY)
-    folder.mkdir(parents=True, exist_ok=True)
-    BertWordPieceTokenizer(vocab=vocabulary, lowercase=True).save(str(folder / "tokenizer.json"))
-    BertTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: a resumed run uses the folder that is there.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        saved = Path(unfinished) / folder.name
+        saved.mkdir()
+        BertWordPieceTokenizer(vocab=vocabulary, lowercase=True).save(str(saved / "tokenizer.json"))
+        BertTokenizerFast(tokenizer_file=str(saved / "tokenizer.json")).save_pretrained(str(saved))
+        saved.rename(folder)
 
 
 def _learn(captions: Iterable[str], first: Iterable[str], size: int) -> dict[str, int]:

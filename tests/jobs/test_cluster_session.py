@@ -23,8 +23,9 @@ from jobs.settings_data import RaySettings
 with ray_session(RaySettings(num_cpus=3)):
     import ray
     where = ray.get(ray.remote(lambda: __import__("jobs.settings").__file__).remote())
-    name = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
-    print(os.environ.get(name), ray.get(ray.remote(lambda: os.environ.get(name)).remote()))
+    # Only of its processes; a cluster that is joined keeps its preemption watcher.
+    for name in ("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
+        print(os.environ.get(name), ray.get(ray.remote(lambda: os.environ.get(name)).remote()))
     with ray_session(RaySettings()):  # inside another session: used, and left running
         pass
     print(int(ray.cluster_resources()["CPU"]), where)
@@ -54,7 +55,7 @@ def test_a_session_starts_and_stops_its_own_cluster_and_writes_no_token_file(tmp
         [sys.executable, "-c", SESSION], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["None 0", f"3 {REPOSITORY / 'jobs' / '__init__.py'}", "False False"]
+    assert done.stdout.splitlines() == ["None 0", "None 0", f"3 {REPOSITORY / 'jobs' / '__init__.py'}", "False False"]
     assert done.stderr == ""
 
 

@@ -13,7 +13,7 @@ from jobs.settings import TrainSettings
 from jobs.settings_data import TrainDataSettings
 from jobs.settings_model import ModelSettings
 from jobs.train_reporter import Reporter, keep_events
-from jobs.train_worker import _PreemptionNotice, _stuck
+from jobs.train_worker import _PreemptionNotice, _stuck, train_worker
 from pipelines.data import storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.training.accounting import Accounting
@@ -27,12 +27,15 @@ def board(ray_local):
     ray.kill(actor)
 
 
-def reporter(board, output, start_step=0):
+def settings(output):
     data = TrainDataSettings(manifest="m")
-    settings = TrainSettings(
+    return TrainSettings(
         output=str(output), stage=1, model=ModelSettings(vision="v"), data=data, steps=10, batch_size=2
     )
-    return Reporter(board, settings, start_step)
+
+
+def reporter(board, output, start_step=0):
+    return Reporter(board, settings(output), start_step)
 
 
 def said(board):
@@ -41,6 +44,14 @@ def said(board):
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_start_after_the_desk_died_ends_the_run_in_a_line(ray_local, tmp_path):
+    desk = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    ray.get(desk.mistake.remote())
+    ray.kill(desk)
+    mistake = train_worker({"settings": settings(tmp_path).model_dump(mode="json"), "board": desk})["mistake"]
+    assert "hands out the batches died" in mistake and "--resume" in mistake
 
 
 def test_lines_of_an_earlier_start_stay_and_the_user_is_told(board, tmp_path):

@@ -40,7 +40,8 @@ def read_and_die_once(arguments):
 
 
 @pytest.mark.slow
-def test_the_second_attempt_gets_every_batch(ray_local, tmp_path):
+def test_the_second_attempt_gets_every_batch(ray_local, tmp_path, monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)  # what the user has set stays
     from pipelines.training.desk import RunDesk
     from pipelines.training.launch import launch
 

@@ -1,9 +1,13 @@
-"""A run's log on a disk that is full, or whose last line a crash cut short."""
+"""A run's log on a disk that is full, or whose last line a crash cut short; a board that answers late."""
+
+import logging
+import time
 
 import pytest
 
 from pipelines.data import storage
-from pipelines.training.telemetry import METRICS_FILE, RunLog, read_metrics
+from pipelines.training import telemetry
+from pipelines.training.telemetry import METRICS_FILE, ProgressBoard, RunLog, read_metrics
 
 
 def record(step):
@@ -49,3 +53,27 @@ def test_a_line_that_was_cut_short_is_left_out_and_the_file_mended(ray_local, tm
     log.write(record(2))
     log.close()
     assert [line[:10] for line in file.read_text().splitlines()] == ['{"step": 1', '{"step": 2']
+
+
+class BusyBoard(ProgressBoard):
+    """Does something else at times, as `RunDesk` does."""
+
+    def be_busy(self, seconds):
+        time.sleep(seconds)
+
+
+def test_what_a_busy_board_has_to_say_is_told_later(ray_local, monkeypatch, caplog):
+    monkeypatch.setattr(telemetry, "_ANSWER_S", 0.5)
+    board = ray_local.remote(BusyBoard).options(num_cpus=0).remote()
+    ray_local.get(board.say.remote("ALARM of a worker"))
+    board.be_busy.remote(2.0)
+    listener = telemetry._Listener(board)
+    with caplog.at_level(logging.INFO):
+        assert listener.poll() == {} and not caplog.records
+        ray_local.get(board.be_busy.remote(0.0))
+        board.put.remote({"step": 1.0})
+        told = [listener.poll() for _ in range(2)]
+    assert [record.message for record in caplog.records] == ["ALARM of a worker"]
+    assert told == [{}, {"step": 1.0}]
+    ray_local.kill(board)
+    assert listener.poll() == {}
