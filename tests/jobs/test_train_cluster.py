@@ -1,4 +1,4 @@
-"""A real cluster of three nodes on this machine: one is killed in mid-epoch, and the run ends by itself."""
+"""A real cluster of nodes on this machine: one is killed in mid-epoch and the run ends by itself; one comes."""
 
 import contextlib
 import json
@@ -66,3 +66,32 @@ def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, unint
     assert len(read_metrics(str(tmp_path / "run"))) == STEPS
     assert f"resuming at step {found[-1]['step']} with {groups[-1]} worker" in log  # it says what happened
     assert_same_trajectory(tmp_path / "run", uninterrupted, OTHER_WORLD)
+
+
+def test_a_node_that_comes_grows_the_group(world, tmp_path):  # noqa: F811
+    with contextlib.closing(LocalCluster(2, 1)) as cluster:
+        address = cluster.environment.pop("RAY_ADDRESS")
+        run = chosen(
+            world,
+            tmp_path / "run",
+            workers=3,
+            min_workers=1,
+            steps=100_000,  # more than there is time for: the job is ended when it has grown
+            checkpoint_every=10,
+            ray=RaySettings(address=address),
+        )
+        with Job(run, tmp_path / "log", environment=cluster.environment) as job:
+            job.wait_for_step(3)
+            assert cluster.tell("add") == "3 nodes"
+            end = time.monotonic() + 240
+            while len(starts(tmp_path / "run")) == 1:
+                assert time.monotonic() < end and job.process.poll() is None, job.log.read_text()[-3000:]
+                time.sleep(0.5)
+            first, second, *_ = starts(tmp_path / "run")
+            job.wait_for_step(second["step"] + 5)
+            job.kill()
+        assert (first["workers"], second["workers"]) == (2, 3) and second["step"] > 0
+        assert f"resuming at step {second['step']} with 3 worker" in (tmp_path / "log").read_text()
+    # What followed the last checkpoint was done again, in place of what had been logged.
+    steps = [record["step"] for record in read_metrics(str(tmp_path / "run"))]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > second["step"]
