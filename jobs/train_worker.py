@@ -25,6 +25,7 @@ from pipelines.data.features import FeatureCache
 from pipelines.data.local_copies import drop_copy, local_folder
 from pipelines.training.accounting import Accounting, TooManyQuarantinedError
 from pipelines.training.checkpoint_writer import CheckpointError
+from pipelines.training.desk import DESK_DIED
 from pipelines.training.ema import Ema
 from pipelines.training.feed import rank_batches
 from pipelines.training.flops import StepFlops
@@ -47,12 +48,6 @@ _MAX_STARTS = 10
 """From one step, where a run may be restarted as often as nodes are lost: more are no accident."""
 
 
-_DESK_DIED = (
-    "the process that hands out the batches died (killed, or out of memory); the run stands at its newest checkpoint: "
-    "run the same command with --resume"
-)
-
-
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank; the first rank's return value is the run's summary.
 
@@ -67,7 +62,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         told = ray.get(arguments["board"].mistake.remote())
     except ray.exceptions.ActorDiedError:  # for every rank alike, and at every start
-        return {"mistake": _DESK_DIED}
+        return {"mistake": DESK_DIED}
     if told is not None:
         return {"mistake": told}  # of one rank, which ended the start before this one
     try:

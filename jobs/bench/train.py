@@ -68,7 +68,7 @@ class Case:
     warm_up: int = 10
     timed: int = 60
     rounds: int = 3
-    """Their middle counts: a process keeps the memory it was born with, and two starts of the same differ by 5 %."""
+    """Their middle counts: two starts of the same differ by some 5 % on shared cores."""
     jpegs: int = 512
     jpeg_size: tuple[int, int] = (640, 480)
     jpeg_bytes: int = 60_000

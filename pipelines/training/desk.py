@@ -5,6 +5,11 @@ from typing import Any
 from pipelines.training.feed import BatchFeed
 from pipelines.training.telemetry import ProgressBoard
 
+DESK_DIED = (
+    "the process that hands out the batches died (killed, or out of memory); the run stands at its newest checkpoint: "
+    "run the same command with --resume"
+)
+
 
 class RunDesk(BatchFeed, ProgressBoard):
     """Both in one actor: each process of Ray's takes 0.7 % of a core of the training, idle or not.

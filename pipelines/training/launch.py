@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.training.desk import DESK_DIED
 from pipelines.training.telemetry import live_progress
 from qformer.errors import UserError
 
@@ -83,7 +84,7 @@ def launch(
         keep: Takes of what workers died that nobody came after to write down.
 
     Raises:
-        UserError: If the controller dies, which Ray Train does not start again.
+        UserError: If the controller or the desk dies, which nobody starts again.
     """
     trainer = _Trainer(
         worker,
@@ -106,13 +107,13 @@ def launch(
     )
     with live_progress(board, total_steps, name):
         try:
-            return _fit(trainer)
+            return _fit(trainer, board)
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
                 keep(ray.get(board.take_deaths.remote()))
 
 
-def _fit(trainer: TorchTrainer) -> dict[str, Any]:
+def _fit(trainer: TorchTrainer, board: Any) -> dict[str, Any]:
     try:
         return trainer.fit().return_value
     except ray.exceptions.ActorDiedError as error:
@@ -120,6 +121,18 @@ def _fit(trainer: TorchTrainer) -> dict[str, Any]:
             "the process that controls the workers died (killed, or out of memory); the run stands at its newest "
             "checkpoint: run the same command with --resume"
         ) from error
+    except TrainingFailedError as error:
+        if _has_died(board):
+            raise UserError(DESK_DIED) from error
+        raise
+
+
+def _has_died(board: Any) -> bool:
+    try:
+        ray.get(board.mistake.remote())
+    except ray.exceptions.ActorDiedError:
+        return True
+    return False
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

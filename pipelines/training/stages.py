@@ -6,7 +6,6 @@ Dimensions: B local batch, F frames, T text tokens, G frames of several samples,
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -279,7 +278,7 @@ def _outcome(terms: dict[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_f
     )
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class _Largest:
     """A number of this rank; after `_raised_by_all_ranks` the largest of all ranks'."""
 

@@ -162,10 +162,12 @@ class ProgressBoard:
         deaths, self.deaths = self.deaths, []
         return deaths
 
-    def read(self) -> tuple[dict[str, float], list[str]]:
-        """Figures of the last logged step, and the lines said since the last reading."""
-        news, self.news = self.news, []
-        return self.values, news
+    def read(self, num_heard: int = 0) -> tuple[dict[str, float], list[str]]:
+        """Figures of the last logged step, and the lines said after the first `num_heard`.
+
+        All are kept: an answer may come too late for who asked.
+        """
+        return self.values, self.news[num_heard:]
 
 
 @contextmanager
@@ -198,26 +200,21 @@ def _with_chance(name: str, values: dict[str, float]) -> str:
 
 
 class _Listener:
-    """Asks the board of a run, from one thread."""
+    """Asks the board of a run, from one thread, and tells every line once."""
 
     def __init__(self, board: Any) -> None:
-        self._board, self._asked = board, None
+        self._board, self._num_heard = board, 0
 
     def poll(self) -> dict[str, float]:
-        """Print what was said, and return the figures; none of a busy or ending cluster, where the next poll tells."""
-        # An answer takes its lines off the board: one that comes late is waited for again, lest they go to nobody.
-        self._asked = self._asked or self._board.read.remote()
+        """Print what was said since the last poll, and return the figures."""
+        figures: dict[str, float]
         try:
-            values, news = ray.get(self._asked, timeout=_ANSWER_S)
-        except ray.exceptions.GetTimeoutError:
-            return {}
+            figures, news = ray.get(self._board.read.remote(self._num_heard), timeout=_ANSWER_S)
         except ray.exceptions.RayError:
-            self._asked = None
-            return {}
-        self._asked = None
+            return {}  # a busy or ending cluster: the next poll tells
+        self._num_heard += len(news)
         for text in news:
             logger.info("%s", text)
-        figures: dict[str, float] = values
         return figures
 
 

@@ -41,17 +41,15 @@ def starts(run):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def elastic(world, output, cluster, **changes):  # noqa: F811
+    """Three workers, or as many as there are nodes, each of which has room for one."""
+    ray = RaySettings(address=cluster.environment["RAY_ADDRESS"])
+    return chosen(world, output, workers=3, min_workers=1, ray=ray, **changes)
+
+
 def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, uninterrupted, tmp_path):  # noqa: F811
-    """Each node has room for one worker."""
     with contextlib.closing(LocalCluster(3, 1)) as cluster:
-        address = cluster.environment.pop("RAY_ADDRESS")
-        run = chosen(
-            world,
-            tmp_path / "run",
-            workers=3,
-            min_workers=1,
-            ray=RaySettings(address=address),
-        )
+        run = elastic(world, tmp_path / "run", cluster)
         with Job(run, tmp_path / "log", environment=cluster.environment) as job:
             job.wait_for_step(7)
             assert cluster.tell("kill") == "2 nodes"
@@ -70,16 +68,8 @@ def test_a_killed_node_shrinks_the_group_and_the_run_ends_by_itself(world, unint
 
 def test_a_node_that_comes_grows_the_group(world, tmp_path):  # noqa: F811
     with contextlib.closing(LocalCluster(2, 1)) as cluster:
-        address = cluster.environment.pop("RAY_ADDRESS")
-        run = chosen(
-            world,
-            tmp_path / "run",
-            workers=3,
-            min_workers=1,
-            steps=100_000,  # more than there is time for: the job is ended when it has grown
-            checkpoint_every=10,
-            ray=RaySettings(address=address),
-        )
+        # More steps than there is time for: the job is ended when it has grown.
+        run = elastic(world, tmp_path / "run", cluster, steps=100_000, checkpoint_every=10)
         with Job(run, tmp_path / "log", environment=cluster.environment) as job:
             job.wait_for_step(3)
             assert cluster.tell("add") == "3 nodes"

@@ -122,3 +122,15 @@ def test_losses_are_not_the_same_by_accident(uninterrupted):
     records = read_metrics(str(uninterrupted))
     assert abs(records[0]["loss/total"] - records[-1]["loss/total"]) > 0.1
     assert len({record["batch_ids"] for record in records}) == STEPS
+
+
+@pytest.mark.parametrize("max_failures", [0, 1])
+def test_the_desk_is_killed(max_failures, world, tmp_path):
+    """What was handed out is trained on; then the run ends with what to do."""
+    run = chosen(world, tmp_path / "run", max_failures=max_failures, steps=100_000, checkpoint_every=100)
+    with Job(run, tmp_path / "log") as job:
+        job.wait_for_step(3)
+        job.kill_one("RunDesk")
+        status = job.process.wait(300)
+    log = job.log.read_text()
+    assert status != 0 and "run the same command with --resume" in log and "Traceback" not in log

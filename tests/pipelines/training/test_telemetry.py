@@ -70,10 +70,9 @@ def test_what_a_busy_board_has_to_say_is_told_later(ray_local, monkeypatch, capl
     listener = telemetry._Listener(board)
     with caplog.at_level(logging.INFO):
         assert listener.poll() == {} and not caplog.records
-        ray_local.get(board.be_busy.remote(0.0))
-        board.put.remote({"step": 1.0})
-        told = [listener.poll() for _ in range(2)]
-    assert [record.message for record in caplog.records] == ["ALARM of a worker"]
-    assert told == [{}, {"step": 1.0}]
+        ray_local.get(board.put.remote({"step": 1.0}))
+        ray_local.get(board.say.remote("resuming"))
+        assert [listener.poll() for _ in range(2)] == [{"step": 1.0}] * 2
+    assert [record.message for record in caplog.records] == ["ALARM of a worker", "resuming"]
     ray_local.kill(board)
     assert listener.poll() == {}

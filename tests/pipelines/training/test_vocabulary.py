@@ -37,6 +37,16 @@ def test_every_word_is_one_token_between_the_special_ones(tmp_path):
     assert tokenizer.tokenizer.all_special_tokens == ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
 
 
+def test_a_folder_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.BertTokenizerFast.save_pretrained", no_room)
+    with pytest.raises(OSError, match="No space"):
+        learn_text_tokenizer(lambda: ["a red circle"], tmp_path / "tokenizer")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("captions", [[], ["", "  "]])
 def test_captions_without_words_are_refused(tmp_path, captions):
     with pytest.raises(UserError, match="found no words in the captions"):
