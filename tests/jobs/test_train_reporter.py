@@ -18,6 +18,7 @@ from pipelines.data import storage
 from pipelines.data.batch import Failure, SampleBatch
 from pipelines.training.accounting import Accounting
 from pipelines.training.telemetry import ProgressBoard
+from tests.actors import kill_actor
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def lines(file):
 def test_a_start_after_the_desk_died_ends_the_run_in_a_line(ray_local, tmp_path):
     desk = ray.remote(ProgressBoard).options(num_cpus=0).remote()
     ray.get(desk.mistake.remote())
-    ray.kill(desk)
+    kill_actor(desk)
     mistake = train_worker({"settings": settings(tmp_path).model_dump(mode="json"), "board": desk})["mistake"]
     assert "hands out the batches died" in mistake and "--resume" in mistake
 

@@ -8,6 +8,7 @@ import pytest
 from pipelines.data import storage
 from pipelines.training import telemetry
 from pipelines.training.telemetry import METRICS_FILE, ProgressBoard, RunLog, read_metrics
+from tests.actors import kill_actor
 
 
 def record(step):
@@ -63,16 +64,17 @@ class BusyBoard(ProgressBoard):
 
 
 def test_what_a_busy_board_has_to_say_is_told_later(ray_local, monkeypatch, caplog):
-    monkeypatch.setattr(telemetry, "_ANSWER_S", 0.5)
     board = ray_local.remote(BusyBoard).options(num_cpus=0).remote()
     ray_local.get(board.say.remote("ALARM of a worker"))
     board.be_busy.remote(2.0)
     listener = telemetry._Listener(board)
     with caplog.at_level(logging.INFO):
-        assert listener.poll() == {} and not caplog.records
+        with monkeypatch.context() as patch:
+            patch.setattr(telemetry, "_ANSWER_S", 0.5)
+            assert listener.poll() == {} and not caplog.records
         ray_local.get(board.put.remote({"step": 1.0}))
         ray_local.get(board.say.remote("resuming"))
         assert [listener.poll() for _ in range(2)] == [{"step": 1.0}] * 2
     assert [record.message for record in caplog.records] == ["ALARM of a worker", "resuming"]
-    ray_local.kill(board)
+    kill_actor(board)
     assert listener.poll() == {}
