@@ -4,8 +4,8 @@ Two CPU ranks of 16 samples a step; 640x480 JPEGs; `vit_tiny_patch16_224` with r
 layers, 256 wide, with 16 queries. Ours decodes through Ray Data; the peer with Pillow in one DataLoader process a rank.
 In the same turns ours trains on a feature cache: how long it waits for data where decoding does not matter, and how
 near it comes to the samples a second that a step without the encoder allows, which the peer measures with tensors in
-memory. The peer is plain: it does without large pages and gradients in place, which are part of our path
-(`pipelines/training/launch.py`, `jobs/train_worker.py`).
+memory. The peer is plain: it does without memory that is kept from step to step and gradients in place, which are part
+of our path (`pipelines/training/launch.py`, `jobs/train_worker.py`).
 """
 
 import json

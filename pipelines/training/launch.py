@@ -18,9 +18,13 @@ from qformer.errors import UserError
 _RESIZE_PAUSE_S = 60.0
 """Between looks for nodes that have come. Growing restarts the workers, from the last checkpoint."""
 
-_LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Has torch ask for large pages for large tensors on a CPU: a step takes 3 % less, and more where other processes take
-turns with the workers, for each turn empties the processor's memory of page addresses."""
+_TUNABLES = "GLIBC_TUNABLES"
+_KEEP_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**32, "top_pad": 2**26}.items()
+)
+"""What glibc's malloc does in workers on CPUs: keeps what a step's tensors lay in for the next step, in large pages. By
+default it goes back and is fetched again page by page, 20,000 times a step in the training benchmark: 5 to 10 % of it."""
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Of the callbacks that every trainer has; see `_Trainer`."""
@@ -102,7 +106,7 @@ def launch(
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=[_TellFailures(board)],
-            worker_runtime_env={"env_vars": {_LARGE_PAGES: os.environ.get(_LARGE_PAGES, "1")}},
+            worker_runtime_env={} if use_gpu else {"env_vars": {_TUNABLES: os.environ.get(_TUNABLES, _KEEP_MEMORY)}},
         ),
     )
     with live_progress(board, total_steps, name):
