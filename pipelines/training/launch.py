@@ -24,7 +24,8 @@ _KEEP_MEMORY = ":".join(
     for name, value in {"hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**32, "top_pad": 2**26}.items()
 )
 """What glibc's malloc does in workers on CPUs: keeps what a step's tensors lay in for the next step, in large pages. By
-default it goes back and is fetched again page by page, 20,000 times a step in the training benchmark: 5 to 10 % of it."""
+default it goes back and is fetched again page by page, 20,000 times a step in the training benchmark: 5 to 10 % of one.
+"""
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Of the callbacks that every trainer has; see `_Trainer`."""
