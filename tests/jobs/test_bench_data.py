@@ -69,6 +69,7 @@ def test_images_are_measured_side_by_side(ray_local, jpegs, capsys):
     assert "mean pixel difference" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ours_reads_as_training_does(ray_local, jpegs):
     steps = [batch.step for batch in data.our_batches(jpegs * 5, "image", 2, segment_steps=2)]
     assert steps == list(range(5))

@@ -94,7 +94,7 @@ def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(ca
         features.main(cache.model_copy(update={"vision_layer": -1}))
 
 
-@pytest.mark.parametrize("source", ["pixels", "features"])
+@pytest.mark.parametrize("source", ["pixels", pytest.param("features", marks=pytest.mark.slow)])
 def test_two_workers_train_account_and_refuse_a_used_folder(ray_local, world, cache, source, tmp_path, caplog):
     caplog.set_level("INFO")
     data = settings(world, "x").data

@@ -104,7 +104,7 @@ def test_pictures_are_the_same_in_children(seed):
             decoder.close()
 
 
-@pytest.mark.parametrize("num_deadly", [1, 4])
+@pytest.mark.parametrize("num_deadly", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_images_that_crash_their_decoder_cost_their_rows_alone(tmp_path, ray_local, monkeypatch, num_deadly):
     """All in one block, more than an actor may be restarted for: after the first, images are decoded in children."""
     monkeypatch.setenv("QFORMER_DRIVER", str(os.getpid()))

@@ -103,7 +103,7 @@ def test_captions_of_every_row(ray_local, corpus, tmp_path, capsys):
         evaluate(corpus, checkpoint, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_texts_that_were_cut_are_counted(ray_local, corpus, tmp_path, caplog, stage):
     """One caption of three, or one instruction of three, is longer than the checkpoint's 16 tokens."""
     checkpoint = (write_stage1 if stage == 1 else write_stage2)(tmp_path / "stage")
