@@ -41,7 +41,7 @@ demo-video: $(STAMP) ## the demo, and then clips whose captions need the order o
 	@$(BIN)/qformer demo --video $(ARGS)
 
 demo-full: $(STAMP) ## the same with more data and steps
-	@$(BIN)/qformer demo --config jobs/configs/demo_full.yaml $(ARGS)
+	@$(BIN)/qformer demo --config jobs/configs/examples/demo_full.yaml $(ARGS)
 
 test: $(STAMP) ## the tests, without the long drills
 	@$(BIN)/python -m pytest $(ARGS)

@@ -1,27 +1,8 @@
-"""A checkpoint becomes a Hugging Face folder that stock transformers loads and runs."""
+"""`python -m jobs.export` is `qformer export`."""
 
 import sys
 
-from jobs.checkpoint import open_checkpoint
-from jobs.cli import run_job
-from jobs.import_checkpoint import local_output, written_aside
-from jobs.settings import ExportSettings
-from pipelines.data.local_copies import local_folder
-from qformer.conversion.huggingface import export_huggingface
-
-
-def main(settings: ExportSettings) -> None:
-    """Convert, write and print what became of every tensor.
-
-    Raises:
-        UserError: If the output is in use, or the checkpoint does not fit Hugging Face's layout.
-    """
-    output = local_output(settings.output)
-    folder, _ = open_checkpoint(settings.checkpoint)
-    with written_aside(output) as aside:
-        report = export_huggingface(local_folder(folder), aside)
-    print("\n".join([f"{folder} -> {output}", *report.lines()]))
-
+from jobs.cli.main import run_job
 
 if __name__ == "__main__":
     sys.exit(run_job("export"))

@@ -1,73 +1,8 @@
-"""A LAVIS file or a Hugging Face folder becomes a checkpoint that every other job takes."""
+"""`python -m jobs.import_checkpoint` is `qformer import`."""
 
-import contextlib
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
-from jobs.cli import run_job
-from jobs.output_folder import require_unused
-from jobs.settings import ImportSettings
-from pipelines.data import checkpoint_folders, storage
-from qformer.conversion.bundle import ImportOptions
-from qformer.conversion.checkpoint import FORMAT_VERSION
-from qformer.conversion.huggingface import import_huggingface
-from qformer.conversion.lavis import import_lavis
-from qformer.errors import UserError
-
-
-def main(settings: ImportSettings) -> None:
-    """Convert, write and print what became of every tensor.
-
-    Raises:
-        UserError: If the output is in use, or the source cannot be imported as the settings ask.
-    """
-    source, output = Path(settings.source), local_output(settings.output)
-    if not source.exists():
-        raise UserError(f"source={settings.source} does not exist; give a local LAVIS file or Hugging Face folder")
-    options = ImportOptions(**settings.model_dump(exclude={"source", "output"}))
-    convert = import_huggingface if source.is_dir() else import_lavis
-    with written_aside(output) as folder:
-        bundle = convert(source, folder, options)
-        bundle.save(folder)
-        marker = {"format_version": FORMAT_VERSION, "step": bundle.info.step}
-        checkpoint_folders.write_marker(folder, marker)
-    print("\n".join([f"{source} -> {output}: stage {bundle.info.stage}", *bundle.report.lines()]))
-
-
-@contextlib.contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `output` at the end, or vanishes with whatever went wrong."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output.parent))
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's own is private to the user
-        folder.replace(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def local_output(output: str) -> Path:
-    """The folder to write.
-
-    Raises:
-        UserError: If it is not local, or holds anything.
-    """
-    if not storage.is_local(output):
-        raise UserError(f"output={output} is not local; write to a local folder and copy it there")
-    require_unused(output, "output")
-    return Path(storage.local_path(output))
-
+from jobs.cli.main import run_job
 
 if __name__ == "__main__":
     sys.exit(run_job("import"))

@@ -17,7 +17,7 @@ class Preprocessing:
     """Size, crop, interpolation and normalisation, taken from the encoder's own data config.
 
     One object serves training, feature caching, evaluation and serving; it is saved with every checkpoint and export.
-    The geometry (resize, crop) runs on uint8 RGB images in `pipelines.data.transforms`, the normalisation on the
+    The geometry (resize, crop) runs on uint8 RGB images in `pipelines.data.media.transforms`, the normalisation on the
     encoder's device in `qformer.backbones.VisionEncoder`.
 
     Raises:

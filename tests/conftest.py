@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.cluster_session import environment_of_processes, set_ray_environment
+from jobs.cluster.session import environment_of_processes, set_ray_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -17,7 +17,7 @@ LOADERS = {
     "qformer/audio/loading.py": {"transformers"},
     "qformer/text.py": {"transformers"},
     "qformer/conversion/checkpoint.py": {"safetensors"},
-    "qformer/generation/encoder_decoder.py": {"transformers"},
+    "qformer/generation/passes/encoder_decoder.py": {"transformers"},
     "qformer/adapters/lora.py": {"peft"},
     "qformer/conversion/bert.py": {"transformers"},
     "qformer/conversion/frozen.py": {"transformers"},
@@ -30,9 +30,10 @@ LOADERS = {
 OWN = {
     "qformer": (),
     "pipelines/data": ("qformer",),
-    "pipelines/evaluation": ("qformer", "pipelines.data"),
-    "pipelines/serving": ("qformer", "pipelines.data"),
-    "pipelines/training": ("qformer", "pipelines.data"),
+    "pipelines/inference": ("qformer", "pipelines.data"),
+    "pipelines/evaluation": ("qformer", "pipelines.data", "pipelines.inference"),
+    "pipelines/serving": ("qformer", "pipelines.data", "pipelines.inference"),
+    "pipelines/training": ("qformer", "pipelines.data", "pipelines.inference"),
     "jobs": ("qformer", "pipelines"),
     "cluster": (),
 }
@@ -108,11 +109,11 @@ def test_package_files_hold_only_docstring_and_reexports(path):
         ("qformer/model.py", "def load():\n    import timm"),  # not a loader
         ("qformer/backbones.py", "import transformers"),  # a loader, but at the top
         ("qformer/model.py", "from pipelines.data import order"),
-        ("pipelines/data/order.py", "from ray import data"),
-        ("pipelines/data/order.py", "def late():\n    import ray.data"),
-        ("pipelines/data/order.py", "from ..training import loop"),
-        ("pipelines/serving/app.py", "from pipelines import evaluation"),
-        ("pipelines/training/loop.py", "import jobs.settings"),
+        ("pipelines/data/order/global_batches.py", "from ray import data"),
+        ("pipelines/data/order/global_batches.py", "def late():\n    import ray.data"),
+        ("pipelines/data/order/global_batches.py", "from ...training import step"),
+        ("pipelines/serving/app/app.py", "from pipelines import evaluation"),
+        ("pipelines/training/step/loop.py", "import jobs.settings.jobs"),
         ("cluster/local.py", "import torch"),
     ],
 )
@@ -125,8 +126,11 @@ def test_the_rule_notices(path, text):
     [
         ("qformer/backbones.py", "def load():\n    import transformers"),
         ("pipelines/data/dataset.py", "import ray"),
-        ("pipelines/training/loop.py", "import ray\nfrom pipelines.data.order import plan\nfrom . import optim"),
-        ("jobs/train.py", "from pipelines.training import loop\nfrom jobs.settings import TrainSettings"),
+        (
+            "pipelines/training/step/loop.py",
+            "import ray\nfrom pipelines.data.order.global_batches import plan\nfrom . import optim",
+        ),
+        ("jobs/train/job.py", "from pipelines.training import loop\nfrom jobs.settings.jobs import TrainSettings"),
     ],
 )
 def test_the_rule_allows(path, text):
@@ -165,7 +169,12 @@ def test_importing_qformer_loads_no_ray():
 
 def test_decoding_needs_no_torch():
     """Decode workers and their children stay small: torch costs seconds and hundreds of megabytes each."""
-    names = ["qformer.preprocessing", "pipelines.data.decode", "pipelines.data.transforms", "pipelines.data.sampling"]
+    names = [
+        "qformer.preprocessing",
+        "pipelines.data.media.images",
+        "pipelines.data.media.transforms",
+        "pipelines.data.media.frame_sampling",
+    ]
     code = f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

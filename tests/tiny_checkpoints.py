@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 
-from pipelines.data.checkpoint_folders import write_marker
+from pipelines.data.storage.checkpoint_folders import write_marker
 from qformer.adapters.lora import Lora
 from qformer.backbones import load_language, load_vision
+from qformer.bridges.config import VideoConfig
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
-from qformer.stage1 import Stage1
-from qformer.stage2 import Stage2
+from qformer.objectives.stage1 import Stage1
+from qformer.objectives.stage2 import Stage2
 from qformer.text import TextTokenizer
 from qformer.torch_build.torchvision import import_torchvision
-from qformer.video.config import VideoConfig
 
 VISION = "test_vit"  # timm's smallest ViT, 160 px, random weights
 NUM_FRAMES = 4

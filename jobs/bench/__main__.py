@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jobs.bench
 from jobs.bench.result import BenchResult, as_json, as_table, write_result
-from jobs.circumstances import circumstances
+from jobs.cluster.circumstances import circumstances
 from qformer.errors import UserError
 
 _NO_BENCHES = {

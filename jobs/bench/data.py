@@ -25,14 +25,14 @@ from jobs.bench.data_media import JPEG_BYTES, JPEG_SIZE, write_clips, write_jpeg
 from jobs.bench.data_memory import PeakMemory
 from jobs.bench.data_peers import NUM_FRAMES, SIDE, VIDEO_READS, Peer, Read, Window, peer, read_image
 from jobs.bench.result import BenchResult
-from jobs.cluster_session import ray_session
-from jobs.settings_data import RaySettings
+from jobs.cluster.session import ray_session
+from jobs.settings.data import RaySettings
 from pipelines.data import schema
-from pipelines.data.batch import SampleBatch
-from pipelines.data.mixture import Corpus, Source
-from pipelines.data.order import Order
-from pipelines.data.row_index import TableRows
-from pipelines.data.samples import DecodeSettings, SampleDecoder
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.media.samples import DecodeSettings, SampleDecoder
+from pipelines.data.order.global_batches import Order
+from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.row_index import TableRows
 from qformer.preprocessing import Preprocessing
 
 WORKERS = 2
@@ -184,7 +184,7 @@ def our_batches(
     """
     import ray
 
-    from pipelines.training.feed import SEGMENT_STEPS, BatchFeed, rank_batches
+    from pipelines.training.group.feed import SEGMENT_STEPS, BatchFeed, rank_batches
 
     corpus = Corpus([Source("bench", TableRows(_manifest(paths, kind)))])
     order = Order(corpus.streams("proportional"), 0, batch_size)

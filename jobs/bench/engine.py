@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jobs.bench.result import BenchResult
 from qformer.generation.engine import Engine
-from qformer.generation.request import EngineRequest, RequestSettings
+from qformer.generation.requests.request import EngineRequest, RequestSettings
 from qformer.language import LanguageModel, build_language_model
 from qformer.torch_build.torchvision import import_torchvision
 

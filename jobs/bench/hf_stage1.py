@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qformer.conversion.names import HF_RETRIEVAL, peer_name
 from qformer.objectives import LABEL_SMOOTHING, Negatives
-from qformer.stage1 import Stage1, Stage1Batch, Stage1Losses
+from qformer.objectives.stage1 import Stage1, Stage1Batch, Stage1Losses
 from qformer.torch_build.torchvision import import_torchvision
 
 TEXT_LENGTH = 32

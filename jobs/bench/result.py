@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from jobs.circumstances import Circumstances
+from jobs.cluster.circumstances import Circumstances
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

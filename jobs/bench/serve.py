@@ -32,11 +32,11 @@ from jobs.bench.data_media import write_jpegs
 from jobs.bench.result import BenchResult
 from jobs.bench.serve_load import Clients, Load, clients
 from jobs.bench.serve_models import write_checkpoint
-from jobs.cluster_session import ray_session, set_ray_environment
-from jobs.serve import served
-from jobs.settings import ServeSettings
-from jobs.settings_data import RaySettings
-from pipelines.serving.config import EncoderScale, GeneratorScale, IngressScale, MediaScale
+from jobs.cluster.session import ray_session, set_ray_environment
+from jobs.serve.job import served
+from jobs.settings.data import RaySettings
+from jobs.settings.jobs import ServeSettings
+from pipelines.serving.contract.config import EncoderScale, GeneratorScale, IngressScale, MediaScale
 
 if TYPE_CHECKING:
     from jobs.bench.serve_peer import DirectModel

@@ -11,12 +11,12 @@ import torch
 
 import jobs.demo
 from jobs.demo.settings import DemoQFormerSettings
-from pipelines.data.checkpoint_folders import write_marker
+from pipelines.data.storage.checkpoint_folders import write_marker
 from qformer.backbones import load_language, load_vision
 from qformer.config import QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
 from qformer.language import build_language_model
-from qformer.stage2 import Stage2
+from qformer.objectives.stage2 import Stage2
 
 MODELS = Path(jobs.demo.__file__).parent / "models"
 NUM_FRAMES = 4

@@ -14,13 +14,13 @@ import torch
 from fastapi import FastAPI, Request
 from ray import serve
 
-from pipelines.data.samples import DecodeSettings, SampleDecoder
-from qformer.bridge import Captioner, load_captioner
+from pipelines.data.media.samples import DecodeSettings, SampleDecoder
+from pipelines.inference.models import Captioner, load_captioner
 from qformer.config import GenerationSettings
 from qformer.generation.completion import complete
 from qformer.generation.engine import Engine
-from qformer.generation.inputs import segment_inputs
-from qformer.generation.request import EngineRequest, RequestSettings
+from qformer.generation.requests.inputs import segment_inputs
+from qformer.generation.requests.request import EngineRequest, RequestSettings
 
 
 class NaiveServer:

@@ -33,7 +33,7 @@ from jobs.bench.stage1_flops import step_flops
 from qformer.backbones import load_vision
 from qformer.config import QFormerConfig
 from qformer.objectives import Negatives
-from qformer.stage1 import Stage1, Stage1Batch
+from qformer.objectives.stage1 import Stage1, Stage1Batch
 
 THREADS = 2
 BERT_VOCABULARY = 30_522

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 from jobs.bench.result import BenchResult
 from jobs.bench.stage1 import BERT_VOCABULARY, THREADS, caption_lengths
-from pipelines.data.batch import SampleBatch
-from pipelines.training.accounting import Accounting
-from pipelines.training.flops import StepFlops
-from pipelines.training.guard import StepGuard
-from pipelines.training.health import QueryWatch
-from pipelines.training.loop import Hooks, Loop, LoopSettings
-from pipelines.training.model_choice import ModelChoice
-from pipelines.training.objective import Objective
-from pipelines.training.optim import build_optimizer
-from pipelines.training.precision import Precision, PrecisionName
-from pipelines.training.run import TrainingRun
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.training.records.accounting import Accounting
+from pipelines.training.records.flops import StepFlops
+from pipelines.training.records.health import QueryWatch
+from pipelines.training.run.model import TrainingRun
+from pipelines.training.run.model_choice import ModelChoice
+from pipelines.training.step.guard import StepGuard
+from pipelines.training.step.loop import Hooks, Loop, LoopSettings
+from pipelines.training.step.objective import Objective
+from pipelines.training.step.optim import build_optimizer
+from pipelines.training.step.precision import Precision, PrecisionName
 from qformer.backbones import VisionEncoder
 from qformer.torch_build.torchvision import import_torchvision
 

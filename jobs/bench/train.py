@@ -5,7 +5,7 @@ layers, 256 wide, with 16 queries. Ours decodes through Ray Data; the peer with 
 In the same turns ours trains on a feature cache: how long it waits for data where decoding does not matter, and how
 near it comes to the samples a second that a step without the encoder allows, which the peer measures with tensors in
 memory. The peer is plain: it does without memory that is kept from step to step and gradients in place, which are part
-of our path (`pipelines/training/launch.py`, `jobs/train_worker.py`).
+of our path (`pipelines/training/group/launch.py`, `jobs/train/worker.py`).
 """
 
 import json
@@ -19,17 +19,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from jobs import features, train
 from jobs.bench.data_media import write_jpegs
 from jobs.bench.result import BenchResult
 from jobs.bench.train_torchrun import PeerCase, as_json
-from jobs.settings import FeaturesSettings, TrainSettings
-from jobs.settings_data import DataSettings, TrainDataSettings
-from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
-from jobs.train_inputs import TOKENIZER_FOLDER
+from jobs.data import features
+from jobs.settings.data import DataSettings, TrainDataSettings
+from jobs.settings.jobs import FeaturesSettings, TrainSettings
+from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.train import job as train
+from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
-from pipelines.data.manifest import write_table
-from pipelines.training.telemetry import read_metrics
+from pipelines.data.corpus.manifest import write_table
+from pipelines.training.records.telemetry import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 VISION = "vit_tiny_patch16_224"

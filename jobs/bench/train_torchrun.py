@@ -20,12 +20,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from pipelines.data.transforms import fit
-from pipelines.training.optim import build_optimizer
+from pipelines.data.media.transforms import fit
+from pipelines.training.step.optim import build_optimizer
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.config import QFormerConfig
+from qformer.objectives.stage1 import Stage1, Stage1Batch
 from qformer.preprocessing import Preprocessing
-from qformer.stage1 import Stage1, Stage1Batch
 from qformer.text import TextTokenizer, load_text_tokenizer
 
 _HELD_STEPS = 10

@@ -28,10 +28,10 @@ from torch import Tensor, multiprocessing
 
 from jobs.bench.data_memory import resident_bytes
 from jobs.bench.result import BenchResult
-from pipelines.training.flops import StepFlops
+from pipelines.training.records.flops import StepFlops
+from qformer.bridges.config import VideoConfig
 from qformer.config import QFormerConfig
-from qformer.stage2 import Stage2
-from qformer.video.config import VideoConfig
+from qformer.objectives.stage2 import Stage2
 
 THREADS = 2
 IMAGE_TOKENS = 257

@@ -2,7 +2,7 @@
 
 import sys
 
-from jobs.cli import run_job
+from jobs.cli.main import run_job
 
 if __name__ == "__main__":
     sys.exit(run_job("demo"))

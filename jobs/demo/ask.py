@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jobs.serve import served
-from jobs.settings import ServeSettings
-from pipelines.serving.client import request_caption
+from jobs.serve.job import served
+from jobs.settings.jobs import ServeSettings
+from pipelines.serving.app.client import request_caption
 
 NUM_QUESTIONS = {"image": 6, "video": 4}
 ANSWERS_FILE = "answers.json"

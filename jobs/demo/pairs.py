@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo.scenes import Scene
+from jobs.demo.world.scenes import Scene
 
 
 def write_retrieval_pairs(manifest: Path, world: Path, output: Path, count: int) -> None:

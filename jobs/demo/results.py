@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.demo.ask import ANSWERS_FILE
-from jobs.demo.scenes import Scene
 from jobs.demo.scoring import ATTRIBUTES, CaptionScores, is_right, score_captions
-from pipelines.data.samples import DecodeSettings, SampleDecoder
-from pipelines.evaluation.report import GalleryItem, ResultRow, write_report
+from jobs.demo.world.scenes import Scene
+from pipelines.data.media.samples import DecodeSettings, SampleDecoder
+from pipelines.evaluation.report.page import GalleryItem, ResultRow, write_report
 from qformer.conversion.checkpoint import INFO_FILE, BridgeInfo
 
 MIN_ATTRIBUTE = 0.80

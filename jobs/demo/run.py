@@ -5,18 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jobs.cluster_session import ray_session
+from jobs.cluster.session import ray_session
 from jobs.demo import results
 from jobs.demo.ask import ask_endpoint
 from jobs.demo.pairs import write_retrieval_pairs
 from jobs.demo.settings import DemoSettings
 from jobs.demo.steps import Steps
 from jobs.demo.video import run as video
-from jobs.demo.world import write_world
-from jobs.serve import require_free_port
-from jobs.settings import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
-from jobs.settings_data import DataSettings, SourceSettings, TrainDataSettings
-from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.demo.world.corpus import write_world
+from jobs.serve.job import require_free_port
+from jobs.settings.data import DataSettings, SourceSettings, TrainDataSettings
+from jobs.settings.jobs import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
+from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
 
 MODELS = Path(__file__).parent / "models"
 LOOPBACK = "127.0.0.1"
@@ -62,7 +62,9 @@ def main(settings: DemoSettings) -> int:
 
 def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
     """Prepare, train, evaluate and serve, each by its own job's `main`."""
-    from jobs import evaluate, features, prepare, train
+    from jobs.data import features, prepare
+    from jobs.evaluate import job as evaluate
+    from jobs.train import job as train
 
     demo, world = settings.demo, steps.folder("world")
     data = steps.folder("data")

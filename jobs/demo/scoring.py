@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jobs.demo.grammar import parse
-from jobs.demo.scenes import Scene, attributes
+from jobs.demo.world.grammar import parse
+from jobs.demo.world.scenes import Scene, attributes
 
 ATTRIBUTES = ("size", "colour", "shape", "relation", "motion")
 NUM_SHUFFLES = 20

@@ -3,8 +3,8 @@
 from pydantic import Field
 
 from jobs.demo.video.settings import ClipDemoSettings
-from jobs.settings_data import RaySettings, Settings
-from jobs.settings_model import QFormerSettings
+from jobs.settings.data import RaySettings, Settings
+from jobs.settings.model import QFormerSettings
 
 
 class WorldSettings(Settings):

@@ -1,4 +1,4 @@
-"""Write what the recipes read at toy size (jobs/configs/toy.yaml): `python -m jobs.demo.toy [FOLDER]`."""
+"""Write what the recipes read at toy size (jobs/configs/recipes/toy.yaml): `python -m jobs.demo.toy [FOLDER]`."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 import jobs
-from jobs.demo.toy_sound import write_audio_encoder, write_clips
-from jobs.demo.world import LICENCE, write_world
-from jobs.settings import TrainSettings
-from jobs.settings_loading import load
-from pipelines.data.checkpoint_folders import write_marker
-from pipelines.training.model_choice import choice_from
-from pipelines.training.run import TrainingRun
-from pipelines.training.vocabulary import learn_text_tokenizer
+from jobs.demo.world.corpus import LICENCE, write_world
+from jobs.demo.world.toy_sound import write_audio_encoder, write_clips
+from jobs.settings.jobs import TrainSettings
+from jobs.settings.loading import load
+from pipelines.data.storage.checkpoint_folders import write_marker
+from pipelines.training.run.model import TrainingRun
+from pipelines.training.run.model_choice import choice_from
+from pipelines.training.run.vocabulary import learn_text_tokenizer
 from qformer.conversion.checkpoint import save_bridge
 from qformer.torch_build.torchvision import import_torchvision
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"new folder, by default {FOLDER}")
     folder = parser.parse_args(arguments).folder
     write_toy(folder)
-    print(f"written: {folder}; next: the first line of {Path('jobs/configs/toy.yaml')}")
+    print(f"written: {folder}; next: the first line of {Path('jobs/configs/recipes/toy.yaml')}")
 
 
 def write_toy(folder: Path) -> None:

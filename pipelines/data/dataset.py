@@ -12,12 +12,9 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from pipelines.data import quarantine
-from pipelines.data.batch import SampleBatch, split_steps, unpack
-from pipelines.data.decode_rows import DecodeRows
-from pipelines.data.features import FeatureCache, ReadFeatures
-from pipelines.data.order import Order
-from pipelines.data.plan import (
+from pipelines.data.batches.batch import SampleBatch, split_steps, unpack
+from pipelines.data.batches.decode_rows import DecodeRows
+from pipelines.data.batches.plan import (
     RowLookup,
     block_steps,
     evaluation_blocks,
@@ -25,12 +22,15 @@ from pipelines.data.plan import (
     training_blocks,
     without_caption,
 )
-from pipelines.data.row_index import Rows
-from pipelines.data.samples import DecodeSettings
-from pipelines.data.stage_costs import StageCosts
+from pipelines.data.corpus import quarantine
+from pipelines.data.features.cache import FeatureCache, ReadFeatures
+from pipelines.data.media.samples import DecodeSettings
+from pipelines.data.media.stage_costs import StageCosts
+from pipelines.data.order.global_batches import Order
+from pipelines.data.order.row_index import Rows
 
 if TYPE_CHECKING:
-    from pipelines.data.encode_shards import EncoderChoice
+    from pipelines.data.features.shard_encoder import EncoderChoice
 
 _SEGMENT_BLOCKS = 2048
 """Most input blocks of one dataset: Ray handles all of them before the first comes out."""
@@ -206,7 +206,7 @@ def measure_features(
 ) -> list[StageCosts]:
     """Decode and encode a few blocks in one task, writing nothing; see `encode_shards.measure_rows`."""
     # Loads torch, which the other jobs' drivers do without.
-    from pipelines.data.encode_shards import measure_rows
+    from pipelines.data.features.shard_encoder import measure_rows
 
     task = ray.remote(measure_rows).options(num_gpus=1 if use_gpu else 0, max_retries=_MAX_TASK_RETRIES)
     return list(ray.get(task.remote(choice, decode, frames_per_pass, "cuda" if use_gpu else "cpu", blocks)))
@@ -238,7 +238,7 @@ def encode_features(
     Yields:
         What `EncodeShards` returns about each, as they are done.
     """
-    from pipelines.data.encode_shards import EncodeShards
+    from pipelines.data.features.shard_encoder import EncodeShards
 
     arguments = {"choice": choice, "folder": folder, "frames_per_pass": frames_per_pass}
     pools: dict[str, Any] = {"workers": workers, "decode_workers": decode_workers, "use_gpu": use_gpu}
@@ -269,7 +269,7 @@ def write_shards(
     Yields:
         What `operator` returns about each, as they are done.
     """
-    from pipelines.data.encode_shards import DecodeShards
+    from pipelines.data.features.shard_encoder import DecodeShards
 
     dataset = _mapped(shards, DecodeShards, (decode,), decode_workers)
     placed = {**arguments, "device": "cuda" if use_gpu else "cpu"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qformer.video.frames import mean_over_frames
+from qformer.bridges.frames import mean_over_frames
 
 COLLAPSED = 0.9
 """Mean pairwise cosine of query outputs from which on they count as collapsed."""

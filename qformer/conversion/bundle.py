@@ -12,8 +12,8 @@ from qformer.config import QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, read_weights, save_bridge
 from qformer.conversion.report import LoadReport, shown
 from qformer.errors import UserError
-from qformer.stage1 import Stage1
-from qformer.stage2 import Stage2
+from qformer.objectives.stage1 import Stage1
+from qformer.objectives.stage2 import Stage2
 from qformer.text import TextTokenizer
 
 _FRESH_SEED = 0

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from qformer.bridges.config import AudioConfig, VideoConfig
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer
-from qformer.video.config import AudioConfig, VideoConfig
 
 FORMAT_VERSION = 1
 INFO_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "bridge.json", "bridge.safetensors", "tokenizer"

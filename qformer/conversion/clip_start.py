@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qformer.bridges.clip_reader import ClipReader
+from qformer.bridges.config import JOINED
 from qformer.conversion.checkpoint import BridgeInfo
 from qformer.errors import UserError
-from qformer.video.clip_reader import ClipReader
-from qformer.video.config import JOINED
 
 _FRAMES, _OWN, _FFN, _QUERIES = "frames.", "qformer.", ".query_ffn.", "query_tokens"
 _TEXT = (".text_ffn.", "word_embeddings.", "position_embeddings.", "lm_dense.", "lm_norm.", "lm_bias")

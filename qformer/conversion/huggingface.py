@@ -21,6 +21,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, load_vision
+from qformer.bridges.config import JOINED
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors, reason_of
 from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
@@ -39,7 +40,6 @@ from qformer.conversion.vision import export_tower, import_tower, norm_eps_effec
 from qformer.errors import UserError
 from qformer.text import DEC_TOKEN, TextTokenizer, load_text_tokenizer
 from qformer.torch_build.torchvision import import_torchvision
-from qformer.video.config import JOINED
 
 _VISION_FOLDER, _LANGUAGE_FOLDER = "vision", "language"
 _IMAGE_TOKEN = "<image>"

@@ -9,8 +9,8 @@ from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.conversion.clip_start import clip_start
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
-from qformer.stage1 import Stage1
-from qformer.stage2 import Stage2
+from qformer.objectives.stage1 import Stage1
+from qformer.objectives.stage2 import Stage2
 
 TEXT_BRANCH = (".text_ffn.", "word_embeddings.", "position_embeddings.")
 _STAGE1_ONLY = (

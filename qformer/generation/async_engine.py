@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import AbstractContextManager
 
 from qformer.generation.engine import Engine, Outcome
-from qformer.generation.request import Delta, EngineRequest, GenerationFailedError, QueueFullError
+from qformer.generation.requests.request import Delta, EngineRequest, GenerationFailedError, QueueFullError
 from qformer.generation.statistics import EngineStats
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ Slots are as long as the longest running request may become, and there are as ma
 that generate lie in front, so that their pass looks at one piece of memory.
 """
 
-from qformer.generation.running import Running
-from qformer.generation.slots import Memory
+from qformer.generation.passes.slots import Memory
+from qformer.generation.requests.running import Running
 
 _CAPACITY_STEP = 64
 """Slots grow in such steps, lest every new length moves all of them."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qformer.generation.engine import Engine
-from qformer.generation.request import (
+from qformer.generation.requests.request import (
     EngineRequest,
     FinishReason,
     GenerationFailedError,

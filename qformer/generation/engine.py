@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qformer.generation.batch import Batch
-from qformer.generation.choice import NOT_FINITE, Rules, choose
-from qformer.generation.decoder import DecoderPasses
-from qformer.generation.encoder_decoder import EncoderDecoderPasses
-from qformer.generation.request import (
+from qformer.generation.passes.decoder import DecoderPasses
+from qformer.generation.passes.encoder_decoder import EncoderDecoderPasses
+from qformer.generation.requests.choice import NOT_FINITE, Rules, choose
+from qformer.generation.requests.request import (
     Delta,
     EngineRequest,
     GenerationFailedError,
@@ -24,7 +24,7 @@ from qformer.generation.request import (
     RequestError,
     TooLongError,
 )
-from qformer.generation.running import Running
+from qformer.generation.requests.running import Running
 from qformer.generation.statistics import EngineStats, Meter
 from qformer.language import LanguageModel
 

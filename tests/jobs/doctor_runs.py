@@ -9,28 +9,28 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.demo.world import write_world
-from jobs.settings import TrainSettings
-from jobs.settings_data import TrainDataSettings
-from jobs.settings_loading import resolved_yaml
-from jobs.settings_model import ModelSettings, OptimSettings, QFormerSettings
-from jobs.train_inputs import tokenizer_folder
-from pipelines.data.batch import SampleBatch
-from pipelines.data.checkpoint_folders import COMPLETE_MARKER, write_marker
-from pipelines.data.encode_shards import EncoderChoice
-from pipelines.data.samples import DecodeSettings, SampleDecoder
-from pipelines.training.accounting import Accounting
-from pipelines.training.checkpoint import write_checkpoint
-from pipelines.training.flops import StepFlops
-from pipelines.training.guard import StepGuard
-from pipelines.training.health import QueryWatch
-from pipelines.training.loop import Hooks, Loop, LoopSettings
-from pipelines.training.model_choice import choice_from
-from pipelines.training.objective import Objective
-from pipelines.training.optim import build_optimizer
-from pipelines.training.precision import Precision
-from pipelines.training.run import Training, TrainingRun
-from pipelines.training.vocabulary import learn_text_tokenizer
+from jobs.demo.world.corpus import write_world
+from jobs.settings.data import TrainDataSettings
+from jobs.settings.jobs import TrainSettings
+from jobs.settings.loading import resolved_yaml
+from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.train.inputs import tokenizer_folder
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.features.shard_encoder import EncoderChoice
+from pipelines.data.media.samples import DecodeSettings, SampleDecoder
+from pipelines.data.storage.checkpoint_folders import COMPLETE_MARKER, write_marker
+from pipelines.training.records.accounting import Accounting
+from pipelines.training.records.flops import StepFlops
+from pipelines.training.records.health import QueryWatch
+from pipelines.training.run.checkpoint import write_checkpoint
+from pipelines.training.run.model import Training, TrainingRun
+from pipelines.training.run.model_choice import choice_from
+from pipelines.training.run.vocabulary import learn_text_tokenizer
+from pipelines.training.step.guard import StepGuard
+from pipelines.training.step.loop import Hooks, Loop, LoopSettings
+from pipelines.training.step.objective import Objective
+from pipelines.training.step.optim import build_optimizer
+from pipelines.training.step.precision import Precision
 from qformer.conversion.checkpoint import WEIGHTS_FILE
 
 MODELS = Path(__file__).parents[2] / "jobs" / "demo" / "models"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.qformer.test_conversion_vision import write_timm_folder
+from tests.qformer.conversion.test_vision import write_timm_folder
 
 LANGUAGE = ("opt_model.", "t5_model.")
 

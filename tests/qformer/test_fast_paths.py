@@ -10,11 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from qformer.attention import Part, Rows
 from qformer.distributed import fetch_rows, gather, rank, world_size
 from qformer.objectives import Negatives
-from qformer.stage1 import Stage1
-from qformer.stage2 import Stage2
+from qformer.objectives.stage1 import Stage1
+from qformer.objectives.stage2 import Stage2
 from tests.distributed import run_processes
 from tests.qformer import plain
-from tests.qformer.test_stage1 import CLOSE, CONFIG, batch, cyclic_negatives, gradients, model, take
+from tests.qformer.objectives.test_stage1 import CLOSE, CONFIG, batch, cyclic_negatives, gradients, model, take
 
 
 def assert_same_gradients(first, second):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qformer import stage1 as stage1_module
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.masks import joint_mask
 from qformer.objectives import Negatives, PairNoise, itg_loss, negatives, sample_negatives
-from qformer.stage1 import Stage1, Stage1Batch
-from qformer.stage2 import Stage2
+from qformer.objectives import stage1 as stage1_module
+from qformer.objectives.stage1 import Stage1, Stage1Batch
+from qformer.objectives.stage2 import Stage2
 from qformer.torch_build.torchvision import import_torchvision
 from tests.distributed import run_processes
 from tests.qformer.lavis import our_name, our_weights

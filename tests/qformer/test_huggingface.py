@@ -7,7 +7,7 @@ import torch
 
 from qformer.config import GenerationSettings, QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
-from qformer.stage2 import Stage2
+from qformer.objectives.stage2 import Stage2
 from qformer.torch_build.torchvision import import_torchvision
 from tests.qformer.folders import recorded_ids, without_padding
 from tests.qformer.test_language import SPECIAL, VOCABULARY, word_tokenizer

@@ -19,17 +19,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from jobs.demo.render import SAMPLE_RATE_HZ
+from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
 from jobs.demo.video.bridges import BRIDGES, Bridge
-from jobs.demo.video.film import NUM_FRAMES
-from jobs.demo.video.make_audio import NUM_SEGMENTS, SEGMENT_S
 from jobs.demo.video.scoring import choices
-from jobs.demo.video.world import read_stories
-from pipelines.data.audio_sampling import AudioSampling
-from pipelines.data.checkpoint_folders import newest_checkpoint
-from pipelines.data.samples import DecodeSettings, SampleDecoder
+from jobs.demo.video.world.corpus import read_stories
+from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.world.render import SAMPLE_RATE_HZ
+from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.samples import DecodeSettings, SampleDecoder
+from pipelines.data.storage.checkpoint_folders import newest_checkpoint
+from pipelines.inference.models import Captioner, Waveforms, load_captioner
 from qformer.analysis.image_use import answer_losses
-from qformer.bridge import Captioner, Waveforms, load_captioner
 from qformer.language import LanguageModel
 from qformer.preprocessing import Preprocessing
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.demo.settings import DemoSettings
-from jobs.demo.video.film import NUM_FRAMES
-from jobs.demo.video.make_audio import NUM_SEGMENTS, SEGMENT_S
-from jobs.settings import TrainSettings
-from jobs.settings_data import AudioSettings, TrainDataSettings
-from jobs.settings_model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
+from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
+from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.settings.data import AudioSettings, TrainDataSettings
+from jobs.settings.jobs import TrainSettings
+from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
 
 MODELS = Path(__file__).parents[1] / "models"
 AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)

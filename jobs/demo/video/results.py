@@ -11,11 +11,11 @@ from jobs.demo.results import at_least, enlarged, quarantine_row
 from jobs.demo.video.answers import ANSWERS_FILE, AS_IT_IS, CHOICES_FILE, FRAMES_SHUFFLED, SOUND_SHUFFLED, Clips
 from jobs.demo.video.bridges import BRIDGES, Bridge
 from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, score
-from jobs.demo.video.spectrogram import spectrogram_picture
-from jobs.demo.video.stories import Story
-from jobs.demo.video.telling import captions
-from jobs.demo.video.world import read_broken, read_stories
-from pipelines.evaluation.report import GalleryItem, ResultRow, write_report
+from jobs.demo.video.world.corpus import read_broken, read_stories
+from jobs.demo.video.world.spectrogram import spectrogram_picture
+from jobs.demo.video.world.stories import Story
+from jobs.demo.video.world.telling import captions
+from pipelines.evaluation.report.page import GalleryItem, ResultRow, write_report
 
 MIN_ATTRIBUTE = 0.75
 MAX_FROM_BLIND = 0.1

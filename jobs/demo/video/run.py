@@ -9,11 +9,11 @@ from jobs.demo.steps import Steps
 from jobs.demo.video import results
 from jobs.demo.video.answers import decode_clips, write_answers
 from jobs.demo.video.bridges import AUDIO, BRIDGES, MODELS, train_settings
-from jobs.demo.video.film import NUM_FRAMES
-from jobs.demo.video.world import MANIFEST_FILE, write_clip_world
-from jobs.settings import FeaturesSettings, PrepareSettings
-from jobs.settings_data import DataSettings, SourceSettings
-from pipelines.evaluation.report import ResultRow
+from jobs.demo.video.world.corpus import MANIFEST_FILE, write_clip_world
+from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.settings.data import DataSettings, SourceSettings
+from jobs.settings.jobs import FeaturesSettings, PrepareSettings
+from pipelines.evaluation.report.page import ResultRow
 from qformer.backbones import load_vision
 
 TRAINING_STEPS = (*(bridge.name for bridge in BRIDGES), "clip_answers")
@@ -27,7 +27,8 @@ def run_jobs(steps: Steps, settings: DemoSettings) -> None:
         steps: Of the demo; those that are done are reused.
         settings: Of the demo.
     """
-    from jobs import features, prepare, train
+    from jobs.data import features, prepare
+    from jobs.train import job as train
 
     demo = settings.demo
     world, data = steps.folder("clip_world"), steps.folder("clip_data")

@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from jobs.demo.video.stories import KINDS, MOVES, Story
-from jobs.demo.video.telling import captions, parse
+from jobs.demo.video.world.stories import KINDS, MOVES, Story
+from jobs.demo.video.world.telling import captions, parse
 
 ORDER = tuple(KINDS)
 """Attributes that need the order of the frames."""

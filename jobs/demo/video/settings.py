@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from jobs.settings_data import Settings
+from jobs.settings.data import Settings
 
 
 class ClipWorldSettings(Settings):

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.data import schema
-from pipelines.data.samples import DecodeSettings
+from pipelines.data.media.samples import DecodeSettings
 from qformer.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(

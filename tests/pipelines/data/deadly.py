@@ -5,7 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from pipelines.data.samples import DecodeSettings
+from pipelines.data.media.samples import DecodeSettings
 
 DEADLY_SIZE = (13, 13)
 _PLUGIN = f"""

@@ -5,10 +5,10 @@ import sys
 import fsspec
 
 from pipelines.data import storage
-from pipelines.data.checkpoint_folders import finished_checkpoints, prune
-from pipelines.data.local_copies import local_folder
-from pipelines.data.media import MediaError
-from pipelines.data.retries import with_retries
+from pipelines.data.failures import MediaError
+from pipelines.data.storage.checkpoint_folders import finished_checkpoints, prune
+from pipelines.data.storage.local_copies import local_folder
+from pipelines.data.storage.retries import with_retries
 
 
 def main(bucket: str) -> None:

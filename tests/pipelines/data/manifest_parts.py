@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data import schema
-from pipelines.data.manifest_files import INDEX_FILE
-from pipelines.data.permutation import derived_keys
+from pipelines.data.corpus.manifest_files import INDEX_FILE
+from pipelines.data.order.permutation import derived_keys
 
 _WORDS = ("black", "small", "green", "large", "happy", "quiet", "sunny", "empty") + (
     *("horse", "train", "house", "beach", "plate", "skier", "clock", "child"),

@@ -9,11 +9,11 @@ import sys
 import threading
 from pathlib import Path
 
-from jobs.cluster_session import ray_session
-from jobs.settings_data import RaySettings
-from pipelines.data.mixture import open_corpus
-from pipelines.data.order import Order
-from pipelines.training.accounting import Accounting
+from jobs.cluster.session import ray_session
+from jobs.settings.data import RaySettings
+from pipelines.data.order.global_batches import Order
+from pipelines.data.order.mixture import open_corpus
+from pipelines.training.records.accounting import Accounting
 from tests.pipelines.data.builders import DECODE
 
 GLOBAL_BATCH, SEED, DECODE_WORKERS = 6, 5, 2
@@ -27,7 +27,7 @@ def main(manifests: list[str], epochs: int, ranks: int, output: str) -> None:
     with ray_session(RaySettings(num_cpus=4)):
         import ray
 
-        from pipelines.training.feed import BatchFeed, rank_batches
+        from pipelines.training.group.feed import BatchFeed, rank_batches
 
         actor = ray.remote(BatchFeed).options(num_cpus=0)
         feed = actor.remote(order, [ray.put(corpus)], total_steps=num_steps, decode_workers=DECODE_WORKERS)

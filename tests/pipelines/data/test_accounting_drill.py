@@ -20,10 +20,10 @@ import yaml
 
 from pipelines.data import storage
 from tests.pipelines.data.builders import jpeg, open_files, write_clip, write_moving_clip
+from tests.pipelines.data.corpus.sources.shards import write_shard
 from tests.pipelines.data.fault_proxy import failing_proxy
 from tests.pipelines.data.manifest_parts import cut_into_parts
 from tests.pipelines.data.object_store import CREDENTIALS, moto_program, s3_server
-from tests.pipelines.data.sources.shards import write_shard
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -170,7 +170,7 @@ def _kill_while_it_runs(process, killed):
     while process.poll() is None:
         time.sleep(0.02)
         below = _children(process.pid)
-        children = [pid for pid, line in below.items() if "pipelines.data.video_child" in line]
+        children = [pid for pid, line in below.items() if "pipelines.data.media.video.child" in line]
         for pid in children:
             for path in open_files(pid):
                 if path.endswith((".gif", ".avi")) and at_work[path] < KILLS_AT_WORK:

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data import schema
-from pipelines.data.batch import RANK, STEP, ImageRows, SampleBatch, pack
+from pipelines.data.batches.batch import RANK, STEP, ImageRows, SampleBatch, pack
+from pipelines.data.batches.plan import evaluation_blocks
 from pipelines.data.dataset import RankStream, build_segment, evaluation_datasets, segment_blocks, to_batch
-from pipelines.data.mixture import Corpus, Source
-from pipelines.data.order import PADDING, Order, rank_columns
-from pipelines.data.plan import evaluation_blocks
-from pipelines.data.row_index import TableRows
-from pipelines.data.samples import SampleDecoder
-from pipelines.data.stage_costs import StageCosts
+from pipelines.data.media.samples import SampleDecoder
+from pipelines.data.media.stage_costs import StageCosts
+from pipelines.data.order.global_batches import PADDING, Order, rank_columns
+from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
 pytestmark = pytest.mark.usefixtures("ray_local")

@@ -6,14 +6,14 @@ import contextlib
 import httpx
 import numpy as np
 
-from pipelines.data.samples import Limits
-from pipelines.serving.adapters import Adapter, Backbones
-from pipelines.serving.api import Api, build_http
-from pipelines.serving.config import FetchPolicy, RequestLimits, ServingConfig
-from pipelines.serving.errors import ApiError, Refusal
-from pipelines.serving.media import MediaWorker
-from pipelines.serving.quotas import Quotas
-from pipelines.serving.wire import Matched, Piece, TextEmbeddings
+from pipelines.data.media.samples import Limits
+from pipelines.serving.app.quotas import Quotas
+from pipelines.serving.contract.adapters import Adapter, Backbones
+from pipelines.serving.contract.config import FetchPolicy, RequestLimits, ServingConfig
+from pipelines.serving.contract.errors import ApiError, Refusal
+from pipelines.serving.contract.wire import Matched, Piece, TextEmbeddings
+from pipelines.serving.http.api import Api, build_http
+from pipelines.serving.workers.media import MediaWorker
 from qformer.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(

@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from pipelines.serving.console_files import add_console
+from pipelines.serving.http.console_files import add_console
 
 MODELS = ("demo/step-00003000", "birds", "clips")
 MAX_BODY_BYTES = 2_000_000

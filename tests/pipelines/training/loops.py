@@ -2,15 +2,15 @@
 
 import torch
 
-from pipelines.training.accounting import Accounting
-from pipelines.training.flops import StepFlops
-from pipelines.training.guard import StepGuard
-from pipelines.training.health import QueryWatch
-from pipelines.training.loop import Hooks, Loop
-from pipelines.training.objective import Objective
-from pipelines.training.optim import build_optimizer
-from pipelines.training.precision import Precision
-from pipelines.training.run import Training
+from pipelines.training.records.accounting import Accounting
+from pipelines.training.records.flops import StepFlops
+from pipelines.training.records.health import QueryWatch
+from pipelines.training.run.model import Training
+from pipelines.training.step.guard import StepGuard
+from pipelines.training.step.loop import Hooks, Loop
+from pipelines.training.step.objective import Objective
+from pipelines.training.step.optim import build_optimizer
+from pipelines.training.step.precision import Precision
 
 CPU = torch.device("cpu")
 

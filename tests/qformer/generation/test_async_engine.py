@@ -13,8 +13,8 @@ import torch
 
 from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
-from qformer.generation.request import Delta, GenerationFailedError, QueueFullError, RequestSettings
-from tests.qformer.generation.requests import make_requests, reference_answers
+from qformer.generation.requests.request import Delta, GenerationFailedError, QueueFullError, RequestSettings
+from tests.qformer.generation.engine_requests import make_requests, reference_answers
 from tests.qformer.test_language import tiny_language
 
 

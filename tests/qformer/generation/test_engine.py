@@ -10,8 +10,8 @@ from qformer.config import GenerationSettings, LoraConfig
 from qformer.errors import UserError
 from qformer.generation.completion import complete
 from qformer.generation.engine import Engine
-from qformer.generation.inputs import prompt_inputs, require_shareable, segment_inputs, text_ids
-from qformer.generation.request import (
+from qformer.generation.requests.inputs import prompt_inputs, require_shareable, segment_inputs, text_ids
+from qformer.generation.requests.request import (
     EngineRequest,
     GenerationFailedError,
     QueueFullError,
@@ -19,7 +19,7 @@ from qformer.generation.request import (
     RequestSettings,
     TooLongError,
 )
-from tests.qformer.generation.requests import LENGTHS, make_requests, reference_answers
+from tests.qformer.generation.engine_requests import LENGTHS, make_requests, reference_answers
 from tests.qformer.test_language import FAMILIES, PROMPTS, soft_prompts, tiny_language
 
 # (kv_tokens, max_requests, prefill_tokens): one by one, in chunks of 3, by two, all at once, and with moving slots.
@@ -123,7 +123,7 @@ def test_a_sampled_answer_depends_on_its_seed_alone(language):
 
 def test_sampling_follows_the_probabilities():
     """4,000 requests draw with seeds of their own; the nucleus leaves out exactly the tail, as transformers cuts it."""
-    from qformer.generation.choice import Rules, choose
+    from qformer.generation.requests.choice import Rules, choose
 
     logits_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
     probability_V = (logits_V / 0.8).softmax(0)

@@ -9,7 +9,7 @@ import pytest
 from qformer.generation.async_engine import AsyncEngine
 from qformer.generation.engine import Engine
 from qformer.generation.turns import Turns
-from tests.qformer.generation.requests import make_requests
+from tests.qformer.generation.engine_requests import make_requests
 from tests.qformer.test_language import tiny_language
 
 

@@ -1,0 +1,165 @@
+"""The `qformer` command: one job, its YAML files, a few overrides."""
+
+import argparse
+import difflib
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jobs.cli.catalogue import JOBS, Job
+from jobs.cluster.exceptions import find_user_error
+from jobs.cluster.session import set_ray_environment
+from jobs.settings.data import Settings
+from jobs.settings.help import describe_settings
+from jobs.settings.loading import load, resolved_yaml
+from qformer.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes on the command line end like every other mistake of the user: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `qformer JOB …`.
+
+    Args:
+        argv: Words after `qformer`; None takes the process's own.
+
+    Returns:
+        The exit code: the job's own, 2 for a mistake of the user, 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name = words[0]
+    if name not in JOBS:
+        nearest = difflib.get_close_matches(name, JOBS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"the jobs are {', '.join(JOBS)}"
+        return _report(UserError(f"unknown job {name!r}; {hint}"))
+    return run_job(name, words[1:])
+
+
+def run_job(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one job; `python -m jobs.NAME` ends here too.
+
+    Args:
+        name: A key of `JOBS`.
+        argv: Words after the job's name; None takes the process's own.
+
+    Returns:
+        The exit code, as `main`.
+
+    Raises:
+        Exception: What the job raised, when no mistake of the user lies beneath it.
+    """
+    job = JOBS[name]
+    try:
+        arguments = _parser(name, job).parse_intermixed_args(argv)
+        overrides = list(arguments.overrides)
+        for option in job.options:
+            if (value := getattr(arguments, option.name)) not in (None, False):
+                overrides += option.overrides(value)
+                job = option.job or job
+        overrides += _positional(arguments)
+        settings = load(_settings_class(job), arguments.config, overrides)
+        if arguments.show_config:
+            print(resolved_yaml(settings), end="")
+            return 0
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        # One line for each request is a client's detail, not a job's progress.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        set_ray_environment()
+        result = importlib.import_module(job.module).main(settings)
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        return _report(mistake)
+
+
+def _settings_class(job: Job) -> type[Settings]:
+    module, _, name = job.settings.partition(":")
+    found: type[Settings] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _positional(arguments: argparse.Namespace) -> list[str]:
+    # JSON is YAML, and quotes whatever a file name may hold.
+    given = {name: getattr(arguments, name, None) for name in ("media", "run")}
+    return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value]
+
+
+def _parser(name: str, job: Job) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"qformer {name}",
+        description=f"{job.summary[0].upper()}{job.summary[1:]}.",
+        epilog=f"example:\n  {job.example}\n\nkeys:\n{describe_settings(_settings_class(job))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file of settings; may be repeated, later files are merged over earlier ones, key by key",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting of the files, with dots for nested keys; may be repeated",
+    )
+    parser.add_argument("--show-config", action="store_true", help="print the resolved settings and stop")
+    for option in job.options:
+        if option.metavar is None:
+            parser.add_argument(option.flag, action="store_true", help=option.help)
+        else:
+            parser.add_argument(option.flag, metavar=option.metavar, help=option.help)
+    if job.takes_media:
+        parser.add_argument("media", nargs="*", metavar="FILE", help="image or video files")
+    if job.takes_run:
+        parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of `qformer train`")
+    return parser
+
+
+def _overview() -> str:
+    width = max(map(len, JOBS))
+    lines = [
+        "usage: qformer JOB [--config FILE …] [--set KEY=VALUE …] [--show-config]",
+        "",
+        "Train and serve Q-Former vision-language bridges on Ray.",
+        "",
+        "jobs:",
+        *(f"  {name:<{width}}  {job.summary}" for name, job in JOBS.items()),
+        "",
+        "examples:",
+        *(f"  {job.example}" for job in JOBS.values()),
+        "",
+        "qformer JOB --help explains one job.",
+    ]
+    return "\n".join(lines)
+
+
+def _report(mistake: UserError) -> int:
+    for line in str(mistake).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR

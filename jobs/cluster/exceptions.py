@@ -1,0 +1,32 @@
+"""The user's mistake beneath the exceptions that Ray wraps around it."""
+
+import re
+from typing import Any
+
+from qformer.errors import UserError
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The user's mistake beneath an exception, or None.
+
+    Ray hands a worker's exception on inside its own: as a cause, an attribute, one failure per worker, an
+    instance that mixes both classes, or (Ray Data) nothing but the text of a stack trace.
+    """
+    seen: set[int] = set()
+    texts: list[str] = []
+    waiting: list[Any] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        inner = vars(current).get("cause")
+        if isinstance(current, UserError) and not isinstance(inner, BaseException):
+            return current
+        waiting += [inner, current.__cause__, current.__context__]
+        waiting += [vars(current).get(name) for name in ("controller_failure", "_base_exc")]
+        failures = vars(current).get("worker_failures")
+        waiting += failures.values() if isinstance(failures, dict) else []
+        texts.append(str(current))
+    found = re.search(rf"^{UserError.__module__}\.UserError: (.+)$", "\n".join(texts), re.MULTILINE)
+    return UserError(found[1]) if found else None

@@ -1,0 +1,1 @@
+"""Sources to manifests (`qformer prepare`), manifests to feature caches (`qformer features`)."""

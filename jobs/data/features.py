@@ -1,0 +1,186 @@
+"""`qformer features`: run the frozen encoders once over a manifest and store what they see and hear."""
+
+import json
+import logging
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.cluster.session import ray_session
+from jobs.data.shard_progress import ShardProgress
+from jobs.folders.output import require_unused
+from jobs.settings.jobs import FeaturesSettings
+from jobs.settings.loading import resolved_yaml
+from pipelines.data import schema, storage
+from pipelines.data.batches.stage_report import Pool, size
+from pipelines.data.corpus import quarantine
+from pipelines.data.corpus.manifest import read_manifest
+from pipelines.data.features.files import QUARANTINE_FILE
+from pipelines.data.features.forecast import Forecast, forecast, measured_blocks
+from pipelines.data.features.shards import (
+    PASSING,
+    finished_shard,
+    open_for_change,
+    shard_blocks,
+    write_index,
+    write_quarantine,
+)
+from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
+from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.stage_costs import summed
+from qformer.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.data.features.shard_encoder import EncoderChoice
+
+logger = logging.getLogger(__name__)
+
+
+def main(settings: FeaturesSettings) -> dict[str, Any]:
+    """Write or complete the cache, and settings.yaml and summary.json beside it.
+
+    Returns:
+        The summary: fingerprint, rows_in, rows_used, rows_quarantined, quarantine_rate, and under "stages" what the
+        new rows took: seconds, how long the encoders waited (wait_s), and how many shards waited for them on average
+        (queue_depth).
+
+    Raises:
+        UserError: If the folder holds something else or another encoder's features, the manifest cannot be read, or
+            more rows are quarantined than `max_quarantine_share` allows; quarantine.parquet is there then, too.
+    """
+    data = settings.data
+    manifest = read_manifest(data.manifest, data.split, needs_captions=False, kind=data.kind)
+    # The actors run in other folders.
+    output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
+    choice = _choice(settings)
+    spec = choice.load()[1]
+    decode = DecodeSettings(
+        preprocessing=spec.preprocessing,
+        num_frames=data.num_frames,
+        sampling=choice.sampling,
+        limits=Limits(**data.limits.model_dump()),
+        audio=spec.audio,
+    )
+    spec.require_decoding(decode)
+    _claim(output, spec)
+    storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
+    shards = shard_blocks(manifest, decode)
+    missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
+    progress = ShardProgress("encoded", len(manifest), sum(map(len, missing)))
+    try:
+        if missing:
+            open_for_change(output)
+            _encode(settings, output, choice, spec, decode, missing, progress)
+    finally:
+        quarantined = write_quarantine(output, len(shards))
+    _require_few(quarantined, len(manifest), settings)
+    index = write_index(output, len(shards))
+    failed = pc.sum(pc.is_valid(index[schema.ERROR_CLASS])).as_py() or 0
+    print(quarantine.accounting_line(len(manifest), len(index) - failed, failed))
+    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(PASSING))).as_py() or 0
+    if passing:
+        logger.warning("%d rows failed for reasons that may pass; the same command tries them again", passing)
+    summary = {
+        "fingerprint": spec.fingerprint,
+        "rows_in": len(index),
+        "rows_used": len(index) - failed,
+        "rows_quarantined": failed,
+        "quarantine_rate": failed / len(index),
+        "stages": progress.stages(),
+    }
+    storage.write_text(storage.join(output, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    logger.info("next: qformer train … --set data.features=%s", settings.output)
+    return summary
+
+
+def _require_few(quarantined: pa.Table, num_rows: int, settings: FeaturesSettings) -> None:
+    if _is_too_many(len(quarantined), num_rows, settings):
+        reasons = ", ".join(sorted(set(quarantined[schema.ERROR_CLASS].to_pylist())))
+        table = storage.join(settings.output, QUARANTINE_FILE)
+        raise UserError(
+            f"{len(quarantined)} of {num_rows} rows are quarantined ({reasons}), more than max_quarantine_share="
+            f"{settings.max_quarantine_share:g} allows; see {table}, mend them or raise the share, "
+            "and run the same command again: what is encoded stays"
+        )
+
+
+def _is_too_many(num_quarantined: int, num_rows: int, settings: FeaturesSettings) -> bool:
+    return num_quarantined > settings.max_quarantine_share * num_rows
+
+
+def _choice(settings: FeaturesSettings) -> "EncoderChoice":
+    from pipelines.data.features.shard_encoder import EncoderChoice
+
+    def found(name: str) -> str:
+        return storage.local_path(name) if storage.is_local(name) and storage.exists(name) else name
+
+    return EncoderChoice(
+        vision=found(settings.vision),
+        pretrained=settings.vision_pretrained,
+        layer=settings.vision_layer,
+        precision=settings.precision,
+        num_frames=settings.data.num_frames,
+        sampling=settings.data.sampling.build(),
+        dtype=settings.dtype,
+        image_size=settings.vision_image_size,
+        audio=None if settings.audio is None else found(settings.audio),
+        audio_pretrained=settings.audio_pretrained,
+        num_segments=settings.data.audio.num_segments,
+        segment_s=settings.data.audio.segment_s,
+    )
+
+
+def _claim(output: str, spec: FeatureSpec) -> None:
+    """Make the folder this cache's, or see that it is."""
+    found = read_spec(output)
+    if found is None:
+        require_unused(output, "output")
+        write_spec(output, spec)
+    else:
+        spec.require_same(found)
+
+
+def _encode(
+    settings: FeaturesSettings,
+    output: str,
+    choice: "EncoderChoice",
+    spec: FeatureSpec,
+    decode: DecodeSettings,
+    missing: list[pa.Table],
+    progress: ShardProgress,
+) -> None:
+    """Forecast, write the missing shards, and tell where the time went."""
+    options: dict[str, Any] = {"choice": choice, "decode": decode, "frames_per_pass": settings.frames_per_pass}
+    with ray_session(settings.ray):
+        # Loads Ray, whose environment the session has to set first.
+        from pipelines.data.dataset import encode_features, measure_features
+        from pipelines.training.records.data_metrics import DataMetrics
+
+        small = measured_blocks(missing)
+        costs = measure_features(small, **options, use_gpu=settings.use_gpu) if small else []
+        pools: dict[str, Any] = {"decode_workers": settings.decode_workers, "workers": settings.workers}
+        _tell(forecast(missing, spec, list(zip(small, costs, strict=True)), **pools), output)
+        metrics = DataMetrics("features")
+        progress.begin()
+        for done in encode_features(missing, folder=output, **options, **pools, use_gpu=settings.use_gpu):
+            progress.add(done)
+            rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
+            metrics.count(summed(done), rows_used=rows - failed, rows_quarantined=failed)
+            for wait_s in done["wait_s"].to_pylist():
+                metrics.waited(wait_s, queue_depth=progress.queue_depth)
+            if _is_too_many(progress.num_failed, progress.num_rows, settings):
+                break  # the rest would only take time
+    decoding = Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
+    encoding = Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds={})
+    print(progress.table(decoding, encoding))
+
+
+def _tell(expected: Forecast, output: str) -> None:
+    """Log the forecast, and warn where the disk will not hold it."""
+    logger.info("%s, into %s", expected, output)
+    if storage.is_local(output):
+        free_bytes = shutil.disk_usage(output).free
+        if expected.size_bytes > free_bytes:
+            logger.warning("%s has only %s free", output, size(free_bytes))

@@ -1,0 +1,1 @@
+"""Makes the demo's small frozen models, which lie in `jobs/demo/models`."""

@@ -1,0 +1,188 @@
+"""Facts about scenes as tokens, laid out in slots of soft prompts: what the tiny language model reads.
+
+A prompt has T frames of S slots. What is known of one thing (size, colour, shape, place) stands together in a slot:
+a weighted sum of fact tokens' embeddings, plus noise. So what belongs to what is told by the slot alone, and a query
+that looks at one part of a picture and copies what it sees is already a good bridge. Facts that said instead whose
+they are ("the first thing's colour is red") were measured to be learnt only after a thousand steps, or never: a query
+must then choose a thing and name it, and neither pays without the other. Relations and motions are told by places
+only. The slot a thing stands in and empty slots mean nothing; a thing may stand in several.
+
+Dimensions: B batch, L = T * S slots, V vocabulary.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jobs.demo.world.render import Placed, moved, place
+from jobs.demo.world.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
+
+NONE_FACT = "<none>"
+NUM_BINS = 5
+Group = dict[str, float]
+"""Facts that stand together, with their weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clutter:
+    """How far prompts depart from clean facts; every field 0 gives clean ones."""
+
+    noise_std_max: float = 0.0
+    """Noise on every slot, drawn up to this, relative to the embeddings' own standard deviation."""
+    scale_spread: float = 0.0
+    """A fact's weight is multiplied by 1 - 2/3 of this to 1 + this."""
+    copies_max: int = 0
+    """Up to so many further slots hold a thing's facts, each of them less and incomplete."""
+    bleed_rate: float = 0.0
+    """Share of prompts whose slots also hold a weak mixture of all facts of the frame."""
+    frame_drop_rate: float = 0.0
+    """Chance that a fact is dropped from one frame though others keep it."""
+
+
+CLEAN = Clutter()
+FULL = Clutter(
+    noise_std_max=0.5,
+    scale_spread=0.6,
+    copies_max=3,
+    bleed_rate=0.5,
+    frame_drop_rate=0.15,
+)
+
+
+def fact_tokens() -> list[str]:
+    """Return every fact token, in a fixed order."""
+    bins = [f"<{axis}{index}>" for axis in "xy" for index in range(NUM_BINS)]
+    return [*(f"<{value}>" for value in (*SIZES, *COLOURS, *SHAPES)), *bins, NONE_FACT]
+
+
+def thing_facts(thing: Thing) -> Group:
+    """Return what a thing is."""
+    return {f"<{value}>": 1.0 for value in (thing.size, thing.colour, thing.shape)}
+
+
+def place_facts(placed: Placed) -> Group:
+    """Return where a thing is: on each axis the two nearest of `NUM_BINS` marks, weighted by nearness."""
+    facts: Group = {}
+    for axis, value in (("x", placed.x), ("y", placed.y)):
+        position = min(1.0, max(0.0, (value - 0.1) / 0.8)) * (NUM_BINS - 1)
+        low = min(int(position), NUM_BINS - 2)
+        facts |= {f"<{axis}{low}>": 1 - (position - low), f"<{axis}{low + 1}>": position - low}
+    return {fact: weight for fact, weight in facts.items() if weight > 0}
+
+
+def image_facts(scene: Scene, rng: random.Random, *, place_rate: float = 1.0) -> list[list[Group]]:
+    """Return the facts of a still scene as its only frame, a group for each thing.
+
+    Args:
+        scene: The scene.
+        rng: Source of chance.
+        place_rate: Chance that the place of a thing without relation is told.
+    """
+    placed = place(scene, rng)
+    # `place` answers in canonical order.
+    things = [thing_facts(one.thing) | place_facts(one) for one in placed]
+    if scene.relation is None and rng.random() >= place_rate:
+        things = [thing_facts(one.thing) for one in placed]
+    return [things]
+
+
+def clip_facts(scene: Scene, rng: random.Random, num_frames: int) -> list[list[Group]]:
+    """Return the facts of each frame of a moving scene.
+
+    Args:
+        scene: A scene of one thing with a motion.
+        rng: Source of chance.
+        num_frames: Frames to tell.
+    """
+    assert scene.motion is not None
+    (placed,) = place(scene, rng)
+    is_reversed = rng.random() < 0.5
+    frames: list[list[Group]] = []
+    for index in range(num_frames):
+        now = moved(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
+        is_visible = now.is_visible
+        if scene.motion == "blinking" and num_frames != 4:
+            is_visible = (index % 2 == 0) != is_reversed
+        frames.append([thing_facts(now.thing) | place_facts(now) if is_visible else {NONE_FACT: 1.0}])
+    return frames
+
+
+def fill_slots(
+    prompts: list[list[list[Group]]],
+    num_slots: int,
+    id_of_token: dict[str, int],
+    clutter: Clutter,
+    rng: random.Random,
+) -> Tensor:
+    """Spread each prompt's groups over its frames' slots at random.
+
+    Args:
+        prompts: For each prompt, for each frame, the groups; all with the same number of frames.
+        num_slots: Slots in a frame.
+        id_of_token: Vocabulary.
+        clutter: How untidy.
+        rng: Source of chance.
+
+    Returns:
+        weights_BLV of every token in every slot.
+    """
+    num_frames = len(prompts[0])
+    weights_BLV = torch.zeros(len(prompts), num_frames * num_slots, len(id_of_token))
+    for row, frames in enumerate(prompts):
+        has_bleed = rng.random() < clutter.bleed_rate
+        for index, groups in enumerate(_thin_out(frames, clutter, rng)):
+            for slot, facts in _assign(groups, num_slots, clutter, rng, has_bleed):
+                for fact, weight in facts.items():
+                    weights_BLV[row, index * num_slots + slot, id_of_token[fact]] += weight
+    return weights_BLV
+
+
+def embed_prompts(weights_BLV: Tensor, embedding_VD: Tensor, noise_std_max: float) -> Tensor:
+    """Turn slots' weights into noisy soft prompts of shape BLD.
+
+    Each prompt draws its own noise strength; one in four draws none at all.
+    """
+    prompts_BLD = weights_BLV @ embedding_VD
+    if noise_std_max == 0:
+        return prompts_BLD
+    strength_B11 = (torch.rand(len(prompts_BLD), 1, 1) * 1.25 - 0.25).clamp(min=0) * noise_std_max
+    return prompts_BLD + torch.randn_like(prompts_BLD) * strength_B11 * embedding_VD.detach().std()
+
+
+def _assign(
+    groups: list[Group], num_slots: int, clutter: Clutter, rng: random.Random, has_bleed: bool
+) -> list[tuple[int, Group]]:
+    def scaled(group: Group, share: float, keep_rate: float = 1.0) -> Group:
+        spread = clutter.scale_spread
+        return {
+            fact: weight * share * rng.uniform(1 - spread * 2 / 3, 1 + spread)
+            for fact, weight in group.items()
+            if rng.random() < keep_rate
+        }
+
+    free = rng.sample(range(num_slots), num_slots)
+    entries = []
+    for group in groups:
+        entries.append((free.pop(), scaled(group, 1.0)))
+        for _ in range(rng.randint(0, clutter.copies_max)):
+            if len(free) > len(groups):
+                entries.append((free.pop(), scaled(group, rng.uniform(0.3, 1.0), keep_rate=0.8)))
+    if has_bleed:
+        strength = rng.uniform(0.05, 0.4)
+        entries += [(slot, scaled(group, strength)) for slot in range(num_slots) for group in groups]
+    return entries
+
+
+def _thin_out(frames: list[list[Group]], clutter: Clutter, rng: random.Random) -> list[list[Group]]:
+    """Drop facts of what a thing is from single frames, but never from all of them; places stay, for they tell more."""
+    kept = [[dict(group) for group in groups] for groups in frames]
+    if len(frames) > 1:
+        for groups in kept:
+            for group in groups:
+                for fact in [fact for fact in group if fact[1:-1] in (*SIZES, *COLOURS, *SHAPES)]:
+                    holders = sum(fact in other for others in kept for other in others)
+                    if holders > 1 and rng.random() < clutter.frame_drop_rate:
+                        del group[fact]
+    return kept

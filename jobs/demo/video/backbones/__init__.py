@@ -1,0 +1,1 @@
+"""Makes the video demo's audio encoder and language model."""

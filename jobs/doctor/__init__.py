@@ -1,0 +1,1 @@
+"""A run folder in, findings about its model, log and rows out (`qformer doctor`)."""

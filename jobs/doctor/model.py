@@ -1,0 +1,179 @@
+"""Where `qformer doctor` loads models: what a checkpoint makes of some pairs, and the bytes of the frozen ones."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jobs.doctor.run_records import RunRecords
+from jobs.evaluate.job import decode_settings as evaluation_decoding
+from jobs.settings.data import DataSettings
+from jobs.settings.jobs import DoctorSettings, TrainSettings
+from jobs.train.checks import manifests
+from jobs.train.inputs import decode_settings
+from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.transforms import Augmentation
+from pipelines.data.order.mixture import Corpus, open_corpus
+from pipelines.evaluation.doctor import model as model_findings
+from pipelines.evaluation.doctor.findings import Finding
+from pipelines.evaluation.doctor.pairs import PairSample
+from pipelines.evaluation.doctor.probe import ModelFigures, probe_captioner, probe_retriever
+from pipelines.inference.decoding import decoding_of
+from pipelines.inference.models import load_captioner, load_retriever
+from pipelines.training.step.precision import DTYPES
+from qformer.audio import load_audio
+from qformer.backbones import load_language, load_vision, weights_fingerprint
+from qformer.conversion.checkpoint import BridgeInfo, read_info
+from qformer.errors import UserError
+
+EVALUATION_SPLITS = ("val", "validation", "dev", "test")
+"""Looked for in the run's manifest, in this order, where its settings name no validation."""
+
+_QFORMERS = ("qformer.", "frames.qformer.")
+"""Where a frozen Q-Former may lie in a bridge."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Where the pairs come from."""
+
+    corpus: Corpus
+    decode: DecodeSettings
+    name: str
+    """For people."""
+
+
+def pair_findings(settings: DoctorSettings, records: RunRecords, checkpoint: Path) -> list[Finding]:
+    """What a checkpoint makes of true and permuted pairs.
+
+    Raises:
+        UserError: If the rows that the user chose cannot be read.
+    """
+    info = read_info(checkpoint)
+    if settings.data is None:
+        try:
+            rows = _own_rows(records.settings, info)
+        except UserError as error:
+            return [_not_looked(str(error), "name rows to look at with data.manifest and data.split")]
+    else:
+        rows = _chosen_rows(settings.data, info)
+    sample = PairSample(rows.corpus, rows.decode, settings.rows, settings.batch_size, settings.seed)
+    logger.info("looking at %d rows of %s", min(settings.rows, rows.corpus.num_rows), rows.name)
+    try:
+        figures = _probed(settings, info, checkpoint, sample)
+    except (UserError, ValueError) as error:  # a backbone that is gone; features that are not finite
+        return [_not_looked(str(error), "make the run's backbones available as they were in training")]
+    if not figures.num_texts:
+        why = sample.failures[0].message if sample.failures else "there are none"
+        return [_not_looked(f"no row of {rows.name} could be decoded ({why})", "name other rows with data.manifest")]
+    return [
+        model_findings.image_use(figures, rows=rows.name, weights=records.loss_weights),
+        *model_findings.queries(figures),
+        model_findings.texts_cut(figures),
+    ]
+
+
+def _probed(settings: DoctorSettings, info: BridgeInfo, checkpoint: Path, sample: PairSample) -> ModelFigures:
+    use_gpu = torch.cuda.is_available() if settings.use_gpu is None else settings.use_gpu
+    device = "cuda" if use_gpu else "cpu"
+    if info.stage == 1:
+        return probe_retriever(load_retriever(checkpoint, device), sample, settings.seed)
+    return probe_captioner(load_captioner(checkpoint, device), sample, settings.seed)
+
+
+def frozen_now(
+    info: BridgeInfo, weights: Mapping[str, Tensor], recorded: Mapping[str, str], precision: str | None
+) -> dict[str, list[str] | str]:
+    """SHA-256 of each recorded frozen model as it is loaded now.
+
+    A run keeps its backbones in its precision, a feature cache in the encoder's own: they are loaded in one dtype after
+    another until the recorded digest is met.
+
+    Args:
+        info: Of the newest checkpoint.
+        weights: Of the newest checkpoint, which holds a Q-Former that is frozen.
+        recorded: SHA-256 by name.
+        precision: As set; None: unknown.
+
+    Returns:
+        By name the digests in the dtypes that were tried, or why the model cannot be loaded.
+    """
+    first = DTYPES.get(precision or "fp32") or torch.float32
+    dtypes = list(dict.fromkeys([first, torch.float32, torch.bfloat16, torch.float16]))
+    found: dict[str, list[str] | str] = {}
+    for name in sorted({"vision", "audio", "language"} & recorded.keys()):
+        digests: list[str] = []
+        try:
+            for dtype in dtypes:
+                if recorded[name] not in digests:
+                    digests.append(_fingerprint(name, info, dtype))
+            found[name] = digests
+        except UserError as error:
+            found[name] = str(error)
+    if "qformer" in recorded:
+        parts = [_below(prefix, weights) for prefix in _QFORMERS]
+        found["qformer"] = [weights_fingerprint(part) for part in parts if part]
+    return found
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+
+
+def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:
+    if name == "language":
+        return weights_fingerprint(load_language(str(info.language), dtype=dtype)[0])
+    if name == "audio":
+        return weights_fingerprint(load_audio(str(info.audio), pretrained=info.audio_pretrained, dtype=dtype))
+    encoder = load_vision(
+        info.vision,
+        pretrained=info.vision_pretrained,
+        layer=info.vision_layer,
+        dtype=dtype,
+        image_size=info.vision_image_size,
+    )
+    return weights_fingerprint(encoder)
+
+
+def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> Rows:
+    """Rows that the run did not train on where its manifest has some, else rows of its training."""
+    if settings is None:
+        raise UserError("settings.yaml is missing, or of another version")
+    audio = decoding_of(info, Limits()).audio
+    decode = dataclasses.replace(decode_settings(settings, info.preprocessing, audio), augmentation=Augmentation())
+    data, validation = settings.data, settings.validation
+    own = [path for path, _ in manifests(settings)]
+    if validation is not None:
+        paths = own if validation.manifest is None else [validation.manifest]
+        return Rows(
+            corpus=_opened(paths, validation.split, data.kind), decode=decode, name=f"split {validation.split!r}"
+        )
+    for split in EVALUATION_SPLITS:
+        try:
+            if split != data.split:
+                return Rows(corpus=_opened(own, split, data.kind), decode=decode, name=f"split {split!r}")
+        except UserError:
+            continue  # which says that there is no such split, or whatever the next line will say again
+    name = f"split {data.split!r} (trained on: pairs learnt by heart look like use)"
+    return Rows(corpus=_opened(own, data.split, data.kind), decode=decode, name=name)
+
+
+def _chosen_rows(data: DataSettings, info: BridgeInfo) -> Rows:
+    name = f"split {data.split!r} of {data.manifest}"
+    return Rows(
+        corpus=_opened([data.manifest], data.split, data.kind), decode=evaluation_decoding(data, info), name=name
+    )
+
+
+def _opened(paths: list[str], split: str, kind: str | None) -> Corpus:
+    return open_corpus([(path, None) for path in paths], split=split, kind=kind)
+
+
+def _not_looked(why: str, advice: str) -> Finding:
+    return Finding(topic="image use", status="unknown", text=f"could not be looked at: {why}", advice=advice)

@@ -1,0 +1,1 @@
+"""Folders that jobs write into and read from: outputs, run folders, checkpoints."""

@@ -1,0 +1,1 @@
+"""Checkpoints in, a running service or a config for `serve deploy` out (`qformer serve`)."""

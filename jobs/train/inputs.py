@@ -1,0 +1,64 @@
+"""How the settings of a training run name what it reads."""
+
+from jobs.settings.jobs import TrainSettings
+from pipelines.data import storage
+from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.transforms import Augmentation
+from qformer.bridges.config import KEPT_AUDIO
+from qformer.preprocessing import Preprocessing
+
+TOKENIZER_FOLDER = "tokenizer"
+LEARN_TOKENIZER = "corpus"
+
+
+def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
+    """Workers run in other folders: make every local path absolute. Hub names and URIs stay as they are."""
+
+    def absolute(path: str | None) -> str | None:
+        return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
+
+    model = settings.model
+    folders = {
+        name: absolute(getattr(model, name)) for name in ("vision", "audio", "language", "tokenizer", "qformer_init")
+    }
+    if model.tokenizer == LEARN_TOKENIZER:
+        folders["tokenizer"] = LEARN_TOKENIZER
+    if model.audio == KEPT_AUDIO:
+        folders["audio"] = KEPT_AUDIO
+    output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
+    return settings.model_copy(
+        update={
+            "output": output,
+            "data": settings.data.model_copy(update={"features": absolute(settings.data.features)}),
+            "validation": settings.validation
+            and settings.validation.model_copy(update={"features": absolute(settings.validation.features)}),
+            "init_from": absolute(settings.init_from),
+            "model": model.model_copy(update=folders),
+        }
+    )
+
+
+def decode_settings(
+    settings: TrainSettings, preprocessing: Preprocessing, audio: AudioSampling | None
+) -> DecodeSettings:
+    """How this run's files become pixels and, where it has an audio encoder, sound."""
+    data = settings.data
+    return DecodeSettings(
+        preprocessing=preprocessing,
+        num_frames=data.num_frames,
+        sampling=data.sampling.build(),
+        limits=Limits(**data.limits.model_dump()),
+        augmentation=Augmentation(**data.augmentation.model_dump()),
+        audio=audio,
+    )
+
+
+def tokenizer_folder(settings: TrainSettings) -> str:
+    """Hub name or folder of the Q-Former's tokenizer; in the run's own folder where it is learned."""
+    if settings.model.tokenizer != LEARN_TOKENIZER:
+        return settings.model.tokenizer
+    return storage.join(settings.output, TOKENIZER_FOLDER)
+
+
+# FIX

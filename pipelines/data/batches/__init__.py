@@ -1,0 +1,1 @@
+"""Decoded clips in, Arrow tables and `SampleBatch` out."""

@@ -1,0 +1,60 @@
+"""Rows that could not be used: why, where, how often."""
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from pipelines.data import schema
+from pipelines.data.batches.batch import Failure
+from qformer.errors import UserError
+
+
+def to_table(failures: Iterable[Failure], epoch: int = 0) -> pa.Table:
+    """Make quarantine rows.
+
+    Args:
+        failures: What happened.
+        epoch: 0-based epoch it happened in.
+    """
+    rows = [
+        {
+            schema.SAMPLE_ID: failure.sample_id,
+            schema.MEDIA: failure.media,
+            schema.STAGE: failure.stage,
+            schema.ERROR_CLASS: failure.error_class,
+            schema.MESSAGE: failure.message,
+            schema.TRIES: failure.tries,
+            schema.EPOCH: epoch,
+        }
+        for failure in failures
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.QUARANTINE_SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Failure]:
+    """Rebuild failures from quarantine rows; the epoch is left out."""
+    columns = (schema.SAMPLE_ID, schema.MEDIA, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
+    return [Failure(*(row[name] for name in columns)) for row in table.to_pylist()]
+
+
+def require_readable(failures: Iterable[Failure]) -> None:
+    """Stop the run where storage refuses to be read: a mistake in permissions or settings, which every row shares.
+
+    Rows that are wrong themselves (class "config" at another stage) do not stop it.
+
+    Raises:
+        UserError: With what was refused and what to do.
+    """
+    for failure in failures:
+        if failure.error_class == "config" and failure.stage == "read":
+            raise UserError(f"sample {failure.sample_id!r} cannot be read: {failure.message}")
+
+
+def accounting_line(rows_in: int, used: int, quarantined: int) -> str:
+    """State that no row was lost.
+
+    Raises:
+        AssertionError: If one was.
+    """
+    assert rows_in == used + quarantined, f"rows were lost: {rows_in} in, {used} used, {quarantined} quarantined"
+    return f"rows in {rows_in} = rows used {used} + rows quarantined {quarantined}"

@@ -1,0 +1,85 @@
+"""Folders of media files, with captions beside them in NAME.txt or NAME.json."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines.data import schema, storage
+from pipelines.data.corpus.sources.files import list_source, read_source_bytes
+from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
+from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.failures import MediaError, kind_of_name
+from qformer.errors import UserError
+
+SIDECARS = (".json", ".txt")
+_MAX_SIDECAR_BYTES = 16 * 1024**2
+
+
+def read_folder(path: str) -> Iterator[RawRow | BadRow]:
+    """Yield one row a media file, by name; its id is its path below the folder.
+
+    A file NAME.txt beside it holds one caption a line, a file NAME.json an object with `captions` or `caption` and
+    any other column of ours.
+
+    Raises:
+        UserError: If there are no media files.
+        MediaError: If the storage refuses to be read, or does not answer.
+    """
+    names = list_source(path)
+    there = set(names)
+    number = 0
+    for name in names:
+        if kind_of_name(name) is None:
+            continue
+        number += 1
+        place = storage.join(path, name)
+        sidecar = next((found for found in _sidecars(name) if found in there), None)
+        try:
+            values = {} if sidecar is None else sidecar_values(sidecar, _content(storage.join(path, sidecar)))
+        except BadRowError as error:
+            yield BadRow(number, place, error.error_class, error.message, media=name)
+            continue
+        yield RawRow(number, place, {**values, schema.MEDIA: name}, sample_id=name)
+    if not number:
+        raise UserError(f"folder {path} holds no image or video files; check the path")
+
+
+def sidecar_values(name: str, content: bytes) -> dict[str, Any]:
+    """What a text or JSON file beside a media file says about it.
+
+    Args:
+        name: File name, for its extension and for messages.
+        content: Of the file.
+
+    Raises:
+        BadRowError: "corrupt", if it is no JSON object.
+    """
+    text = decoded(content)
+    if not name.lower().endswith(".json"):
+        return {schema.CAPTIONS: text.splitlines()}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError("corrupt", f"{name} is not JSON ({str(error)[:80]})") from None
+    if not isinstance(values, dict):
+        raise BadRowError("corrupt", f"{name} is not a JSON object")
+    for one, several in schema.SINGULAR.items():
+        if one in values:
+            values.setdefault(several, values.pop(one))
+    return values
+
+
+def _sidecars(name: str) -> Iterator[str]:
+    """Where captions of a file may lie: photo.txt, or photo.jpg.txt."""
+    for stem in (os.path.splitext(name)[0], name):
+        yield from (stem + extension for extension in SIDECARS)
+
+
+def _content(uri: str) -> bytes:
+    try:
+        return read_source_bytes(uri, _MAX_SIDECAR_BYTES)
+    except MediaError as error:
+        if error.error_class in ("transient", "config"):
+            raise  # the storage's fault, which no row may suffer for
+        raise BadRowError(error.error_class, f"{uri}: {error.message}") from error

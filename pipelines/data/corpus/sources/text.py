@@ -1,0 +1,47 @@
+"""Text of unknown origin: found to be no UTF-8 row by row, never file by file."""
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from pipelines.data.corpus.sources.raw import BadRowError
+
+# Bytes that are no UTF-8 travel as lone surrogates, which `require_unicode` finds; the other rows stay usable.
+ERRORS = "surrogateescape"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def decoded(data: bytes) -> str:
+    """Bytes as text, with what is no UTF-8 marked for `require_unicode`."""
+    return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", ERRORS)
+
+
+def require_unicode(text: str, what: str) -> str:
+    """Check one value.
+
+    Args:
+        text: As `decoded` or JSON gives it.
+        what: For the message, e.g. "column 'captions'".
+
+    Raises:
+        BadRowError: "corrupt", if it holds bytes that are no UTF-8, or half a surrogate pair.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = text[max(0, error.start - 20) : error.start + 20].encode("utf-8", "backslashreplace").decode()
+            raise BadRowError("corrupt", f"{what} is not UTF-8: {shown}") from None
+    return text
+
+
+def text_of(value: Any) -> str | None:
+    """A cell as text; None for what is empty."""
+    if isinstance(value, bytes):
+        value = decoded(value)
+    return None if value is None or value == "" else str(value)
+
+
+def lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of each line."""
+    for number, line in enumerate(file, start=1):
+        yield number, decoded(line) if number == 1 else line.decode("utf-8", ERRORS)

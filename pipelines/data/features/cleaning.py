@@ -1,0 +1,110 @@
+"""Finds feature caches that no run refers to, and removes them: files that a cache has, and nothing else."""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import fsspec
+
+from pipelines.data import storage
+from pipelines.data.features.files import INDEX_FILE, QUARANTINE_FILE
+from pipelines.data.features.spec import SPEC_FILE, read_spec
+from qformer.errors import UserError
+
+_JOB_FILES = ("settings.yaml", "summary.json", QUARANTINE_FILE)
+_SHARD_FILE = re.compile(r"shard-\d{8}\.(arrow|parquet)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundCache:
+    """A folder with our spec file."""
+
+    folder: str
+    vision: str
+    """Name of the encoder that made it."""
+    files: tuple[str, ...]
+    """All that the folder holds, relative to it."""
+    size_bytes: int
+    kept_because: str | None
+    """Why it must stay; None: nothing refers to it."""
+
+
+def find_caches(folder: str, referred: Iterable[str], min_age_h: float) -> list[FoundCache]:
+    """Look for caches in `folder` and below.
+
+    Args:
+        folder: Path or URI.
+        referred: Caches that runs name, as their settings spell them.
+        min_age_h: A cache that changed later than this many hours ago stays: its training may be yet to come.
+
+    Raises:
+        UserError: If the folder does not exist.
+    """
+    if not storage.is_folder(folder):
+        raise UserError(f"caches={folder} is no folder; give one that holds feature caches")
+    names = [_absolute(name) for name in referred]
+    below = storage.list_files(folder)
+    caches = []
+    for spec_file in below:
+        if spec_file.rpartition("/")[2] != SPEC_FILE:
+            continue
+        prefix = spec_file.removesuffix(SPEC_FILE)
+        # Another cache's folder below this one would count as foreign files: better kept than guessed at.
+        files = tuple(name.removeprefix(prefix) for name in below if name.startswith(prefix))
+        root = storage.join(folder, prefix.rstrip("/")) if prefix else folder
+        caches.append(_judged(root, files, names, min_age_h))
+    return caches
+
+
+def remove_cache(cache: FoundCache) -> None:
+    """Remove a cache's files; the spec last, so that a removal cut short can be repeated."""
+    assert cache.kept_because is None, cache
+    for name in sorted(cache.files, key=lambda name: (name == SPEC_FILE, name != INDEX_FILE)):
+        storage.remove_file(storage.join(cache.folder, name))
+    if storage.is_local(cache.folder):
+        with contextlib.suppress(OSError):  # something came to be in it meanwhile
+            os.rmdir(storage.local_path(cache.folder))
+
+
+def _judged(folder: str, files: tuple[str, ...], referred: list[str], min_age_h: float) -> FoundCache:
+    paths = [storage.join(folder, name) for name in files]
+    age_h = (time.time() - max(map(_changed_at_s, paths))) / 3600
+    foreign = [name for name in files if not _is_ours(name)]
+    vision, kept_because = "unknown", None
+    try:
+        spec = read_spec(folder)
+        vision = spec.vision if spec else vision
+    except (UserError, ValueError, KeyError, TypeError):
+        kept_because = f"its {SPEC_FILE} is not one that this version writes"
+    if kept_because is None and _absolute(folder) in referred:
+        kept_because = "a run refers to it"
+    elif kept_because is None and foreign:
+        kept_because = f"it also holds {foreign[0]!r}"
+    elif kept_because is None and age_h < min_age_h:
+        kept_because = f"it changed {age_h:.1f} h ago"
+    return FoundCache(
+        folder=folder,
+        vision=vision,
+        files=files,
+        size_bytes=sum(map(storage.size_bytes, paths)),
+        kept_because=kept_because,
+    )
+
+
+def _is_ours(name: str) -> bool:
+    plain = _TEMPORARY.sub("", name)
+    return plain in (SPEC_FILE, INDEX_FILE, *_JOB_FILES) or _SHARD_FILE.fullmatch(plain) is not None
+
+
+def _absolute(folder: str) -> str:
+    """One spelling of a folder, links resolved."""
+    return os.path.realpath(storage.local_path(folder)) if storage.is_local(folder) else folder.rstrip("/")
+
+
+def _changed_at_s(uri: str) -> float:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return float(filesystem.modified(path).timestamp())

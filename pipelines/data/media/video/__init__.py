@@ -1,0 +1,1 @@
+"""Decoding of videos and their sound, in child processes with a deadline."""

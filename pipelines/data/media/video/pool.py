@@ -1,0 +1,241 @@
+"""Decode videos, and pictures if need be, in children that are killed at a deadline and replaced when they crash."""
+
+import contextlib
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import RawIOBase
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.data.failures import MediaError
+from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.clip import BACKEND_NAMES, Clip, ClipRequest, WaveformRequest
+from pipelines.data.media.facts import MediaFacts
+from pipelines.data.media.video.wire import receive, send, widen
+
+# The child decodes strangers' files: it gets what it needs to run, and no credentials.
+_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
+_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MAX_KILLS = 5
+"""Children that may be killed from outside over one clip."""
+_EXIT_S = 5.0
+"""Within this a child that has closed its pipe is gone."""
+
+
+class VideoPool:
+    """A few decoding children, started when first needed and reused while healthy. Thread-safe.
+
+    Args:
+        timeout_s: Deadline of one clip; its child is killed then.
+        memory_bytes: Address space a child may use.
+        size: Number of children, the clips that can be decoded at a time.
+    """
+
+    def __init__(self, *, timeout_s: float, memory_bytes: int, size: int = 1) -> None:
+        self._timeout_s = timeout_s
+        self._children = [_Child(memory_bytes) for _ in range(size)]
+        self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
+        for child in self._children:
+            self._idle.put(child)
+
+    def read_clip(
+        self,
+        request: ClipRequest,
+        *,
+        path: str | None = None,
+        data: bytes = b"",
+        backends: Sequence[str] = BACKEND_NAMES,
+    ) -> Clip:
+        """Decode sampled frames of one clip.
+
+        A crash is put down to the backend that is asked first, which comes last in the second try. A child that
+        somebody else ended (the kernel short of memory, a person) says nothing of file or backend: another child
+        does the same again.
+
+        Args:
+            request: What to make of it.
+            path: Local file; None to decode `data`.
+            data: The file's content.
+            backends: Names of those to try, in this order.
+
+        Raises:
+            MediaError: If the clip cannot be used, takes too long, or crashes its decoder twice; "transient" if its
+                children are killed again and again.
+        """
+        header = {"task": "clip", "request": request.to_dict(), "path": path}
+        tries = [list(backends), [*backends[1:], *backends[:1]]]
+        return self._clip([{**header, "backends": names} for names in tries], data, request.audio)
+
+    def read_picture(self, data: bytes, request: ClipRequest) -> Clip:
+        """Decode a picture, as `picture.read_picture` does, where its decoder can harm nobody.
+
+        Raises:
+            MediaError: If the picture cannot be used, takes too long, or crashes its decoder twice.
+        """
+        header = {"task": "picture", "request": request.to_dict(), "path": None}
+        return self._clip([header, header], data, None)
+
+    def _clip(self, headers: list[dict[str, Any]], data: bytes, audio: AudioSampling | None) -> Clip:
+        reply, payload = self._ask(headers, data)
+        num_pixels = math.prod(reply["shape"])
+        pixels = np.frombuffer(payload, dtype=np.uint8, count=num_pixels).reshape(reply["shape"])
+        facts = None if reply["facts"] is None else MediaFacts(**reply["facts"])
+        frame_valid = np.array(reply["frame_valid"], dtype=np.bool_)
+        if audio is None:
+            return Clip(pixels, frame_valid, facts)
+        waveforms, _ = audio.silence()
+        audio_valid = np.array(reply["audio_valid"], dtype=np.bool_)
+        heard = np.frombuffer(payload, dtype=np.uint8, offset=num_pixels).view(np.float32)
+        waveforms[audio_valid] = heard.reshape(-1, audio.segment_samples)
+        return Clip(pixels, frame_valid, facts, waveforms, audio_valid)
+
+    def read_waveform(
+        self, request: WaveformRequest, *, max_pixels: int, path: str | None = None, data: bytes = b""
+    ) -> NDArray[np.float32] | None:
+        """Decode the first audio track to mono.
+
+        Args:
+            request: Sample rate and part.
+            max_pixels: Limit of width x height of the video frames.
+            path: Local file; None to decode `data`.
+            data: The file's content.
+
+        Returns:
+            float32 [samples], or None when there is no audio track; see `video_audio.read_waveform`.
+
+        Raises:
+            MediaError: As `read_clip`.
+        """
+        header = {"task": "waveform", "request": request.to_dict(), "path": path, "max_pixels": max_pixels}
+        reply, payload = self._ask([header, header], data)
+        return np.frombuffer(payload, dtype=np.float32) if reply["has_audio"] else None
+
+    def child_pids(self) -> list[int]:
+        """Process ids of the living children."""
+        return [child.pid for child in self._children if child.pid is not None]
+
+    def _ask(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytearray]:
+        """Send one header after the other until a child survives it, and again where it was killed from outside."""
+        child = self._idle.get()
+        num_crashes = num_kills = 0
+        try:
+            while num_crashes < len(headers) and num_kills < _MAX_KILLS:
+                answer = child.ask({**headers[num_crashes], "timeout_s": self._timeout_s}, data, self._timeout_s)
+                if not isinstance(answer, _Death):
+                    told, payload = answer
+                    if "error_class" in told:
+                        raise MediaError(told["error_class"], told["message"], stage=told["stage"])
+                    return told, payload
+                num_kills += answer.is_foreign
+                num_crashes += not answer.is_foreign
+        finally:
+            self._idle.put(child)
+        if num_kills == _MAX_KILLS:
+            message = f"the decoder was killed {num_kills} times from outside; is the machine short of memory?"
+            raise MediaError("transient", message, tries=num_kills + num_crashes)
+        raise MediaError("corrupt", f"the decoder crashed twice on this file ({answer})", tries=num_kills + num_crashes)
+
+    def close(self) -> None:
+        """End the children. A later request starts new ones."""
+        for child in self._children:
+            child.kill()
+
+
+@dataclass(frozen=True, slots=True)
+class _Death:
+    """How a child ended that gave no answer."""
+
+    returncode: int
+    """Minus the signal; `subprocess.Popen.returncode`."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether somebody else ended it: decoders die of their own faults by other signals."""
+        return -self.returncode in _FOREIGN_SIGNALS
+
+    def __str__(self) -> str:
+        return signal.Signals(-self.returncode).name if self.returncode < 0 else f"exit code {self.returncode}"
+
+
+class _Child:
+    """One decoding process, or none yet."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asking = threading.RLock()
+        """Held while the pipes are in use: closed ones may become another child's."""
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytearray] | _Death:
+        """Send a request and wait for its reply.
+
+        Raises:
+            MediaError: "timeout".
+        """
+        with self._asking:
+            if self._process is not None and self._process.poll() is not None:
+                self.kill()  # it was ended while it waited, which is nothing that this file did
+            process = self._process or self._start()
+            self._process = process
+            deadline_s = time.monotonic() + timeout_s
+            try:
+                with contextlib.suppress(OSError):
+                    send(cast(RawIOBase, process.stdin), header, data, deadline_s=deadline_s)
+                reply = receive(cast(RawIOBase, process.stdout), deadline_s)
+            except TimeoutError:
+                self.kill()
+                raise MediaError("timeout", f"decoding took longer than {timeout_s:g} s") from None
+        if reply is not None:
+            return reply
+        if self._process is not process:
+            raise MediaError("transient", "the decoder was closed while it worked")
+        try:
+            returncode = process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            returncode = 0  # it closed its pipe and lives on, which only a fault of its own can do
+        self.kill()
+        return _Death(returncode)
+
+    def kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        with self._asking:
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    cast(RawIOBase, stream).close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        # Ray puts a job's code on sys.path only; the child must find the same packages.
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        # Every BLAS thread would reserve address space that counts against the child's memory limit.
+        environment["OPENBLAS_NUM_THREADS"] = "1"
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pipelines.data.media.video.child", str(self._memory_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=environment,
+        )
+        for stream in (process.stdin, process.stdout):
+            widen(cast(RawIOBase, stream))
+            os.set_blocking(cast(RawIOBase, stream).fileno(), False)
+        return process

@@ -1,0 +1,53 @@
+"""The sound of a video as one waveform. Runs only in the killable child."""
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.data.failures import MediaError
+from pipelines.data.media.clip import WaveformRequest
+from pipelines.data.media.video.audio_track import Sound
+from pipelines.data.media.video.frames import media_error
+from pipelines.data.media.video.survey import open_container, survey
+
+
+def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArray[np.float32] | None:
+    """Decode the first audio track to mono, the mean of its channels.
+
+    Time zero is the first video frame, so that clip bounds mean the same for sound and picture (in a file without
+    pictures it is the first sound). Where the sound begins later than the part that is asked for, or has gaps, there
+    is silence; where it ends earlier, the waveform is shorter.
+
+    Args:
+        path: Local file.
+        request: Sample rate and part.
+        max_pixels: Limit of width x height of the video frames.
+
+    Returns:
+        float32 [samples] within [-1, 1], or None when there is no audio track.
+
+    Raises:
+        MediaError: If the sound cannot be used.
+    """
+    start_s, end_s = request.start_s or 0.0, request.end_s
+    if start_s < 0 or (end_s is not None and end_s <= start_s):
+        raise MediaError("config", f"start_s={start_s:g} and end_s={end_s} leave no sound", stage="manifest")
+    try:
+        with open_container(path) as container:
+            if not container.streams.audio:
+                return None
+            has_video = len(container.streams.video) > 0
+        zero_s = None
+        if has_video:
+            found = survey(path, max_pixels, request.max_duration_s)
+            zero_s = float(found.starts[0]) * found.unit_s
+        num_wanted = None if end_s is None else round((end_s - start_s) * request.sample_rate_hz)
+        with open_container(path) as container:
+            sound = Sound(container, request.sample_rate_hz, zero_s)
+            if start_s > 0:
+                sound.seek(start_s)
+            track = sound.read(start_s, num_wanted)
+            sound.require_decodable()
+            return track.waveform()
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise media_error(error) from error

@@ -1,0 +1,1 @@
+"""Manifest, mixture, seed and step in, row numbers out: which row is trained when."""

@@ -1,0 +1,185 @@
+"""Several manifests as one corpus: whose rows an epoch takes, how many, and under which sample ids."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.data import schema, storage
+from pipelines.data.corpus.manifest import read_manifest
+from pipelines.data.corpus.manifest_files import INDEX_FILE, MANIFEST_FOLDER
+from pipelines.data.order.global_batches import Stream
+from pipelines.data.order.row_index import PartRows, Rows, TableRows, streamed, total
+from qformer.errors import UserError
+
+Mixing = Literal["proportional", "sqrt", "explicit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One manifest of a mixture."""
+
+    name: str
+    """Put before its sample ids where there are several sources, so that no two rows share an id."""
+    rows: Rows
+    weight: float | None = None
+    """Its share of an epoch relative to the others', under "explicit"."""
+
+
+class Corpus:
+    """Sources with their rows numbered through: all of the first source, then all of the second.
+
+    Args:
+        sources: At least one.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self._ends = np.cumsum([total(source.rows) for source in self.sources])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return int(self._ends[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what decides which row a number means."""
+        parts = [(source.name, source.rows.fingerprint) for source in self.sources]
+        return hashlib.sha256(repr(parts if len(parts) > 1 else parts[0][1]).encode()).hexdigest()
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """The rows of these numbers, in this order."""
+        if len(self.sources) == 1:
+            return self.sources[0].rows.take(rows)
+        codes = np.searchsorted(self._ends, rows, side="right")
+        pieces, places = [], []
+        # At least one piece, though no row be asked for.
+        for code in np.unique(codes) if len(codes) else [0]:
+            source, chosen = self.sources[code], np.flatnonzero(codes == code)
+            first = int(self._ends[code]) - total(source.rows)
+            pieces.append(_prefixed(source.rows.take(rows[chosen] - first), source.name))
+            places.append(chosen)
+        back = np.empty(len(rows), dtype=np.int64)
+        back[np.concatenate(places)] = np.arange(len(rows))
+        return pa.concat_tables(pieces, promote_options="default").take(pa.array(back))
+
+    def in_memory(self, change: Callable[[pa.Table], pa.Table]) -> "Corpus":
+        """Read all sources and put what `change` makes of them in their place; it must keep the rows' order."""
+        tables = [pa.concat_tables(streamed(source.rows)) for source in self.sources]
+        pairs = zip(self.sources, tables, strict=True)
+        return Corpus([Source(source.name, TableRows(change(table)), source.weight) for source, table in pairs])
+
+    def streams(self, mixing: Mixing) -> tuple[Stream, ...]:
+        """What `order.Order` draws from.
+
+        Args:
+            mixing: See `epoch_draws`.
+
+        Raises:
+            UserError: As `epoch_draws`.
+        """
+        sizes = [total(source.rows) for source in self.sources]
+        draws = epoch_draws(sizes, mixing, [source.weight for source in self.sources])
+        streams = []
+        for place, source in enumerate(self.sources):
+            first = int(self._ends[place]) - sizes[place]
+            shares = _shared(draws[place], list(source.rows.counts.values()))
+            for (kind, count), share in zip(source.rows.counts.items(), shares, strict=True):
+                streams.append(
+                    Stream(source=place, kind=kind, first_row=first, num_rows=count, draws=share),
+                )
+                first += count
+        return tuple(streams)
+
+
+def open_corpus(
+    manifests: Sequence[tuple[str, float | None]],
+    *,
+    split: str,
+    kind: str | None,
+) -> Corpus:
+    """Open the manifests of a training run; those in parts stay where they are.
+
+    Args:
+        manifests: Path and weight of each.
+        split: Whose rows are trained on.
+        kind: Take only "image" or "video" rows; None takes both.
+
+    Raises:
+        UserError: If one cannot be read, has no rows to train on, or is there twice.
+    """
+    names = source_names([path for path, _ in manifests])
+    pairs = zip(names, manifests, strict=True)
+    return Corpus([Source(name, _opened(path, split, kind), weight) for name, (path, weight) in pairs])
+
+
+def _opened(path: str, split: str, kind: str | None) -> Rows:
+    if storage.is_folder(path):
+        for folder in (storage.join(path, MANIFEST_FOLDER), path):
+            if storage.exists(storage.join(folder, INDEX_FILE)):
+                return PartRows(folder, split, kind)
+    return TableRows(read_manifest(path, split, needs_captions=True, kind=kind))
+
+
+def epoch_draws(sizes: Sequence[int], mixing: Mixing, weights: Sequence[float | None]) -> list[int]:
+    """How many rows each source gives to an epoch.
+
+    An epoch has as many rows as all sources together. "proportional": every row of every source, once. "sqrt": in
+    proportion to the square root of the source's rows. "explicit": in proportion to its weight.
+
+    Args:
+        sizes: Rows of each source.
+        mixing: Which of them.
+        weights: Of each source; used, and wanted, by "explicit" alone.
+
+    Returns:
+        round(total x share) of each source, at least one.
+
+    Raises:
+        UserError: If weights are missing, or given where they have no effect.
+    """
+    if mixing == "explicit" and None in weights:
+        raise UserError("data.mixture=explicit needs a weight for every entry of data.manifest; add weight: 1 to each")
+    if mixing != "explicit" and any(weight is not None for weight in weights):
+        raise UserError(f"data.mixture={mixing} makes its own weights; set data.mixture=explicit, or drop the weights")
+    if mixing == "proportional":
+        return list(sizes)
+    shares = [math.sqrt(size) for size in sizes] if mixing == "sqrt" else [weight or 0.0 for weight in weights]
+    return [max(1, round(sum(sizes) * share / sum(shares))) for share in shares]
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """Short names of manifests: the last parts of their paths, as many as tell them apart.
+
+    Raises:
+        UserError: If a manifest is there twice.
+    """
+    parts = [storage.local_path(path) if storage.is_local(path) else path.rstrip("/") for path in paths]
+    split = [[piece for piece in path.split("/") if piece] for path in parts]
+    if len(set(parts)) < len(parts):
+        twice = next(path for path in parts if parts.count(path) > 1)
+        raise UserError(f"data.manifest names {twice} twice; name it once, with a larger weight if it shall count more")
+    for depth in itertools.count(1):
+        names = ["/".join(pieces[-depth:]) for pieces in split]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("unreachable: different paths differ somewhere")
+
+
+def _shared(draws: int, counts: Sequence[int]) -> list[int]:
+    """Split a source's draws over its kinds by their rows, at least one each."""
+    ends = [round(draws * end / sum(counts)) for end in itertools.accumulate(counts)]
+    return [max(1, end - start) for start, end in itertools.pairwise([0, *ends])]
+
+
+def _prefixed(table: pa.Table, name: str) -> pa.Table:
+    ids = pc.binary_join_element_wise(pa.scalar(name), table[schema.SAMPLE_ID], "/")
+    return table.set_column(table.schema.get_field_index(schema.SAMPLE_ID), schema.SAMPLE_ID, ids)

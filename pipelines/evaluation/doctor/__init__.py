@@ -1,0 +1,1 @@
+"""A run's records and checkpoint in, findings out: one line each, with what to do."""

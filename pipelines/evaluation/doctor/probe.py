@@ -1,0 +1,163 @@
+"""What a checkpoint makes of true and of permuted pairs, and of its queries meanwhile.
+
+Dimensions: B pairs, K of them whose text meets a wrong image too, F frames, P image tokens, V encoder width, N = F * Q
+queries of a sample, E joint width, G frames of several samples, L language-model width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipelines.evaluation.doctor.pairs import PairBatch
+from pipelines.inference.models import Captioner, Retriever
+from qformer.analysis.image_use import USED_GAIN_NATS, PairedFigures, answer_losses, compare_pairs, partners
+from qformer.analysis.query_use import QueryFigures, QueryStatistics
+from qformer.bridges.audio_branch import Sound
+from qformer.objectives import similarity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFigures:
+    """What came of probing a model."""
+
+    measures: dict[str, PairedFigures]
+    """By loss term: "itc" (similarity) and "itm" (probability of a match) in stage 1, "lm" (loss a token) in stage 2.
+    """
+    picked: float | None
+    """Stage 1: share of the images whose own text is the most similar one of its batch."""
+    picked_chance: float | None
+    """That share of a model which picks at random."""
+    unread_queries: list[int]
+    """Stage 1: queries that were never the most similar one to a text. Many are in a healthy model."""
+    queries: QueryFigures | None
+    num_texts: int
+    num_truncated: int
+    """Texts that lost their last words."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the batches gave so far."""
+
+    true: dict[str, list[Tensor]] = field(default_factory=dict)
+    permuted: dict[str, list[Tensor]] = field(default_factory=dict)
+    queries: QueryStatistics = field(default_factory=QueryStatistics)
+    num_texts: int = 0
+    num_truncated: int = 0
+
+    def add(self, name: str, true_K: Tensor, permuted_K: Tensor) -> None:
+        """Take in what K texts gave beside their own and beside another image."""
+        self.true.setdefault(name, []).append(true_K.float().cpu())
+        self.permuted.setdefault(name, []).append(permuted_K.float().cpu())
+
+    def compared(self, *, lower_is_better: bool, least_gain: float = 0.0) -> dict[str, PairedFigures]:
+        """The figures of each measure."""
+        joined = {name: (torch.cat(parts), torch.cat(self.permuted[name])) for name, parts in self.true.items()}
+        return {
+            name: compare_pairs(*pair, lower_is_better=lower_is_better, least_gain=least_gain)
+            for name, pair in joined.items()
+        }
+
+
+@torch.no_grad()
+def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: int) -> ModelFigures:
+    """Look at a stage-1 model.
+
+    Args:
+        retriever: Under test.
+        batches: Pairs to show it.
+        seed: Of the permutations.
+    """
+    stage1, generator = retriever.stage1, torch.Generator().manual_seed(seed)
+    sums = _Sums()
+    num_queries = stage1.qformer.config.num_queries
+    is_picked: list[Tensor] = []
+    chances: list[Tensor] = []
+    best: set[int] = set()
+    for batch in batches:
+        device = stage1.temperature.device
+        tokens_BFPV = retriever.encoder.features(batch.pixels_BFCYX.to(device))
+        is_frame_BF = batch.frame_valid_BF.to(device)
+        seen = stage1.perceive(tokens_BFPV, is_frame_BF)
+        frames, image = seen.tokens_BFPV.shape[1], stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
+        hidden_GQD = stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
+        queries_BNE = stage1.embed_queries(hidden_GQD, frames, seen.is_frame_BF)
+        text_BE = retriever.embed_text(batch.captions)
+        scores_BB = similarity(queries_BNE, text_BE)  # image by text
+        is_positive_BB = ~batch.may_swap_BB.T.to(device)
+        own = torch.arange(len(scores_BB), device=device)
+        is_picked.append(is_positive_BB[own, scores_BB.argmax(dim=1)].float())
+        chances.append(is_positive_BB.float().mean(dim=1))
+        nearest_B = torch.einsum("bne,be->bn", queries_BNE, text_BE).argmax(dim=1) % num_queries
+        best |= set(nearest_B.tolist())
+        sums.num_texts += len(batch.captions)
+        sums.num_truncated += retriever.tokenizer.encode(batch.captions).num_truncated
+        text_K, other_K = _swapped(batch, generator, device)
+        if len(text_K):
+            texts = [batch.captions[text] for text in text_K.tolist()]
+            sums.add("itc", scores_BB[text_K, text_K], scores_BB[other_K, text_K])
+            true_K, permuted_K = (
+                retriever.match(tokens_BFPV[index_K], texts, is_frame_BF[index_K]) for index_K in (text_K, other_K)
+            )
+            sums.add("itm", true_K, permuted_K)
+            hidden_BFQD = hidden_GQD.unflatten(0, (-1, frames))
+            sums.queries.add(hidden_BFQD[text_K].flatten(0, 1), hidden_BFQD[other_K].flatten(0, 1))
+    return ModelFigures(
+        measures=sums.compared(lower_is_better=False),
+        picked=float(torch.cat(is_picked).mean()) if is_picked else None,
+        picked_chance=float(torch.cat(chances).mean()) if chances else None,
+        unread_queries=sorted(set(range(num_queries)) - best),
+        queries=sums.queries.figures(),
+        num_texts=sums.num_texts,
+        num_truncated=sums.num_truncated,
+    )
+
+
+@torch.no_grad()
+def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: int) -> ModelFigures:
+    """Look at a stage-2 model; as `probe_retriever`."""
+    stage2, language, info = captioner.stage2, captioner.language, captioner.info
+    generator, sums = torch.Generator().manual_seed(seed), _Sums()
+    device = stage2.language_projection.weight.device
+    for batch in batches:
+        text_K, other_K = _swapped(batch, generator, device)
+        sums.num_texts += len(batch.captions)
+        if not len(text_K):
+            continue
+        captions = [batch.captions[text] for text in text_K.tolist()]
+        prompts = [batch.instructions[text] or info.prompt for text in text_K.tolist()]
+        answers = language.tokenize(prompts, captions, max_tokens=info.max_text_tokens)
+        sums.num_truncated += answers.num_truncated
+        instruction: list[Tensor] = []
+        if captioner.tokenizer is not None:
+            instruction = [tensor.to(device) for tensor in captioner.tokenizer.encode(prompts)[:2]]
+        tokens_BFPV = captioner.encoder.features(batch.pixels_BFCYX.to(device))
+        answers, is_frame_BF = answers.to(device), batch.frame_valid_BF.to(device)
+        heard = captioner.sound(batch.audio, device)
+        prefixes, losses = [], []
+        for index_K in (text_K, other_K):
+            sound = heard and Sound(*(tensor[index_K] for tensor in heard))
+            prefix_KNL = stage2(tokens_BFPV[index_K], *instruction, is_frame_BF=is_frame_BF[index_K], sound=sound)
+            is_prefix_KN = stage2.is_prompt(is_frame_BF[index_K], sound, prefix_KNL)
+            losses.append(answer_losses(language, prefix_KNL, answers, is_prefix_KN))
+            prefixes.append(prefix_KNL)
+        sums.add("lm", *losses)
+        sums.queries.add(*(stage2.query_outputs(prefix_KNL) for prefix_KNL in prefixes))
+    return ModelFigures(
+        measures=sums.compared(lower_is_better=True, least_gain=USED_GAIN_NATS),
+        picked=None,
+        picked_chance=None,
+        unread_queries=[],
+        queries=sums.queries.figures(),
+        num_texts=sums.num_texts,
+        num_truncated=sums.num_truncated,
+    )
+
+
+def _swapped(batch: PairBatch, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which texts meet a wrong image, and which image that is."""
+    image_B = partners(batch.may_swap_BB, generator)
+    text_K = (image_B >= 0).nonzero().flatten()
+    return text_K.to(device), image_B[text_K].to(device)

@@ -1,0 +1,1 @@
+"""Predictions and references in, scores out; free of models and of Ray."""

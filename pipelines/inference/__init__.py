@@ -1,0 +1,1 @@
+"""A trained bridge in use, without Ray: media in, text or embeddings out."""

@@ -1,0 +1,297 @@
+"""A trained bridge in use: the two models that a checkpoint folder becomes (`qformer.conversion.checkpoint`).
+
+Dimensions: B batch, F frames, C channels, Y/X pixels, P image tokens, V encoder width, N queries or soft prompts, E
+joint width, A segments of sound, W samples of a segment, L language-model width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from qformer.adapters.lora import Lora
+from qformer.attention import KeyValue
+from qformer.audio import AudioEncoder, load_audio
+from qformer.backbones import VisionEncoder, load_language, load_vision
+from qformer.bridges.audio_branch import Sound
+from qformer.bridges.config import KEPT_AUDIO
+from qformer.bridges.frames import Seen
+from qformer.config import GenerationSettings
+from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo, load_weights, read_info
+from qformer.errors import UserError
+from qformer.language import LanguageModel, build_language_model
+from qformer.objectives.stage1 import Stage1
+from qformer.objectives.stage2 import Stage2
+from qformer.text import TextTokenizer, load_text_tokenizer
+
+
+class Waveforms(NamedTuple):
+    """The sound of clips, as `SampleBatch` holds it."""
+
+    waveforms_BAW: Tensor
+    is_segment_BA: Tensor
+    """False at segments that are not there; a clip without sound has none."""
+
+
+class Retriever:
+    """Image and text embeddings and match scores of a stage-1 bridge."""
+
+    def __init__(self, info: BridgeInfo, encoder: VisionEncoder, stage1: Stage1, tokenizer: TextTokenizer) -> None:
+        self.info, self.encoder, self.stage1, self.tokenizer = info, encoder, stage1.eval(), tokenizer
+        self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
+
+    @torch.no_grad()
+    def embed_image(self, pixels_BFCYX: Tensor, frame_valid_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed images or clips.
+
+        Args:
+            pixels_BFCYX: uint8, prepared by `preprocessing`.
+            frame_valid_BF: False at frames that only repeat others; they change nothing.
+
+        Returns:
+            query_embeds_BNE, L2-normalised float32 (N = F * Q where frames are not joined), and the encoder's
+            image_tokens_BFPV for `match`.
+        """
+        tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
+        return self.embed_tokens(tokens_BFPV, frame_valid_BF), tokens_BFPV
+
+    @torch.no_grad()
+    def embed_tokens(self, image_tokens_BFPV: Tensor, frame_valid_BF: Tensor | None = None) -> Tensor:
+        """query_embeds_BNE as `embed_image`, of what the encoder has seen already."""
+        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
+        hidden_GQD = self.stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
+        return self.stage1.embed_queries(hidden_GQD, seen.tokens_BFPV.shape[1], seen.is_frame_BF)
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str]) -> Tensor:
+        """L2-normalised text embeddings [B, E], float32; the similarity to an image is the largest over its N rows."""
+        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
+        return self.stage1.embed_text(ids_BT.to(self._device), mask_BT.to(self._device))
+
+    @torch.no_grad()
+    def match(self, image_tokens_BFPV: Tensor, captions: Sequence[str], frame_valid_BF: Tensor | None = None) -> Tensor:
+        """ITM probability that each image matches its caption.
+
+        Args:
+            image_tokens_BFPV: From `embed_image`.
+            captions: One an image.
+            frame_valid_BF: As in `embed_image`.
+
+        Returns:
+            [B], float32, between 0 and 1.
+        """
+        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
+        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
+        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        logits_B2 = self.stage1.match_logits(image, ids_BT, mask_BT, seen.tokens_BFPV.shape[1], seen)
+        return logits_B2.softmax(dim=-1)[:, 1]
+
+    def _seen(self, tokens_BFPV: Tensor, frame_valid_BF: Tensor | None) -> tuple[Seen, list[KeyValue | None]]:
+        """Clips as the Q-Former reads them, and their keys and values."""
+        is_frame_BF = None if frame_valid_BF is None else frame_valid_BF.to(self._device)
+        seen = self.stage1.perceive(tokens_BFPV.to(self._device).float(), is_frame_BF)
+        return seen, self.stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.stage1.temperature.device
+
+
+class Captioner:
+    """Captions and answers of a stage-2 bridge; `tokenizer` is that of the Q-Former's text branch, where it has one."""
+
+    def __init__(
+        self,
+        info: BridgeInfo,
+        encoder: VisionEncoder,
+        stage2: Stage2,
+        language: LanguageModel,
+        tokenizer: TextTokenizer | None = None,
+        audio_encoder: AudioEncoder | None = None,
+    ) -> None:
+        self.info, self.encoder, self.stage2 = info, encoder, stage2.eval()
+        self.language, self.tokenizer, self.audio_encoder = language, tokenizer, audio_encoder
+        self.preprocessing, self.num_frames = info.preprocessing, info.num_frames
+
+    @torch.no_grad()
+    def soft_prompts(
+        self,
+        pixels_BFCYX: Tensor,
+        instructions: Sequence[str] | None = None,
+        *,
+        frame_valid: Tensor | None = None,
+        audio: Waveforms | None = None,
+    ) -> list[Tensor]:
+        """What the language model reads of each image or clip, [N, L], before the prompt.
+
+        N is the same for all but where frames only repeat others, or some clips have no sound: their rows are left out.
+
+        Args:
+            pixels_BFCYX: uint8, prepared by `preprocessing`.
+            instructions: As for `answer`.
+            frame_valid: [B, F], False at frames that only repeat others; None: none does.
+            audio: The clips' sound, for a bridge that reads it; None: they have none.
+
+        Raises:
+            ValueError: As `answer`.
+        """
+        tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
+        return self.soft_prompts_of_tokens(tokens_BFPV, instructions, frame_valid=frame_valid, audio=audio)
+
+    @torch.no_grad()
+    def soft_prompts_of_tokens(
+        self,
+        tokens_BFPV: Tensor,
+        instructions: Sequence[str] | None = None,
+        *,
+        frame_valid: Tensor | None = None,
+        audio: Waveforms | None = None,
+    ) -> list[Tensor]:
+        """As `soft_prompts`, of what the encoder has seen already."""
+        prompts, device = self.prompts(instructions, len(tokens_BFPV)), self._device
+        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self.sound(audio, device)
+        inputs = [tokens_BFPV.to(device)]
+        if self.tokenizer is not None:
+            inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
+        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF, sound=sound)
+        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, sound, prompts_BNL)
+        if is_prompt_BN is None:
+            return list(prompts_BNL)
+        return [rows_NL[is_read_N] for rows_NL, is_read_N in zip(prompts_BNL, is_prompt_BN, strict=True)]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.stage2.language_projection.weight.device
+
+    def prompts(self, instructions: Sequence[str] | None, images: int) -> list[str]:
+        """The text after each image's soft prompts: its instruction, or the prompt of training.
+
+        Raises:
+            ValueError: If instructions and images differ in number.
+        """
+        prompts = [text or self.info.prompt for text in instructions or [""] * images]
+        if len(prompts) != images:
+            raise ValueError(f"{len(prompts)} instructions for {images} images; give one each")
+        return prompts
+
+    def sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+        """What the frozen audio encoder hears, on `device`."""
+        if audio is None:
+            return None
+        if self.audio_encoder is None:
+            raise ValueError("sound for a bridge without audio branch; leave it out")
+        waveforms_BAW, is_segment_BA = (tensor.to(device) for tensor in audio)
+        return Sound(self.audio_encoder.features(waveforms_BAW, is_segment_BA), is_segment_BA)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        pixels_BFCYX: Tensor,
+        instructions: Sequence[str] | None = None,
+        settings: GenerationSettings | None = None,
+        *,
+        frame_valid: Tensor | None = None,
+        audio: Waveforms | None = None,
+    ) -> list[str]:
+        """Captions, or answers to one instruction an image or clip.
+
+        Args:
+            pixels_BFCYX: uint8, prepared by `preprocessing`.
+            instructions: An instruction-aware Q-Former reads them too; cut as in training (see `num_truncated`). None,
+                or "" among them, takes the prompt of training.
+            settings: Greedy by default.
+            frame_valid: As for `soft_prompts`.
+            audio: As for `soft_prompts`.
+
+        Raises:
+            ValueError: If the encoder's features are not finite, or instructions and images differ in number.
+        """
+        prefixes = self.soft_prompts(pixels_BFCYX, instructions, frame_valid=frame_valid, audio=audio)
+        return self.language.generate(prefixes, self.prompts(instructions, len(prefixes)), settings)
+
+    def num_truncated(self, instructions: Sequence[str]) -> int:
+        """How many instructions lose their last words in `answer`, for being longer than `info.max_text_tokens`."""
+        prompts = [text or self.info.prompt for text in instructions]
+        own = 0 if self.tokenizer is None else self.tokenizer.encode(prompts).num_truncated
+        batch = self.language.tokenize(prompts, [""] * len(prompts), max_tokens=self.info.max_text_tokens)
+        return max(own, batch.num_truncated)
+
+
+def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
+    """Load a stage-1 checkpoint for retrieval.
+
+    Raises:
+        UserError: If the folder is no stage-1 checkpoint, or its encoder cannot be loaded.
+    """
+    info = _info_of_stage(folder, 1, "retrieval")
+    stage1 = Stage1(info.qformer, video=info.video)
+    load_weights(stage1, folder)
+    return Retriever(info, _encoder(info).to(device), stage1.to(device), load_tokenizer(folder, info))
+
+
+def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
+    """Load a stage-2 checkpoint for captions.
+
+    Raises:
+        UserError: If the folder is no stage-2 checkpoint, or a backbone cannot be loaded.
+    """
+    info = _info_of_stage(folder, 2, "captions")
+    model, words = load_language(cast(str, info.language))
+    if info.answer_end_id is not None:
+        cast(Any, model).generation_config.eos_token_id = info.answer_end_id
+    language = build_language_model(model, words, info.max_text_tokens)
+    lora = Lora(language.model, info.lora) if info.lora else None
+    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
+    load_weights(stage2, folder)
+    tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
+    encoder, ears = _encoder(info).to(device), load_ears(info, device)
+    return Captioner(info, encoder, stage2.to(device), language.to(device), tokenizer, ears)
+
+
+def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
+    info = read_info(folder)
+    if info.stage != stage:
+        raise UserError(f"{str(folder)!r} is a stage-{info.stage} checkpoint; {purpose} need(s) stage {stage}")
+    return info
+
+
+def load_tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
+    """Load the Q-Former's text tokenizer from its checkpoint folder."""
+    return load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens, info.qformer.vocab_size)
+
+
+def load_ears(info: BridgeInfo, device: str) -> AudioEncoder | None:
+    """Load the frozen encoder of sound; None for a bridge that does not hear.
+
+    Raises:
+        UserError: If it cannot be loaded, is another than in training, or was not there in training either.
+    """
+    if info.audio is None or info.audio_branch is None:
+        return None
+    if info.audio == KEPT_AUDIO:
+        raise UserError(
+            f"the bridge was trained with model.audio={KEPT_AUDIO}: it hears vectors of a feature cache, and nothing "
+            "here makes them of a file's sound; train with model.audio set to an audio encoder, or without sound"
+        )
+    ears = load_audio(info.audio, pretrained=info.audio_pretrained)
+    width, rate_hz = info.audio_branch.encoder_width, info.audio_sampling["sample_rate_hz"]
+    if (ears.width, ears.sample_rate_hz) != (width, rate_hz):
+        raise UserError(
+            f"encoder of sound {info.audio!r} is {ears.width} wide and hears {ears.sample_rate_hz} Hz, the bridge "
+            f"{width} and {rate_hz} Hz; it is another model than in training"
+        )
+    return ears.to(device)
+
+
+def _encoder(info: BridgeInfo) -> VisionEncoder:
+    encoder = load_vision(
+        info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer, image_size=info.vision_image_size
+    )
+    if encoder.width != info.qformer.encoder_width:
+        raise UserError(
+            f"encoder {info.vision!r} is {encoder.width} wide, the bridge {info.qformer.encoder_width}; it is another "
+            "model than in training"
+        )
+    return encoder

@@ -1,0 +1,1 @@
+"""What clients and deployments agree on: requests, answers, errors, settings."""

@@ -1,0 +1,1 @@
+"""Endpoints: HTTP requests in, calls of the workers, HTTP answers out."""

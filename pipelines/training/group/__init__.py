@@ -1,0 +1,1 @@
+"""The workers of a run together: their batches, their launch, their watchdog."""

@@ -1,0 +1,1 @@
+"""One run on one rank: model, frozen encoders, checkpoints, resume."""

@@ -1,0 +1,1 @@
+"""Forward passes of a language model over slots of keys and values."""

@@ -1,0 +1,49 @@
+"""What `--help` tells of the settings."""
+
+import pytest
+
+from jobs.cli.main import JOBS, _settings_class, main
+from jobs.settings.help import describe_settings
+from jobs.settings.jobs import PrepareSettings, TrainSettings
+from jobs.settings.loading import load
+
+
+def test_every_key_stands_there_with_its_default_and_meaning():
+    lines = describe_settings(TrainSettings).splitlines()
+    assert "  output (required)" in lines
+    assert "  optim.learning_rate = 0.0001" in lines
+    assert "  model.language = null" in lines
+    place = lines.index("  data.augmentation.horizontal_flip = false")
+    assert lines[place + 1].startswith("      Off by default")
+
+
+def test_items_of_lists_and_dataclasses_are_spelt_out():
+    assert "  sources.0.path (required)" in describe_settings(PrepareSettings)
+    assert "  generation.num_beams = 1" in describe_settings(_settings_class(JOBS["caption"]))
+
+
+def test_every_key_can_be_set_as_it_is_spelt():
+    """Optional parts, lists and tuples included: what the help shows is what --set takes."""
+    lines = describe_settings(TrainSettings).splitlines()
+    assert "  validation.every (required)" in lines and "  model.lora.rank = 16" in lines
+    assert "  data.augmentation.crop_scale = [0.5, 1.0]" in lines and "  data.manifest.0.path (required)" in lines
+    least = ["output=o", "stage=2", "model.vision=v", "data.manifest.0.path=m", "steps=1", "batch_size=1"]
+    least += ["validation.every=1"]
+    shown = [line.strip().split(" = ") for line in lines if line.startswith("  ") and " = " in line[:70]]
+    plain = [f"{key}={value}" for key, value in shown if not line_breaks(key, value)]
+    assert len(plain) >= 75
+    loaded = load(TrainSettings, None, [*least, *plain])
+    assert loaded.model.lora is not None and loaded.optim.betas == (0.9, 0.98)
+
+
+def line_breaks(key, value):
+    """Values that only stand for something that the other keys spell out."""
+    return value.endswith("…") or key in ("validation", "model.lora")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_help_of_every_job_ends_with_its_keys(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"keys:\n{describe_settings(_settings_class(JOBS[name]))}" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""What the first rank writes down, also when the disk has no room; and the notice that a machine goes away."""
+
+import json
+from unittest import mock
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from jobs.settings.data import TrainDataSettings
+from jobs.settings.jobs import TrainSettings
+from jobs.settings.model import ModelSettings
+from jobs.train import reporter as train_reporter
+from jobs.train.reporter import Reporter, keep_events
+from jobs.train.worker import _PreemptionNotice, _stuck, train_worker
+from pipelines.data import storage
+from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.training.records.accounting import Accounting
+from pipelines.training.records.telemetry import ProgressBoard
+from tests.actors import kill_actor
+
+
+@pytest.fixture
+def board(ray_local):
+    actor = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def settings(output):
+    data = TrainDataSettings(manifest="m")
+    return TrainSettings(
+        output=str(output), stage=1, model=ModelSettings(vision="v"), data=data, steps=10, batch_size=2
+    )
+
+
+def reporter(board, output, start_step=0):
+    return Reporter(board, settings(output), start_step)
+
+
+def said(board):
+    return ray.get(board.read.remote())[1]
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_start_after_the_desk_died_ends_the_run_in_a_line(ray_local, tmp_path):
+    desk = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+    ray.get(desk.mistake.remote())
+    kill_actor(desk)
+    mistake = train_worker({"settings": settings(tmp_path).model_dump(mode="json"), "board": desk})["mistake"]
+    assert "hands out the batches died" in mistake and "--resume" in mistake
+
+
+def test_lines_of_an_earlier_start_stay_and_the_user_is_told(board, tmp_path):
+    first = reporter(board, tmp_path)
+    first.started({"step": 0, "workers": 2})
+    first.say("hello")
+    second = reporter(board, tmp_path, start_step=4)
+    second.started({"step": 4, "workers": 1})
+    second.bad_step({"step": 5, "sample_ids": ["a"]})
+    assert said(board) == ["hello"]
+    assert [(start["step"], start["workers"]) for start in lines(tmp_path / "starts.jsonl")] == [(0, 2), (4, 1)]
+    assert all(start["versions"]["torch"] and start["hardware"] for start in lines(tmp_path / "starts.jsonl"))
+    assert [event["text"] for event in lines(tmp_path / "events.jsonl")] == ["hello"]
+    assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 5, "sample_ids": ["a"]}]
+
+
+def test_bad_steps_that_are_done_again_are_forgotten(board, tmp_path):
+    first = reporter(board, tmp_path)
+    for step in (3, 4, 7):
+        first.bad_step({"step": step})
+    with open(tmp_path / "bad_steps.jsonl", "a") as file:
+        file.write('{"step": 2, "rea')  # as its writer died
+    second = reporter(board, tmp_path, start_step=4)  # steps 0 to 3 are in the checkpoint
+    assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 3}]
+    second.bad_step({"step": 4})
+    assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 3}, {"step": 4}]
+
+
+def test_the_quarantine_table_is_written_as_training_goes_on(board, tmp_path, monkeypatch):
+    """Not only at checkpoints; and not at every log line, for it is written whole."""
+    one, accounting = reporter(board, tmp_path), Accounting()
+    figures = {"step": 1, "epoch": 0, "learning_rate": 1.0, "samples_per_s": 1.0, "data_wait_share": 0.0}
+
+    def fails(name):
+        accounting.add(batch_of(name), 0)
+        accounting.combine()
+
+    def written():
+        return pq.read_table(tmp_path / "quarantine.parquet")["sample_id"].to_pylist()
+
+    one.logged(figures, accounting)
+    assert not (tmp_path / "quarantine.parquet").exists()
+    fails("a")
+    one.logged(figures, accounting)
+    assert written() == ["a"]
+    fails("b")
+    one.logged(figures, accounting)
+    assert written() == ["a"]
+    monkeypatch.setattr(train_reporter, "_QUARANTINE_PAUSE_S", 0.0)
+    one.logged(figures, accounting)
+    assert written() == ["a", "b"]
+
+
+def batch_of(name):
+    """One row, which failed."""
+    return SampleBatch(
+        step=0,
+        rank=0,
+        sample_ids=[name],
+        captions=[""],
+        image_ids=np.zeros(1, np.int64),
+        is_valid=np.zeros(1, np.bool_),
+        images=np.zeros((1, 1, 3, 2, 2), np.uint8),
+        failures=[Failure(name, None, "decode", "corrupt", "torn")],
+        frame_valid=np.ones((1, 1), np.bool_),
+    )
+
+
+def test_a_full_disk_ends_nothing_and_the_next_line_brings_the_lost_one(board, tmp_path):
+    one = reporter(board, tmp_path)
+    with mock.patch.object(storage, "write_text", side_effect=OSError(28, "No space left on device")):
+        one.say("lost?")
+    with mock.patch.object(storage, "open_output", side_effect=OSError(28, "No space left on device")):
+        one.write_quarantine(Accounting())
+    one.say("room again")
+    texts = [event["text"][:20] for event in lines(tmp_path / "events.jsonl")]
+    assert texts == ["lost?", "ALARM quarantine.par", "room again"]
+    assert any("ALARM events.jsonl is not written" in text for text in said(board))
+    one.write_quarantine(Accounting())
+    assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 0
+
+
+def test_what_workers_died_of_is_kept_by_those_that_come_after(board, tmp_path):
+    ray.get(board.died.remote("ALARM worker 1 died: no more memory"))
+    one = reporter(board, tmp_path)
+    one.keep(ray.get(board.take_deaths.remote()))
+    keep_events(str(tmp_path), ["ALARM worker 0 died, and nobody came after"])
+    keep_events(str(tmp_path), ray.get(board.take_deaths.remote()))
+    texts = [event["text"] for event in lines(tmp_path / "events.jsonl")]
+    assert texts == ["ALARM worker 1 died: no more memory", "ALARM worker 0 died, and nobody came after"]
+    assert said(board) == texts[:1]  # once
+
+
+def test_a_run_that_never_reaches_its_next_checkpoint_is_given_up(board, tmp_path):
+    data = TrainDataSettings(manifest="m")
+    elastic = TrainSettings(
+        output=str(tmp_path), stage=1, model=ModelSettings(vision="v"), data=data, steps=9, batch_size=2, min_workers=1
+    )
+    assert [_stuck(board, elastic, 0) for _ in range(10)] == [None] * 10
+    assert [_stuck(board, elastic, 5) for _ in range(10)] == [None] * 10  # it got on
+    limited = elastic.model_copy(update={"max_failures": 1000})
+    assert _stuck(board, limited, 5) is None
+    assert "started 12 times from step 5 and never reached the next checkpoint" in _stuck(board, elastic, 5)
+
+
+def test_a_notice_of_preemption_counts_once():
+    told = []
+    with mock.patch.object(ray.train, "get_preemption_info", side_effect=[None, "first", "first", "second", None]):
+        notice = _PreemptionNotice(told.append)
+        assert [notice() for _ in range(5)] == [False, True, False, True, False]
+    assert len(told) == 2 and "taking a checkpoint first" in told[0]
