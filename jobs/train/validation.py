@@ -9,7 +9,8 @@ from typing import Any
 from jobs.settings.jobs import TrainSettings
 from jobs.train.inputs import decode_settings
 from jobs.train.reporter import VALIDATION_QUARANTINE_FILE, Reporter
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.data.media.transforms import Augmentation
 from pipelines.training.group.feed import rank_batches
 from pipelines.training.run.model import Training, TrainingRun

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.batches.audio_rows import AudioRows
-from pipelines.data.batches.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
-from pipelines.data.failures import MediaError
+from pipelines.data.batches.batch import AUGMENTATION_SEED, ImageRows, pack
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.media.checked import Checked
 from pipelines.data.media.crash_mark import CrashMark
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder

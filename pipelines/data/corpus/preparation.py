@@ -8,12 +8,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.duplicates import find_duplicates, is_leak
 from pipelines.data.corpus.manifest_files import append_rows, iterate_rows, write_manifest
 from pipelines.data.corpus.spool import Spool
 from pipelines.data.corpus.summary import CorpusSummary
+from pipelines.data.failures import Failure
 
 QUARANTINE_FILE = "quarantine.parquet"
 QUARANTINED_ROWS_FILE = "quarantined_rows.parquet"

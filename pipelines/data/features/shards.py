@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.batches.plan import evaluation_blocks, image_ids
 from pipelines.data.batches.token_codec import TokenDtype, encode_tokens
 from pipelines.data.corpus import quarantine
+from pipelines.data.failures import Failure
 from pipelines.data.features.files import (
     AUDIO,
     AUDIO_VALID,

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipelines.data.failures import HEIC_BRANDS, SNIFFED_BYTES, MediaError, sniff_kind
+from pipelines.data.failures import MediaError
 from pipelines.data.media.facts import MediaFacts
+from pipelines.data.media.kinds import HEIC_BRANDS, SNIFFED_BYTES, sniff_kind
 from pipelines.data.schema import IMAGE, VIDEO
 
 # Closed list: Pillow's other plugins run programs (EPS) or read formats that no corpus has.

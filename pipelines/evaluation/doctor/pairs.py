@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure, SampleBatch, unpack
+from pipelines.data.batches.batch import SampleBatch, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import RowLookup, training_blocks
+from pipelines.data.failures import Failure
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.global_batches import Batches
 from pipelines.data.order.mixture import Corpus

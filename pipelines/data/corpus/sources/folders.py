@@ -9,7 +9,8 @@ from pipelines.data import schema, storage
 from pipelines.data.corpus.sources.files import list_source, read_source_bytes
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.corpus.sources.text import decoded
-from pipelines.data.failures import MediaError, kind_of_name
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import kind_of_name
 from qformer.errors import UserError
 
 SIDECARS = (".json", ".txt")

@@ -7,7 +7,8 @@ from typing import Any
 from pipelines.data import schema, storage
 from pipelines.data.corpus.sources.raw import BadRowError, RawRow
 from pipelines.data.corpus.sources.text import require_unicode, text_of
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import SNIFFED_BYTES, kind_of_name, sniff_kind
 from pipelines.data.names import nearest
 from pipelines.data.storage import members
 from pipelines.data.storage.retries import with_retries

@@ -10,14 +10,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus.seen import SeenNames
 from pipelines.data.corpus.sources import annotations, delimited, folders, jsonl, parquet, webdataset, webvid
 from pipelines.data.corpus.sources.detect import FORMATS, format_of
 from pipelines.data.corpus.sources.files import is_source_folder, source_exists
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow, Source
 from pipelines.data.corpus.sources.rows import Row, RowBuilder
-from pipelines.data.failures import MediaError
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.names import nearest
 from qformer.errors import UserError
 

@@ -11,7 +11,7 @@ from pipelines.data.corpus.sources.folders import sidecar_values
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.corpus.sources.tar_index import TarMember, walk_tar
 from pipelines.data.corpus.sources.text import decoded
-from pipelines.data.failures import kind_of_name
+from pipelines.data.media.kinds import kind_of_name
 from pipelines.data.storage import members
 from qformer.errors import UserError
 

@@ -11,9 +11,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, sniff_kind
+from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import MAX_DURATION_S
 from pipelines.data.media.facts import MediaFacts
+from pipelines.data.media.kinds import SNIFFED_BYTES, sniff_kind
 from pipelines.data.schema import IMAGE
 
 # A file may name other files or addresses (playlists, image sequences): only true containers are opened.

@@ -12,10 +12,11 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure, split_steps, unpack
+from pipelines.data.batches.batch import split_steps, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import RowLookup, evaluation_blocks, training_blocks
 from pipelines.data.batches.token_codec import decode_tokens, encode_tokens
+from pipelines.data.failures import Failure
 from pipelines.data.features.cache import FeatureCache, ReadFeatures, locate, open_cache
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice, EncodeShards
 from pipelines.data.features.shards import file_states, finished_shard, write_index, write_quarantine, write_shard
