@@ -1,7 +1,8 @@
 """Paths and URIs in, bytes out: files on local disks and on every store that fsspec has.
 
 Import the file functions from this package. `retries` decides which failures are tried again and which stop a run,
-`members` names a member of a tar shard, `checkpoint_folders` finds and prunes checkpoints, `local_copies` fetches folders.
+`members` names a member of a tar shard, `checkpoint_folders` finds and prunes checkpoints, `local_copies` fetches
+folders.
 """
 
 from pipelines.data.storage.files import (
