@@ -44,7 +44,7 @@ class Validation:
         self._training, self._reporter, self._beat = training, reporter, beat
         patience = settings.validation.patience if settings.validation else None
         decode = decode_settings(settings, run.preprocessing, run.audio_sampling)
-        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), has_chance=False)
+        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), uses_seeds=False)
         found = json.dumps(dataclasses.asdict(read_best(settings.output))) if rank() == 0 else None
         best = Best(**json.loads(str(any_text(found))))  # as the first rank sees the file, on every rank
         self._best = BestCheckpoint(settings.output, best, patience=patience)

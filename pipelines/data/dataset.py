@@ -18,16 +18,16 @@ from pipelines.data.batches.plan import (
     RowLookup,
     block_steps,
     evaluation_blocks,
-    failed,
+    lacks_caption,
+    mark_failed,
     training_blocks,
-    without_caption,
 )
 from pipelines.data.corpus import quarantine
 from pipelines.data.features.cache import FeatureCache, ReadFeatures
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.row_index import Rows
+from pipelines.data.order.row_index import ManifestRows
 
 if TYPE_CHECKING:
     from pipelines.data.features.shard_encoder import EncoderChoice
@@ -74,7 +74,7 @@ class RankStream:
             raise RuntimeError(f"rank {self.rank} got {step - self.first_step} of {self.num_steps} steps")
 
 
-class _Planned:
+class _DecodePlan:
     """Looks planned rows up and hands them to a decode operator, in one actor.
 
     Args:
@@ -92,9 +92,9 @@ class _Planned:
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         rows = self._look_up(plan)
-        is_bad = without_caption(rows)
+        is_bad = lacks_caption(rows)
         decoded: pa.Table = self._decode(rows)
-        return failed(decoded, is_bad, "the row has no caption") if is_bad.any() else decoded
+        return mark_failed(decoded, is_bad, "the row has no caption") if is_bad.any() else decoded
 
 
 def build_segment(
@@ -134,7 +134,7 @@ def build_segment(
         order.at(steps), first_step=first_step, world_size=world_size, steps_per_block=steps_per_block
     )
     operator = ReadFeatures if isinstance(source, FeatureCache) else DecodeRows
-    dataset = _mapped(blocks, _Planned, (rows, order.seed, operator, source), decode_workers, reserves_cpus)
+    dataset = _mapped(blocks, _DecodePlan, (rows, order.seed, operator, source), decode_workers, reserves_cpus)
     # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
     splits = dataset.streaming_split(world_size, equal=False)
     return [RankStream(split, rank, first_step, len(steps)) for rank, split in enumerate(splits)]
@@ -154,7 +154,7 @@ def close_segment(streams: Sequence[RankStream]) -> None:
 
 
 def evaluation_datasets(
-    rows: Rows, *, batch_size: int, decode: DecodeSettings, decode_workers: int
+    rows: ManifestRows, *, batch_size: int, decode: DecodeSettings, decode_workers: int
 ) -> Iterator[ray.data.Dataset]:
     """Decoded blocks with every row exactly once and one kind a block, in one dataset or several.
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pipelines.data import storage
 from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.checked import Checked
+from pipelines.data.media.check_result import CheckResult
 from pipelines.data.media.clip import MAX_DURATION_S, Clip, ClipRequest, WaveformRequest
 from pipelines.data.media.facts import content_hash
 from pipelines.data.media.frame_sampling import Sampling
-from pipelines.data.media.picture import read_picture
+from pipelines.data.media.image_clip import decode_image_clip
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.media.transforms import Augmentation
 from pipelines.data.media.video.pool import VideoPool
@@ -58,7 +58,7 @@ class DecodeSettings:
     limits: Limits = Limits()
     augmentation: Augmentation = Augmentation()
     """Applied only to samples decoded with a seed."""
-    has_chance: bool = True
+    uses_seeds: bool = True
     """False: no sample gets a seed."""
     audio: AudioSampling | None = None
     """Which segments of a video's sound are decoded with its frames; None: none. An image has no sound."""
@@ -66,7 +66,7 @@ class DecodeSettings:
     @property
     def is_random(self) -> bool:
         """Whether a seed changes what a sample decodes to."""
-        return self.has_chance and (self.augmentation.is_active or self.sampling.is_random)
+        return self.uses_seeds and (self.augmentation.is_active or self.sampling.is_random)
 
     def num_frames_of(self, kind: str) -> int:
         """Frames that `kind` decodes to."""
@@ -142,7 +142,7 @@ class SampleDecoder:
         data: bytes | None = None,
         start_s: float | None = None,
         end_s: float | None = None,
-    ) -> Checked:
+    ) -> CheckResult:
         """Decode one sample, as `decode` without seed does, to learn whether it can be used and what it is."""
         size_bytes = fingerprint = None
         costs = StageCosts()
@@ -152,9 +152,9 @@ class SampleDecoder:
                 with costs.measure("fetch"):
                     size_bytes, fingerprint = self._fingerprint(media, source)
                 clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
-            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
+            return CheckResult(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
         except MediaError as error:
-            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
+            return CheckResult(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
 
     def waveform(
         self,
@@ -233,7 +233,7 @@ class SampleDecoder:
 
     def _picture(self, source: _Source, request: ClipRequest, costs: StageCosts) -> Clip:
         if not self._isolates_images:
-            return read_picture(source.data, request, costs)
+            return decode_image_clip(source.data, request, costs)
         with costs.measure("decode"):
             return self.videos.read_picture(source.data, request)
 

@@ -53,12 +53,12 @@ class StageCosts:
 
 
 def cost_columns(costs: Iterable[StageCosts]) -> dict[str, pa.Array]:
-    """Arrow columns of one entry a row, the inverse of `summed`."""
+    """Arrow columns of one entry a row, the inverse of `sum_costs`."""
     rows = list(costs)
     return {name: pa.array([getattr(row, name) for row in rows], COST_COLUMNS[name]) for name in COST_COLUMNS}
 
 
-def summed(table: pa.Table) -> StageCosts:
+def sum_costs(table: pa.Table) -> StageCosts:
     """Add up a table's cost columns."""
     values: dict[str, Any] = {name: pc.sum(table[name]).as_py() for name in COST_COLUMNS}
     return StageCosts(**{name: value or 0 for name, value in values.items()})

@@ -43,7 +43,7 @@ class Augmentation:
         return self.random_resized_crop or self.horizontal_flip
 
 
-def fit(
+def resize_and_crop(
     image: Image.Image, preprocessing: Preprocessing, crop_box: Box | None = None, flip: bool = False
 ) -> NDArray[np.uint8]:
     """Resize and crop to the encoder's input.
@@ -72,8 +72,10 @@ def fit(
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def cut(frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool = False) -> NDArray[np.uint8]:
-    """What `fit` makes of a picture that has been resized already: the middle, [3, height, width].
+def center_crop_resized(
+    frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool = False
+) -> NDArray[np.uint8]:
+    """What `resize_and_crop` makes of a picture that has been resized already: the middle, [3, height, width].
 
     Args:
         frame_HWC: RGB in any memory layout, of `resized_size`.
@@ -83,7 +85,7 @@ def cut(frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool =
     height, width = frame_HWC.shape[:2]
     left, top = round((width - preprocessing.width) / 2), round((height - preprocessing.height) / 2)
     if left < 0 or top < 0:
-        return fit(Image.fromarray(np.ascontiguousarray(frame_HWC)), preprocessing, flip=flip)
+        return resize_and_crop(Image.fromarray(np.ascontiguousarray(frame_HWC)), preprocessing, flip=flip)
     part = frame_HWC[top : top + preprocessing.height, left : left + preprocessing.width]
     return np.ascontiguousarray((part[:, ::-1] if flip else part).transpose(2, 0, 1))
 
@@ -98,7 +100,7 @@ def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple
     return (side, longer) if width <= height else (longer, side)
 
 
-def augment(width: int, height: int, augmentation: Augmentation, seed: int) -> tuple[Box | None, bool]:
+def draw_augmentation(width: int, height: int, augmentation: Augmentation, seed: int) -> tuple[Box | None, bool]:
     """Draw one picture's (or one whole clip's) crop and flip.
 
     Args:

@@ -6,10 +6,10 @@ folders.
 """
 
 from pipelines.data.storage.files import (
-    CutFileError,
     FileTooLargeError,
     IndirectUriError,
     NotRegularFileError,
+    TruncatedFileError,
     exists,
     fetch_folder,
     folder_names,
@@ -35,10 +35,10 @@ from pipelines.data.storage.files import (
 )
 
 __all__ = [
-    "CutFileError",
     "FileTooLargeError",
     "IndirectUriError",
     "NotRegularFileError",
+    "TruncatedFileError",
     "exists",
     "fetch_folder",
     "folder_names",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data import storage
-from pipelines.data.storage.local_copies import drop_copy, local_folder
+from pipelines.data.storage.local_copies import local_folder, remove_copy
 from qformer.errors import UserError
 
 CHECKPOINTS_FOLDER, COMPLETE_MARKER = "checkpoints", "complete.json"
@@ -83,7 +83,7 @@ def newest_whole_checkpoint(run: str, tell: Callable[[str], object] = logger.war
         problem = damage(folder)
         if problem is None:
             return folder
-        drop_copy(uri, folder)
+        remove_copy(uri, folder)
         tell(f"checkpoint {uri} is damaged ({problem}); the one before is used")
     if finished:
         raise UserError(f"every checkpoint of {run} is damaged; start anew in another output")

@@ -25,7 +25,7 @@ class FileTooLargeError(OSError):
     """The file exceeds the caller's byte limit."""
 
 
-class CutFileError(OSError):
+class TruncatedFileError(OSError):
     """The file ends before the bytes that were asked for."""
 
 
@@ -122,7 +122,7 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
             raise FileTooLargeError(f"{member.length} bytes exceed the limit of {max_bytes}")
         content = read_range(member.shard, member.offset, member.length)
         if len(content) < member.length:
-            raise CutFileError(f"the shard ends {member.length - len(content)} bytes before its member does")
+            raise TruncatedFileError(f"the shard ends {member.length - len(content)} bytes before its member does")
         return content
     with open_regular(uri) as file:
         size_bytes = os.fstat(file.fileno()).st_size if is_local(uri) else _size_bytes(uri)

@@ -9,7 +9,7 @@ from pipelines.data import storage
 
 
 def local_folder(uri: str) -> Path:
-    """Return a folder's local path. One of a store is fetched; the copy goes with this process, or by `drop_copy`."""
+    """Return a folder's local path. One of a store is fetched; the copy goes with this process, or by `remove_copy`."""
     if storage.is_local(uri):
         return Path(storage.local_path(uri))
     target = tempfile.mkdtemp(prefix="qformer-")
@@ -18,7 +18,7 @@ def local_folder(uri: str) -> Path:
     return Path(target)
 
 
-def drop_copy(uri: str, folder: Path) -> None:
+def remove_copy(uri: str, folder: Path) -> None:
     """Remove what `local_folder` fetched; a folder that lies on this machine by itself stays.
 
     Args:

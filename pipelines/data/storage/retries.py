@@ -87,7 +87,7 @@ def _verdict(error: Exception, media: str) -> tuple[ErrorClass, str]:
     told = f"{type(error).__name__}: {error}"
     if isinstance(error, storage.FileTooLargeError):
         return "too_large", str(error)
-    if isinstance(error, storage.CutFileError):
+    if isinstance(error, storage.TruncatedFileError):
         return "corrupt", str(error)
     if isinstance(error, (storage.NotRegularFileError, IsADirectoryError)):
         return "unsupported", str(error)

@@ -10,7 +10,7 @@ from pipelines.data.corpus.sources.files import is_source_folder, list_source, r
 from pipelines.data.corpus.sources.folders import sidecar_values
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.corpus.sources.tar_index import TarMember, walk_tar
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from pipelines.data.media.kinds import kind_of_name
 from pipelines.data.storage import members
 from qformer.errors import UserError
@@ -114,9 +114,9 @@ def _values(shard: str, group: list[TarMember], columns: dict[str, str]) -> dict
         if extension == "json":
             found_values = {**sidecar_values(member.name, _content(shard, member)), **found_values}
         elif extension in _CAPTIONS:
-            found_values[schema.CAPTIONS] = decoded(_content(shard, member)).splitlines()
+            found_values[schema.CAPTIONS] = decode_text(_content(shard, member)).splitlines()
         elif extension in texts:
-            found_values[extension] = decoded(_content(shard, member)).strip()
+            found_values[extension] = decode_text(_content(shard, member)).strip()
     renamed = {ours: found_values.get(theirs) for ours, theirs in columns.items() if ours != schema.MEDIA}
     chosen = by_extension[media]
     return {

@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.video.audio_track import Sound, Track
-from pipelines.data.media.video.survey import open_container
+from pipelines.data.media.video.audio_track import AudioTrack, WaveformBuilder
+from pipelines.data.media.video.probe import open_container
 
 _MIN_SEEK_S = 2.0
 """Shorter gaps between segments are decoded: that takes no longer than a seek."""
@@ -48,7 +48,7 @@ def read_segments(
             whole = track.waveform()
             for segment in run:
                 offset = round((float(starts_s[segment]) - first_s) * sampling.sample_rate_hz)
-                if not is_repeated[segment] and track.holds_sound(offset, offset + num_samples):
+                if not is_repeated[segment] and track.has_samples(offset, offset + num_samples):
                     piece = whole[offset : offset + num_samples]
                     waveforms[segment, : len(piece)], is_valid[segment] = piece, True
         reader.sound.require_decodable()
@@ -78,7 +78,7 @@ class _Reader:
         self._container = open_container(path)
         self._begin()
 
-    def read(self, start_s: float, num_wanted: int) -> Track:
+    def read(self, start_s: float, num_wanted: int) -> WaveformBuilder:
         """Decode a part; from the file's beginning where a seek leads behind the part's."""
         if start_s <= 0:
             return self.sound.read(start_s, num_wanted)
@@ -98,4 +98,4 @@ class _Reader:
         self._container.close()
 
     def _begin(self) -> None:
-        self.sound = Sound(self._container, self._sample_rate_hz, self._zero_s)
+        self.sound = AudioTrack(self._container, self._sample_rate_hz, self._zero_s)

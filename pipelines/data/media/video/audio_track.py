@@ -18,7 +18,7 @@ _PREROLL_S = 0.25
 """Decoded before what is wanted, and dropped: decoders need some packets until their sound is right (Opus 80 ms)."""
 
 
-class Sound:
+class AudioTrack:
     """The first audio track of an open container, decoded to mono.
 
     Args:
@@ -44,7 +44,7 @@ class Sound:
             return False
         return True
 
-    def read(self, start_s: float, num_wanted: int | None) -> "Track":
+    def read(self, start_s: float, num_wanted: int | None) -> "WaveformBuilder":
         """Decode on from where the container stands.
 
         Args:
@@ -54,7 +54,7 @@ class Sound:
         Raises:
             MediaError: "too_large".
         """
-        track = Track(num_wanted, self._sample_rate_hz)
+        track = WaveformBuilder(num_wanted, self._sample_rate_hz)
         for time_s, samples in self._pieces():
             if self._zero_s is None:
                 self._zero_s = time_s or 0.0
@@ -88,7 +88,7 @@ class Sound:
                     yield resampled.time, resampled.to_ndarray().mean(axis=0, dtype=np.float32)
 
 
-class Track:
+class WaveformBuilder:
     """Resampled pieces of sound, each at its time.
 
     Args:
@@ -144,7 +144,7 @@ class Track:
         begin = max(0, self._first)
         return next((high for low, high in self._gaps if low <= begin < high), begin)
 
-    def holds_sound(self, start: int, end: int) -> bool:
+    def has_samples(self, start: int, end: int) -> bool:
         """Whether one of the positions from `start` to `end` (exclusive) has a sample that was added."""
         begin, end = max(start, 0), min(end, self._end)
         return begin < end and not any(low <= begin and end <= high for low, high in self._gaps)

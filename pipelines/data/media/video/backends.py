@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data.media.clip import SizeOf
+from pipelines.data.media.video.probe import MATROSKA, MP4, VideoProbe
 from pipelines.data.media.video.pyav import PyAVBackend
-from pipelines.data.media.video.survey import MATROSKA, MP4, VideoSurvey
 
 _INDEXED = (MP4, MATROSKA)
 """Containers that say where decoding can begin."""
@@ -34,11 +34,11 @@ class VideoBackend(Protocol):
 
     name: str
 
-    def suits(self, survey: VideoSurvey) -> bool:
+    def suits(self, survey: VideoProbe) -> bool:
         """Whether it is installed and can be trusted with such a file."""
 
     def frames_at(
-        self, path: str, survey: VideoSurvey, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
+        self, path: str, survey: VideoProbe, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Decode frames.
 
@@ -67,13 +67,13 @@ class DecordBackend:
 
     name = "decord"
 
-    def suits(self, survey: VideoSurvey) -> bool:
+    def suits(self, survey: VideoProbe) -> bool:
         """See `VideoBackend`."""
         is_known = survey.container in _INDEXED and survey.codec in _DECORD_CODECS
         return is_known and survey.is_exact and importlib.util.find_spec("decord") is not None
 
     def frames_at(
-        self, path: str, survey: VideoSurvey, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
+        self, path: str, survey: VideoProbe, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """See `VideoBackend`; does not scale."""
         import decord
@@ -99,13 +99,13 @@ class TorchCodecBackend:
 
     name = "torchcodec"
 
-    def suits(self, survey: VideoSurvey) -> bool:
+    def suits(self, survey: VideoProbe) -> bool:
         """See `VideoBackend`. Whether its FFmpeg is there shows only when it is used."""
         is_known = survey.container in _INDEXED and survey.is_exact
         return is_known and importlib.util.find_spec("torchcodec") is not None
 
     def frames_at(
-        self, path: str, survey: VideoSurvey, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
+        self, path: str, survey: VideoProbe, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """See `VideoBackend`; does not scale."""
         decoders: Any = importlib.import_module("torchcodec.decoders")
@@ -125,13 +125,13 @@ BACKENDS: Final[dict[str, VideoBackend]] = {
 }
 
 
-def _require_same_times(starts_s: NDArray[np.float64], survey: VideoSurvey) -> None:
+def _require_same_times(starts_s: NDArray[np.float64], survey: VideoProbe) -> None:
     is_agreed = len(starts_s) == len(survey.starts)
     if not is_agreed or not np.allclose(starts_s - starts_s[0], survey.starts_s, rtol=0, atol=_TIME_TOLERANCE_S):
         raise BackendError("the backend sees other frame times")
 
 
-def _checked(frame_HWC: NDArray[np.uint8], survey: VideoSurvey) -> NDArray[np.uint8]:
+def _checked(frame_HWC: NDArray[np.uint8], survey: VideoProbe) -> NDArray[np.uint8]:
     if sorted(frame_HWC.shape[:2]) != sorted((survey.width, survey.height)):
         raise BackendError("the backend took another video stream")
     return np.ascontiguousarray(frame_HWC)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import Clip, ClipRequest, WaveformRequest
-from pipelines.data.media.picture import read_picture
+from pipelines.data.media.image_clip import decode_image_clip
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.media.video.frames import read_clip
 from pipelines.data.media.video.waveform import read_waveform
@@ -48,7 +48,7 @@ def _answer(header: dict[str, Any], data: bytearray) -> Reply:
     work = _waveform if header["task"] == "waveform" else _clip
     try:
         if header["task"] == "picture":
-            return _told(read_picture(bytes(data), ClipRequest.from_dict(header["request"]), StageCosts()))
+            return _told(decode_image_clip(bytes(data), ClipRequest.from_dict(header["request"]), StageCosts()))
         if header["path"] is not None:
             return work(header["path"], header)
         with tempfile.TemporaryFile() as file:

@@ -12,11 +12,11 @@ from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.clip import BACKEND_NAMES, Clip, ClipRequest, SizeOf
 from pipelines.data.media.frame_sampling import ClipFrames, choose_frames
-from pipelines.data.media.transforms import Box, augment, cut, fit, resized_size
+from pipelines.data.media.transforms import Box, center_crop_resized, draw_augmentation, resize_and_crop, resized_size
 from pipelines.data.media.video.audio_segments import read_segments
 from pipelines.data.media.video.backends import BACKENDS
+from pipelines.data.media.video.probe import VideoProbe, probe_video, require_pixel_limit
 from pipelines.data.media.video.pyav import rotation_of
-from pipelines.data.media.video.survey import VideoSurvey, check_pixels, survey
 
 _PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
 
@@ -36,7 +36,7 @@ def read_clip(path: str, request: ClipRequest, backends: Sequence[str] = BACKEND
         MediaError: If the clip cannot be used.
     """
     try:
-        found = survey(path, request.max_pixels, request.max_duration_s)
+        found = probe_video(path, request.max_pixels, request.max_duration_s)
         start_s, end_s = _bounds(found, request)
         indexes, frame_valid = _choose(found, request, start_s, end_s)
         pixels = _decode(path, found, request, indexes, backends)
@@ -63,7 +63,7 @@ def media_error(error: Exception) -> MediaError:
     return MediaError("corrupt", message)
 
 
-def _bounds(found: VideoSurvey, request: ClipRequest) -> tuple[float, float]:
+def _bounds(found: VideoProbe, request: ClipRequest) -> tuple[float, float]:
     """Beginning and exclusive end of the clip in seconds after the first frame."""
     duration_s = found.duration_s
     start_s = request.start_s or 0.0
@@ -75,7 +75,7 @@ def _bounds(found: VideoSurvey, request: ClipRequest) -> tuple[float, float]:
 
 
 def _choose(
-    found: VideoSurvey, request: ClipRequest, start_s: float, end_s: float
+    found: VideoProbe, request: ClipRequest, start_s: float, end_s: float
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     frames = ClipFrames(starts_s=found.starts_s, is_key=found.is_key, start_s=start_s, end_s=end_s)
     try:
@@ -85,7 +85,7 @@ def _choose(
 
 
 def _sound(
-    path: str, found: VideoSurvey, audio: AudioSampling | None, start_s: float, end_s: float
+    path: str, found: VideoProbe, audio: AudioSampling | None, start_s: float, end_s: float
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | tuple[None, None]:
     if audio is None:
         return None, None
@@ -100,14 +100,14 @@ def _sound(
 
 
 def _decode(
-    path: str, found: VideoSurvey, request: ClipRequest, indexes: NDArray[np.int64], backends: Sequence[str]
+    path: str, found: VideoProbe, request: ClipRequest, indexes: NDArray[np.int64], backends: Sequence[str]
 ) -> NDArray[np.uint8]:
     failures = []
     wanted = np.unique(indexes)
     for backend in (BACKENDS[name] for name in backends):
         if not backend.suits(found):
             continue
-        fitter = _Fitter(request)
+        fitter = _FrameResizer(request)
         try:
             shown = backend.frames_at(path, found, wanted, fitter.size_of, request.preprocessing.interpolation)
             fitted = {index: fitter.fit(frame) for index, frame in shown}
@@ -123,7 +123,7 @@ def _decode(
     raise MediaError(verdict.error_class, told, stage=verdict.stage)
 
 
-class _Fitter:
+class _FrameResizer:
     """Fits a clip's frames, all with the one crop and flip drawn for the clip."""
 
     def __init__(self, request: ClipRequest) -> None:
@@ -133,21 +133,23 @@ class _Fitter:
         # A random crop enlarges a part of the frame, so that it wants all the pixels there are.
         self.size_of: SizeOf | None = None if is_cropped else self._smaller
 
-    def fit(self, frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def resize_and_crop(self, frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One frame at the encoder's input size."""
         request = self._request
         height, width = frame_HWC.shape[:2]
-        check_pixels(width, height, request.max_pixels)
+        require_pixel_limit(width, height, request.max_pixels)
         if self._plan is None:
             is_plain = request.seed is None
-            self._plan = (None, False) if is_plain else augment(width, height, request.augmentation, request.seed or 0)
+            self._plan = (
+                (None, False) if is_plain else draw_augmentation(width, height, request.augmentation, request.seed or 0)
+            )
         box, is_flipped = self._plan
         if box is None and (width, height) == resized_size(width, height, request.preprocessing):
-            return cut(frame_HWC, request.preprocessing, is_flipped)
-        return fit(Image.fromarray(np.ascontiguousarray(frame_HWC)), request.preprocessing, box, is_flipped)
+            return center_crop_resized(frame_HWC, request.preprocessing, is_flipped)
+        return resize_and_crop(Image.fromarray(np.ascontiguousarray(frame_HWC)), request.preprocessing, box, is_flipped)
 
     def _smaller(self, width: int, height: int) -> tuple[int, int]:
-        """The size that `fit` resizes to, where that is smaller; backends enlarge as they like."""
-        check_pixels(width, height, self._request.max_pixels)
+        """The size that `resize_and_crop` resizes to, where that is smaller; backends enlarge as they like."""
+        require_pixel_limit(width, height, self._request.max_pixels)
         size = resized_size(width, height, self._request.preprocessing)
         return size if size[0] <= width and size[1] <= height else (width, height)

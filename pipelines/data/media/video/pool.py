@@ -24,8 +24,8 @@ from pipelines.data.media.facts import MediaFacts
 from pipelines.data.media.video.wire import receive, send, widen
 
 # The child decodes strangers' files: it gets what it needs to run, and no credentials.
-_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
-_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PASSED_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
+_EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_KILLS = 5
 """Children that may be killed from outside over one clip."""
 _EXIT_S = 5.0
@@ -131,7 +131,7 @@ class VideoPool:
         try:
             while num_crashes < len(headers) and num_kills < _MAX_KILLS:
                 answer = child.ask({**headers[num_crashes], "timeout_s": self._timeout_s}, data, self._timeout_s)
-                if not isinstance(answer, _Death):
+                if not isinstance(answer, _ChildExit):
                     told, payload = answer
                     if "error_class" in told:
                         raise MediaError(told["error_class"], told["message"], stage=told["stage"])
@@ -152,7 +152,7 @@ class VideoPool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Death:
+class _ChildExit:
     """How a child ended that gave no answer."""
 
     returncode: int
@@ -161,7 +161,7 @@ class _Death:
     @property
     def is_foreign(self) -> bool:
         """Whether somebody else ended it: decoders die of their own faults by other signals."""
-        return -self.returncode in _FOREIGN_SIGNALS
+        return -self.returncode in _EXTERNAL_SIGNALS
 
     def __str__(self) -> str:
         return signal.Signals(-self.returncode).name if self.returncode < 0 else f"exit code {self.returncode}"
@@ -180,7 +180,9 @@ class _Child:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytearray] | _Death:
+    def ask(
+        self, header: dict[str, Any], data: bytes, timeout_s: float
+    ) -> tuple[dict[str, Any], bytearray] | _ChildExit:
         """Send a request and wait for its reply.
 
         Raises:
@@ -208,7 +210,7 @@ class _Child:
         except subprocess.TimeoutExpired:
             returncode = 0  # it closed its pipe and lives on, which only a fault of its own can do
         self.kill()
-        return _Death(returncode)
+        return _ChildExit(returncode)
 
     def kill(self) -> None:
         process, self._process = self._process, None
@@ -222,7 +224,7 @@ class _Child:
                     cast(RawIOBase, stream).close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+        environment = {name: os.environ[name] for name in _PASSED_ENVIRONMENT if name in os.environ}
         # Ray puts a job's code on sys.path only; the child must find the same packages.
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         # Every BLAS thread would reserve address space that counts against the child's memory limit.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import SizeOf
-from pipelines.data.media.video.survey import VideoSurvey, open_container
+from pipelines.data.media.video.probe import VideoProbe, open_container
 
 _SKIPPING_CODECS = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8")
 """Decoders that can leave out, packet by packet, frames that no other frame refers to."""
@@ -30,12 +30,12 @@ class PyAVBackend:
 
     name = "pyav"
 
-    def suits(self, survey: VideoSurvey) -> bool:
+    def suits(self, survey: VideoProbe) -> bool:
         """It is worth a try with anything that PyAV could survey."""
         return True
 
     def frames_at(
-        self, path: str, survey: VideoSurvey, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
+        self, path: str, survey: VideoProbe, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """See `video_backends.VideoBackend`.
 
@@ -43,7 +43,7 @@ class PyAVBackend:
         key frames that are none) all is decoded from the beginning, and each wanted time gets the frame that a
         player shows then.
         """
-        painter = _Painter(size_of, filter_name)
+        painter = _FrameConverter(size_of, filter_name)
         num_done = 0
         if survey.is_exact:
             with contextlib.suppress(av.FFmpegError):
@@ -55,7 +55,7 @@ class PyAVBackend:
                 yield index, painter.rgb(frame)
 
 
-def rotation_of(path: str, survey: VideoSurvey) -> int:
+def rotation_of(path: str, survey: VideoProbe) -> int:
     """Clockwise turn in degrees that a player applies, read off the first frame that decodes."""
     with open_container(path) as container:
         cursor = _Cursor(container, survey)
@@ -63,7 +63,7 @@ def rotation_of(path: str, survey: VideoSurvey) -> int:
         return 0 if frame is None else _clockwise(frame)
 
 
-def _selected(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+def _selected(path: str, survey: VideoProbe, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
     """The wanted frames by their exact times; ends early when one does not come."""
     keys = np.concatenate([[0], np.flatnonzero(survey.is_key)])
     # The key frame that decoding of each wanted frame has to begin at, and how far that is from the one before.
@@ -84,7 +84,7 @@ def _selected(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Ite
             yield index, frame
 
 
-def _shown(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+def _shown(path: str, survey: VideoProbe, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
     """For each wanted frame the last that decodes at or before its time, or the first there is.
 
     Raises:
@@ -122,7 +122,7 @@ class _Cursor:
     """
 
     def __init__(
-        self, container: Any, survey: VideoSurvey, wanted: set[int] | None = None, final: Collection[int] = ()
+        self, container: Any, survey: VideoProbe, wanted: set[int] | None = None, final: Collection[int] = ()
     ) -> None:
         self._container, self._wanted, self._final = container, wanted, final
         self._stream = container.streams[survey.stream_index]
@@ -183,7 +183,7 @@ class _Cursor:
                 self.num_failed += 1
 
 
-class _Painter:
+class _FrameConverter:
     """Makes upright RGB [H, W, 3] of decoded frames, scaled where that is asked for.
 
     swscale scales together with the conversion, measured at 0.4 ms for a 640x360 frame to 398x224, against 1.3 ms for

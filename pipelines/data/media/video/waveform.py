@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import WaveformRequest
-from pipelines.data.media.video.audio_track import Sound
+from pipelines.data.media.video.audio_track import AudioTrack
 from pipelines.data.media.video.frames import media_error
-from pipelines.data.media.video.survey import open_container, survey
+from pipelines.data.media.video.probe import open_container, probe_video
 
 
 def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArray[np.float32] | None:
@@ -39,11 +39,11 @@ def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArr
             has_video = len(container.streams.video) > 0
         zero_s = None
         if has_video:
-            found = survey(path, max_pixels, request.max_duration_s)
+            found = probe_video(path, max_pixels, request.max_duration_s)
             zero_s = float(found.starts[0]) * found.unit_s
         num_wanted = None if end_s is None else round((end_s - start_s) * request.sample_rate_hz)
         with open_container(path) as container:
-            sound = Sound(container, request.sample_rate_hz, zero_s)
+            sound = AudioTrack(container, request.sample_rate_hz, zero_s)
             if start_s > 0:
                 sound.seek(start_s)
             track = sound.read(start_s, num_wanted)

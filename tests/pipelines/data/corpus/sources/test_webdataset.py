@@ -145,7 +145,7 @@ def test_a_member_that_is_no_longer_there(tmp_path):
     path = write_shard(tmp_path / "a.tar", [("1.jpg", bytes(3000))])
     ((row,), _) = read(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(storage.CutFileError):
+    with pytest.raises(storage.TruncatedFileError):
         storage.read_bytes(row["media"], 10**6)
     path.unlink()
     with pytest.raises(FileNotFoundError):

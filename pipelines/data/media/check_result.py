@@ -8,7 +8,7 @@ from pipelines.data.media.stage_costs import StageCosts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
+class CheckResult:
     """What checking one sample told; each part is None where it could not be had."""
 
     error: MediaError | None = None

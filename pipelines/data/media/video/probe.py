@@ -29,7 +29,7 @@ DEFAULT_FRAME_S = 1 / 25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoSurvey:
+class VideoProbe:
     """The video stream as its packets tell it."""
 
     stream_index: int
@@ -99,7 +99,7 @@ def open_container(path: str) -> Any:
         raise MediaError("corrupt", f"damaged container: {error.strerror}") from error
 
 
-def survey(path: str, max_pixels: int, max_duration_s: float = MAX_DURATION_S) -> VideoSurvey:
+def probe_video(path: str, max_pixels: int, max_duration_s: float = MAX_DURATION_S) -> VideoProbe:
     """Read the header and all packets' times, without decoding a frame.
 
     Args:
@@ -117,7 +117,7 @@ def survey(path: str, max_pixels: int, max_duration_s: float = MAX_DURATION_S) -
             raise MediaError("unsupported", "no video stream")
         # Read all attributes here: they are freed with their container.
         width, height = stream.codec_context.width, stream.codec_context.height
-        check_pixels(width, height, max_pixels)
+        require_pixel_limit(width, height, max_pixels)
         # Fragmented files have no full index, and edit lists shorten it.
         is_indexed = container.format.name == MP4 and len(stream.index_entries) >= stream.frames > 1
         is_large = os.stat(path).st_size > _INDEXED_BYTES
@@ -126,7 +126,7 @@ def survey(path: str, max_pixels: int, max_duration_s: float = MAX_DURATION_S) -
             raise MediaError("corrupt", "the video stream holds no frames")
         starts = np.unique(np.asarray(times, dtype=np.int64))
         unit_s = float(stream.time_base or DEFAULT_FRAME_S)
-        found = VideoSurvey(
+        found = VideoProbe(
             stream_index=stream.index,
             container=container.format.name,
             codec=stream.codec_context.codec.canonical_name,
@@ -143,7 +143,7 @@ def survey(path: str, max_pixels: int, max_duration_s: float = MAX_DURATION_S) -
     return found
 
 
-def check_pixels(width: int, height: int, max_pixels: int) -> None:
+def require_pixel_limit(width: int, height: int, max_pixels: int) -> None:
     """Raise MediaError ("too_large") when a frame has too many pixels."""
     if width * height > max_pixels:
         raise MediaError("too_large", f"{width}x{height} pixels a frame exceed the limit of {max_pixels}")

@@ -10,7 +10,7 @@ from types import TracebackType
 _IDLE, _BUSY = b"\0", b"\1"
 
 
-class CrashMark:
+class CrashMarker:
     """Says so on this machine's disk while its `with` block runs; costs two system calls.
 
     A process counts as the successor of a dead one that has the same parent: a Ray worker's is the machine's raylet.
@@ -18,12 +18,12 @@ class CrashMark:
     """
 
     def __init__(self) -> None:
-        self.is_inherited = False
+        self.follows_crash = False
         """Whether one that died at a picture had no successor before. Each has one, so that all may die at a time."""
         self._descriptor: int | None = None
         self._path = ""
         with contextlib.suppress(OSError):
-            self.is_inherited = _inherit()
+            self.follows_crash = _inherit()
             self._create()
 
     def __enter__(self) -> None:

@@ -5,13 +5,13 @@ import numpy as np
 from pipelines.data.media.clip import Clip, ClipRequest
 from pipelines.data.media.images import decode_image, image_facts
 from pipelines.data.media.stage_costs import StageCosts
-from pipelines.data.media.transforms import augment, fit
+from pipelines.data.media.transforms import draw_augmentation, resize_and_crop
 
 _DRAFT_FACTOR = 2
 """JPEGs are decoded to at least this many times the resize's target; the filter hides the rest."""
 
 
-def read_picture(data: bytes, request: ClipRequest, costs: StageCosts) -> Clip:
+def decode_image_clip(data: bytes, request: ClipRequest, costs: StageCosts) -> Clip:
     """Decode a picture to a clip of one frame.
 
     Args:
@@ -31,7 +31,7 @@ def read_picture(data: bytes, request: ClipRequest, costs: StageCosts) -> Clip:
         image = decode_image(data, request.max_pixels, _DRAFT_FACTOR * target if is_plain else None)
     box, is_flipped = None, False
     if seed is not None:
-        box, is_flipped = augment(image.width, image.height, augmentation, seed)
+        box, is_flipped = draw_augmentation(image.width, image.height, augmentation, seed)
     with costs.measure("transform"):
-        pixels = fit(image, preprocessing, box, is_flipped)[None]
+        pixels = resize_and_crop(image, preprocessing, box, is_flipped)[None]
     return Clip(pixels, np.ones(1, dtype=np.bool_), facts)
