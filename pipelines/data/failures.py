@@ -1,4 +1,4 @@
-"""What can go wrong with one media file or row: the error that readers raise, and the record that tables carry."""
+"""Failures of single samples: the error that readers raise, and the record that tables carry."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,17 +6,17 @@ from typing import Literal
 ErrorClass = Literal["corrupt", "unsupported", "missing", "too_large", "timeout", "transient", "config"]
 """Why a sample cannot be used."""
 FailureStage = Literal["manifest", "read", "decode"]
-"""Where it failed: the row itself, reading its file, or decoding it."""
+"""Where a sample failed: the row itself, reading its file, or decoding it."""
 
 
 class MediaError(Exception):
-    """One media file that cannot be used. It becomes a quarantine row, never a dead job.
+    """A media file that cannot be used. It becomes a quarantine row and never ends a job.
 
     Attributes:
-        error_class: Why, as one of a few words that tables can be grouped by.
-        message: One line for a person.
-        stage: "read" (bytes could not be had), "decode" (bytes made no picture) or "manifest" (the row is wrong).
-        tries: How often it was attempted.
+        error_class: Reason, one of a few words by which tables can be grouped.
+        message: Explanation in one line.
+        stage: "manifest" (the row is wrong), "read" (the file cannot be read) or "decode" (it cannot be decoded).
+        tries: Number of attempts.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MediaError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One sample that could not be decoded; a future quarantine row."""
+    """A sample that cannot be used; it becomes a row of the quarantine table."""
 
     sample_id: str
     media: str | None

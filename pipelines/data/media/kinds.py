@@ -8,13 +8,13 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".j2k"),
     *(".mpo", ".ico", ".avif", ".heic", ".heif", ".ppm", ".pgm"),
 )
-# An animated GIF is a clip: as an image only its first frame would be seen.
+# An animated GIF is a video: as an image, only its first frame would be decoded.
 VIDEO_EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"),
     *(".3gp", ".3g2", ".wmv", ".ogv", ".gif"),
 )
 SNIFFED_BYTES = 192
-"""How much of a file's beginning `sniff_kind` wants."""
+"""Number of first bytes that `sniff_kind` needs."""
 _IMAGE_MAGIC = (
     b"\xff\xd8\xff",
     b"\x89PNG\r\n",
@@ -31,7 +31,7 @@ _IMAGE_BRANDS = (b"avif", b"avis", *HEIC_BRANDS)
 
 
 def kind_of_name(name: str) -> str | None:
-    """Tell "image" or "video" from a file name's extension, None when it says neither."""
+    """Kind of a file by its name's extension: "image", "video", or None when unknown."""
     extension = os.path.splitext(name)[1].lower()
     if extension in IMAGE_EXTENSIONS:
         return IMAGE
@@ -39,10 +39,10 @@ def kind_of_name(name: str) -> str | None:
 
 
 def sniff_kind(head: bytes) -> str | None:
-    """Tell "image" or "video" from a file's first bytes, None when they say neither.
+    """Kind of a file by its first bytes: "image", "video", or None when unknown.
 
     Args:
-        head: At least `SNIFFED_BYTES` bytes, or the whole file when it is shorter.
+        head: First `SNIFFED_BYTES` bytes or more, or the whole file when it is shorter.
     """
     if head[4:8] == b"ftyp":
         return IMAGE if head[8:12] in _IMAGE_BRANDS else VIDEO

@@ -122,7 +122,7 @@ def _values(shard: str, group: list[TarMember], columns: dict[str, str]) -> dict
     return {
         **found_values,
         **renamed,
-        schema.MEDIA: members.spell(members.Member(shard, chosen.offset, chosen.length)),
+        schema.MEDIA: members.to_reference(members.Member(shard, chosen.offset, chosen.length)),
         schema.KIND: renamed.get(schema.KIND) or kind_of_name(f"x.{media}"),
     }
 
@@ -137,8 +137,8 @@ def _is_media(extension: str, wanted: str | None) -> bool:
 def _content(shard: str, member: TarMember) -> bytes:
     if member.length > _MAX_TEXT_BYTES:
         raise BadRowError("too_large", f"member {member.name!r} holds {member.length} bytes of text")
-    return read_source_bytes(members.spell(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
+    return read_source_bytes(members.to_reference(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
 
 
 def _reference(shard: str, group: list[TarMember]) -> str:
-    return members.spell(members.Member(shard, group[0].offset, group[0].length))
+    return members.to_reference(members.Member(shard, group[0].offset, group[0].length))

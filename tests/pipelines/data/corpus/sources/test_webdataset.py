@@ -30,7 +30,7 @@ def test_members_are_found_where_tarfile_finds_them(tmp_path, tar_format):
         expected = [(info.name, info.offset_data, info.size) for info in tar]
     assert [(found.name, found.offset, found.length) for found in walk_tar(str(path))] == expected
     for found, (_, content) in zip(walk_tar(str(path)), contents, strict=True):
-        reference = members.spell(members.Member(str(path), found.offset, found.length))
+        reference = members.to_reference(members.Member(str(path), found.offset, found.length))
         assert storage.read_bytes(reference, 10_000) == content
 
 

@@ -377,7 +377,7 @@ def test_the_others_are_asked_about_containers_with_an_index_only(tmp_path, monk
         name: probe_video(str(write_clip(tmp_path / f"a.{name}", [9] * 12)), 10**6) for name in ("mp4", "mkv", "ts")
     }
     assert all(one.is_exact for one in found.values())
-    assert [name for name, one in found.items() if BACKENDS[backend].suits(one)] == ["mp4", "mkv"]
+    assert [name for name, one in found.items() if BACKENDS[backend].supports(one)] == ["mp4", "mkv"]
 
 
 @pytest.mark.parametrize(
