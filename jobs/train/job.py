@@ -17,7 +17,7 @@ from jobs.train.rows import TrainingRows, start_desk, start_feed, training_rows,
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import run_table
 from pipelines.data.order.mixture import Corpus
-from pipelines.data.order.row_index import streamed
+from pipelines.data.order.row_index import stream_rows
 from qformer.errors import UserError
 
 SUMMARY_FILE = "summary.json"
@@ -136,7 +136,7 @@ def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
         )
 
     def captions() -> Iterator[str]:
-        tables = itertools.chain.from_iterable(streamed(source.rows) for source in corpus.sources)
+        tables = itertools.chain.from_iterable(stream_rows(source.rows) for source in corpus.sources)
         return (text for table in tables for texts in table[schema.CAPTIONS].to_pylist() for text in texts)
 
     learn_text_tokenizer(captions, Path(storage.local_path(folder)))

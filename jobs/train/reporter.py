@@ -15,9 +15,9 @@ from jobs.cluster.circumstances import circumstances
 from jobs.folders.run import QUARANTINE_FILE
 from jobs.settings.jobs import TrainSettings
 from pipelines.data import storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import write_table
+from pipelines.data.failures import Failure
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.telemetry import RunLog
 from pipelines.training.run.checkpoint_writer import CheckpointWriter

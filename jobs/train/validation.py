@@ -9,7 +9,8 @@ from typing import Any
 from jobs.settings.jobs import TrainSettings
 from jobs.train.inputs import decode_settings
 from jobs.train.reporter import VALIDATION_QUARANTINE_FILE, Reporter
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.data.media.transforms import Augmentation
 from pipelines.training.group.feed import rank_batches
 from pipelines.training.run.model import Training, TrainingRun
@@ -43,7 +44,7 @@ class Validation:
         self._training, self._reporter, self._beat = training, reporter, beat
         patience = settings.validation.patience if settings.validation else None
         decode = decode_settings(settings, run.preprocessing, run.audio_sampling)
-        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), has_chance=False)
+        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), uses_seeds=False)
         found = json.dumps(dataclasses.asdict(read_best(settings.output))) if rank() == 0 else None
         best = Best(**json.loads(str(any_text(found))))  # as the first rank sees the file, on every rank
         self._best = BestCheckpoint(settings.output, best, patience=patience)

@@ -22,7 +22,7 @@ from jobs.train.validation import Validation
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.cache import FeatureCache
 from pipelines.data.storage.checkpoint_folders import checkpoint_uri, newest_whole_checkpoint
-from pipelines.data.storage.local_copies import drop_copy, local_folder
+from pipelines.data.storage.local_copies import local_folder, remove_copy
 from pipelines.training.group.desk import DESK_DIED
 from pipelines.training.group.feed import rank_batches
 from pipelines.training.group.watchdog import Watchdog
@@ -178,7 +178,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
     newest = _newest(settings.output, arguments["board"].say.remote)
     if newest is not None:
         saved = run.restore(newest, training)
-        drop_copy(settings.output, newest)  # a run may be restarted a hundred times on one disk
+        remove_copy(settings.output, newest)  # a run may be restarted a hundred times on one disk
         accounting, start_step = Accounting.from_state(saved.accounting), saved.step
     return _State(run=run, training=training, accounting=accounting, start_step=start_step)
 

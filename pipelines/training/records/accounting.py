@@ -9,8 +9,9 @@ import pyarrow as pa
 from torch import distributed
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.corpus.quarantine import accounting_line
+from pipelines.data.failures import Failure
 from qformer.distributed import rank, world_size
 from qformer.errors import UserError
 

@@ -15,7 +15,8 @@ from jobs.train import reporter as train_reporter
 from jobs.train.reporter import Reporter, keep_events
 from jobs.train.worker import _PreemptionNotice, _stuck, train_worker
 from pipelines.data import storage
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.telemetry import ProgressBoard
 from tests.actors import kill_actor

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest
 
@@ -56,7 +56,7 @@ def test_the_second_attempt_gets_every_batch(ray_local, tmp_path, monkeypatch):
     from pipelines.training.group.launch import launch
 
     table = image_manifest(tmp_path, 24)
-    corpus = Corpus([Source("", TableRows(table))])
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     order = Order(corpus.streams("proportional"), 3, 4)
     actor = ray_local.remote(RunDesk).options(num_cpus=0)
     desk = actor.remote(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1)
