@@ -9,7 +9,8 @@ from jobs.evaluate.caption_corpus import caption_corpus
 from jobs.folders.checkpoint import open_checkpoint
 from jobs.settings.jobs import CaptionSettings
 from pipelines.data import storage
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import SNIFFED_BYTES, kind_of_name, sniff_kind
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.data.storage.retries import classify
