@@ -23,6 +23,7 @@ from pipelines.training.records.telemetry import read_metrics
 from qformer.conversion.checkpoint import read_weights
 from qformer.errors import UserError
 
+RECIPES = CONFIGS / "recipes"
 FILES = {
     "blip2_stage1": ["blip2_stage1"],
     "blip2_stage2_opt": ["blip2_stage2_opt"],
@@ -108,7 +109,7 @@ FLAGS = {
 
 
 def paths(name):
-    return [CONFIGS / f"{file}.yaml" for file in FILES[name]]
+    return [RECIPES / f"{file}.yaml" for file in FILES[name]]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -157,7 +158,7 @@ def test_every_recipe_writes_a_folder_of_its_own():
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_toy_file_leaves_what_a_recipe_is_about(name):
-    plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), CONFIGS / "toy.yaml"])
+    plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), RECIPES / "toy.yaml"])
     kept = {"learning_rate", "min_learning_rate", "weight_decay", "betas", "loss_weights"}
     assert plain.optim.model_dump(include=kept) == toy.optim.model_dump(include=kept)
     kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "vision_layer", "lora", "temporal"}
@@ -166,7 +167,7 @@ def test_the_toy_file_leaves_what_a_recipe_is_about(name):
 
 
 def test_the_first_line_of_the_toy_file_is_a_command(capsys):
-    words = (CONFIGS / "toy.yaml").read_text().splitlines()[0].removeprefix("# qformer ").split()
+    words = (RECIPES / "toy.yaml").read_text().splitlines()[0].removeprefix("# qformer ").split()
     words = [str(CONFIGS.parents[1] / word) if word.endswith(".yaml") else word for word in words]
     assert cli.main([*words, "--show-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -193,7 +194,7 @@ def run(ray_local, toy):
                 overrides.append(f"model.language={toy / 't5'}")
             if name in AUDIO:
                 overrides += [f"model.audio={toy / 'ast'}", f"data.manifest={toy}/clips/manifest.jsonl"]
-            done[name] = train_here([*paths(name), CONFIGS / "toy.yaml"], overrides)
+            done[name] = train_here([*paths(name), RECIPES / "toy.yaml"], overrides)
         return done[name]
 
     return trained
@@ -311,7 +312,7 @@ def test_the_toy_file_alone_suffices(ray_local, toy, tmp_path, monkeypatch):
     (tmp_path / "runs" / "toy").symlink_to(toy)
     (tmp_path / "jobs").symlink_to(CONFIGS.parent)
     monkeypatch.chdir(tmp_path)
-    chosen, summary = train_here([*paths("retrieval_finetune"), CONFIGS / "toy.yaml"])
+    chosen, summary = train_here([*paths("retrieval_finetune"), RECIPES / "toy.yaml"])
     assert "re-initialised 0 tensors; missing 0 tensors" in summary["load_report"]
     start, end = read_weights(toy / "bridge"), read_weights(newest(chosen))
     assert start.keys() == end.keys()
@@ -323,5 +324,5 @@ def test_stage_1_starts_from_no_stage_2(run, toy, tmp_path):
     before, output = run("caption_finetune")[0].output, tmp_path / "run"
     overrides = [f"output={output}", f"data.manifest={toy}/corpus/manifest.jsonl", f"init_from={before}"]
     with pytest.raises(UserError, match=r"is a stage-2 checkpoint.*give stage 1 a stage-1 run"):
-        train_here([*paths("retrieval_finetune"), CONFIGS / "toy.yaml"], overrides)
+        train_here([*paths("retrieval_finetune"), RECIPES / "toy.yaml"], overrides)
     assert list(output.iterdir()) == []
