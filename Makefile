@@ -63,7 +63,7 @@ bench: $(STAMP) ## every benchmark (ARGS=--json for machine-readable last lines)
 
 docs: $(STAMP) ## this project's pages as a site in site/; a warning is an error
 	@$(BIN)/python docs/generate.py
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean: ## remove the demo's output and caches, keep .venv and runs
 	@rm -rf demo-out demo-out-full build site ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
