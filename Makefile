@@ -22,7 +22,7 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
 	@$(PYTHON) -c 'import platform, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) or \
 	    (platform.system(), platform.machine()) != ("Linux", "x86_64"))' || \
 	    { echo "error: the locks hold wheels for Python 3.11 and 3.12 on Linux x86_64, and $(PYTHON) is another; name" \
-	    "one: make PYTHON=python3.12 …, or see The environment in CONTRIBUTING.md" >&2; exit 2; }
+	    "one: make PYTHON=python3.12 …, or see The environment in docs/contributing.md" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@lock="$(LOCK)"; torch="$$(grep -o '^torch==[^ ]*' requirements.lock)"; \
 	if [ -z "$$lock" ]; then \

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pipelines.data import storage
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import Clip
+from pipelines.data.media.kinds import SNIFFED_BYTES, kind_of_name, sniff_kind
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.storage.checkpoint_folders import whole_checkpoint
 from pipelines.data.storage.retries import classify

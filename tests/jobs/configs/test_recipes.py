@@ -19,7 +19,7 @@ from jobs.train import job as train
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.training.group import launch
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from qformer.conversion.checkpoint import read_weights
 from qformer.errors import UserError
 

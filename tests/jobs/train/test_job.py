@@ -23,7 +23,7 @@ from jobs.train import job as train
 from jobs.train.rows import training_rows
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.retries import with_retries
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from qformer.errors import UserError
 from tests.jobs.train_jobs import Job
 

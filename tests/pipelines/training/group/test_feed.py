@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.data import schema
 from pipelines.data.order.global_batches import PADDING, Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import PartRows, TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, write_clip
 from tests.pipelines.data.manifest_parts import cut_into_parts
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
         row |= {schema.KIND: schema.VIDEO, schema.MEDIA: str(clip)}
     table = type(second).from_pylist(first, schema=schema.MANIFEST_SCHEMA)
     parts = cut_into_parts(folders[1] / "manifest", second, rows_per_part=4)
-    return Corpus([Source("a", TableRows(table), 34.0), Source("b", PartRows(str(parts)), 18.0)])
+    return Corpus([MixtureSource("a", TableRows(table), 34.0), MixtureSource("b", PartRows(str(parts)), 18.0)])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
     """Tensors of `names` that changed; those that one side lacks, or has in another shape, are not compared.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a check of one sample told."""
+"""The result of checking one sample."""
 
 from dataclasses import dataclass, field
 
@@ -8,12 +8,12 @@ from pipelines.data.media.stage_costs import StageCosts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
-    """What checking one sample told; each part is None where it could not be had."""
+class CheckResult:
+    """Result of checking one sample; each part is None where it is not known."""
 
     error: MediaError | None = None
     size_bytes: int | None = None
     content_hash: str | None = None
-    """See `facts.content_hash`: of the whole file, also where the sample is a part of it."""
+    """`facts.content_hash` of the whole file, also where the sample is a part of it."""
     facts: MediaFacts | None = None
     costs: StageCosts = field(default_factory=StageCosts)

@@ -1,4 +1,4 @@
-"""A note that a process is at a picture, which outlives it: so its successor learns of what it died."""
+"""A marker file that says that a process decodes an image; it survives a crash, so that the next process can tell."""
 
 import contextlib
 import fcntl
@@ -10,20 +10,20 @@ from types import TracebackType
 _IDLE, _BUSY = b"\0", b"\1"
 
 
-class CrashMark:
-    """Says so on this machine's disk while its `with` block runs; costs two system calls.
+class CrashMarker:
+    """Marks this process as decoding while its `with` block runs; costs two system calls.
 
-    A process counts as the successor of a dead one that has the same parent: a Ray worker's is the machine's raylet.
-    Where the disk cannot be written, nothing is noted.
+    A process is the successor of a dead one with the same parent process, which for a Ray worker is the machine's
+    raylet. Where the disk cannot be written, there is no marker.
     """
 
     def __init__(self) -> None:
-        self.is_inherited = False
-        """Whether one that died at a picture had no successor before. Each has one, so that all may die at a time."""
+        self.follows_crash = False
+        """Whether this process replaces one that crashed while decoding. Each crash has one successor."""
         self._descriptor: int | None = None
         self._path = ""
         with contextlib.suppress(OSError):
-            self.is_inherited = _inherit()
+            self.follows_crash = _claim_crash()
             self._create()
 
     def __enter__(self) -> None:
@@ -35,7 +35,7 @@ class CrashMark:
         self._write(_IDLE)
 
     def close(self) -> None:
-        """Take the note back."""
+        """Remove the marker."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -51,23 +51,23 @@ class CrashMark:
         while self._descriptor is None:
             name = f"{os.path.basename(_prefix())}{os.getppid()}-"
             descriptor, self._path = tempfile.mkstemp(prefix=name)
-            # The lock goes with the process, however that ends.
+            # The lock ends with the process, also after a crash.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.path.exists(self._path):
                 self._descriptor = descriptor
-            else:  # another process took it for a dead one's before it was locked
+            else:  # before it was locked, another process removed it as a dead one's
                 os.close(descriptor)
 
 
-def _inherit() -> bool:
-    """Remove what dead processes left; of siblings that died at a picture, only one's. Tell whether there was one."""
+def _claim_crash() -> bool:
+    """Remove markers of dead processes, but at most one crashed sibling's; return whether there was one."""
     is_found = False
     for path in glob.glob(f"{glob.escape(_prefix())}*"):
         parent = int(path.removeprefix(_prefix()).partition("-")[0])
         if parent != os.getppid() and os.path.exists(f"/proc/{parent}"):
-            continue  # some other machinery's, which has successors of its own
+            continue  # it belongs to another parent, which starts its own successors
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
             is_due = parent == os.getppid() and file.read(1) == _BUSY
             if not (is_due and is_found):
                 os.unlink(path)

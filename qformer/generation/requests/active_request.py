@@ -14,7 +14,7 @@ from qformer.generation.requests.text_stream import TextStream
 from qformer.language import LanguageModel
 
 
-class Running:
+class ActiveRequest:
     """State of one request.
 
     Args:

@@ -3,7 +3,7 @@
 import threading
 
 
-class Turns:
+class FairLock:
     """Held by one of several models in a process while it computes.
 
     Side by side they fight for Python's lock, and each goes on with the few requests that it has; in turns their

@@ -10,7 +10,7 @@ _KEY_BYTES = 16
 """At 10^9 names the chance that two share a key is below 10^-20."""
 
 
-class SeenNames:
+class NameSet:
     """A set of names, asked and filled a block at a time.
 
     Keys are kept in sorted runs that are merged when they are of like size, so that each key is moved only a

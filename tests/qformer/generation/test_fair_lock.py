@@ -8,13 +8,13 @@ import pytest
 
 from qformer.generation.async_engine import AsyncEngine
 from qformer.generation.engine import Engine
-from qformer.generation.turns import Turns
+from qformer.generation.fair_lock import FairLock
 from tests.qformer.generation.engine_requests import make_requests
 from tests.qformer.test_language import tiny_language
 
 
 def test_who_asks_first_is_next_also_before_the_holder_again():
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
 
     def work(name):
         with turns:
@@ -34,14 +34,14 @@ def test_who_asks_first_is_next_also_before_the_holder_again():
 
 
 def test_an_exception_hands_the_turn_on():
-    turns = Turns()
+    turns = FairLock()
     with pytest.raises(ValueError, match="a pass failed"), turns:
         raise ValueError("a pass failed")
     assert turns._now == turns._last == 1
 
 
 def test_an_engine_waits_for_its_turn():
-    language, turns = tiny_language("llama"), Turns()
+    language, turns = tiny_language("llama"), FairLock()
     engine = AsyncEngine(Engine(language, kv_tokens=512, max_requests=4), turn=turns)
     request = make_requests(language)[0]
 

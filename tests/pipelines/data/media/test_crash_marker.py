@@ -9,21 +9,21 @@ import pytest
 from PIL import Image
 
 from pipelines.data.dataset import build_segment
-from pipelines.data.media.crash_mark import CrashMark
+from pipelines.data.media.crash_marker import CrashMarker
 from pipelines.data.media.samples import SampleDecoder
 from pipelines.data.media.transforms import Augmentation
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, encoded, image_manifest
-from tests.pipelines.data.deadly import DEADLY_SIZE, deadly, write_plugin
+from tests.pipelines.data.crashing_decoder import CRASHING_SIZE, crashing_settings, write_plugin
 
 PROCESS = """
 import os, sys
-from pipelines.data.media.crash_mark import CrashMark
+from pipelines.data.media.crash_marker import CrashMark
 
 mark = CrashMark()
-print(mark.is_inherited, flush=True)
+print(mark.follows_crash, flush=True)
 with mark:
     at_work = input()
     if at_work == "die":
@@ -79,9 +79,9 @@ def test_two_deaths_have_two_successors(own_folder):
 
 def test_where_nothing_can_be_written_all_goes_on(monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
-    mark = CrashMark()
+    mark = CrashMarker()
     with mark:
-        assert not mark.is_inherited
+        assert not mark.follows_crash
     mark.close()
 
 
@@ -104,28 +104,28 @@ def test_pictures_are_the_same_in_children(seed):
             decoder.close()
 
 
-@pytest.mark.parametrize("num_deadly", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_images_that_crash_their_decoder_cost_their_rows_alone(tmp_path, ray_local, monkeypatch, num_deadly):
+@pytest.mark.parametrize("num_crashing", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_images_that_crash_their_decoder_cost_their_rows_alone(tmp_path, ray_local, monkeypatch, num_crashing):
     """All in one block, more than an actor may be restarted for: after the first, images are decoded in children."""
     monkeypatch.setenv("QFORMER_DRIVER", str(os.getpid()))
     table = image_manifest(tmp_path, 8)
-    for number in range(num_deadly):
-        (tmp_path / f"{number}.jpg").write_bytes(encoded(Image.new("RGB", DEADLY_SIZE), "PNG"))
-    corpus = Corpus([Source("", TableRows(table))])
+    for number in range(num_crashing):
+        (tmp_path / f"{number}.jpg").write_bytes(encoded(Image.new("RGB", CRASHING_SIZE), "PNG"))
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     (stream,) = build_segment(
         Order(corpus.streams("proportional"), 0, 8),
         ray_local.put(corpus),
         first_step=0,
         end_step=2,
         world_size=1,
-        source=deadly(DECODE, write_plugin(tmp_path)),
+        source=crashing_settings(DECODE, write_plugin(tmp_path)),
         decode_workers=1,
     )
     for batch in stream:
         names = {failure.sample_id: (failure.error_class, failure.stage) for failure in batch.failures}
-        assert names == {f"s{number}": ("corrupt", "decode") for number in range(num_deadly)}
+        assert names == {f"s{number}": ("corrupt", "decode") for number in range(num_crashing)}
         assert all("SIGSEGV" in failure.message for failure in batch.failures)
-        assert batch.is_valid.sum() == 8 - num_deadly
+        assert batch.is_valid.sum() == 8 - num_crashing
         for row, name in enumerate(batch.sample_ids):
             level = batch.images[row, 0, 0].mean()
             assert not batch.is_valid[row] or abs(level - int(name[1:]) * 7 % 256) < 6

@@ -1,11 +1,11 @@
 import random
 
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 
 
 def test_every_name_is_new_once():
     chance = random.Random(0)
-    seen, known = SeenNames(), set()
+    seen, known = NameSet(), set()
     for _ in range(60):
         names = [f"n{chance.randrange(3000)}" for _ in range(chance.choice([0, 1, 7, 100]))]
         expected = []

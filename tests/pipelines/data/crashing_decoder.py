@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.data.media.samples import DecodeSettings
 
-DEADLY_SIZE = (13, 13)
+CRASHING_SIZE = (13, 13)
 _PLUGIN = f"""
 import ctypes
 from PIL import PngImagePlugin
@@ -15,7 +15,7 @@ from PIL import PngImagePlugin
 before = PngImagePlugin.PngImageFile.load_prepare
 
 def load_prepare(self):
-    if self.size == {DEADLY_SIZE}:
+    if self.size == {CRASHING_SIZE}:
         ctypes.string_at(0)  # not os.kill: any thread may take its signal, while this one decodes on
     before(self)
 
@@ -29,7 +29,7 @@ def write_plugin(folder: Path) -> str:
     return str(folder)
 
 
-class DeadlySettings(DecodeSettings):
+class CrashingSettings(DecodeSettings):
     """Settings that bring the fault into the process which unpickles them, and into its children."""
 
     __slots__ = ("folder",)
@@ -38,15 +38,15 @@ class DeadlySettings(DecodeSettings):
         return _install, (DecodeSettings(preprocessing=self.preprocessing, num_frames=self.num_frames), self.folder)
 
 
-def deadly(settings: DecodeSettings, folder: str) -> DeadlySettings:
+def crashing_settings(settings: DecodeSettings, folder: str) -> CrashingSettings:
     """Those settings with the fault of `write_plugin`'s folder."""
-    made = DeadlySettings(preprocessing=settings.preprocessing, num_frames=settings.num_frames)
+    made = CrashingSettings(preprocessing=settings.preprocessing, num_frames=settings.num_frames)
     object.__setattr__(made, "folder", folder)
     return made
 
 
-def _install(settings: DecodeSettings, folder: str) -> DeadlySettings:
+def _install(settings: DecodeSettings, folder: str) -> CrashingSettings:
     if os.environ.get("QFORMER_DRIVER") != str(os.getpid()):
         runpy.run_path(os.path.join(folder, "sitecustomize.py"))
         sys.path.insert(0, folder)  # the children's PYTHONPATH
-    return deadly(settings, folder)  # it may travel on
+    return crashing_settings(settings, folder)  # it may travel on

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 
-class Latest:
+class LruCache:
     """Keeps what was used last, up to a number of bytes, and always the newest. For several threads."""
 
     def __init__(self, max_bytes: int) -> None:

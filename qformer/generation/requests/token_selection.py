@@ -29,7 +29,7 @@ _UNSUPPORTED = (
 """What a model's generation_config may ask for, `LanguageModel.generate` does, and the engine does not."""
 
 
-class Chosen(Protocol):
+class TokenRow(Protocol):
     """A row to choose for."""
 
     settings: RequestSettings
@@ -42,7 +42,7 @@ class Chosen(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class GenerationRules:
     """What the model's own generation_config asks of every answer."""
 
     end_ids: tuple[int, ...]
@@ -56,7 +56,7 @@ class Rules:
     """Of an encoder-decoder: the token that it starts from, which the repetition penalty knows."""
 
     @classmethod
-    def of(cls, model: Any, end_ids: Sequence[int], is_encoder_decoder: bool) -> "Rules":
+    def of(cls, model: Any, end_ids: Sequence[int], is_encoder_decoder: bool) -> "GenerationRules":
         """Read a model's rules.
 
         Raises:
@@ -91,7 +91,7 @@ class Rules:
         return self.min_new_tokens or max(0, self.min_length - counted)
 
 
-def choose(logits_NV: Tensor, rows: Sequence[Chosen], rules: Rules) -> list[int]:
+def select_tokens(logits_NV: Tensor, rows: Sequence[TokenRow], rules: GenerationRules) -> list[int]:
     """Choose a token for each row; `NOT_FINITE` where there is none to choose."""
     is_good_N = logits_NV.sum(dim=-1, dtype=torch.float32).isfinite()
     changed = [place for place, row in enumerate(rows) if not rules.are_plain or row.settings.repetition_penalty != 1.0]
@@ -107,7 +107,7 @@ def choose(logits_NV: Tensor, rows: Sequence[Chosen], rules: Rules) -> list[int]
     return [int(token) for token in chosen_N.where(is_good_N, NOT_FINITE).tolist()]
 
 
-def _processed(logits_V: Tensor, row: Chosen, rules: Rules) -> Tensor:
+def _processed(logits_V: Tensor, row: TokenRow, rules: GenerationRules) -> Tensor:
     logits_V, ids = logits_V.clone(), row.ids
     penalty = row.settings.repetition_penalty
     known = ids if rules.start_id is None else [rules.start_id, *ids]
@@ -124,7 +124,7 @@ def _processed(logits_V: Tensor, row: Chosen, rules: Rules) -> Tensor:
     return logits_V
 
 
-def _draw(logits_NV: Tensor, rows: Sequence[Chosen]) -> Tensor:
+def _draw(logits_NV: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     """Inverse of the cumulated probabilities at one random number a row.
 
     A temperature or `top_p` may be so small that fp32 has no such number; both then leave the likeliest token.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 _ROW_GROUP_ROWS = 4096
 
 
-class Spool:
+class TemporaryTable:
     """A temporary file of rows, written once and read as often as wanted. Nothing of it outlives the process.
 
     Args:
