@@ -18,11 +18,11 @@ import torch
 from ray import serve
 from safetensors.torch import load_file, save_file
 
-from jobs.evaluate.caption import caption_file
 from jobs.serve.job import renew, require_free_port, require_guarded, served, what_to_serve
 from jobs.settings.jobs import ServeSettings
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.storage.checkpoint_folders import write_marker
+from pipelines.inference.files import caption_file
 from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.serving.app.client import ServiceError, request_caption
 from pipelines.serving.contract.config import RequestLimits, Scale
