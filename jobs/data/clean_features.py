@@ -7,7 +7,7 @@ from pydantic import Field
 
 from jobs.settings.data import Settings
 from pipelines.data import storage
-from pipelines.data.batches.stage_report import size
+from pipelines.data.batches.stage_report import format_bytes
 from pipelines.data.features.cleaning import find_caches, remove_cache
 from qformer.errors import UserError
 
@@ -40,10 +40,10 @@ def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
     referred = [name for folder in settings.runs for name in _referred(folder)]
     kept, unused = [], []
     for cache in find_caches(settings.caches, referred, settings.min_age_h):
-        line = f"{cache.folder}: {size(cache.size_bytes)}, of {cache.vision}"
-        if cache.kept_because is not None:
+        line = f"{cache.folder}: {format_bytes(cache.size_bytes)}, of {cache.vision}"
+        if cache.keep_reason is not None:
             kept.append(cache.folder)
-            print(f"keep    {line}; {cache.kept_because}")
+            print(f"keep    {line}; {cache.keep_reason}")
             continue
         unused.append(cache.folder)
         if settings.confirm:

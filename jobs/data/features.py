@@ -14,22 +14,22 @@ from jobs.folders.output import require_unused
 from jobs.settings.jobs import FeaturesSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
-from pipelines.data.batches.stage_report import Pool, size
+from pipelines.data.batches.stage_report import WorkerPool, format_bytes
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.data.features.files import QUARANTINE_FILE
 from pipelines.data.features.forecast import Forecast, forecast, measured_blocks
 from pipelines.data.features.shards import (
-    PASSING,
-    finished_shard,
-    open_for_change,
+    RETRYABLE_ERRORS,
+    is_shard_finished,
+    mark_unfinished,
     shard_blocks,
     write_index,
     write_quarantine,
 )
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
 from pipelines.data.media.samples import DecodeSettings, Limits
-from pipelines.data.media.stage_costs import summed
+from pipelines.data.media.stage_costs import sum_costs
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     _claim(output, spec)
     storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
     shards = shard_blocks(manifest, decode)
-    missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
+    missing = [block for shard, block in enumerate(shards) if not is_shard_finished(output, shard, block)]
     progress = ShardProgress("encoded", len(manifest), sum(map(len, missing)))
     try:
         if missing:
-            open_for_change(output)
+            mark_unfinished(output)
             _encode(settings, output, choice, spec, decode, missing, progress)
     finally:
         quarantined = write_quarantine(output, len(shards))
@@ -79,7 +79,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     index = write_index(output, len(shards))
     failed = pc.sum(pc.is_valid(index[schema.ERROR_CLASS])).as_py() or 0
     print(quarantine.accounting_line(len(manifest), len(index) - failed, failed))
-    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(PASSING))).as_py() or 0
+    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(RETRYABLE_ERRORS))).as_py() or 0
     if passing:
         logger.warning("%d rows failed for reasons that may pass; the same command tries them again", passing)
     summary = {
@@ -167,13 +167,13 @@ def _encode(
         for done in encode_features(missing, folder=output, **options, **pools, use_gpu=settings.use_gpu):
             progress.add(done)
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
-            metrics.count(summed(done), rows_used=rows - failed, rows_quarantined=failed)
+            metrics.count_batch(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
             for wait_s in done["wait_s"].to_pylist():
-                metrics.waited(wait_s, queue_depth=progress.queue_depth)
+                metrics.observe_wait(wait_s, queue_depth=progress.queue_depth)
             if _is_too_many(progress.num_failed, progress.num_rows, settings):
                 break  # the rest would only take time
-    decoding = Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
-    encoding = Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds={})
+    decoding = WorkerPool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
+    encoding = WorkerPool(name="encoder workers", setting="workers", workers=settings.workers, seconds={})
     print(progress.table(decoding, encoding))
 
 
@@ -183,4 +183,4 @@ def _tell(expected: Forecast, output: str) -> None:
     if storage.is_local(output):
         free_bytes = shutil.disk_usage(output).free
         if expected.size_bytes > free_bytes:
-            logger.warning("%s has only %s free", output, size(free_bytes))
+            logger.warning("%s has only %s free", output, format_bytes(free_bytes))

@@ -14,21 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster.session import ray_session
-from jobs.data.prepare_report import print_summary, told_progress
+from jobs.data.prepare_report import print_summary, show_progress
 from jobs.folders.output import require_unused
 from jobs.settings.jobs import PrepareSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
-from pipelines.data.batches.stage_report import Pool, stage_table
+from pipelines.data.batches.stage_report import WorkerPool, stage_table
 from pipelines.data.corpus import preparation, quarantine
 from pipelines.data.corpus.duplicates import is_leak
 from pipelines.data.corpus.manifest_files import manifest_files
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.preparation import Preparation
-from pipelines.data.corpus.seen import SeenNames
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import SourceBlock, check_source, read_source
 from pipelines.data.media.samples import Limits
-from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, summed
+from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, sum_costs
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def main(settings: PrepareSettings) -> dict[str, Any]:
         print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were tried")
         return summary
     require_unused(settings.output, "output")
-    seen = SeenNames()
+    seen = NameSet()
     logger.info("checking %d sources", len(sources))
     blocks = itertools.chain.from_iterable(read_source(source, seen) for source in sources)
     summary = _prepare(settings, blocks, settings.output)
@@ -92,12 +92,12 @@ def _sources(settings: PrepareSettings) -> list[Source]:
 
 
 def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: str) -> dict[str, Any]:
-    with contextlib.closing(Preparation()) as found, told_progress() as tell:
+    with contextlib.closing(Preparation()) as found, show_progress() as tell:
 
         def rows() -> Iterator[pa.Table]:
             for block in blocks:
                 found.add_failures(block.failures)
-                metrics.count(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
+                metrics.count_batch(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
                 yield block.rows
 
         with ray_session(settings.ray):
@@ -115,7 +115,7 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
     if not manifest_files(output) or not storage.exists(storage.join(output, preparation.QUARANTINED_ROWS_FILE)):
         raise UserError(f"output={output} holds no prepared manifest; run prepare without --retry-quarantined first")
     tries: dict[str, int] = {}
-    with contextlib.closing(Preparation()) as found, told_progress() as tell:
+    with contextlib.closing(Preparation()) as found, show_progress() as tell:
 
         def rows() -> Iterator[pa.Table]:
             for block, counts in preparation.quarantined_rows(output):
@@ -125,10 +125,10 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
         with ray_session(settings.ray):
             for block, checked in _probe(rows(), settings, _metrics()):
                 earlier = [tries.pop(name) for name in block[schema.SAMPLE_ID].to_pylist()]
-                found.add(block, preparation.with_tries(checked, earlier))
+                found.add(block, preparation.add_tries(checked, earlier))
                 tell(found.num_rows, found.num_quarantined)
         num_tried, num_mended = found.num_rows, found.num_rows - found.num_quarantined
-        unread = preparation.unread_failures(output)
+        unread = preparation.failures_before_reading(output)
         found.add_failures(unread)
         duplicates = found.append(output, drop_leaks=settings.drop_training_duplicates)
     summary = _summary(output, duplicates, settings)
@@ -161,20 +161,20 @@ def _probe(
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
     ):
-        block_costs, num_failed = summed(checked), len(checked) - checked[schema.STAGE].null_count
-        metrics.count(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
+        block_costs, num_failed = sum_costs(checked), len(checked) - checked[schema.STAGE].null_count
+        metrics.count_batch(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
         costs.add(block_costs)
         num_rows += len(block)
         yield block, checked.drop_columns(list(COST_COLUMNS))
     workers, wall_s = settings.decode_workers, time.monotonic() - begun_s
-    pool = Pool(name="decode workers", setting="decode_workers", workers=workers, seconds=costs.seconds())
+    pool = WorkerPool(name="decode workers", setting="decode_workers", workers=workers, seconds=costs.seconds())
     print(stage_table([pool], wall_s=wall_s, rows=num_rows, fetched_bytes=costs.fetched_bytes))
 
 
 def _sampled(sources: list[Source], count: int) -> Iterator[SourceBlock]:
     """A few rows of each source, chosen at random among its first ones, with what was wrong among those."""
     chance = random.Random(0)  # noqa: S311 - the same rows each time
-    seen = SeenNames()
+    seen = NameSet()
     for source in sources:
         tables, failures, num_read = [schema.MANIFEST_SCHEMA.empty_table()], [], 0
         for block in read_source(source, seen):
@@ -193,7 +193,7 @@ def _summary(output: str, duplicates: pa.Table, settings: PrepareSettings) -> di
     leaks = pa.array(is_leak(duplicates), pa.bool_())
     within = duplicates.filter(pc.invert(leaks))[schema.SPLIT]
     return {
-        **preparation.summarise(output).to_dict(),
+        **preparation.count_corpus(output).to_dict(),
         "duplicates_within_split": {row["values"]: row["counts"] for row in pc.value_counts(within).to_pylist()},
         "training_rows_in_evaluation": pc.sum(leaks).as_py() or 0,
         "training_duplicates_dropped": settings.drop_training_duplicates,

@@ -8,10 +8,10 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from pipelines.data.batches.decode_rows import CheckRows, told
+from pipelines.data.batches.decode_rows import CheckRows, make_check_table
 from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.checked import Checked
+from pipelines.data.media.check_result import CheckResult
 from pipelines.data.media.samples import DecodeSettings, Limits
 from qformer.preprocessing import Preprocessing
 
@@ -92,7 +92,7 @@ class _Checker:
                 # A worker that cannot even start says nothing about the row.
                 ray.get(self.submit(row.slice(0, 0)))
         error = MediaError("corrupt", "decoding it kills the process", tries=_TRIES)
-        return told(row, [Checked(error=error)])
+        return make_check_table(row, [CheckResult(error=error)])
 
     def close(self) -> None:
         ray.kill(self._actor)

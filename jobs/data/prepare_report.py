@@ -16,7 +16,7 @@ _MAX_NAMES = 8
 
 
 @contextlib.contextmanager
-def told_progress() -> Iterator[Callable[[int, int], None]]:
+def show_progress() -> Iterator[Callable[[int, int], None]]:
     """Show progress: a line that moves on a terminal, elsewhere one now and then in the log.
 
     Yields:

@@ -7,8 +7,8 @@ import time
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data.batches.stage_report import Pool, stage_table
-from pipelines.data.media.stage_costs import StageCosts, summed
+from pipelines.data.batches.stage_report import WorkerPool, stage_table
+from pipelines.data.media.stage_costs import StageCosts, sum_costs
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ShardProgress:
         self.num_failed += pc.sum(done["failed"]).as_py()
         self._wait_s += pc.sum(done["wait_s"]).as_py()
         self._queued_s += pc.sum(done["queued_s"]).as_py()
-        self.costs.add(summed(done))
+        self.costs.add(sum_costs(done))
         now_s = time.monotonic()
         if self._done == self._num_missing or now_s - self._told_at_s > _PROGRESS_EVERY_S:
             self._told_at_s = now_s
@@ -64,7 +64,7 @@ class ShardProgress:
         seconds = self.costs.seconds()
         return {**seconds, "wait_s": self._wait_s, "queue_depth": self.queue_depth} if self._done else seconds
 
-    def table(self, decoding: Pool, model: Pool) -> str:
+    def table(self, decoding: WorkerPool, model: WorkerPool) -> str:
         """Where the time went, by the two pools of actors, whose seconds are filled in here."""
         seconds = self.costs.seconds()
         own = {stage: seconds.pop(stage) for stage in list(seconds) if stage in _MODEL_STAGES}

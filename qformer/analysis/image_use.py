@@ -83,7 +83,7 @@ def compare_pairs(
     )
 
 
-def partners(may_swap_BB: Tensor, generator: torch.Generator) -> Tensor:
+def permute_images(may_swap_BB: Tensor, generator: torch.Generator) -> Tensor:
     """Permute images among texts: give as many texts as possible an image of another sample, each image once.
 
     Args:

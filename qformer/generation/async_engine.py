@@ -60,7 +60,7 @@ class AsyncEngine:
         engine: Belongs to the thread from now on.
         gap_s: Least time between two deltas of a request but the last; what it generates meanwhile comes together.
             Handing out a delta may cost more than generating it.
-        turn: Held for every step; see `Turns`.
+        turn: Held for every step; see `FairLock`.
     """
 
     def __init__(self, engine: Engine, gap_s: float = 0.0, turn: AbstractContextManager[None] | None = None) -> None:

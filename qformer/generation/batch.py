@@ -4,14 +4,14 @@ Slots are as long as the longest running request may become, and there are as ma
 that generate lie in front, so that their pass looks at one piece of memory.
 """
 
-from qformer.generation.passes.slots import Memory
-from qformer.generation.requests.running import Running
+from qformer.generation.passes.slots import SlotMemory
+from qformer.generation.requests.active_request import ActiveRequest
 
 _CAPACITY_STEP = 64
 """Slots grow in such steps, lest every new length moves all of them."""
 
 
-class Batch:
+class RunningBatch:
     """The running requests by slot: those that generate, then at most one whose prompt is read in part.
 
     Args:
@@ -20,8 +20,8 @@ class Batch:
         max_requests: Most slots.
     """
 
-    def __init__(self, slots: Memory, kv_tokens: int, max_requests: int) -> None:
-        self.slots, self.rows = slots, list[Running]()
+    def __init__(self, slots: SlotMemory, kv_tokens: int, max_requests: int) -> None:
+        self.slots, self.rows = slots, list[ActiveRequest]()
         self._kv_tokens, self._max_requests = kv_tokens, max_requests
 
     @property
@@ -39,7 +39,7 @@ class Batch:
         most = self._kv_tokens // count // _CAPACITY_STEP * _CAPACITY_STEP
         return most if max(row.tokens_needed for row in self.rows) <= most else 0
 
-    def append(self, row: Running) -> None:
+    def append(self, row: ActiveRequest) -> None:
         """Give a request the next slot; `most_tokens` allowed it."""
         count, capacity = len(self.rows) + 1, self._capacity_with(row)
         slots = self.slots
@@ -51,7 +51,7 @@ class Batch:
             slots.resize(min(2 * count, most), slots.capacity, len(self.rows))
         self.rows.append(row)
 
-    def remove(self, row: Running, *, is_broken: bool = False) -> None:
+    def remove(self, row: ActiveRequest, *, is_broken: bool = False) -> None:
         """Free a request's slot; the last ones move up.
 
         Args:
@@ -73,6 +73,6 @@ class Batch:
         self.slots.move(source, target, row.num_cached)
         self.rows[target] = row
 
-    def _capacity_with(self, row: Running) -> int:
+    def _capacity_with(self, row: ActiveRequest) -> int:
         longest = max(other.tokens_needed for other in [row, *self.rows])
         return min(-(-longest // _CAPACITY_STEP) * _CAPACITY_STEP, self._kv_tokens)

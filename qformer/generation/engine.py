@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qformer.generation.batch import Batch
+from qformer.generation.batch import RunningBatch
 from qformer.generation.passes.decoder import DecoderPasses
 from qformer.generation.passes.encoder_decoder import EncoderDecoderPasses
-from qformer.generation.requests.choice import NOT_FINITE, Rules, choose
+from qformer.generation.requests.active_request import ActiveRequest
 from qformer.generation.requests.request import (
     Delta,
     EngineRequest,
@@ -24,8 +24,8 @@ from qformer.generation.requests.request import (
     RequestError,
     TooLongError,
 )
-from qformer.generation.requests.running import Running
-from qformer.generation.statistics import EngineStats, Meter
+from qformer.generation.requests.token_selection import NOT_FINITE, GenerationRules, select_tokens
+from qformer.generation.statistics import EngineMeter, EngineStats
 from qformer.language import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ Outcome = Delta | Exception
 _MAX_OVERTAKEN = 64
 """Requests that may pass a longer one which finds no place; then places are kept free for it."""
 
-_Run = Callable[[int, Sequence[Running]], Tensor]
+_Run = Callable[[int, Sequence[ActiveRequest]], Tensor]
 """One pass over the rows from a slot on, which gives their logits."""
 
 
@@ -73,11 +73,11 @@ class Engine:
         self.kv_tokens, self.max_requests, self.max_queue = kv_tokens, max_requests, max_queue
         self.prefill_tokens = prefill_tokens
         self._passes = (EncoderDecoderPasses if language.is_encoder_decoder else DecoderPasses)(language)
-        self._rules = Rules.of(language.model, language.end_ids, language.is_encoder_decoder)
-        self._waiting: collections.deque[Running] = collections.deque()
-        self._batch = Batch(self._passes.slots, kv_tokens, max_requests)
+        self._rules = GenerationRules.of(language.model, language.end_ids, language.is_encoder_decoder)
+        self._waiting: collections.deque[ActiveRequest] = collections.deque()
+        self._batch = RunningBatch(self._passes.slots, kv_tokens, max_requests)
         self._next_id = 0
-        self._meter = Meter()
+        self._meter = EngineMeter()
 
     @property
     def is_busy(self) -> bool:
@@ -127,7 +127,7 @@ class Engine:
             self._meter.refused += 1
             raise QueueFullError(f"{len(self._waiting)} requests wait, as many as may; try again later")
         needed = self._passes.tokens_needed(len(request.inputs_SL), request.settings.max_new_tokens)
-        running = Running(self._next_id, request, self.language, needed)
+        running = ActiveRequest(self._next_id, request, self.language, needed)
         self._next_id += 1
         self._waiting.append(running)
         return running.number
@@ -183,13 +183,13 @@ class Engine:
             kv_bytes=self.kv_tokens * slots.bytes_per_token,
         )
 
-    def _drop_running(self) -> list[Running]:
+    def _drop_running(self) -> list[ActiveRequest]:
         dropped = self._batch.rows
         self._passes.slots.reset()
-        self._batch = Batch(self._passes.slots, self.kv_tokens, self.max_requests)
+        self._batch = RunningBatch(self._passes.slots, self.kv_tokens, self.max_requests)
         return dropped
 
-    def _next_prompts(self, news: list[tuple[int, Outcome]]) -> tuple[int, list[Running]]:
+    def _next_prompts(self, news: list[tuple[int, Outcome]]) -> tuple[int, list[ActiveRequest]]:
         """Admit requests as the budgets allow, and say what to read of each.
 
         Returns:
@@ -217,7 +217,7 @@ class Engine:
             rows.append(row)
         return first, rows
 
-    def _next_fitting(self) -> Running | None:
+    def _next_fitting(self) -> ActiveRequest | None:
         """The waiting request to admit next: the first one, or a shorter one while that finds no place."""
         if not self._waiting:
             return None
@@ -226,7 +226,7 @@ class Engine:
         candidates = self._waiting if may_pass else [self._waiting[0]]
         return next((row for row in candidates if row.tokens_needed <= most_tokens), None)
 
-    def _pass(self, first: int, rows: list[Running], run: _Run, news: list[tuple[int, Outcome]]) -> int:
+    def _pass(self, first: int, rows: list[ActiveRequest], run: _Run, news: list[tuple[int, Outcome]]) -> int:
         """Run some rows, take what they generated and part from those that are done.
 
         Returns:
@@ -249,7 +249,7 @@ class Engine:
                 news.append((row.number, outcome))
         return num_tokens
 
-    def _take(self, row: Running, token_id: int, news: list[tuple[int, Outcome]]) -> None:
+    def _take(self, row: ActiveRequest, token_id: int, news: list[tuple[int, Outcome]]) -> None:
         if not row.ids:
             self._meter.first_token(time.monotonic() - row.queued_at_s, row.num_inputs)
             row.inputs_SL = None
@@ -260,7 +260,7 @@ class Engine:
                 self._meter.finished += 1
                 self._batch.remove(row)
 
-    def _outcomes(self, first: int, rows: list[Running], run: _Run) -> list[int | Exception | None]:
+    def _outcomes(self, first: int, rows: list[ActiveRequest], run: _Run) -> list[int | Exception | None]:
         """The next token of each row; why there is none; or None where a prompt is not read yet.
 
         A pass that fails is tried again row by row: it writes what it wrote before.
@@ -268,7 +268,7 @@ class Engine:
         try:
             logits_NV = run(first, rows)
             choosing = [row for row in rows if row.is_read_next]  # those in front
-            chosen = choose(logits_NV[: len(choosing)], choosing, self._rules) if choosing else []
+            chosen = select_tokens(logits_NV[: len(choosing)], choosing, self._rules) if choosing else []
         except Exception as error:
             if len(rows) > 1:
                 return [one for place, row in enumerate(rows) for one in self._outcomes(first + place, [row], run)]
@@ -280,7 +280,7 @@ class Engine:
         ]
         return tokens + [None] * (len(rows) - len(tokens))
 
-    def _failure(self, row: Running, error: Exception) -> GenerationFailedError:
+    def _failure(self, row: ActiveRequest, error: Exception) -> GenerationFailedError:
         logger.error("the language model failed on request %d", row.number, exc_info=error)
         self._meter.failed += 1
         failure = GenerationFailedError(f"the language model failed on this request: {error}")

@@ -39,7 +39,7 @@ class EngineStats:
     time_to_first_token_p95_s: float
 
 
-class Meter:
+class EngineMeter:
     """Counts as an engine works; another thread may look."""
 
     def __init__(self) -> None:

@@ -13,23 +13,12 @@ from numpy.typing import NDArray
 from pipelines.data import schema
 from pipelines.data.batches.audio_rows import AudioRows, unpack_audio
 from pipelines.data.batches.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
-from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, cost_columns, summed
+from pipelines.data.failures import Failure
+from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, cost_columns, sum_costs
 
 STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
 _VALUES, _SHAPE, _CODEC, _FRAME_VALID = "values", "shape", "codec", "frame_valid"
 PIXELS: Final = "pixels"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """One sample that could not be decoded; a future quarantine row."""
-
-    sample_id: str
-    media: str | None
-    stage: str
-    error_class: str
-    message: str
-    tries: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +154,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         failures=failures,
         audio=audio,
         audio_valid=audio_valid,
-        costs=summed(table),
+        costs=sum_costs(table),
     )
 
 

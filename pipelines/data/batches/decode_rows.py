@@ -9,10 +9,10 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.batches.audio_rows import AudioRows
-from pipelines.data.batches.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
-from pipelines.data.failures import MediaError
-from pipelines.data.media.checked import Checked
-from pipelines.data.media.crash_mark import CrashMark
+from pipelines.data.batches.batch import AUGMENTATION_SEED, ImageRows, pack
+from pipelines.data.failures import Failure, MediaError
+from pipelines.data.media.check_result import CheckResult
+from pipelines.data.media.crash_marker import CrashMarker
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.media.stage_costs import StageCosts, cost_columns
 
@@ -31,9 +31,9 @@ class DecodeRows:
 
     def __init__(self, settings: DecodeSettings) -> None:
         self._settings = settings
-        self._mark = CrashMark()
+        self._mark = CrashMarker()
         # This process replaces one that died at an image: whoever asks for its block again gets it, but for that one.
-        self._decoder = SampleDecoder(settings, isolates_images=self._mark.is_inherited)
+        self._decoder = SampleDecoder(settings, isolates_images=self._mark.follows_crash)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Decode a block.
@@ -100,10 +100,10 @@ class CheckRows:
         when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
         part of it. Then `stage_costs.COST_COLUMNS`.
         """
-        found: dict[Any, Checked] = {}
-        return told(rows, [self._check(sample, found) for sample in _samples(rows)])
+        found: dict[Any, CheckResult] = {}
+        return make_check_table(rows, [self._check(sample, found) for sample in _samples(rows)])
 
-    def _check(self, sample: "_Sample", found: dict[Any, Checked]) -> Checked:
+    def _check(self, sample: "_Sample", found: dict[Any, CheckResult]) -> CheckResult:
         """Check a sample, or take what was found of the same part of the same file earlier in the block."""
         part = (sample.media, sample.kind, sample.start_s, sample.end_s)
         if sample.data is None and part in found:
@@ -114,7 +114,7 @@ class CheckRows:
         return checked
 
 
-def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:
+def make_check_table(rows: pa.Table, checked: Sequence[CheckResult]) -> pa.Table:
     """Make the table that `CheckRows` returns.
 
     Args:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema
 from pipelines.data.batches.batch import AUGMENTATION_SEED, IMAGE_ID, RANK, STEP
-from pipelines.data.order.global_batches import PADDING, Batches, augmentation_seed, caption_index, rank_columns
-from pipelines.data.order.row_index import Rows
+from pipelines.data.order.global_batches import PADDING, StepRows, augmentation_seed, caption_index, rank_columns
+from pipelines.data.order.row_index import ManifestRows
 
 _INPUT_COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, schema.START_S, schema.END_S)
 _ROW, _VISIT = "row", "visit"
@@ -21,14 +21,14 @@ _BLOCK_BYTES = 4 * 1024**2
 _MAX_BLOCK_STEPS = 8
 
 
-class Numbered(Protocol):
+class NumberedRows(Protocol):
     """Rows that can be taken by number."""
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """The rows of these numbers, in this order."""
 
 
-def training_blocks(batches: Batches, *, first_step: int, world_size: int, steps_per_block: int) -> list[pa.Table]:
+def training_blocks(batches: StepRows, *, first_step: int, world_size: int, steps_per_block: int) -> list[pa.Table]:
     """Plans of a few steps of one rank each, dealt to the ranks in turn: rank 0, rank 1, ..., rank 0, ...
 
     Args:
@@ -78,7 +78,7 @@ class RowLookup:
         is_random: Whether rows get seeds, to draw their frames and augmentations from.
     """
 
-    def __init__(self, rows: Numbered, *, seed: int, is_random: bool) -> None:
+    def __init__(self, rows: NumberedRows, *, seed: int, is_random: bool) -> None:
         self._rows, self._seed, self._is_random = rows, seed, is_random
 
     def __call__(self, plan: pa.Table) -> pa.Table:
@@ -101,13 +101,13 @@ class RowLookup:
         return _block(kept, captions, instructions, seeds, plan[STEP], plan[RANK])
 
 
-def without_caption(rows: pa.Table) -> NDArray[np.bool_]:
+def lacks_caption(rows: pa.Table) -> NDArray[np.bool_]:
     """Which rows of `RowLookup` are no padding but have no caption: nothing can be learnt from them."""
     has_text = pc.greater(pc.binary_length(rows[schema.CAPTION]), 0)
     return np.asarray(pc.and_(pc.not_equal(rows[schema.SAMPLE_ID], ""), pc.invert(has_text)))
 
 
-def failed(decoded: pa.Table, is_bad: NDArray[np.bool_], message: str) -> pa.Table:
+def mark_failed(decoded: pa.Table, is_bad: NDArray[np.bool_], message: str) -> pa.Table:
     """Mark rows of a decoded block as failed for what their manifest says."""
     failure = {schema.STAGE: "manifest", schema.ERROR_CLASS: "config", schema.MESSAGE: message, schema.TRIES: 1}
     for name, value in failure.items():
@@ -116,7 +116,7 @@ def failed(decoded: pa.Table, is_bad: NDArray[np.bool_], message: str) -> pa.Tab
     return decoded
 
 
-def evaluation_blocks(rows: Rows, batch_size: int) -> Iterator[pa.Table]:
+def evaluation_blocks(rows: ManifestRows, batch_size: int) -> Iterator[pa.Table]:
     """Every row once, in the manifest's order within its kind, in tables of one kind and at most `batch_size` rows.
 
     The step column numbers the tables; captions are left empty, for evaluation wants all of them. A row with several

@@ -8,7 +8,7 @@ _HARDLY_BUSY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pool:
+class WorkerPool:
     """Workers of one kind, and what they spent their time on."""
 
     name: str
@@ -24,7 +24,7 @@ class Pool:
         return min(1.0, sum(self.seconds.values()) / max(wall_s * self.workers, 1e-9))
 
 
-def stage_table(pools: Sequence[Pool], *, wall_s: float, rows: int, fetched_bytes: int) -> str:
+def stage_table(pools: Sequence[WorkerPool], *, wall_s: float, rows: int, fetched_bytes: int) -> str:
     """Seconds of every stage, and of what its workers had.
 
     Args:
@@ -42,7 +42,7 @@ def stage_table(pools: Sequence[Pool], *, wall_s: float, rows: int, fetched_byte
                 f"{pool.workers} {pool.name}"
             )
     rate = rows / max(wall_s, 1e-9)
-    lines.append(f"{rows} rows, {size(fetched_bytes)} read, in {wall_s:.1f} s: {rate:.1f} rows/s")
+    lines.append(f"{rows} rows, {format_bytes(fetched_bytes)} read, in {wall_s:.1f} s: {rate:.1f} rows/s")
     return "\n".join([*lines, bottleneck(pools, wall_s)])
 
 
@@ -60,14 +60,14 @@ def run_table(stages: Mapping[str, float], *, workers: int, decode_workers: int)
     encode_s = min(stages["encode_s"], work_s)
     training = {"encode": encode_s, "train": work_s - encode_s}
     pools = [
-        Pool(name="decode workers", setting="decode_workers", workers=decode_workers, seconds=data),
-        Pool(name="training workers", setting="workers", workers=workers, seconds=training),
+        WorkerPool(name="decode workers", setting="decode_workers", workers=decode_workers, seconds=data),
+        WorkerPool(name="training workers", setting="workers", workers=workers, seconds=training),
     ]
     rows, fetched_bytes = round(stages["rows"]), round(stages["fetched_bytes"])
     return stage_table(pools, wall_s=stages["wall_s"], rows=rows, fetched_bytes=fetched_bytes)
 
 
-def bottleneck(pools: Sequence[Pool], wall_s: float) -> str:
+def bottleneck(pools: Sequence[WorkerPool], wall_s: float) -> str:
     """One sentence: who the others waited for, and what would help."""
     pools = [pool for pool in pools if any(pool.seconds.values())]
     if not pools:
@@ -87,7 +87,7 @@ def bottleneck(pools: Sequence[Pool], wall_s: float) -> str:
     )
 
 
-def size(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes for people, e.g. "707 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data import schema, storage
 from pipelines.data.corpus.manifest_files import is_marked, manifest_files
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import read_source
 from qformer.errors import UserError
@@ -87,7 +87,7 @@ def _one_split(table: pa.Table, split: str, path: str) -> pa.Table:
 
 def _require_unique(table: pa.Table, path: str) -> None:
     names = table[schema.SAMPLE_ID].to_pylist()
-    is_new = SeenNames().add(names)
+    is_new = NameSet().add(names)
     if not is_new.all():
         twice = names[int((~is_new).argmax())]
         raise UserError(f"{path}: sample_id {twice!r} occurs more than once; run `qformer prepare` on it first")

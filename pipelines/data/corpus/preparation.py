@@ -8,12 +8,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.duplicates import find_duplicates, is_leak
 from pipelines.data.corpus.manifest_files import append_rows, iterate_rows, write_manifest
-from pipelines.data.corpus.spool import Spool
 from pipelines.data.corpus.summary import CorpusSummary
+from pipelines.data.corpus.temporary_table import TemporaryTable
+from pipelines.data.failures import Failure
 
 QUARANTINE_FILE = "quarantine.parquet"
 QUARANTINED_ROWS_FILE = "quarantined_rows.parquet"
@@ -28,8 +28,8 @@ class Preparation:
     """Takes checked rows and keeps them on disk; `write` or `append` makes files of them."""
 
     def __init__(self) -> None:
-        self._used, self._failed = Spool(_USED_SCHEMA), Spool(schema.MANIFEST_SCHEMA)
-        self._quarantine = Spool(schema.QUARANTINE_SCHEMA)
+        self._used, self._failed = TemporaryTable(_USED_SCHEMA), TemporaryTable(schema.MANIFEST_SCHEMA)
+        self._quarantine = TemporaryTable(schema.QUARANTINE_SCHEMA)
 
     @property
     def num_rows(self) -> int:
@@ -148,7 +148,7 @@ class Preparation:
         _write(self._quarantine.read(), schema.QUARANTINE_SCHEMA, output, QUARANTINE_FILE)
 
 
-def summarise(output: str) -> CorpusSummary:
+def count_corpus(output: str) -> CorpusSummary:
     """Count what lies in a written corpus."""
     summary = CorpusSummary()
     for block in iterate_rows(output, _COUNTED):
@@ -171,7 +171,7 @@ def quarantined_rows(output: str) -> Iterator[tuple[pa.Table, list[int]]]:
         yield block, [tries[name] for name in block[schema.SAMPLE_ID].to_pylist()]
 
 
-def unread_failures(output: str) -> list[Failure]:
+def failures_before_reading(output: str) -> list[Failure]:
     """What was quarantined in a written corpus before any file was read: only a change of the source can mend it."""
     failures: list[Failure] = []
     for block in _read(storage.join(output, QUARANTINE_FILE)):
@@ -183,7 +183,7 @@ def unread_failures(output: str) -> list[Failure]:
     return failures
 
 
-def with_tries(checked: pa.Table, tries: list[int]) -> pa.Table:
+def add_tries(checked: pa.Table, tries: list[int]) -> pa.Table:
     """Add earlier tries to those of `CheckRows`."""
     column = checked.column_names.index(schema.TRIES)
     return checked.set_column(column, schema.TRIES, pc.add(checked[schema.TRIES], pa.array(tries, pa.int32())))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure
+from pipelines.data.failures import Failure
 from qformer.errors import UserError
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
 from pipelines.data.batches.audio_rows import AudioRows
-from pipelines.data.batches.batch import IMAGE_ID, Failure, ImageRows, pack
+from pipelines.data.batches.batch import IMAGE_ID, ImageRows, pack
 from pipelines.data.batches.plan import image_ids
 from pipelines.data.batches.token_codec import RAW_DTYPES
-from pipelines.data.failures import MediaError
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.features.files import (
     AUDIO,
     AUDIO_VALID,

@@ -20,7 +20,7 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FoundCache:
+class CacheFolder:
     """A folder with our spec file."""
 
     folder: str
@@ -29,11 +29,11 @@ class FoundCache:
     files: tuple[str, ...]
     """All that the folder holds, relative to it."""
     size_bytes: int
-    kept_because: str | None
+    keep_reason: str | None
     """Why it must stay; None: nothing refers to it."""
 
 
-def find_caches(folder: str, referred: Iterable[str], min_age_h: float) -> list[FoundCache]:
+def find_caches(folder: str, referred: Iterable[str], min_age_h: float) -> list[CacheFolder]:
     """Look for caches in `folder` and below.
 
     Args:
@@ -60,9 +60,9 @@ def find_caches(folder: str, referred: Iterable[str], min_age_h: float) -> list[
     return caches
 
 
-def remove_cache(cache: FoundCache) -> None:
+def remove_cache(cache: CacheFolder) -> None:
     """Remove a cache's files; the spec last, so that a removal cut short can be repeated."""
-    assert cache.kept_because is None, cache
+    assert cache.keep_reason is None, cache
     for name in sorted(cache.files, key=lambda name: (name == SPEC_FILE, name != INDEX_FILE)):
         storage.remove_file(storage.join(cache.folder, name))
     if storage.is_local(cache.folder):
@@ -70,28 +70,28 @@ def remove_cache(cache: FoundCache) -> None:
             os.rmdir(storage.local_path(cache.folder))
 
 
-def _judged(folder: str, files: tuple[str, ...], referred: list[str], min_age_h: float) -> FoundCache:
+def _judged(folder: str, files: tuple[str, ...], referred: list[str], min_age_h: float) -> CacheFolder:
     paths = [storage.join(folder, name) for name in files]
     age_h = (time.time() - max(map(_changed_at_s, paths))) / 3600
     foreign = [name for name in files if not _is_ours(name)]
-    vision, kept_because = "unknown", None
+    vision, keep_reason = "unknown", None
     try:
         spec = read_spec(folder)
         vision = spec.vision if spec else vision
     except (UserError, ValueError, KeyError, TypeError):
-        kept_because = f"its {SPEC_FILE} is not one that this version writes"
-    if kept_because is None and _absolute(folder) in referred:
-        kept_because = "a run refers to it"
-    elif kept_because is None and foreign:
-        kept_because = f"it also holds {foreign[0]!r}"
-    elif kept_because is None and age_h < min_age_h:
-        kept_because = f"it changed {age_h:.1f} h ago"
-    return FoundCache(
+        keep_reason = f"its {SPEC_FILE} is not one that this version writes"
+    if keep_reason is None and _absolute(folder) in referred:
+        keep_reason = "a run refers to it"
+    elif keep_reason is None and foreign:
+        keep_reason = f"it also holds {foreign[0]!r}"
+    elif keep_reason is None and age_h < min_age_h:
+        keep_reason = f"it changed {age_h:.1f} h ago"
+    return CacheFolder(
         folder=folder,
         vision=vision,
         files=files,
         size_bytes=sum(map(storage.size_bytes, paths)),
-        kept_because=kept_because,
+        keep_reason=keep_reason,
     )
 
 

@@ -9,7 +9,7 @@ CACHE/
 
 A shard is a block of consecutive manifest rows of one kind; its bytes follow from manifest and spec alone. Rows that
 cannot be decoded keep their place, with the reason, so that training on the cache quarantines what pixels would have.
-Where the reason may pass (`PASSING`), the next run of the job makes the shard anew.
+Where the reason may pass (`RETRYABLE_ERRORS`), the next run of the job makes the shard anew.
 
 A row is known by its id, its media and its clip bounds, and a local file also by its size and time of change: one that
 was replaced in place is encoded anew when the job runs again. A remote file that was replaced under its name goes
@@ -63,7 +63,7 @@ SHARD_SCHEMA = pa.schema(
 
 
 AUDIO, AUDIO_VALID = "audio", "audio_valid"
-SOUNDING_SHARD_SCHEMA = pa.schema([*SHARD_SCHEMA, (AUDIO, pa.large_binary()), (AUDIO_VALID, pa.list_(pa.bool_()))])
+AUDIO_SHARD_SCHEMA = pa.schema([*SHARD_SCHEMA, (AUDIO, pa.large_binary()), (AUDIO_VALID, pa.list_(pa.bool_()))])
 """Of a cache with sound: the vectors of a row's valid segments, one after the other, and which of all those are."""
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data import schema
-from pipelines.data.batches.stage_report import size
+from pipelines.data.batches.stage_report import format_bytes
 from pipelines.data.features.spec import FeatureSpec
 from pipelines.data.media.stage_costs import StageCosts
 
@@ -36,7 +36,7 @@ class Forecast:
         return None if self.decode_s is None or self.encode_s is None else max(self.decode_s, self.encode_s)
 
     def __str__(self) -> str:
-        text = f"forecast: {self.rows} rows, {size(self.size_bytes)}"
+        text = f"forecast: {self.rows} rows, {format_bytes(self.size_bytes)}"
         if self.total_s is None:
             return f"{text} (too few rows to measure the time)"
         assert self.decode_s is not None and self.encode_s is not None

@@ -13,12 +13,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.batches.plan import evaluation_blocks, image_ids
 from pipelines.data.batches.token_codec import TokenDtype, encode_tokens
 from pipelines.data.corpus import quarantine
+from pipelines.data.failures import Failure
 from pipelines.data.features.files import (
     AUDIO,
+    AUDIO_SHARD_SCHEMA,
     AUDIO_VALID,
     FAILURE_COLUMNS,
     INDEX_FILE,
@@ -26,7 +28,6 @@ from pipelines.data.features.files import (
     QUARANTINE_FILE,
     ROWS_SCHEMA,
     SHARD_SCHEMA,
-    SOUNDING_SHARD_SCHEMA,
     SOURCE,
     STATE,
     read_table,
@@ -39,7 +40,7 @@ from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import members
 
-PASSING = ("transient", "timeout")
+RETRYABLE_ERRORS = ("transient", "timeout")
 """Failures that another try may mend."""
 _SHARD_PIXEL_BYTES = 64 * 1024**2
 """Pixels that one shard is made of: what a decode actor hands to an encoder actor at a time."""
@@ -70,7 +71,7 @@ def file_states(media: Iterable[str | None]) -> list[str | None]:
     return states
 
 
-def finished_shard(folder: str, shard: int, rows: pa.Table) -> bool:
+def is_shard_finished(folder: str, shard: int, rows: pa.Table) -> bool:
     """Whether `shard` is there with exactly these rows, of files as they are now, and no failure that may pass.
 
     Files that are gone count as unchanged: the features of what they held stay good.
@@ -85,7 +86,7 @@ def finished_shard(folder: str, shard: int, rows: pa.Table) -> bool:
 
 
 def is_current(found: pa.Table, rows: pa.Table) -> bool:
-    """Whether what was made of some rows is still right: see `finished_shard`.
+    """Whether what was made of some rows is still right: see `is_shard_finished`.
 
     Args:
         found: With the columns of `ROWS_SCHEMA` that tell rows, files and failures.
@@ -96,7 +97,7 @@ def is_current(found: pa.Table, rows: pa.Table) -> bool:
         found[schema.SAMPLE_ID].to_pylist() == rows[schema.SAMPLE_ID].to_pylist()
         and found[SOURCE].to_pylist() == image_ids(rows)
         and all(now is None or now == then for then, now in states)
-        and not pc.any(pc.is_in(found[schema.ERROR_CLASS], pa.array(PASSING))).as_py()
+        and not pc.any(pc.is_in(found[schema.ERROR_CLASS], pa.array(RETRYABLE_ERRORS))).as_py()
     )
 
 
@@ -142,7 +143,7 @@ def _shard_content(
 ) -> pa.Buffer:
     """An Arrow file with a record batch for each row, so that one row can be read alone."""
     sink = pa.BufferOutputStream()
-    row_schema = SHARD_SCHEMA if vectors is None else SOUNDING_SHARD_SCHEMA
+    row_schema = SHARD_SCHEMA if vectors is None else AUDIO_SHARD_SCHEMA
     with pa.ipc.new_file(sink, row_schema) as writer:
         columns = (batch.sample_ids, batch.image_ids.tolist(), tokens, batch.frame_valid.tolist(), failure_of)
         for place, (sample_id, source, values, frame_valid, failure) in enumerate(zip(*columns, strict=True)):
@@ -179,7 +180,7 @@ def _list_of_rows(batch: SampleBatch, states: Sequence[str | None], failure_of: 
     return rows.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA)
 
 
-def open_for_change(folder: str) -> None:
+def mark_unfinished(folder: str) -> None:
     """Make a cache unfinished, so that no training begins on it while shards are made anew."""
     if storage.exists(path := storage.join(folder, INDEX_FILE)):
         storage.remove_file(path)

@@ -17,7 +17,7 @@ from qformer.preprocessing import Preprocessing
 
 SPEC_FILE = "features.json"
 FORMAT_VERSION = 3
-_WITHOUT_EFFECT = ("limits", "augmentation", "has_chance")
+_WITHOUT_EFFECT = ("limits", "augmentation", "uses_seeds")
 """Of `DecodeSettings`: limits decide which rows fail, not what the others look like; nothing in a cache is random."""
 _NAMES = ("vision", "audio_encoder")
 """For people; weights are what counts."""

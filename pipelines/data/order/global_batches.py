@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.order.permutation import derived_keys, permuted
+from pipelines.data.order.permutation import derive_keys, permute
 
 PADDING = -1
 """Row number where the last batch of a kind is not full."""
@@ -24,7 +24,7 @@ _FORMAT = "order-2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stream:
+class SampleStream:
     """The rows of one kind of one source, and how many of them an epoch takes."""
 
     source: int
@@ -39,7 +39,7 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
+class StepRows:
     """Rows of some steps. S steps, G rows of a global batch."""
 
     rows_SG: NDArray[np.int64]
@@ -63,7 +63,7 @@ class Order:
         ValueError: If there is nothing to draw, or `global_batch` is not positive.
     """
 
-    streams: tuple[Stream, ...]
+    streams: tuple[SampleStream, ...]
     seed: int
     global_batch: int
     kinds: tuple[str, ...] = field(init=False)
@@ -96,7 +96,7 @@ class Order:
         values = (_FORMAT, self.seed, self.global_batch, *map(dataclasses.astuple, self.streams))
         return hashlib.sha256(repr(values).encode()).hexdigest()
 
-    def at(self, steps: NDArray[np.int64]) -> Batches:
+    def at(self, steps: NDArray[np.int64]) -> StepRows:
         """Say what is in the batches of some steps, in any order.
 
         Args:
@@ -104,7 +104,7 @@ class Order:
         """
         steps = np.asarray(steps, dtype=np.int64)
         epochs, offsets = np.divmod(steps, self.steps_per_epoch)
-        numbers = permuted(offsets, self.steps_per_epoch, self._keys(epochs, "batches"))
+        numbers = permute(offsets, self.steps_per_epoch, self._keys(epochs, "batches"))
         kind_codes = np.searchsorted(self._last_batches, numbers, side="right")
         rows = np.full((len(steps), self.global_batch), PADDING, dtype=np.int64)
         visits = np.zeros_like(rows)
@@ -116,14 +116,14 @@ class Order:
             row, column = np.nonzero(places < sum(stream.draws for stream in streams))
             at = (chosen[row], column)
             rows[at], visits[at] = self._drawn(kind, streams, places[row, column], epochs[at[0]])
-        return Batches(rows, visits, [self.kinds[code] for code in kind_codes])
+        return StepRows(rows, visits, [self.kinds[code] for code in kind_codes])
 
     def _drawn(
-        self, kind: str, streams: Sequence[Stream], places: NDArray[np.int64], epochs: NDArray[np.int64]
+        self, kind: str, streams: Sequence[SampleStream], places: NDArray[np.int64], epochs: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows and visits of places among the epoch's draws of a kind; all [N]."""
         last_draws = np.cumsum([stream.draws for stream in streams])
-        draws = permuted(places, int(last_draws[-1]), self._keys(epochs, f"draws/{kind}"))
+        draws = permute(places, int(last_draws[-1]), self._keys(epochs, f"draws/{kind}"))
         stream_codes = np.searchsorted(last_draws, draws, side="right")
         rows, visits = np.empty_like(draws), np.empty_like(draws)
         for code, stream in enumerate(streams):
@@ -132,13 +132,13 @@ class Order:
             positions = epochs[chosen] * stream.draws + draws[chosen] - (last_draws[code] - stream.draws)
             visits[chosen], indexes = np.divmod(positions, stream.num_rows)
             keys = self._keys(visits[chosen], f"rows/{stream.source}/{kind}")
-            rows[chosen] = stream.first_row + permuted(indexes, stream.num_rows, keys)
+            rows[chosen] = stream.first_row + permute(indexes, stream.num_rows, keys)
         return rows, visits
 
     def _keys(self, counters: NDArray[np.int64], purpose: str) -> NDArray[np.uint64]:
-        return derived_keys(keyed_hash("order", self.seed, purpose), counters)
+        return derive_keys(keyed_hash("order", self.seed, purpose), counters)
 
-    def _streams_of(self, kind: str) -> list[Stream]:
+    def _streams_of(self, kind: str) -> list[SampleStream]:
         return [stream for stream in self.streams if stream.kind == kind]
 
 

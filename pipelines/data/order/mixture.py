@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 from pipelines.data import schema, storage
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.data.corpus.manifest_files import INDEX_FILE, MANIFEST_FOLDER
-from pipelines.data.order.global_batches import Stream
-from pipelines.data.order.row_index import PartRows, Rows, TableRows, streamed, total
+from pipelines.data.order.global_batches import SampleStream
+from pipelines.data.order.row_index import ManifestRows, PartRows, TableRows, count_rows, stream_rows
 from qformer.errors import UserError
 
 Mixing = Literal["proportional", "sqrt", "explicit"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MixtureSource:
     """One manifest of a mixture."""
 
     name: str
     """Put before its sample ids where there are several sources, so that no two rows share an id."""
-    rows: Rows
+    rows: ManifestRows
     weight: float | None = None
     """Its share of an epoch relative to the others', under "explicit"."""
 
@@ -40,9 +40,9 @@ class Corpus:
         sources: At least one.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[MixtureSource]) -> None:
         self.sources = tuple(sources)
-        self._ends = np.cumsum([total(source.rows) for source in self.sources])
+        self._ends = np.cumsum([count_rows(source.rows) for source in self.sources])
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +64,7 @@ class Corpus:
         # At least one piece, though no row be asked for.
         for code in np.unique(codes) if len(codes) else [0]:
             source, chosen = self.sources[code], np.flatnonzero(codes == code)
-            first = int(self._ends[code]) - total(source.rows)
+            first = int(self._ends[code]) - count_rows(source.rows)
             pieces.append(_prefixed(source.rows.take(rows[chosen] - first), source.name))
             places.append(chosen)
         back = np.empty(len(rows), dtype=np.int64)
@@ -73,11 +73,11 @@ class Corpus:
 
     def in_memory(self, change: Callable[[pa.Table], pa.Table]) -> "Corpus":
         """Read all sources and put what `change` makes of them in their place; it must keep the rows' order."""
-        tables = [pa.concat_tables(streamed(source.rows)) for source in self.sources]
+        tables = [pa.concat_tables(stream_rows(source.rows)) for source in self.sources]
         pairs = zip(self.sources, tables, strict=True)
-        return Corpus([Source(source.name, TableRows(change(table)), source.weight) for source, table in pairs])
+        return Corpus([MixtureSource(source.name, TableRows(change(table)), source.weight) for source, table in pairs])
 
-    def streams(self, mixing: Mixing) -> tuple[Stream, ...]:
+    def streams(self, mixing: Mixing) -> tuple[SampleStream, ...]:
         """What `order.Order` draws from.
 
         Args:
@@ -86,7 +86,7 @@ class Corpus:
         Raises:
             UserError: As `epoch_draws`.
         """
-        sizes = [total(source.rows) for source in self.sources]
+        sizes = [count_rows(source.rows) for source in self.sources]
         draws = epoch_draws(sizes, mixing, [source.weight for source in self.sources])
         streams = []
         for place, source in enumerate(self.sources):
@@ -94,7 +94,7 @@ class Corpus:
             shares = _shared(draws[place], list(source.rows.counts.values()))
             for (kind, count), share in zip(source.rows.counts.items(), shares, strict=True):
                 streams.append(
-                    Stream(source=place, kind=kind, first_row=first, num_rows=count, draws=share),
+                    SampleStream(source=place, kind=kind, first_row=first, num_rows=count, draws=share),
                 )
                 first += count
         return tuple(streams)
@@ -118,10 +118,10 @@ def open_corpus(
     """
     names = source_names([path for path, _ in manifests])
     pairs = zip(names, manifests, strict=True)
-    return Corpus([Source(name, _opened(path, split, kind), weight) for name, (path, weight) in pairs])
+    return Corpus([MixtureSource(name, _opened(path, split, kind), weight) for name, (path, weight) in pairs])
 
 
-def _opened(path: str, split: str, kind: str | None) -> Rows:
+def _opened(path: str, split: str, kind: str | None) -> ManifestRows:
     if storage.is_folder(path):
         for folder in (storage.join(path, MANIFEST_FOLDER), path):
             if storage.exists(storage.join(folder, INDEX_FILE)):

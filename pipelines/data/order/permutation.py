@@ -17,7 +17,7 @@ MAX_SIZE = 2**62
 """Sides of the rectangle then fit 32 bits."""
 
 
-def permuted(indexes: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+def permute(indexes: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Where permutations of range(size) send indexes.
 
     Not numpy's Generator: its streams may change between numpy versions, and a resumed run must see the same order.
@@ -49,7 +49,7 @@ def permuted(indexes: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) ->
     return values.astype(np.int64).reshape(indexes.shape)
 
 
-def derived_keys(key: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
+def derive_keys(key: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
     """One key for each counter (an epoch, say), all from one 64-bit key."""
     with np.errstate(over="ignore"):  # of a single counter numpy would warn, of many it does not
         return _mixed(np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
@@ -82,5 +82,5 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-_TURNS = derived_keys(0, np.arange(_ROUNDS))
+_TURNS = derive_keys(0, np.arange(_ROUNDS))
 """Makes the rounds differ."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pipelines.data import schema, storage
 from pipelines.data.corpus.manifest_files import INDEX_FILE, read_index
 from pipelines.data.failures import MediaError
-from pipelines.data.order.latest import Latest
+from pipelines.data.order.lru_cache import LruCache
 from pipelines.data.storage.retries import with_retries
 from qformer.errors import UserError
 
@@ -47,7 +47,7 @@ _READERS = 32
 """Parts read at a time: remote stores answer late, but many questions at once."""
 
 
-class Rows(Protocol):
+class ManifestRows(Protocol):
     """Numbered rows of a manifest: all of one kind, then all of the next, in the order of `schema.KINDS`."""
 
     @property
@@ -62,14 +62,14 @@ class Rows(Protocol):
         """The rows of these numbers, in this order; may lack `schema.SPLIT` and `schema.LICENCE`."""
 
 
-def total(rows: Rows) -> int:
+def count_rows(rows: ManifestRows) -> int:
     """How many rows there are."""
     return sum(rows.counts.values())
 
 
-def streamed(rows: Rows) -> Iterator[pa.Table]:
+def stream_rows(rows: ManifestRows) -> Iterator[pa.Table]:
     """All rows in order, a few thousand at a time."""
-    count = total(rows)
+    count = count_rows(rows)
     for start in range(0, count, _STREAMED_ROWS):
         yield rows.take(np.arange(start, min(count, start + _STREAMED_ROWS)))
 
@@ -93,7 +93,7 @@ class TableRows:
         Of a medium the last part of its path counts, for a corpus may be moved as a whole; or the bytes in the row.
         """
         digest = hashlib.sha256(repr(self.counts).encode())
-        for rows in streamed(self):
+        for rows in stream_rows(self):
             columns = (rows[name].to_pylist() for name in _TELLING)
             for media, content, *told in zip(*columns, strict=True):
                 # As Python writes it, which marks off each part from the next, and has no trouble with bad Unicode.
@@ -103,7 +103,7 @@ class TableRows:
         return digest.hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """See `Rows`."""
+        """See `ManifestRows`."""
         return self._table.take(pa.array(rows))
 
 
@@ -146,7 +146,7 @@ class PartRows:
         return hashlib.sha256(repr(self._parts).encode()).hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """See `Rows`.
+        """See `ManifestRows`.
 
         Raises:
             UserError: If a part cannot be read, or is not the one that the index tells of.
@@ -208,7 +208,7 @@ class PartRows:
     def _forget(self) -> None:
         self.bytes_read = 0
         """By this object so far, footers included."""
-        self._footers, self._groups = Latest(_KEPT_FOOTER_BYTES), Latest(_KEPT_GROUP_BYTES)
+        self._footers, self._groups = LruCache(_KEPT_FOOTER_BYTES), LruCache(_KEPT_GROUP_BYTES)
         self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:

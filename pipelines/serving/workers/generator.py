@@ -84,7 +84,7 @@ class GeneratorWorker:
         max_sequences: Answers at a time.
         max_prompt_tokens: Text tokens of one prompt, with the tokenizer's leading one.
         use_gpu: Run on CUDA.
-        turn: Held for every step; see `Turns`.
+        turn: Held for every step; see `FairLock`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Passes of a decoder-only model over slots: rows of any lengths, each at its own position.
 
-Every pass gives the model embeddings or ids, positions, an additive mask and a `Window` in place of a cache, which is
-all that Hugging Face's decoder-only models need.
+Every pass gives the model embeddings or ids, positions, an additive mask, and a `CacheWindow` in place of a cache. That
+is all that Hugging Face's decoder-only models need.
 
 Dimensions: B rows of the pass, S new tokens, T tokens seen, L width, V vocabulary.
 """
@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qformer.errors import UserError
 from qformer.generation.passes.graphs import DecodeGraphs
-from qformer.generation.passes.slots import Slots, Window
+from qformer.generation.passes.slots import CacheWindow, Slots
+from qformer.generation.requests.active_request import ActiveRequest
 from qformer.generation.requests.request import TooLongError
-from qformer.generation.requests.running import Running
 from qformer.language import LanguageModel
 
 _ATTENTIONS = ("sdpa", "eager")
@@ -77,7 +77,7 @@ class DecoderPasses:
             )
         return needed
 
-    def prefill(self, first: int, rows: Sequence[Running]) -> Tensor:
+    def prefill(self, first: int, rows: Sequence[ActiveRequest]) -> Tensor:
         """Read `num_reading` more input rows of some prompts.
 
         Args:
@@ -106,12 +106,12 @@ class DecoderPasses:
             source = (step_S < count_B1).flatten().nonzero()[:, 0]
             target = target[source]
         length = max(row.num_cached + row.num_reading for row in rows)
-        window = Window(self.slots, slice(first, first + len(rows)), slice(length), target, source)
+        window = CacheWindow(self.slots, slice(first, first + len(rows)), slice(length), target, source)
         # Nor may it count past the last position that the model has.
         position_BS = position_BS.minimum(start_B1 + count_B1 - 1)
         return self._forward(window, position_BS, count_B1[:, 0] - 1, inputs_embeds=inputs_BSL)
 
-    def decode(self, first: int, rows: Sequence[Running]) -> Tensor:
+    def decode(self, first: int, rows: Sequence[ActiveRequest]) -> Tensor:
         """Read the last token of each row.
 
         Args:
@@ -131,12 +131,12 @@ class DecoderPasses:
         return self._read(packed_3B.to(self._weight.device), slice(first, first + len(rows)), columns)
 
     def _read(self, packed_3B: Tensor, rows: slice, columns: int) -> Tensor:
-        """See `Read`."""
+        """See `DecodePass`."""
         ids_B, position_B, target_B = packed_3B
-        window = Window(self.slots, rows, slice(columns), target_B)
+        window = CacheWindow(self.slots, rows, slice(columns), target_B)
         return self._forward(window, position_B[:, None], None, input_ids=ids_B[:, None])
 
-    def _forward(self, window: Window, position_BS: Tensor, last_B: Tensor | None, **inputs: Tensor) -> Tensor:
+    def _forward(self, window: CacheWindow, position_BS: Tensor, last_B: Tensor | None, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the new token `last_B` of each row; None: the only one."""
         is_hidden_BST = torch.arange(window.columns.stop, device=position_BS.device) > position_BS[:, :, None]
         mask_BST = torch.zeros(is_hidden_BST.shape, dtype=self._weight.dtype, device=position_BS.device)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qformer.generation.passes.slots import Slots, Window
-from qformer.generation.requests.choice import start_id
-from qformer.generation.requests.running import Running
+from qformer.generation.passes.slots import CacheWindow, Slots
+from qformer.generation.requests.active_request import ActiveRequest
+from qformer.generation.requests.token_selection import start_id
 from qformer.language import LanguageModel
 
 
@@ -28,7 +28,7 @@ class EncoderDecoderSlots:
         self.reset()
 
     def reset(self) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         self.own.reset()
         self.cross.reset()
         self.start: list[int] = []
@@ -40,7 +40,7 @@ class EncoderDecoderSlots:
 
     @property
     def num_rows(self) -> int:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         return self.own.num_rows
 
     @property
@@ -54,7 +54,7 @@ class EncoderDecoderSlots:
         return self.own.bytes_per_token + self.cross.bytes_per_token
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         self.to_front(num_used)
         for slots in (self.own, self.cross):
             slots.resize(num_rows, capacity, num_used)
@@ -70,13 +70,13 @@ class EncoderDecoderSlots:
             self.next_column -= columns
 
     def move(self, source: int, target: int, length: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         self.own.move(source, target, self.next_column)
         self.cross.move(source, target, self.num_inputs[source])
         self.start[target], self.num_inputs[target] = self.start[source], self.num_inputs[source]
 
     def clear(self, row: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         self.own.clear(row)
         self.cross.clear(row)
 
@@ -102,7 +102,7 @@ class EncoderDecoderPasses:
         """Columns of a request at its longest, in the larger of its two slots."""
         return max(num_inputs, max_new_tokens)
 
-    def prefill(self, first: int, rows: Sequence[Running]) -> Tensor:
+    def prefill(self, first: int, rows: Sequence[ActiveRequest]) -> Tensor:
         """Run the encoder over prompts, and the decoder over its start token; see `DecoderPasses.prefill`."""
         slots, device = self.slots, self._weight.device
         if first == 0:
@@ -117,11 +117,11 @@ class EncoderDecoderPasses:
         source = is_input_BS.flatten().nonzero()[:, 0]
         target = (origin_B1 + torch.arange(inputs_BSL.shape[1], device=device)).flatten()[source]
         columns = slice(inputs_BSL.shape[1])
-        cross = Window(slots.cross, slice(first, first + len(rows)), columns, target, source)
+        cross = CacheWindow(slots.cross, slice(first, first + len(rows)), columns, target, source)
         start_ids_B = torch.full((len(rows),), self._start_id, device=device)
         return self._decode(first, rows, start_ids_B, slots.next_column - 1, cross, hidden_BSL)
 
-    def decode(self, first: int, rows: Sequence[Running]) -> Tensor:
+    def decode(self, first: int, rows: Sequence[ActiveRequest]) -> Tensor:
         """Read the last token of each row; see `DecoderPasses.decode`."""
         slots = self.slots
         column = slots.start[first] + rows[0].num_cached - rows[0].num_inputs + 1
@@ -132,11 +132,17 @@ class EncoderDecoderPasses:
         slots.next_column = column + 1
         ids_B = torch.tensor([row.ids[-1] for row in rows], device=self._weight.device)
         longest = max(slots.num_inputs[first : first + len(rows)])
-        cross = Window(slots.cross, slice(first, first + len(rows)), slice(longest), ids_B)
+        cross = CacheWindow(slots.cross, slice(first, first + len(rows)), slice(longest), ids_B)
         return self._decode(first, rows, ids_B, column, cross, None)
 
     def _decode(
-        self, first: int, rows: Sequence[Running], ids_B: Tensor, column: int, cross: Window, hidden_BSL: Tensor | None
+        self,
+        first: int,
+        rows: Sequence[ActiveRequest],
+        ids_B: Tensor,
+        column: int,
+        cross: CacheWindow,
+        hidden_BSL: Tensor | None,
     ) -> Tensor:
         """One decoder token of each row, at `column`: logits [B, V].
 
@@ -152,7 +158,7 @@ class EncoderDecoderPasses:
         start_B1 = torch.tensor(slots.start[first:end], device=device)[:, None]
         begin = min(slots.start[first:end])
         target = torch.arange(first, end, device=device) * slots.capacity + column
-        own = Window(slots.own, slice(first, end), slice(begin, column + 1), target, num_seen=column - begin)
+        own = CacheWindow(slots.own, slice(first, end), slice(begin, column + 1), target, num_seen=column - begin)
         count_B1 = torch.tensor(slots.num_inputs[first:end], device=device)[:, None]
         is_late_BS = torch.arange(cross.columns.stop, device=device) >= count_B1
         is_early_BT = torch.arange(begin, column + 1, device=device) < start_B1
@@ -188,7 +194,7 @@ def _joint_cache_type() -> Any:
     from transformers import EncoderDecoderCache
 
     class JointCache(EncoderDecoderCache):  # type: ignore[misc]
-        def __init__(self, own: Window, cross: Window, known_layers: int) -> None:
+        def __init__(self, own: CacheWindow, cross: CacheWindow, known_layers: int) -> None:
             # Not the parent's, which makes memory of its own.
             cast(Any, cross).layers = [_Layer(cross.seen(layer)) for layer in range(known_layers)]
             self.self_attention_cache, self.cross_attention_cache = own, cross

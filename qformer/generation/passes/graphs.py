@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 _FEWEST = 128
 
-Read = Callable[[Tensor, slice, int], Tensor]
+DecodePass = Callable[[Tensor, slice, int], Tensor]
 """Ids, positions and targets [3, B], slots and number of columns to logits [B, V]."""
-Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+PassRecorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """A call to what it returns, and what computes it again into the same memory from what its inputs hold by then."""
 
 
@@ -46,15 +46,15 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, slots: Slots, device: torch.device, recorder: Callable[[torch.device], Record] | None = None
+        self, slots: Slots, device: torch.device, recorder: Callable[[torch.device], PassRecorder] | None = None
     ) -> None:
         self._slots, self._device = slots, device
         self._recorder = gpu_recorder if recorder is None else recorder
-        self._record: Record = self._recorder(device)
+        self._record: PassRecorder = self._recorder(device)
         self._recorded: dict[tuple[int, int], _Recorded | None] = {}
         self._version, self._is_off = slots.version, False
 
-    def run(self, read: Read, packed_3B: Tensor, columns: int) -> Tensor | None:
+    def run(self, read: DecodePass, packed_3B: Tensor, columns: int) -> Tensor | None:
         """Logits [B, V], which the next call overwrites; None where this pass has to run as it is.
 
         The first pass of a size is not recorded: much is loaded and taken then that a recording must not do.
@@ -92,7 +92,7 @@ class DecodeGraphs:
         full_3B[2, own:] = torch.arange(own + 1, rows + 1) * capacity - 1
         return full_3B
 
-    def _new(self, read: Read, full_3B: Tensor, rows: int, columns: int) -> _Recorded | None:
+    def _new(self, read: DecodePass, full_3B: Tensor, rows: int, columns: int) -> _Recorded | None:
         packed_3B = full_3B.to(self._device)
         try:
             logits_BV, replay = self._record(lambda: read(packed_3B, slice(rows), columns))
@@ -113,7 +113,7 @@ def _power_of_two(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def gpu_recorder(device: torch.device) -> Record:
+def gpu_recorder(device: torch.device) -> PassRecorder:
     """Records as CUDA graphs, which share one pool of memory and one stream."""
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Memory(Protocol):
+class SlotMemory(Protocol):
     """What a batch does with slots, be they of one kind or two."""
 
     @property
@@ -51,7 +51,7 @@ class Slots:
         self.reset()
 
     def reset(self) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         self.version += 1
         self.num_rows = self.capacity = 0
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -59,11 +59,11 @@ class Slots:
 
     @property
     def bytes_per_token(self) -> int:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         return sum(t.shape[2:].numel() * t.element_size() for pair in self.layers for t in pair)
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
-        """See `Memory`; layer by layer."""
+        """See `SlotMemory`; layer by layer."""
         self.version += 1
         tokens = min(capacity, self.capacity)
         for layer, pair in enumerate(self.layers):
@@ -75,7 +75,7 @@ class Slots:
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         for pair in self.layers:
             for tensor in pair:
                 tensor[target, :length] = tensor[source, :length]
@@ -88,7 +88,7 @@ class Slots:
 
     @torch.inference_mode()
     def clear(self, row: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         for pair in self.layers:
             for tensor in pair:
                 tensor[row].zero_()
@@ -102,7 +102,7 @@ class Slots:
         return self.layers[index]
 
 
-class Window:
+class CacheWindow:
     """What one pass sees of the slots, in the place of a Hugging Face cache.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipelines.data.media.transforms import fit
+from pipelines.data.media.transforms import resize_and_crop
 from qformer.backbones import load_vision
 from qformer.conversion.lavis import MEAN, STD, VISION_NAME, import_lavis
 from qformer.errors import UserError
@@ -93,7 +93,7 @@ def test_pictures_are_prepared_as_lavis_does(goldens_dir, tmp_path, options):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8))
     size, mode = (contract.height, contract.width), torchvision.transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose([transforms.Resize(size, interpolation=mode), transforms.ToTensor()])(image)
-    assert torch.equal(torch.from_numpy(fit(image, contract)), (expected * 255).round().to(torch.uint8))
+    assert torch.equal(torch.from_numpy(resize_and_crop(image, contract)), (expected * 255).round().to(torch.uint8))
     notes = "; ".join(bundle.report.notes)
     assert "resized straight to 42x42, bicubic, as LAVIS evaluates" in notes and "by itself has crop=center" in notes
     # The named encoder was trained on another normalisation, and keeps it.

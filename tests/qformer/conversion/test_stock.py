@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipelines.data.media.transforms import fit
+from pipelines.data.media.transforms import resize_and_crop
 from pipelines.inference.models import load_captioner, load_retriever
 from qformer.backbones import load_vision
 from qformer.config import GenerationSettings, LoraConfig
@@ -202,7 +202,9 @@ def test_a_checkpoint_of_ours_runs_in_stock(tmp_path, lora):
     report = export_huggingface(folder, tmp_path / "exported")
     captioner, side = load_captioner(folder), captioner.preprocessing.resize_short_side
     pictures = pixels(6, side)
-    batch = torch.stack([torch.from_numpy(fit(image, captioner.preprocessing))[None] for image in as_images(pictures)])
+    batch = torch.stack(
+        [torch.from_numpy(resize_and_crop(image, captioner.preprocessing))[None] for image in as_images(pictures)]
+    )
     assert batch.shape[-1] < side  # a centre crop
     model, loading = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]

@@ -9,7 +9,7 @@ from pipelines.data.corpus.sources.files import open_source
 from pipelines.data.corpus.sources.karpathy import is_karpathy, read_karpathy
 from pipelines.data.corpus.sources.lavis import is_lavis, read_lavis
 from pipelines.data.corpus.sources.raw import BadRow, RawRow
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from qformer.errors import UserError
 
 _Reader = tuple[Callable[[Any], bool], Callable[[Any, str], Iterator[RawRow | BadRow]]]
@@ -32,7 +32,7 @@ def read_annotations(path: str, format: str) -> Iterator[RawRow | BadRow]:  # no
         MediaError: If it cannot be read.
     """
     with open_source(path) as file:
-        text = decoded(file.read())
+        text = decode_text(file.read())
     try:
         document: Any = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -4,7 +4,7 @@ from pipelines.data.corpus.sources import parquet
 from pipelines.data.corpus.sources.delimited import header
 from pipelines.data.corpus.sources.files import is_source_folder, list_source
 from pipelines.data.corpus.sources.webvid import is_webvid
-from pipelines.data.failures import kind_of_name
+from pipelines.data.media.kinds import kind_of_name
 from qformer.errors import UserError
 
 FORMATS = ("parquet", "jsonl", "csv", "folder", "coco", "karpathy", "lavis", "webvid", "webdataset")

@@ -16,7 +16,7 @@ def open_source(uri: str) -> BinaryIO:
     Raises:
         MediaError: Here or from a read, as `retries.with_retries`.
     """
-    return cast(BinaryIO, io.BufferedReader(_RetriedFile(uri), _BUFFER_BYTES))
+    return cast(BinaryIO, io.BufferedReader(_RetryingFile(uri), _BUFFER_BYTES))
 
 
 def read_source_bytes(uri: str, max_bytes: int) -> bytes:
@@ -43,7 +43,7 @@ def source_exists(uri: str) -> bool:
     return with_retries(uri, lambda: storage.exists(uri))
 
 
-class _RetriedFile(io.RawIOBase):
+class _RetryingFile(io.RawIOBase):
     """A file by position, each piece of it read with retries."""
 
     def __init__(self, uri: str) -> None:
@@ -96,7 +96,7 @@ class _RetriedFile(io.RawIOBase):
             with contextlib.suppress(ValueError):  # a stream without an end to go to
                 size_bytes = self._file.seek(0, io.SEEK_END)
                 if self._size_bytes not in (None, size_bytes):
-                    raise storage.CutFileError(f"{self._uri} changed while it was read; run again")
+                    raise storage.TruncatedFileError(f"{self._uri} changed while it was read; run again")
                 self._size_bytes = size_bytes
         return self._file
 

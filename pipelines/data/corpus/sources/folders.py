@@ -8,8 +8,9 @@ from typing import Any
 from pipelines.data import schema, storage
 from pipelines.data.corpus.sources.files import list_source, read_source_bytes
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
-from pipelines.data.corpus.sources.text import decoded
-from pipelines.data.failures import MediaError, kind_of_name
+from pipelines.data.corpus.sources.text import decode_text
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import kind_of_name
 from qformer.errors import UserError
 
 SIDECARS = (".json", ".txt")
@@ -55,7 +56,7 @@ def sidecar_values(name: str, content: bytes) -> dict[str, Any]:
     Raises:
         BadRowError: "corrupt", if it is no JSON object.
     """
-    text = decoded(content)
+    text = decode_text(content)
     if not name.lower().endswith(".json"):
         return {schema.CAPTIONS: text.splitlines()}
     try:

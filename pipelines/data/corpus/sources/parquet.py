@@ -10,7 +10,7 @@ from pipelines.data import storage
 from pipelines.data.corpus.manifest_files import manifest_files
 from pipelines.data.corpus.sources.files import is_source_folder, list_source, open_source
 from pipelines.data.corpus.sources.raw import RawRow
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from pipelines.data.storage.retries import with_retries
 from qformer.errors import UserError
 
@@ -86,4 +86,4 @@ def _as_binary(kind: pa.DataType) -> pa.DataType:
 def _marked(value: Any) -> Any:
     if isinstance(value, list):
         return [_marked(item) for item in value]
-    return decoded(value) if isinstance(value, bytes) else value
+    return decode_text(value) if isinstance(value, bytes) else value

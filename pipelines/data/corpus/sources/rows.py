@@ -6,9 +6,10 @@ from typing import Any
 
 from pipelines.data import schema, storage
 from pipelines.data.corpus.sources.raw import BadRowError, RawRow
-from pipelines.data.corpus.sources.text import require_unicode, text_of
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
-from pipelines.data.names import nearest
+from pipelines.data.corpus.sources.text import cell_text, require_unicode
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import SNIFFED_BYTES, kind_of_name, sniff_kind
+from pipelines.data.names import suggest
 from pipelines.data.storage import members
 from pipelines.data.storage.retries import with_retries
 
@@ -89,7 +90,7 @@ class RowBuilder:
             # What nothing identifies is tried as an image, and quarantined as unsupported.
             found = kind_of_name(media or "") or _sniffed(media, data) or schema.IMAGE
         if found not in schema.KINDS:
-            raise BadRowError("config", f"column {schema.KIND!r} holds {found!r}{nearest(found, schema.KINDS)}")
+            raise BadRowError("config", f"column {schema.KIND!r} holds {found!r}{suggest(found, schema.KINDS)}")
         return found
 
 
@@ -113,7 +114,7 @@ def _media(values: Mapping[str, Any]) -> tuple[str | None, bytes | None]:
 
 
 def _text(values: Mapping[str, Any], column: str) -> str | None:
-    text = text_of(values.get(column))
+    text = cell_text(values.get(column))
     return None if text is None else require_unicode(text, f"column {column!r}")
 
 
@@ -132,7 +133,7 @@ def _texts(values: Mapping[str, Any], column: str) -> list[str]:
     value = values.get(column)
     texts = [value] if isinstance(value, str | bytes) else value or []
     if isinstance(texts, list):
-        texts = [text_of(text) or "" if isinstance(text, bytes) else text for text in texts]
+        texts = [cell_text(text) or "" if isinstance(text, bytes) else text for text in texts]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadRowError("config", f"column {column!r} holds {str(value)[:60]!r}; give a text or a list of texts")
     return [require_unicode(text, f"column {column!r}").strip() for text in texts]

@@ -10,15 +10,14 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.sources import annotations, delimited, folders, jsonl, parquet, webdataset, webvid
 from pipelines.data.corpus.sources.detect import FORMATS, format_of
 from pipelines.data.corpus.sources.files import is_source_folder, source_exists
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow, Source
 from pipelines.data.corpus.sources.rows import Row, RowBuilder
-from pipelines.data.failures import MediaError
-from pipelines.data.names import nearest
+from pipelines.data.failures import Failure, MediaError
+from pipelines.data.names import suggest
 from qformer.errors import UserError
 
 _BLOCK_ROWS = 1024
@@ -40,7 +39,7 @@ class SourceBlock:
     """Rows that are no rows of the manifest; their sample ids tell source and row number."""
 
 
-def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[SourceBlock]:
+def read_source(source: Source, seen: NameSet | None = None) -> Iterator[SourceBlock]:
     """Read a source block by block.
 
     Rows without a sample id get their media path as one; with #NUMBER of the row behind it where the path was an id
@@ -57,7 +56,7 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
         UserError: If the source cannot be read as a whole. What is wrong with single rows raises nothing.
     """
     check_source(source)
-    seen = seen if seen is not None else SeenNames()
+    seen = seen if seen is not None else NameSet()
     with _told(source):
         root = source.media_root or _own_folder(source)
     builder = RowBuilder(media_root=root, kind=source.kind, split=source.split, source=source.name)
@@ -90,11 +89,11 @@ def check_source(source: Source) -> None:
         UserError: If it does not exist, its format is unknown, or `columns` names none of ours.
     """
     if source.format not in ("auto", *FORMATS):
-        raise UserError(f"format {source.format!r} of {source.path} is unknown{nearest(source.format, FORMATS)}")
+        raise UserError(f"format {source.format!r} of {source.path} is unknown{suggest(source.format, FORMATS)}")
     for name in source.columns:
         if name not in _COLUMNS:
             raise UserError(
-                f"source {source.path}: columns maps {name!r}, which is no column of ours{nearest(name, _COLUMNS)}"
+                f"source {source.path}: columns maps {name!r}, which is no column of ours{suggest(name, _COLUMNS)}"
             )
     with _told(source):
         is_pattern = "{" in source.path and source.format in ("auto", "webdataset")
@@ -166,7 +165,7 @@ def _renamed(rows: Iterator[RawRow | BadRow], source: Source) -> Iterator[RawRow
     names = {ours: source.columns.get(ours, ours) for ours in _COLUMNS}
     for ours in source.columns:
         if found and names[ours] not in found:
-            raise UserError(f"{source.path} has no column {names[ours]!r}{nearest(names[ours], found)}")
+            raise UserError(f"{source.path} has no column {names[ours]!r}{suggest(names[ours], found)}")
     if found and names[schema.MEDIA] not in found and names[schema.MEDIA_BYTES] not in found:
         raise UserError(
             f"{source.path} has no column {schema.MEDIA!r} (or {schema.MEDIA_BYTES!r}) but {', '.join(sorted(found))}; "
@@ -185,7 +184,7 @@ def _ours(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 
 def _block(
-    source: Source, rows: list[tuple[RawRow, Row, str | None]], failures: list[Failure], seen: SeenNames
+    source: Source, rows: list[tuple[RawRow, Row, str | None]], failures: list[Failure], seen: NameSet
 ) -> SourceBlock:
     """Give every row an id that no other has, and fail those whose own id is another's."""
     ids = [row[schema.SAMPLE_ID] or name or f"row-{raw.number}" for raw, row, name in rows]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipelines.data import storage
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from pipelines.data.failures import ErrorClass
 from pipelines.data.storage.retries import with_retries
 from qformer.errors import UserError
@@ -95,10 +95,10 @@ class _Walk:
                 break
             record = self._record(content, length)
             if kind == b"L":
-                long_name = decoded(record.rstrip(b"\0"))
+                long_name = decode_text(record.rstrip(b"\0"))
             elif kind == b"x":
                 values = _pax(record)
-                long_name = decoded(values[b"path"]) if b"path" in values else long_name
+                long_name = decode_text(values[b"path"]) if b"path" in values else long_name
                 long_size = int(values[b"size"]) if values.get(b"size", b"").isdigit() else long_size
             position = content + _padded(length)
         name = long_name if long_name is not None else _name(header)
@@ -160,7 +160,7 @@ def _require_plain(uri: str, head: bytes) -> None:
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return decoded(prefix + b"/" + name if prefix else name)
+    return decode_text(prefix + b"/" + name if prefix else name)
 
 
 def _number(field: bytes) -> int:

@@ -10,7 +10,7 @@ ERRORS = "surrogateescape"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def decoded(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
     """Bytes as text, with what is no UTF-8 marked for `require_unicode`."""
     return data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", ERRORS)
 
@@ -19,7 +19,7 @@ def require_unicode(text: str, what: str) -> str:
     """Check one value.
 
     Args:
-        text: As `decoded` or JSON gives it.
+        text: As `decode_text` or JSON gives it.
         what: For the message, e.g. "column 'captions'".
 
     Raises:
@@ -34,14 +34,14 @@ def require_unicode(text: str, what: str) -> str:
     return text
 
 
-def text_of(value: Any) -> str | None:
+def cell_text(value: Any) -> str | None:
     """A cell as text; None for what is empty."""
     if isinstance(value, bytes):
-        value = decoded(value)
+        value = decode_text(value)
     return None if value is None or value == "" else str(value)
 
 
 def lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text) of each line."""
     for number, line in enumerate(file, start=1):
-        yield number, decoded(line) if number == 1 else line.decode("utf-8", ERRORS)
+        yield number, decode_text(line) if number == 1 else line.decode("utf-8", ERRORS)

@@ -10,8 +10,8 @@ from pipelines.data.corpus.sources.files import is_source_folder, list_source, r
 from pipelines.data.corpus.sources.folders import sidecar_values
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.corpus.sources.tar_index import TarMember, walk_tar
-from pipelines.data.corpus.sources.text import decoded
-from pipelines.data.failures import kind_of_name
+from pipelines.data.corpus.sources.text import decode_text
+from pipelines.data.media.kinds import kind_of_name
 from pipelines.data.storage import members
 from qformer.errors import UserError
 
@@ -114,15 +114,15 @@ def _values(shard: str, group: list[TarMember], columns: dict[str, str]) -> dict
         if extension == "json":
             found_values = {**sidecar_values(member.name, _content(shard, member)), **found_values}
         elif extension in _CAPTIONS:
-            found_values[schema.CAPTIONS] = decoded(_content(shard, member)).splitlines()
+            found_values[schema.CAPTIONS] = decode_text(_content(shard, member)).splitlines()
         elif extension in texts:
-            found_values[extension] = decoded(_content(shard, member)).strip()
+            found_values[extension] = decode_text(_content(shard, member)).strip()
     renamed = {ours: found_values.get(theirs) for ours, theirs in columns.items() if ours != schema.MEDIA}
     chosen = by_extension[media]
     return {
         **found_values,
         **renamed,
-        schema.MEDIA: members.spell(members.Member(shard, chosen.offset, chosen.length)),
+        schema.MEDIA: members.to_reference(members.Member(shard, chosen.offset, chosen.length)),
         schema.KIND: renamed.get(schema.KIND) or kind_of_name(f"x.{media}"),
     }
 
@@ -137,8 +137,8 @@ def _is_media(extension: str, wanted: str | None) -> bool:
 def _content(shard: str, member: TarMember) -> bytes:
     if member.length > _MAX_TEXT_BYTES:
         raise BadRowError("too_large", f"member {member.name!r} holds {member.length} bytes of text")
-    return read_source_bytes(members.spell(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
+    return read_source_bytes(members.to_reference(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
 
 
 def _reference(shard: str, group: list[TarMember]) -> str:
-    return members.spell(members.Member(shard, group[0].offset, group[0].length))
+    return members.to_reference(members.Member(shard, group[0].offset, group[0].length))

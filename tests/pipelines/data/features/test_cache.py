@@ -12,17 +12,18 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure, split_steps, unpack
+from pipelines.data.batches.batch import split_steps, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import RowLookup, evaluation_blocks, training_blocks
 from pipelines.data.batches.token_codec import decode_tokens, encode_tokens
+from pipelines.data.failures import Failure
 from pipelines.data.features.cache import FeatureCache, ReadFeatures, locate, open_cache
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice, EncodeShards
-from pipelines.data.features.shards import file_states, finished_shard, write_index, write_quarantine, write_shard
+from pipelines.data.features.shards import file_states, is_shard_finished, write_index, write_quarantine, write_shard
 from pipelines.data.features.spec import write_spec
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings, Limits
-from pipelines.data.order.global_batches import PADDING, Batches
+from pipelines.data.order.global_batches import PADDING, StepRows
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import retries
 from pipelines.data.storage.retries import with_retries
@@ -51,7 +52,7 @@ def _blocks(table):
 
 
 def _finished(table, folder):
-    return [finished_shard(str(folder), shard, block) for shard, block in enumerate(_blocks(table))]
+    return [is_shard_finished(str(folder), shard, block) for shard, block in enumerate(_blocks(table))]
 
 
 def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
@@ -61,7 +62,7 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
     encode = EncodeShards(choice, str(folder), 2, "cpu")
     blocks = _blocks(table)
     for shard, block in enumerate(blocks):
-        if not finished_shard(str(folder), shard, block):
+        if not is_shard_finished(str(folder), shard, block):
             encode(decode(block))
     write_index(str(folder), len(blocks))
     return open_cache(str(folder))
@@ -71,7 +72,7 @@ def _training_blocks(table, batches):
     rows = TableRows(table)
     rows_SG = np.array(batches)
     kinds = [rows.take(row_G[:1])[schema.KIND][0].as_py() for row_G in rows_SG]
-    planned = Batches(rows_SG, np.zeros_like(rows_SG), kinds)
+    planned = StepRows(rows_SG, np.zeros_like(rows_SG), kinds)
     look_up = RowLookup(rows, seed=0, is_random=False)
     return [look_up(plan) for plan in training_blocks(planned, first_step=0, world_size=1, steps_per_block=4)]
 
@@ -185,7 +186,7 @@ def test_only_failures_that_may_pass_are_tried_again(tmp_path, encoder, error_cl
     tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]
     states = file_states(block[schema.MEDIA].to_pylist())
     write_shard(str(tmp_path), dataclasses.replace(batch, failures=[failure]), tokens, "fp16", states)
-    assert finished_shard(str(tmp_path), 0, block) == (error_class == "corrupt")
+    assert is_shard_finished(str(tmp_path), 0, block) == (error_class == "corrupt")
     (row,) = write_quarantine(str(tmp_path), 2).to_pylist()
     assert row == {**dataclasses.asdict(failure), "epoch": 0}
     assert pq.read_table(tmp_path / "quarantine.parquet").to_pylist() == [row]

@@ -7,7 +7,7 @@ import pytest
 from pipelines.data.batches.batch import split_steps, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import evaluation_blocks
-from pipelines.data.batches.stage_report import Pool, bottleneck, run_table, size, stage_table
+from pipelines.data.batches.stage_report import WorkerPool, bottleneck, format_bytes, run_table, stage_table
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest, write_clip
@@ -52,7 +52,7 @@ def test_a_clip_costs_decoding(tmp_path):
 
 
 def _pool(name, workers, **seconds):
-    return Pool(name=f"{name} workers", setting=f"{name}_workers", workers=workers, seconds=seconds)
+    return WorkerPool(name=f"{name} workers", setting=f"{name}_workers", workers=workers, seconds=seconds)
 
 
 def test_the_bottleneck_is_the_busiest_pools_largest_stage():
@@ -88,4 +88,4 @@ def test_the_table_of_a_run():
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(5, "5 B"), (723_712, "707 KiB"), (2.5 * 2**40, "2.5 TiB")])
 def test_sizes_for_people(num_bytes, text):
-    assert size(num_bytes) == text
+    assert format_bytes(num_bytes) == text

@@ -9,9 +9,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.data import storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus.quarantine import require_readable
-from pipelines.data.failures import MediaError
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.media.samples import SampleDecoder
 from pipelines.data.storage import retries
 from pipelines.data.storage.retries import classify, with_retries

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import read_source
 from qformer.errors import UserError
@@ -189,7 +189,7 @@ def test_parquet_text_that_is_no_utf8(tmp_path):
 
 def test_ids_are_unique_over_all_sources(tmp_path):
     """Given ids that repeat are failures; media paths that repeat are not, for different folders may share names."""
-    seen = SeenNames()
+    seen = NameSet()
     got = []
     for name, rows in {
         "one": [{"media": "a.jpg"}, {"media": "a.jpg"}, {"media": "b.jpg", "sample_id": "x"}],

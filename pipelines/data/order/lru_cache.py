@@ -1,0 +1,30 @@
+"""A cache that keeps what was used last."""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+
+class LruCache:
+    """Keeps what was used last, up to a number of bytes, and always the newest. For several threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._held_bytes = max_bytes, 0
+        self._items: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        """What was put under `key`, None if it is gone."""
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key][0]
+
+    def put(self, key: Any, value: Any, size_bytes: int) -> None:
+        """Keep a new value."""
+        with self._lock:
+            self._items[key] = value, size_bytes
+            self._held_bytes += size_bytes
+            while self._held_bytes > self._max_bytes and len(self._items) > 1:
+                self._held_bytes -= self._items.popitem(last=False)[1][1]
