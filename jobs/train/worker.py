@@ -39,10 +39,10 @@ from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision
 from pipelines.training.step.ranks import of_all_ranks
-from pipelines.training.step.stages import DIVERSITY
 from qformer.conversion.checkpoint import read_info
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError
+from qformer.objectives.losses import DIVERSITY
 
 _MAX_STARTS = 10
 """From one step, where a run may be restarted as often as nodes are lost: more are no accident."""
