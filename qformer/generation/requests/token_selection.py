@@ -67,8 +67,8 @@ class GenerationRules:
         unsupported += ["guidance_scale"] if getattr(config, "guidance_scale", None) not in (None, 1) else []
         if unsupported:
             raise UserError(
-                f"the language model's generation_config sets {', '.join(unsupported)}, which the engine does not support; "
-                "remove it from the model's generation_config.json"
+                f"the language model's generation_config sets {', '.join(unsupported)}, which the engine does not "
+                "support; remove it from the model's generation_config.json"
             )
         return cls(
             end_ids=tuple(end_ids),
