@@ -43,8 +43,8 @@ demo-video: $(STAMP) ## the demo, and then clips whose captions need the order o
 demo-full: $(STAMP) ## the same with more data and steps
 	@$(BIN)/qformer demo --config jobs/configs/examples/demo_full.yaml $(ARGS)
 
-test: $(STAMP) ## the tests, without the long drills
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the tests, without the long drills, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-all: $(STAMP) ## all tests that this machine can run
 	@$(BIN)/python -m pytest -m "" $(ARGS)

@@ -52,7 +52,7 @@ def checkpoints(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["apart", "fused"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["apart", "fused"])
 def settings(checkpoints, request):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
