@@ -167,9 +167,9 @@ def _encode(
         for done in encode_features(missing, folder=output, **options, **pools, use_gpu=settings.use_gpu):
             progress.add(done)
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
-            metrics.count(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
+            metrics.count_batch(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
             for wait_s in done["wait_s"].to_pylist():
-                metrics.waited(wait_s, queue_depth=progress.queue_depth)
+                metrics.observe_wait(wait_s, queue_depth=progress.queue_depth)
             if _is_too_many(progress.num_failed, progress.num_rows, settings):
                 break  # the job fails anyway
     decoding = WorkerPool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})

@@ -97,7 +97,7 @@ def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: s
         def rows() -> Iterator[pa.Table]:
             for block in blocks:
                 found.add_failures(block.failures)
-                metrics.count(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
+                metrics.count_batch(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
                 yield block.rows
 
         with ray_session(settings.ray):
@@ -162,7 +162,7 @@ def _probe(
         decode_workers=settings.decode_workers,
     ):
         block_costs, num_failed = sum_costs(checked), len(checked) - checked[schema.STAGE].null_count
-        metrics.count(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
+        metrics.count_batch(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
         costs.add(block_costs)
         num_rows += len(block)
         yield block, checked.drop_columns(list(COST_COLUMNS))

@@ -80,7 +80,9 @@ def _question(row: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:
 def _write_bridge(folder: Path, captions: list[str]) -> None:
     """A checkpoint of stage 1 as toy.yaml shapes it, after no step."""
     overrides = ["init_from=null", f"model.vision={CONFIGS.parent / 'demo' / 'models' / 'vision'}"]
-    settings = load(TrainSettings, [CONFIGS / "blip2_stage1.yaml", CONFIGS / "toy.yaml"], overrides)
+    settings = load(
+        TrainSettings, [CONFIGS / "recipes" / name for name in ("blip2_stage1.yaml", "toy.yaml")], overrides
+    )
     with tempfile.TemporaryDirectory() as tokenizer:
         learn_text_tokenizer(lambda: captions, Path(tokenizer))
         choice = choice_from(

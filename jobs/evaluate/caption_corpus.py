@@ -133,7 +133,7 @@ def _caption_missing(
         for done in write_shards(missing, CaptionShards, arguments, decode=decode, use_gpu=settings.use_gpu, **pools):
             progress.add(done)
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
-            metrics.count(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
+            metrics.count_batch(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
             if _is_too_many(progress.num_failed, len(manifest), settings):
                 break  # the rest would only take time
     decoding = WorkerPool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})

@@ -38,7 +38,7 @@ from jobs.demo.world.scenes import Kind, Scene, sample_scene
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-MODELS_FOLDER = Path(__file__).parents[1] / "models"
+MODELS_FOLDER = Path(__file__).parent / "models"
 NUM_SLOTS = 8
 KINDS: tuple[Kind, ...] = ("image", "clip")
 NUM_CLIP_FRAMES = 4
