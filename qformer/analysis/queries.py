@@ -38,6 +38,6 @@ def diversity_loss(hidden_GQD: Tensor, is_valid_B: Tensor, is_frame_BF: Tensor |
     with torch.autocast(hidden_GQD.device.type, enabled=False):
         unit_GQD = F.normalize(hidden_GQD.float(), dim=-1)
         gram_GQQ = unit_GQD @ unit_GQD.transpose(1, 2)
-    squares_G = (gram_GQQ.square().sum(dim=(1, 2)) - queries) / max(1, queries * (queries - 1))
-    squares_B = mean_over_frames(squares_G.unflatten(0, (len(is_valid_B), -1)), is_frame_BF)
+        squares_G = (gram_GQQ.square().sum(dim=(1, 2)) - queries) / max(1, queries * (queries - 1))
+        squares_B = mean_over_frames(squares_G.unflatten(0, (len(is_valid_B), -1)), is_frame_BF)
     return squares_B.masked_fill(~is_valid_B, 0.0).sum(), is_valid_B.sum()

@@ -21,7 +21,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.bridges.config import JOINED
 from qformer.config import QFormerConfig
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors, reason_of
 from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
@@ -121,7 +120,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
 
 def _require_place(info: BridgeInfo) -> None:
     """Refuse what no model of Hugging Face's computes."""
-    what = f"temporal={info.video.temporal!r}, which joins frames" if info.video.temporal in JOINED else ""
+    what = "" if info.bridge.is_image_qformer else f"a bridge of kind={info.bridge.kind_name!r}"
     what = what or (f"a branch for sound ({info.audio!r})" if info.audio_branch is not None else "")
     if what:
         raise UserError(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from qformer.conversion.bridge_start import bridge_start
 from qformer.conversion.checkpoint import read_info, read_weights
-from qformer.conversion.clip_start import clip_start
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.objectives.stage1 import Stage1
@@ -99,7 +99,7 @@ def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = Fal
     """
     require_stage1(folder)
     source = repr(str(folder))
-    start = clip_start(trainables, read_weights(folder), read_info(folder), source=source)
+    start = bridge_start(trainables, read_weights(folder), read_info(folder), source=source)
     return load_matching(trainables, **start._asdict(), source=source, allow_mismatch=allow_mismatch)
 
 
@@ -122,12 +122,12 @@ def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allo
     is_same_language = info.stage == 2 and info.language == language
     if not is_same_language:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_LANGUAGE_SIDE)}
-    config, source = trainables.qformer.config, repr(str(folder))
+    reads_text, source = trainables.bridge.reads_text, repr(str(folder))
     new = ["lora."] if is_same_language else list(_LANGUAGE_SIDE)
     new += [] if info.qformer.has_text_branch else TEXT_BRANCH
     new += [] if info.audio_branch == trainables.audio_config else ["audio."]
-    dropped = [*(_STAGE1_ONLY if info.stage == 1 else ()), *(() if config.has_text_branch else TEXT_BRANCH)]
-    start = clip_start(trainables, weights, info, source=source)
+    dropped = [*(_STAGE1_ONLY if info.stage == 1 else ()), *(() if reads_text else TEXT_BRANCH)]
+    start = bridge_start(trainables, weights, info, source=source)
     return load_matching(
         trainables,
         start.weights,

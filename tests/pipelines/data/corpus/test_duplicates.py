@@ -69,7 +69,7 @@ def _rows(count, content, media, split="train"):
 def test_rows_that_share_one_file_are_never_held(monkeypatch):
     """Five captions a picture: only what another file or split shows, too, is looked at."""
     held = []
-    monkeypatch.setattr(duplicates, "_of_group", lambda group: held.append(len(group)) or [])
+    monkeypatch.setattr(duplicates, "_duplicates_of_group", lambda group: held.append(len(group)) or [])
     rows = [row for content in "abcdefgh" for row in _rows(50, content, lambda n, content=content: f"/{content}.jpg")]
     rows += _rows(2, "z", lambda n: f"/{n}.jpg")
     assert _find(rows) == {} and held == [2]

@@ -84,7 +84,7 @@ def test_a_storage_that_is_away_for_a_minute_loses_no_row(monkeypatch, chance):
     now_s = [0.0]
     monkeypatch.setattr(retries.time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
-    monkeypatch.setattr(retries._CHANCE, "uniform", lambda low, high: chance)
+    monkeypatch.setattr(retries._RANDOM, "uniform", lambda low, high: chance)
 
     def read():
         if now_s[0] < 75.0:

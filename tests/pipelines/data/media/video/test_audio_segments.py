@@ -13,8 +13,7 @@ from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.media.stage_costs import StageCosts
-from pipelines.data.media.video import audio_segments
-from pipelines.data.media.video import audio_track as sound
+from pipelines.data.media.video import audio_segments, audio_track
 from tests.pipelines.data.builders import DECODE, heard_seconds, jpeg, stairs, write_clip, write_sounding_clip
 
 RATE_HZ = 16_000
@@ -92,8 +91,8 @@ def test_seeking_equals_decoding_on(tmp_path, monkeypatch, codec, container, rat
 def test_an_index_that_leads_astray_is_not_followed(tmp_path, monkeypatch):
     """As of a damaged file: every seek lands far behind."""
     path = write_sounding_clip(tmp_path / "a.mp4", stairs(19, 44_100), rate_hz=44_100)
-    true_seek = sound.Sound.seek
-    monkeypatch.setattr(sound.Sound, "seek", lambda self, to_s: true_seek(self, to_s + 4.0))
+    true_seek = audio_track.AudioTrack.seek
+    monkeypatch.setattr(audio_track.AudioTrack, "seek", lambda self, to_s: true_seek(self, to_s + 4.0))
     waveforms, is_valid = audio_segments.read_segments(str(path), SAMPLING, start_s=0.0, end_s=19.0, zero_s=0.0)
     assert is_valid.all()
     assert [heard_seconds(waveform, RATE_HZ)[5] for waveform in waveforms] == [0, 6, 12, 18]
@@ -217,9 +216,9 @@ def test_sound_counts_as_decoding(tmp_path, decoder):
 
 def test_what_lies_between_segments_is_not_decoded(tmp_path, monkeypatch):
     path = write_sounding_clip(tmp_path / "a.mp4", stairs(60, 44_100), rate_hz=44_100, fps=2)
-    true_check, counts = sound.Sound.require_decodable, []
+    true_check, counts = audio_track.AudioTrack.require_decodable, []
     monkeypatch.setattr(
-        sound.Sound, "require_decodable", lambda self: (counts.append(self._num_packets), true_check(self))
+        audio_track.AudioTrack, "require_decodable", lambda self: (counts.append(self._num_packets), true_check(self))
     )
     audio_segments.read_segments(str(path), SAMPLING, start_s=0.0, end_s=60.0, zero_s=0.0)
     # Four seconds and what is read before each; the whole has 2584 packets of 1024 samples.
