@@ -97,9 +97,9 @@ def test_counts_of_captions():
     summary = CorpusSummary()
     captions = [["a b c d", "a b c d e", ""], [], [" ".join("w" * 129)]]
     summary.add_rows(manifest([{"sample_id": str(n), "captions": texts} for n, texts in enumerate(captions)]))
-    told = summary.to_dict()
-    assert (told["captions"], told["rows_without_captions"], told["rows_in"]) == (4, 1, 3)
-    assert {label: count for label, count in told["caption_words"].items() if count} == {
+    counts = summary.to_dict()
+    assert (counts["captions"], counts["rows_without_captions"], counts["rows_in"]) == (4, 1, 3)
+    assert {label: count for label, count in counts["caption_words"].items() if count} == {
         "0": 1,
         "1-4": 1,
         "5-8": 1,
@@ -115,5 +115,5 @@ def test_spread_of_many_values():
     values = pa.array(range(300_001)).to_numpy()
     for start in range(0, len(values), 7000):
         spread.add(values[start : start + 7000])
-    told = spread.to_dict()
-    assert (told["min"], told["max"]) == (0, 300_000) and abs(told["median"] - 150_000) < 3000
+    counts = spread.to_dict()
+    assert (counts["min"], counts["max"]) == (0, 300_000) and abs(counts["median"] - 150_000) < 3000

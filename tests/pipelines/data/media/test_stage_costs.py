@@ -1,4 +1,4 @@
-"""Seconds of each stage: measured where they pass, carried by the packed table, told in plain words."""
+"""Seconds of each stage: measured where they pass, carried by the packed table, reported in words."""
 
 import time
 
@@ -57,9 +57,11 @@ def _pool(name, workers, **seconds):
 
 def test_the_bottleneck_is_the_busiest_pools_largest_stage():
     decode, train = _pool("decode", 2, fetch=1.0, decode=15.0, transform=3.0), _pool("training", 1, train=4.0)
-    told = bottleneck([decode, train], wall_s=10)
-    assert told.startswith("bottleneck: decode, 79% of the work of the decode workers, which were busy 95% of the time")
-    assert "more decode_workers" in told
+    sentence = bottleneck([decode, train], wall_s=10)
+    assert sentence.startswith(
+        "bottleneck: decode, 79% of the work of the decode workers, which were busy 95% of the time"
+    )
+    assert "more decode_workers" in sentence
     assert bottleneck([_pool("decode", 2, decode=5.0), _pool("training", 1, train=9.0)], 10).startswith(
         "bottleneck: train, 100%"
     )

@@ -208,15 +208,15 @@ def s3(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("media", "expected", "told"),
+    ("media", "expected", "text"),
     [
         ("s3://forbidden/a.jpg", "config", "access denied"),
         ("s3://gone/a.jpg", "config", "no such bucket"),
         ("s3://there/missing.jpg", "missing", "no file"),
     ],
 )
-def test_what_s3_refuses(s3, decoder, media, expected, told):
-    with pytest.raises(MediaError, match=told) as caught:
+def test_what_s3_refuses(s3, decoder, media, expected, text):
+    with pytest.raises(MediaError, match=text) as caught:
         decoder.decode(kind="image", media=media)
     assert (caught.value.error_class, caught.value.stage) == (expected, "read")
 

@@ -47,8 +47,8 @@ def test_each_segment_is_of_its_second(tmp_path, decoder, codec, container, rate
     assert clip.waveforms.shape == (4, RATE_HZ) and clip.waveforms.dtype == np.float32
     assert clip.audio_valid.tolist() == [True] * 4
     for waveform, second in zip(clip.waveforms, (0, 6, 12, 18), strict=True):
-        heard = heard_seconds(waveform, RATE_HZ)
-        assert heard[1:9] == [second] * 8
+        seconds = heard_seconds(waveform, RATE_HZ)
+        assert seconds[1:9] == [second] * 8
         assert np.abs(waveform[RATE_HZ // 10 : -RATE_HZ // 10]).max() == pytest.approx(0.5, abs=0.06)
 
 
@@ -105,8 +105,8 @@ def test_sound_that_begins_late_and_ends_early(tmp_path, decoder):
     clip = _decode(decoder, path)
     assert clip.audio_valid.tolist() == [False, False, True, False]
     assert not clip.waveforms[[0, 1, 3]].any()
-    heard = heard_seconds(clip.waveforms[2], RATE_HZ)  # from 12 s, which is the sound's sixth second
-    assert heard[1:4] == [5] * 3 and heard[6:] == [None] * 4
+    seconds = heard_seconds(clip.waveforms[2], RATE_HZ)  # from 12 s, which is the sound's sixth second
+    assert seconds[1:4] == [5] * 3 and seconds[6:] == [None] * 4
     assert _decode(decoder, path, end_s=6.0).audio_valid.tolist() == [False] * 4
 
 

@@ -323,7 +323,7 @@ def test_damage_is_not_decoded_silently(tmp_path):
     assert caught.value.error_class == "corrupt"
 
 
-def test_videos_that_last_too_long_are_told_apart(tmp_path):
+def test_videos_that_last_too_long_are_distinguished(tmp_path):
     ten_days = 10 * 24 * 3600 * 10
     path = str(write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days]))
     for changes, limit_s in (({}, 7 * 86_400), ({"max_duration_s": 60.0}, 60)):
