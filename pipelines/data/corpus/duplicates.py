@@ -28,15 +28,15 @@ def find_duplicates(read: Callable[[list[str]], Iterable[pa.Table]]) -> pa.Table
     (several captions, several parts of a video) do not. A training row counts when an evaluation row shows the same
     bytes and, of a video, a part in common, whether by another file or the same.
 
-    Memory: 8 bytes a row, 17 for each content that several rows share, the duplicates, and at most `_COMPARED_ROWS` rows
-    at a time, or all those of one content. Rows that share one file of one split are never held.
+    Memory: 8 bytes a row, 17 for each content that several rows share, the duplicates, and at most `_COMPARED_ROWS`
+    rows at a time, or all those of one content. Rows that share one file of one split are never held.
 
     Args:
         read: Function that yields all rows with the given columns, in the same order each time.
 
     Returns:
-        Table in `schema.DUPLICATES_SCHEMA`, sorted by content. A training row that evaluation shows, too, is listed once,
-        with the evaluation row.
+        Table in `schema.DUPLICATES_SCHEMA`, sorted by content. A training row that evaluation shows, too, is listed
+        once, with the evaluation row.
     """
     found = [schema.DUPLICATES_SCHEMA.empty_table()]
     for wanted in _portions(*_repeated_keys(read)):

@@ -80,10 +80,8 @@ class Preparation:
         duplicates = find_duplicates(self._used.read)
         dropped = self._dropped(duplicates) if drop_leaks else {}
         self.add_failures(dropped.values())
-        write_manifest(
-            self._used_blocks(schema.MANIFEST_SCHEMA.names, dropped), self._used.num_rows - len(dropped), output
-        )
-        _write(self._used_blocks(schema.PROBE_SCHEMA.names, dropped), schema.PROBE_SCHEMA, output, PROBE_FILE)
+        write_manifest(self._usable(schema.MANIFEST_SCHEMA.names, dropped), self._used.num_rows - len(dropped), output)
+        _write(self._usable(schema.PROBE_SCHEMA.names, dropped), schema.PROBE_SCHEMA, output, PROBE_FILE)
         self._write_rest(duplicates, output)
         return duplicates
 
@@ -105,11 +103,9 @@ class Preparation:
         dropped = self._dropped(duplicates) if drop_leaks else {}
         self.add_failures(dropped.values())
         rows = pa.concat_tables(
-            [schema.MANIFEST_SCHEMA.empty_table(), *self._used_blocks(schema.MANIFEST_SCHEMA.names, dropped)]
+            [schema.MANIFEST_SCHEMA.empty_table(), *self._usable(schema.MANIFEST_SCHEMA.names, dropped)]
         )
-        facts = pa.concat_tables(
-            [schema.PROBE_SCHEMA.empty_table(), *self._used_blocks(schema.PROBE_SCHEMA.names, dropped)]
-        )
+        facts = pa.concat_tables([schema.PROBE_SCHEMA.empty_table(), *self._usable(schema.PROBE_SCHEMA.names, dropped)])
         # An earlier run that was killed here may have added them already.
         rows = _without(rows, iterate_rows(output, [schema.SAMPLE_ID]))
         facts = _without(facts, _read(old, [schema.SAMPLE_ID]))
@@ -140,7 +136,7 @@ class Preparation:
                 failures[name] = Failure(name, row[schema.MEDIA], "manifest", "config", message)
         return failures
 
-    def _used_blocks(self, columns: list[str], dropped: dict[str, Failure]) -> Iterator[pa.Table]:
+    def _usable(self, columns: list[str], dropped: dict[str, Failure]) -> Iterator[pa.Table]:
         wanted = columns if schema.SAMPLE_ID in columns else [*columns, schema.SAMPLE_ID]
         names = pa.array(list(dropped), pa.string())
         for block in self._used.read(wanted):

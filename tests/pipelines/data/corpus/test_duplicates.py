@@ -109,9 +109,9 @@ def test_counts_of_captions():
 
 def test_spread_of_many_values():
     """The ends are exact, the middle is of a sample."""
-    from pipelines.data.corpus.summary import _Spread
+    from pipelines.data.corpus.summary import _ValueRange
 
-    spread = _Spread()
+    spread = _ValueRange()
     values = pa.array(range(300_001)).to_numpy()
     for start in range(0, len(values), 7000):
         spread.add(values[start : start + 7000])
