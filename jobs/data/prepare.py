@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBED_RATE_HZ = 16_000
-"""Whether sound can be decoded does not depend on it."""
+"""Any rate serves to check whether sound can be decoded."""
 
 SUMMARY_FILE = "summary.json"
 SETTINGS_FILE = "settings.yaml"
 _SAMPLED_FROM_ROWS = 10_000
-"""A dry run takes its rows at random from so many of each source; reading a large one to its end takes long."""
+"""A dry run samples from this many first rows of each source; reading a large source to its end takes long."""
 
 
 def main(settings: PrepareSettings) -> dict[str, Any]:
@@ -65,20 +65,20 @@ def main(settings: PrepareSettings) -> dict[str, Any]:
     if settings.dry_run:
         with tempfile.TemporaryDirectory(prefix="qformer-dry-run-") as folder:
             summary = _prepare(settings, _sampled(sources, settings.dry_run), folder)
-        _tell(summary, settings)
-        print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were tried")
+        _report(summary, settings)
+        print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were checked")
         return summary
     require_unused(settings.output, "output")
-    seen = NameSet()
+    used_ids = NameSet()
     logger.info("checking %d sources", len(sources))
-    blocks = itertools.chain.from_iterable(read_source(source, seen) for source in sources)
+    blocks = itertools.chain.from_iterable(read_source(source, used_ids) for source in sources)
     summary = _prepare(settings, blocks, settings.output)
     _finish(summary, settings)
     return summary
 
 
 def _sources(settings: PrepareSettings) -> list[Source]:
-    """The sources with names that tell them apart."""
+    """The sources with unique names."""
     sources: list[Source] = []
     for source in settings.sources:
         name = source.name or source.path.rstrip("/").rpartition("/")[2]
@@ -92,7 +92,7 @@ def _sources(settings: PrepareSettings) -> list[Source]:
 
 
 def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: str) -> dict[str, Any]:
-    with contextlib.closing(Preparation()) as found, show_progress() as tell:
+    with contextlib.closing(Preparation()) as found, show_progress() as report_progress:
 
         def rows() -> Iterator[pa.Table]:
             for block in blocks:
@@ -104,7 +104,7 @@ def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: s
             metrics = _metrics()
             for checked in _probe(rows(), settings, metrics):
                 found.add(*checked)
-                tell(found.num_rows, found.num_quarantined)
+                report_progress(found.num_rows, found.num_quarantined)
         duplicates = found.write(output, drop_leaks=settings.drop_training_duplicates)
     return _summary(output, duplicates, settings)
 
@@ -115,7 +115,7 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
     if not manifest_files(output) or not storage.exists(storage.join(output, preparation.QUARANTINED_ROWS_FILE)):
         raise UserError(f"output={output} holds no prepared manifest; run prepare without --retry-quarantined first")
     tries: dict[str, int] = {}
-    with contextlib.closing(Preparation()) as found, show_progress() as tell:
+    with contextlib.closing(Preparation()) as found, show_progress() as report_progress:
 
         def rows() -> Iterator[pa.Table]:
             for block, counts in preparation.quarantined_rows(output):
@@ -126,16 +126,16 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
             for block, checked in _probe(rows(), settings, _metrics()):
                 earlier = [tries.pop(name) for name in block[schema.SAMPLE_ID].to_pylist()]
                 found.add(block, preparation.add_tries(checked, earlier))
-                tell(found.num_rows, found.num_quarantined)
-        num_tried, num_mended = found.num_rows, found.num_rows - found.num_quarantined
+                report_progress(found.num_rows, found.num_quarantined)
+        num_tried, num_fixed = found.num_rows, found.num_rows - found.num_quarantined
         unread = preparation.failures_before_reading(output)
         found.add_failures(unread)
         duplicates = found.append(output, drop_leaks=settings.drop_training_duplicates)
     summary = _summary(output, duplicates, settings)
     _finish(summary, settings)
     print(
-        f"tried {num_tried} quarantined rows again: {num_mended} can be used now; "
-        f"{len(unread)} more are wrong in their source, not in their files: mend it and prepare anew"
+        f"tried {num_tried} quarantined rows again: {num_fixed} can be used now; "
+        f"{len(unread)} more are wrong in their source, not in their files: correct it and prepare again"
     )
     return summary
 
@@ -150,7 +150,7 @@ def _metrics() -> "DataMetrics":
 def _probe(
     rows: Iterable[pa.Table], settings: PrepareSettings, metrics: "DataMetrics"
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
+    # Loads Ray, whose environment the session has to set first, and so that settings errors are reported sooner.
     from jobs.data.prepare_probe import probe
 
     costs, num_rows, begun_s = StageCosts(), 0, time.monotonic()
@@ -172,19 +172,19 @@ def _probe(
 
 
 def _sampled(sources: list[Source], count: int) -> Iterator[SourceBlock]:
-    """A few rows of each source, chosen at random among its first ones, with what was wrong among those."""
-    chance = random.Random(0)  # noqa: S311 - the same rows each time
-    seen = NameSet()
+    """A random sample of the first rows of each source, with the failures among them."""
+    rng = random.Random(0)  # noqa: S311 - the same rows each time
+    used_ids = NameSet()
     for source in sources:
         tables, failures, num_read = [schema.MANIFEST_SCHEMA.empty_table()], [], 0
-        for block in read_source(source, seen):
+        for block in read_source(source, used_ids):
             tables.append(block.rows)
             failures += block.failures
             num_read += len(block.rows)
             if num_read >= max(_SAMPLED_FROM_ROWS, count):
                 break
         rows = pa.concat_tables(tables)
-        chosen = sorted(chance.sample(range(len(rows)), min(count, len(rows))))
+        chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
         logger.info("%s: %d of the first %d rows", source.name, len(chosen), num_read + len(failures))
         yield SourceBlock(rows.take(pa.array(chosen, pa.int64())), failures)
 
@@ -204,10 +204,10 @@ def _finish(summary: dict[str, Any], settings: PrepareSettings) -> None:
     output = settings.output
     storage.write_text(storage.join(output, SETTINGS_FILE), resolved_yaml(settings))
     storage.write_text(storage.join(output, SUMMARY_FILE), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    _tell(summary, settings)
+    _report(summary, settings)
 
 
-def _tell(summary: dict[str, Any], settings: PrepareSettings) -> None:
+def _report(summary: dict[str, Any], settings: PrepareSettings) -> None:
     print_summary(summary)
     rows_in, used, quarantined = (summary[f"rows_{name}"] for name in ("in", "used", "quarantined"))
     if quarantined > settings.max_quarantine_share * max(1, rows_in):

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
-    """Tensors of `names` that changed; those that one side lacks, or has in another shape, are not compared.
+    """Names of the tensors that changed; tensors that one side lacks, or has in another shape, are not compared.
 
     Args:
-        before: Earlier weights; where they have a narrower dtype they are compared in that of `after`.
+        before: Earlier weights, converted to the dtype of `after` for the comparison.
         after: Later weights.
-        names: Which to look at.
+        names: Tensors to compare.
     """
     shared = sorted(name for name in set(names) & before.keys() & after.keys())
     return [

@@ -1,4 +1,4 @@
-"""Which of very many names came before, in 16 bytes a name."""
+"""A set of very many names in 16 bytes a name."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 _KEY_BYTES = 16
-"""At 10^9 names the chance that two share a key is below 10^-20."""
+"""Size of a key; for 10^9 names the probability of a collision is below 10^-20."""
 
 
 class NameSet:
-    """A set of names, asked and filled a block at a time.
+    """A set of names that is queried and extended in blocks.
 
-    Keys are kept in sorted runs that are merged when they are of like size, so that each key is moved only a
-    logarithmic number of times.
+    Keys are stored in sorted runs. Runs of similar size are merged, so that each key is moved a logarithmic number of
+    times.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class NameSet:
         """Add names.
 
         Returns:
-            [len(names)] whether each is new: neither added before nor earlier in `names`.
+            [len(names)] True for new names: neither added before nor earlier in `names`.
         """
         keys = np.array([_key(name) for name in names], dtype=f"V{_KEY_BYTES}").view(f"S{_KEY_BYTES}")
         is_new = np.zeros(len(keys), dtype=np.bool_)
@@ -36,11 +36,11 @@ class NameSet:
             self._runs.append(np.sort(keys[is_new]))
         while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
             last, before = self._runs.pop(), self._runs.pop()
-            # A stable sort finds the two sorted halves and only merges them.
+            # A stable sort detects the two sorted halves and only merges them.
             self._runs.append(np.sort(np.concatenate([before, last]), kind="stable"))
         return is_new
 
 
 def _key(name: str) -> bytes:
-    # numpy's byte strings lose trailing zeros: a last byte that is never zero keeps keys apart.
+    # numpy's byte strings lose trailing zeros, so the last byte of a key is never zero.
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES - 1).digest() + b"\x01"

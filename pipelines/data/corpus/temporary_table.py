@@ -1,4 +1,4 @@
-"""Rows set aside on disk until it is known what becomes of them."""
+"""A temporary table on disk."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,31 +10,31 @@ _ROW_GROUP_ROWS = 4096
 
 
 class TemporaryTable:
-    """A temporary file of rows, written once and read as often as wanted. Nothing of it outlives the process.
+    """Rows in a temporary file, written once and read any number of times. The file ends with the process.
 
     Args:
-        schema: Of the rows.
+        schema: Schema of the rows.
     """
 
     def __init__(self, schema: pa.Schema) -> None:
         self.num_rows = 0
         self._schema = schema
-        # It has no name any more: also a killed process leaves nothing behind.
-        self._file = tempfile.TemporaryFile(prefix="qformer-spool-")  # noqa: SIM115
+        # The file has no name, so a killed process leaves nothing behind.
+        self._file = tempfile.TemporaryFile(prefix="qformer-rows-")  # noqa: SIM115
         self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._file, schema)
 
     def append(self, rows: pa.Table) -> None:
-        """Add rows; not after the first reading."""
-        assert self._writer is not None, "the spool is read already"
+        """Add rows; not allowed after the first read."""
+        assert self._writer is not None, "the table was read already"
         if len(rows):
             self._writer.write_table(rows.select(self._schema.names).cast(self._schema), _ROW_GROUP_ROWS)
         self.num_rows += len(rows)
 
     def read(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the rows in order, a piece at a time.
+        """Yield the rows in order, in chunks.
 
         Args:
-            columns: Only these; None for all.
+            columns: Columns to read; None for all.
         """
         self._finish()
         self._file.seek(0)
@@ -43,7 +43,7 @@ class TemporaryTable:
             yield pa.Table.from_batches([batch]).select(names)
 
     def close(self) -> None:
-        """Free the disk."""
+        """Delete the file."""
         self._finish()
         self._file.close()
 

@@ -1,4 +1,4 @@
-"""A marker file that says that a process decodes an image; it survives a crash, so that the next process can tell."""
+"""A marker file of a process that decodes an image; it survives a crash, so that the next process knows of it."""
 
 import contextlib
 import fcntl

@@ -88,7 +88,7 @@ def newest_whole_checkpoint(run: str, warn: Callable[[str], object] = logger.war
         remove_copy(uri, folder)
         warn(f"checkpoint {uri} is damaged ({problem}); the one before is used")
     if finished:
-        raise UserError(f"every checkpoint of {run} is damaged; start anew in another output")
+        raise UserError(f"every checkpoint of {run} is damaged; start a new run in another output")
     return None
 
 

@@ -1,10 +1,10 @@
 """Passes of an encoder-decoder of the T5 family over slots.
 
-Its decoder knows positions only by their distance. So all rows write the same column at a time, and a row that joins
-later starts at a later column; when the last column is full, all move to the front. The encoder's keys and values lie
-in slots of their own.
+Its decoder has relative positions only. So all rows write the same column in a step, and a row that joins later starts
+at a later column; when the last column is full, all rows move to the front. The encoder's keys and values are in
+slots of their own.
 
-Dimensions: B rows of the pass, S encoder tokens, T decoder tokens seen, L width, V vocabulary.
+Dimensions: B rows of the pass, S encoder tokens, T decoder tokens, L width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from qformer.language import LanguageModel
 
 
 class EncoderDecoderSlots:
-    """Memory of the encoder's (`cross`) and the decoder's (`own`) keys and values, both of the same size."""
+    """Memory of the encoder's (`cross`) and the decoder's (`own`) keys and values, of the same size."""
 
     def __init__(self) -> None:
         self.own, self.cross = Slots(), Slots()
@@ -34,9 +34,9 @@ class EncoderDecoderSlots:
         self.start: list[int] = []
         """Column of each row's first decoder token."""
         self.num_inputs: list[int] = []
-        """Encoder tokens of each row."""
+        """Number of encoder tokens of each row."""
         self.next_column = 0
-        """Of the decoder, of all rows."""
+        """Next decoder column, the same for all rows."""
 
     @property
     def num_rows(self) -> int:
@@ -45,12 +45,12 @@ class EncoderDecoderSlots:
 
     @property
     def capacity(self) -> int:
-        """Encoder tokens that a row holds, and decoder tokens."""
+        """Capacity of a row in encoder tokens, and in decoder tokens."""
         return self.own.capacity
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one encoder and one decoder token."""
+        """Bytes of one encoder and one decoder token."""
         return self.own.bytes_per_token + self.cross.bytes_per_token
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
@@ -62,7 +62,7 @@ class EncoderDecoderSlots:
         self.num_inputs = (self.num_inputs + [1] * num_rows)[:num_rows]
 
     def to_front(self, num_used: int) -> None:
-        """Move the decoder's tokens of the first rows to the first columns."""
+        """Move the decoder tokens of the first rows to the first columns."""
         columns = min(self.start[:num_used], default=self.next_column)
         if columns:
             self.own.shift(columns)
@@ -85,11 +85,11 @@ class EncoderDecoderPasses:
     """Prefill and decode passes of one encoder-decoder model.
 
     Args:
-        language: The model.
+        language: Encoder-decoder model.
     """
 
     is_chunked = False
-    """The encoder reads a prompt at once."""
+    """False: the encoder reads a prompt in one pass."""
 
     def __init__(self, language: LanguageModel) -> None:
         model: Any = language.model
@@ -148,17 +148,17 @@ class EncoderDecoderPasses:
 
         Args:
             first: Slot of `rows[0]`.
-            rows: Of the pass.
+            rows: Requests of the pass.
             ids_B: Tokens to read.
-            column: Where they go.
-            cross: The encoder's keys and values.
-            hidden_BSL: The encoder's output that these are made of; None: they are there.
+            column: Column of these tokens.
+            cross: Keys and values of the encoder.
+            hidden_BSL: Encoder output from which they are computed; None: they are stored already.
         """
         slots, device, end = self.slots, ids_B.device, first + len(rows)
         start_B1 = torch.tensor(slots.start[first:end], device=device)[:, None]
         begin = min(slots.start[first:end])
         target = torch.arange(first, end, device=device) * slots.capacity + column
-        own = CacheWindow(slots.own, slice(first, end), slice(begin, column + 1), target, num_seen=column - begin)
+        own = CacheWindow(slots.own, slice(first, end), slice(begin, column + 1), target, num_past=column - begin)
         count_B1 = torch.tensor(slots.num_inputs[first:end], device=device)[:, None]
         is_late_BS = torch.arange(cross.columns.stop, device=device) >= count_B1
         is_early_BT = torch.arange(begin, column + 1, device=device) < start_B1
@@ -180,24 +180,24 @@ class EncoderDecoderPasses:
 
 
 class _Layer:
-    """A layer of a cache, by the names that the model reads."""
+    """A layer of a cache, with the attributes that the model reads."""
 
     def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
         self.keys, self.values = pair
 
 
 def _joint_cache_type() -> Any:
-    """The class of a cache made of two windows; the model asks for a descendant of its own.
+    """The class of a cache made of two windows; the model requires a subclass of its own cache class.
 
-    Its arguments: the decoder's window, the encoder's, and how many layers of the latter are written already.
+    Its arguments: the decoder's window, the encoder's, and the number of the encoder's layers that are stored already.
     """
     from transformers import EncoderDecoderCache
 
     class JointCache(EncoderDecoderCache):  # type: ignore[misc]
-        def __init__(self, own: CacheWindow, cross: CacheWindow, known_layers: int) -> None:
-            # Not the parent's, which makes memory of its own.
-            cast(Any, cross).layers = [_Layer(cross.seen(layer)) for layer in range(known_layers)]
+        def __init__(self, own: CacheWindow, cross: CacheWindow, stored_layers: int) -> None:
+            # The parent's constructor is not called, because it allocates memory.
+            cast(Any, cross).layers = [_Layer(cross.read(layer)) for layer in range(stored_layers)]
             self.self_attention_cache, self.cross_attention_cache = own, cross
-            self.is_updated = dict.fromkeys(range(known_layers), True)
+            self.is_updated = dict.fromkeys(range(stored_layers), True)
 
     return JointCache

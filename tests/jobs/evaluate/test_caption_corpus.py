@@ -102,7 +102,7 @@ def test_a_second_run_does_what_changed_and_nothing_else(tmp_path, checkpoint, c
     rows, times = written(settings)
     assert "captioned 12 of 12 rows" in caplog.text and "next: read" in caplog.text
     caption.main(settings)
-    assert written(settings) == (rows, times) and "12 of 12 rows were there already" in caplog.text
+    assert written(settings) == (rows, times) and "12 of 12 rows exist already" in caplog.text
     # Another question and a shorter manifest: no row of before is left.
     (Path(settings.output) / "shard-00000009.parquet").write_bytes(b"of a longer manifest")
     corpus(tmp_path, NUM_ROWS - 2)

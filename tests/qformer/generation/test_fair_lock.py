@@ -42,7 +42,7 @@ def test_an_exception_hands_the_turn_on():
 
 def test_an_engine_waits_for_its_turn():
     language, turns = tiny_language("llama"), FairLock()
-    engine = AsyncEngine(Engine(language, kv_tokens=512, max_requests=4), turn=turns)
+    engine = AsyncEngine(Engine(language, kv_tokens=512, max_requests=4), step_lock=turns)
     request = make_requests(language)[0]
 
     async def answer():

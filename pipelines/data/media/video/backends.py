@@ -1,8 +1,8 @@
 """Video decoding libraries behind one interface, and the order in which they are tried.
 
 The order (`clip.BACKEND_NAMES`) was measured: CPU milliseconds for 8 uniform frames of 10 s of 640x360 H.264 to 224
-pixels, minimum of 22 interleaved runs with one thread on one busy core, GOP 30 and 250. PyAV with the skipping of `pyav`
-takes 63 and 81; TorchCodec 0.12 on the same FFmpeg 8 takes 71 and 105, and seconds to load; decord 0.6 takes 85 and 101.
+pixels, minimum of 22 interleaved runs with one thread on one busy core, GOP 30 and 250. PyAV takes 63 and 81;
+TorchCodec 0.12 on the same FFmpeg 8 takes 71 and 105, and seconds to load; decord 0.6 takes 85 and 101.
 
 The probe (by PyAV, without decoding) decides which frames exist, and when: a backend that reports other frames is
 rejected.

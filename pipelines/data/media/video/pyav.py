@@ -40,8 +40,8 @@ class PyAVBackend:
         """See `backends.VideoBackend`.
 
         First, only the packets that the requested frames refer to are decoded. Where that does not give every frame
-        (damage, wrong key frame flags), everything is decoded from the start, and each requested time gets the frame that
-        a player shows then.
+        (damage, wrong key frame flags), all packets are decoded from the start, and each requested time gets the frame
+        that a player shows then.
         """
         converter = _FrameConverter(size_of, filter_name)
         num_done = 0

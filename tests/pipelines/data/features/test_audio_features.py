@@ -1,4 +1,4 @@
-"""Sound in batches and in the feature cache: what was heard arrives, and only where there was something to hear."""
+"""Sound in batches and in the feature cache: valid segments arrive unchanged, and no others."""
 
 import dataclasses
 
@@ -151,12 +151,12 @@ def test_cached_sound_equals_encoded_sound(tmp_path, table, choice, dtype, toler
     plain = [unpack(part) for part in split_steps(decode(_training_block(table)))]
     decode.close()
     cached = [unpack(part) for part in split_steps(ReadFeatures(cache)(_training_block(locate(table, cache))))]
-    ears = load_audio(str(choice.audio))
+    audio_encoder = load_audio(str(choice.audio))
     assert plain[0].audio_valid.any()
     for one, other in zip(plain, cached, strict=True):
-        assert other.failures == one.failures and other.audio.shape == (3, 3, ears.width)
+        assert other.failures == one.failures and other.audio.shape == (3, 3, audio_encoder.width)
         np.testing.assert_array_equal(other.audio_valid, one.audio_valid)
-        expected = ears.features(torch.from_numpy(one.audio), torch.from_numpy(one.audio_valid)).numpy()
+        expected = audio_encoder.features(torch.from_numpy(one.audio), torch.from_numpy(one.audio_valid)).numpy()
         np.testing.assert_allclose(other.audio, expected, atol=tolerance * max(np.abs(expected).max(), 1e-9))
         assert not other.audio[~other.audio_valid].any()
 

@@ -223,17 +223,17 @@ def test_a_cache_that_changes_under_its_training_stops_it(tmp_path, encoder):
         ReadFeatures(cache)(block)
 
 
-class _Tired(MemoryFileSystem):
+class _FailingFileSystem(MemoryFileSystem):
     """A store whose requests fail as often as `left` says, also in the middle of a file."""
 
-    protocol = "weary"
+    protocol = "failing"
     store = {}
     pseudo_dirs = [""]
     left = {"open": 0, "read": 0}
 
     @classmethod
     def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.replace("weary://", "memory://"))
+        return MemoryFileSystem._strip_protocol(path.replace("failing://", "memory://"))
 
     @classmethod
     def fail(cls, what):
@@ -251,25 +251,25 @@ class _Tired(MemoryFileSystem):
 
 class _TiredFile(io.BytesIO):
     def read(self, size=-1):
-        _Tired.fail("read")
+        _FailingFileSystem.fail("read")
         return super().read(size)
 
 
 def test_a_store_that_fails_now_and_then_is_asked_again(tmp_path, encoder, monkeypatch):
     """Both when the cache is written and when training reads it."""
-    fsspec.register_implementation("weary", _Tired, clobber=True)
+    fsspec.register_implementation("failing", _FailingFileSystem, clobber=True)
     monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(_Tired, "left", {"open": 0, "read": 0})
-    table, folder = _table(tmp_path), f"weary://{tmp_path.name}/cache"
+    monkeypatch.setattr(_FailingFileSystem, "left", {"open": 0, "read": 0})
+    table, folder = _table(tmp_path), f"failing://{tmp_path.name}/cache"
     spec = encoder[1]
     decode = DecodeShards(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     encode = EncodeShards(CHOICE, folder, 2, "cpu")
     blocks = _blocks(table)
     for block in blocks:
         decoded = decode(block)
-        _Tired.left = {"open": 2, "read": 0}
+        _FailingFileSystem.left = {"open": 2, "read": 0}
         encode(decoded)
-        assert _Tired.left["open"] == 0
+        assert _FailingFileSystem.left["open"] == 0
     decode.close()
     write_spec(folder, spec)
     write_index(folder, len(blocks))
@@ -277,11 +277,11 @@ def test_a_store_that_fails_now_and_then_is_asked_again(tmp_path, encoder, monke
     (wanted,) = _training_blocks(locate(table, cache), [[0, 1]])
     expected, reader = unpack(ReadFeatures(cache)(wanted)), ReadFeatures(cache)
     for failures in ({"open": 2, "read": 2}, {"open": 0, "read": 2}):  # at the first look, and of an open file
-        _Tired.left = dict(failures)
+        _FailingFileSystem.left = dict(failures)
         batch = unpack(reader(wanted))
-        assert _Tired.left == {"open": 0, "read": 0} and np.array_equal(batch.images, expected.images)
+        assert _FailingFileSystem.left == {"open": 0, "read": 0} and np.array_equal(batch.images, expected.images)
     monkeypatch.setattr(with_retries, "__kwdefaults__", {"budget_s": 0.05})
-    _Tired.left = {"open": 0, "read": 10**6}
+    _FailingFileSystem.left = {"open": 0, "read": 10**6}
     with pytest.raises(UserError, match="sample 's0' cannot be read .*reset by peer"):
         reader(wanted)
 

@@ -67,7 +67,7 @@ def test_measured_rows_scale_to_all():
     expected = forecast(shards, VIT_G, list(zip((images, clips), costs, strict=True)), decode_workers=2, workers=1)
     assert expected.decode_s == pytest.approx((100 * 0.16 + 25 * 1.6) / 2)
     assert expected.encode_s == expected.total_s == pytest.approx(100 * 0.8 + 25 * 1.6)
-    assert str(expected) == "forecast: 2000 rows, 3 GiB, 2 min at 16.7 rows/s, held up by encoding"
+    assert str(expected) == "forecast: 2000 rows, 3 GiB, 2 min at 16.7 rows/s, limited by encoding"
 
 
 def test_short_jobs_are_not_measured():

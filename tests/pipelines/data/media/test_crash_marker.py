@@ -53,16 +53,16 @@ def _end(process, how):
     assert process.returncode == -9
 
 
-def test_a_death_at_a_picture_is_told_to_one_successor(tmp_path, own_folder):
+def test_a_crash_at_an_image_is_known_to_one_successor(tmp_path, own_folder):
     living, first = _start()
     dying, second = _start()
     assert not first and not second
     _end(dying, "die")
-    successor, is_told = _start()
-    assert is_told
+    successor, follows_crash = _start()
+    assert follows_crash
     _end(successor, "die after it")
-    last, is_told = _start()
-    assert not is_told, "neither of the one before, which was done with its picture, nor of the one that lives"
+    last, follows_crash = _start()
+    assert not follows_crash, "neither of the one before, which was done with its picture, nor of the one that lives"
     for process in (living, last):
         _end(process, "close")
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +72,7 @@ def test_two_deaths_have_two_successors(own_folder):
     for process in [_start()[0] for _ in range(2)]:
         _end(process, "die")
     found = [_start() for _ in range(3)]
-    assert [is_told for _, is_told in found] == [True, True, False]
+    assert [follows_crash for _, follows_crash in found] == [True, True, False]
     for process, _ in found:
         _end(process, "close")
 

@@ -244,7 +244,7 @@ def test_whatever_goes_wrong_costs_one_sample(decoder, monkeypatch, kind, error,
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("pipelines.data.media.image_clip.fit", fail)
+    monkeypatch.setattr("pipelines.data.media.image_clip.resize_and_crop", fail)
     monkeypatch.setattr(decoder.videos, "read_clip", fail)
     found = decoder.check(kind=kind, data=jpeg()).error
     assert (found.error_class, _error(decoder, kind=kind, data=jpeg()).error_class) == (expected, expected)

@@ -71,8 +71,8 @@ def test_only_what_is_needed_is_read_and_the_latest_is_kept(parts, monkeypatch):
     assert once < rows.bytes_read < 2 * once, "another group of the same part needs no footer"
     copied = pickle.loads(pickle.dumps(rows))
     assert copied.bytes_read == 0 and names(copied.take(np.array([7]))) == names(rows.take(np.array([7])))
-    monkeypatch.setattr(row_index, "_KEPT_GROUP_BYTES", 1)
-    monkeypatch.setattr(row_index, "_KEPT_FOOTER_BYTES", 1)
+    monkeypatch.setattr(row_index, "_GROUP_CACHE_BYTES", 1)
+    monkeypatch.setattr(row_index, "_FOOTER_CACHE_BYTES", 1)
     poor = PartRows(str(parts), "train")
     for _ in range(2):
         assert names(poor.take(np.array([10, 6000, 10]))) == names(rows.take(np.array([10, 6000, 10])))

@@ -26,14 +26,14 @@ class _TiredFile(io.BytesIO):
     """Breaks off in the middle."""
 
     def read(self, size=-1):
-        TiredFileSystem.fail("read")
+        FailingFileSystem.fail("read")
         return super().read(size)
 
 
-class TiredFileSystem(MemoryFileSystem):
+class FailingFileSystem(MemoryFileSystem):
     """Each kind of request fails a few times."""
 
-    protocol = "tired"
+    protocol = "failing"
     store = {}
     pseudo_dirs = [""]
     left: dict[str, int] = {}
@@ -47,7 +47,7 @@ class TiredFileSystem(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.replace("tired://", "memory://"))
+        return MemoryFileSystem._strip_protocol(path.replace("failing://", "memory://"))
 
     def _open(self, path, mode="rb", **options):
         if mode != "rb":
@@ -70,18 +70,18 @@ class TiredFileSystem(MemoryFileSystem):
 
 
 @pytest.fixture
-def tired(monkeypatch):
+def failing(monkeypatch):
     """Sets which requests fail, with what and how often; the pauses are short."""
-    fsspec.register_implementation("tired", TiredFileSystem, clobber=True)
-    TiredFileSystem.store.clear()
+    fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+    FailingFileSystem.store.clear()
     monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
 
     def set_failures(error, times=NUM_FAILURES, requests=("open", "read", "range", "list", "info")):
-        monkeypatch.setattr(TiredFileSystem, "error", error)
-        TiredFileSystem.left = dict.fromkeys(requests, times)
+        monkeypatch.setattr(FailingFileSystem, "error", error)
+        FailingFileSystem.left = dict.fromkeys(requests, times)
 
     yield set_failures
-    TiredFileSystem.left = {}
+    FailingFileSystem.left = {}
 
 
 def _write_source(folder, kind):
@@ -94,8 +94,8 @@ def _write_source(folder, kind):
             members += [(f"{number}.jpg", jpeg()), (f"{number}.{('txt', 'json')[number % 2]}", sidecar.encode())]
         if kind == "folder":
             for name, content in members:
-                storage.write_bytes(f"tired://b/folder/{name}", content)
-            return "tired://b/folder"
+                storage.write_bytes(f"failing://b/folder/{name}", content)
+            return "failing://b/folder"
         path = write_shard(folder / "a.tar", members)
     elif kind == "parquet":
         path = folder / "a.parquet"
@@ -109,55 +109,55 @@ def _write_source(folder, kind):
                 "lavis": json.dumps([{"image": row["media"], "caption": row["caption"]} for row in rows]),
             }[kind]
         )
-    storage.write_bytes(f"tired://b/{path.name}", path.read_bytes())
-    return f"tired://b/{path.name}"
+    storage.write_bytes(f"failing://b/{path.name}", path.read_bytes())
+    return f"failing://b/{path.name}"
 
 
 KINDS = ["parquet", "jsonl", "csv", "lavis", "folder", "webdataset"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_passes_is_waited_out(tmp_path, tired, kind):
+def test_transient_failures_are_retried(tmp_path, failing, kind):
     uri = _write_source(tmp_path, kind)
-    tired(ConnectionResetError("reset by peer"))
+    failing(ConnectionResetError("reset by peer"))
     rows, failures = read(uri)
     assert failures == []
     assert sorted(row["captions"][0] for row in rows) == sorted(f"caption {number}" for number in range(NUM_ROWS))
-    assert TiredFileSystem.left["read" if kind != "webdataset" else "range"] == 0
+    assert FailingFileSystem.left["read" if kind != "webdataset" else "range"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "text"),
     [(PermissionError(13, "denied"), "access denied"), (ConnectionResetError("reset by peer"), "reset by peer")],
 )
-def test_what_does_not_pass_stops_the_run(tmp_path, tired, monkeypatch, kind, error, told):
+def test_persistent_failures_stop_the_run(tmp_path, failing, monkeypatch, kind, error, text):
     """One line for the user; not a quarantine row, which would lose a healthy sample."""
     uri = _write_source(tmp_path, kind)
-    tired(error, times=10**6, requests=("read", "range"))
+    failing(error, times=10**6, requests=("read", "range"))
     monkeypatch.setattr(with_retries, "__kwdefaults__", {"budget_s": 0.05})
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=text) as caught:
         read(uri)
     assert str(caught.value).startswith(f"cannot read source {uri}: ") and "\n" not in str(caught.value)
 
 
-def test_a_file_is_read_on_where_it_broke_off(tired):
+def test_a_file_is_read_on_after_a_failure(failing):
     content = bytes(range(256)) * 20_000
-    storage.write_bytes("tired://b/a", content)
-    with open_source("tired://b/a") as file:
+    storage.write_bytes("failing://b/a", content)
+    with open_source("failing://b/a") as file:
         assert file.read(100) == content[:100]
-        tired(ConnectionResetError("reset by peer"))
+        failing(ConnectionResetError("reset by peer"))
         assert file.read(3_000_000) == content[100:3_000_100]
         assert file.seek(-10, io.SEEK_END) == len(content) - 10 and file.read() == content[-10:]
-        tired(ConnectionResetError("reset by peer"))
+        failing(ConnectionResetError("reset by peer"))
         assert file.seek(0) == 0 and file.read() == content
 
 
-def test_a_file_that_changes_meanwhile_is_not_read_on(tired):
-    storage.write_bytes("tired://b/a", bytes(3_000_000))
-    with open_source("tired://b/a") as file:
+def test_a_file_that_changes_meanwhile_is_not_read_on(failing):
+    storage.write_bytes("failing://b/a", bytes(3_000_000))
+    with open_source("failing://b/a") as file:
         file.read(1)
-        storage.write_bytes("tired://b/a", bytes(4_000_000))
-        tired(ConnectionResetError("reset by peer"))
+        storage.write_bytes("failing://b/a", bytes(4_000_000))
+        failing(ConnectionResetError("reset by peer"))
         with pytest.raises(Exception, match="changed while it was read"):
             file.read()

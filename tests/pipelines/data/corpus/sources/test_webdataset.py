@@ -81,7 +81,7 @@ def test_keys():
     assert split_name("0001") == ("0001", "")
 
 
-def test_wrong_members_are_told_and_touch_no_file(tmp_path):
+def test_wrong_members_are_reported_and_touch_no_file(tmp_path):
     outside = tmp_path / "outside.txt"
     outside.write_text("untouched")
     path = write_shard(

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import BACKEND_NAMES, ClipRequest
 from pipelines.data.media.frame_sampling import Sampling
-from pipelines.data.media.video import probe as video_survey
+from pipelines.data.media.video import probe
 from pipelines.data.media.video import pyav as video_pyav
 from pipelines.data.media.video.backends import BACKENDS
 from pipelines.data.media.video.frames import read_clip
@@ -323,7 +323,7 @@ def test_damage_is_not_decoded_silently(tmp_path):
     assert caught.value.error_class == "corrupt"
 
 
-def test_videos_that_last_too_long_are_told_apart(tmp_path):
+def test_videos_that_last_too_long_are_distinguished(tmp_path):
     ten_days = 10 * 24 * 3600 * 10
     path = str(write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days]))
     for changes, limit_s in (({}, 7 * 86_400), ({"max_duration_s": 60.0}, 60)):
@@ -358,11 +358,11 @@ def test_a_long_video_is_not_decoded_whole(tmp_path):
         assert cursor.num_packets < 40
 
 
-def test_large_files_are_surveyed_by_their_index(tmp_path, monkeypatch):
+def test_large_files_are_probed_by_their_index(tmp_path, monkeypatch):
     levels = [(7 * i) % 250 for i in range(400)]
     path = write_clip(tmp_path / "large.mp4", levels)
     exact = probe_video(str(path), 10**6)
-    monkeypatch.setattr(video_survey, "_INDEXED_BYTES", 0)
+    monkeypatch.setattr(probe, "_INDEXED_BYTES", 0)
     indexed = probe_video(str(path), 10**6)
     assert exact.is_exact and not indexed.is_exact
     assert indexed.starts_s.tolist() == exact.starts_s.tolist()
