@@ -116,12 +116,11 @@ def frozen_now(
             found[name] = str(error)
     with torch.device("meta"):
         bridge = build_bridge(info.bridge, info.qformer)
+    own: dict[str, list[str]] = {}
     for parts in (bridge.frozen_parts(is_whole=True), bridge.frozen_parts(is_whole=False)):
         for name in parts.keys() & recorded.keys():
-            digests = found.setdefault(name, [])
-            assert isinstance(digests, list)
-            digests.append(weights_fingerprint(_of_part(bridge, parts[name], weights)))
-    return found
+            own.setdefault(name, []).append(weights_fingerprint(_of_part(bridge, parts[name], weights)))
+    return found | own
 
 
 def _of_part(bridge: nn.Module, part: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -166,8 +166,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         micro_batch=limit if (limit := _micro_batch(settings)) is not None and limit < share else None,
     )
     optim, trainables = settings.optim, run.stage.trainables
-    weights = optim.loss_weights.model_dump(exclude={"is_learned"})
-    objective = Objective(run.stage.terms, weights, is_learned=optim.loss_weights.is_learned)
+    objective = Objective(run.stage.terms, optim.loss_weights.by_name(), is_learned=optim.loss_weights.is_learned)
     extra = [] if objective.log_variances is None else [objective.log_variances]
     training = Training(
         optimizer=build_optimizer(trainables, weight_decay=optim.weight_decay, betas=optim.betas, extra=extra),

@@ -282,7 +282,7 @@ def load_audio_encoder(info: BridgeInfo, device: str) -> AudioEncoder | None:
     width, rate_hz = info.audio_branch.encoder_width, info.audio_sampling["sample_rate_hz"]
     if (encoder.width, encoder.sample_rate_hz) != (width, rate_hz):
         raise UserError(
-            f"encoder of sound {info.audio!r} is {encoder.width} wide and takes {encoder.sample_rate_hz} Hz, the bridge "
+            f"audio encoder {info.audio!r} is {encoder.width} wide and takes {encoder.sample_rate_hz} Hz, the bridge "
             f"{width} and {rate_hz} Hz; it is another model than in training"
         )
     return encoder.to(device)

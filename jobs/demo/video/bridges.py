@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jobs.demo.settings import DemoSettings
+from jobs.demo.settings import ClipQuerySettings, DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
 from jobs.demo.video.world.film import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
 from jobs.settings.jobs import TrainSettings
-from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
+from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.mean import MeanConfig
+from qformer.bridges.spatio_temporal import SpatioTemporalConfig
+from qformer.bridges.table import BridgeConfig
 
 MODELS = Path(__file__).parents[1] / "models"
 AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
@@ -22,7 +26,7 @@ class Bridge:
     name: str
     """Of its step and run folder."""
     title: str
-    temporal: Literal["mean", "cascaded", "spatio_temporal"]
+    kind: Literal["mean", "cascaded", "spatio_temporal"]
     begins_as: str
     """Step whose checkpoint it starts from."""
     hears: bool = False
@@ -30,25 +34,38 @@ class Bridge:
 
 
 BRIDGES = (
-    Bridge(name="clip_mean", title="mean pooling", temporal="mean", begins_as="stage2", knows_order=False),
-    Bridge(name="clip_cascaded", title="cascaded", temporal="cascaded", begins_as="stage2"),
-    Bridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", begins_as="stage2"),
+    Bridge(name="clip_mean", title="mean pooling", kind="mean", begins_as="stage2", knows_order=False),
+    Bridge(name="clip_cascaded", title="cascaded", kind="cascaded", begins_as="stage2"),
+    Bridge(name="clip_spatio_temporal", title="spatio-temporal", kind="spatio_temporal", begins_as="stage2"),
     Bridge(
         name="clip_cascaded_sound",
         title="cascaded with sound",
-        temporal="cascaded",
+        kind="cascaded",
         begins_as="clip_cascaded",
         hears=True,
     ),
     Bridge(
         name="clip_spatio_temporal_sound",
         title="spatio-temporal with sound",
-        temporal="spatio_temporal",
+        kind="spatio_temporal",
         begins_as="clip_spatio_temporal",
         hears=True,
     ),
 )
 """Those that hear go on from those that see, as Video-LLaMA does; here both branches are then trained together."""
+
+
+def _config(bridge: Bridge, queries: ClipQuerySettings) -> BridgeConfig:
+    """Kind and sizes of a bridge."""
+    match bridge.kind:
+        case "mean":
+            return MeanConfig()
+        case "cascaded":
+            return CascadedConfig(max_frames=NUM_FRAMES, num_queries=queries.cascaded)
+        case "spatio_temporal":
+            return SpatioTemporalConfig(
+                max_frames=NUM_FRAMES, num_spatial_queries=queries.spatial, num_temporal_queries=queries.temporal
+            )
 
 
 def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> TrainSettings:
@@ -71,13 +88,7 @@ def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> Trai
             audio=str(MODELS / "audio") if bridge.hears else None,
             audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
             language=str(MODELS / "clip_language"),
-            temporal=bridge.temporal,
-            video=VideoSettings(
-                max_frames=NUM_FRAMES,
-                num_queries=queries.cascaded,
-                num_spatial_queries=queries.spatial,
-                num_temporal_queries=queries.temporal,
-            ),
+            bridge=_config(bridge, queries),
             qformer=QFormerSettings(**demo.qformer.model_dump()),
         ),
         data=TrainDataSettings(

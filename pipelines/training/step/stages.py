@@ -277,9 +277,7 @@ def _is_frame(batch: SampleBatch, device: torch.device) -> Tensor | None:
     return torch.from_numpy(batch.frame_valid).to(device) if batch.frame_valid.shape[1] > 1 else None
 
 
-def _outcome(
-    terms: Mapping[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_output_BS: Tensor | None
-) -> Outcome:
+def _outcome(terms: Mapping[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_output_BS: Tensor | None) -> Outcome:
     valid_G = valid_B.repeat_interleave(len(hidden_GQD) // len(valid_B))
     if is_output_BS is not None:
         valid_G = valid_G & is_output_BS.flatten()
