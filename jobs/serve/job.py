@@ -19,7 +19,7 @@ from pipelines.data import storage
 from pipelines.serving.contract.adapters import Adapter, Backbones, require_shared_backbones
 from pipelines.serving.contract.config import ApiKey, ServingConfig
 from pipelines.serving.contract.errors import ApiError
-from pipelines.serving.http.heads import is_loopback
+from pipelines.serving.http.headers import is_loopback
 from pipelines.serving.http.keys import read_keys
 from qformer.errors import UserError
 
@@ -211,12 +211,12 @@ def renew(now: Served, wanted: Served) -> None:
 
 async def _try_out(adapters: Sequence[Adapter], config: ServingConfig) -> None:
     """Send a picture through the running models for each adapter."""
-    from pipelines.serving.app.app import rehearse
+    from pipelines.serving.app.app import check_adapter
 
     for adapter in adapters:
         try:
             async with asyncio.timeout(config.requests.timeout_s):
-                await rehearse(APP_NAME, config, adapter)
+                await check_adapter(APP_NAME, config, adapter)
         except (ApiError, TimeoutError) as error:
             reason = find_user_error(error) or str(error) or f"it took longer than {config.requests.timeout_s:g} s"
             raise UserError(f"{adapter.version} at {adapter.folder} does not answer: {reason}") from error

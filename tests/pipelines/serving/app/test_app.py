@@ -26,7 +26,7 @@ from pipelines.data.storage.checkpoint_folders import write_marker
 from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.serving.app.client import ServiceError, request_caption
 from pipelines.serving.contract.config import RequestLimits, Scale
-from pipelines.serving.http.body_ahead import MAX_BODY_BYTES as MAX_AHEAD_BYTES
+from pipelines.serving.http.body_transfer import MAX_BODY_BYTES as MAX_AHEAD_BYTES
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.media_files import jpeg_bytes, mp4_bytes
