@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jobs.bench
 from jobs.bench.result import BenchResult, as_json, as_table, write_result
-from jobs.cluster.circumstances import circumstances
+from jobs.cluster.environment import current_environment
 from qformer.errors import UserError
 
 _NO_BENCHES = {
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         result: BenchResult = importlib.import_module(f"jobs.bench.{name}").run()
         print(as_table(result))
-        found = circumstances()
+        found = current_environment()
         if arguments.output is not None:
             print(f"written to {write_result(arguments.output, result, found)}")
         if arguments.json:

@@ -26,7 +26,7 @@ Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
+class TimedWindow:
     """Which batches of a stream are timed: those after the start, before the end thins out."""
 
     warm_up: int
@@ -129,7 +129,9 @@ class Peer:
         self._process.start()
         theirs.close()
 
-    def seconds_per_batch(self, read: Read, paths: list[str], batch_size: int, window: Window, workers: int) -> float:
+    def seconds_per_batch(
+        self, read: Read, paths: list[str], batch_size: int, window: TimedWindow, workers: int
+    ) -> float:
         """Time a DataLoader over `paths`."""
         return float(self._ask(_timed, read, paths, batch_size, window, workers))
 
@@ -176,7 +178,7 @@ class _Files(Dataset[Tensor]):
         return self._read(self._paths[index])
 
 
-def _timed(read: Read, paths: list[str], batch_size: int, window: Window, workers: int) -> float:
+def _timed(read: Read, paths: list[str], batch_size: int, window: TimedWindow, workers: int) -> float:
     return window.seconds_per_batch(DataLoader(_Files(read, paths), batch_size, num_workers=workers))
 
 

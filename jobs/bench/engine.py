@@ -33,7 +33,7 @@ INPUT_ROWS = (34, 40, 48, 64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class EngineCase:
     """What is measured."""
 
     hidden_size: int
@@ -48,8 +48,8 @@ class Case:
     rounds: int = 3
 
 
-CPU = Case(hidden_size=256, num_layers=4, num_heads=4, vocab_size=2048)
-OPT_2_7B = Case(
+CPU = EngineCase(hidden_size=256, num_layers=4, num_heads=4, vocab_size=2048)
+OPT_2_7B = EngineCase(
     hidden_size=2560, num_layers=32, num_heads=32, vocab_size=50_272, device="cuda", dtype=torch.bfloat16, rounds=2
 )
 
@@ -71,7 +71,7 @@ def run() -> BenchResult:
     return measure(CPU)
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: EngineCase) -> BenchResult:
     """Time both, in turns.
 
     Raises:
@@ -102,7 +102,7 @@ def measure(case: Case) -> BenchResult:
     return BenchResult(bench="engine", seconds=seconds, ratios=ratios, rates=rates)
 
 
-def build_language(case: Case) -> LanguageModel:
+def build_language(case: EngineCase) -> LanguageModel:
     """A model of random weights whose answers never end by themselves."""
     import_torchvision()
     from transformers import OPTConfig, OPTForCausalLM
@@ -124,7 +124,7 @@ def build_language(case: Case) -> LanguageModel:
     return language
 
 
-def make_requests(case: Case, count: int) -> list[EngineRequest]:
+def make_requests(case: EngineCase, count: int) -> list[EngineRequest]:
     """Requests of mixed prompts and lengths."""
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     requests = []

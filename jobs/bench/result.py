@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from jobs.cluster.circumstances import Circumstances
+from jobs.cluster.environment import RunEnvironment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,17 +42,17 @@ def as_table(result: BenchResult) -> str:
     return "\n".join([result.bench, "-" * max(map(len, [result.bench, *lines])), *lines])
 
 
-def as_json(result: BenchResult, circumstances: Circumstances, indent: int | None = None) -> str:
+def as_json(result: BenchResult, current_environment: RunEnvironment, indent: int | None = None) -> str:
     """One line that another program reads; with `indent`, several that a person does."""
     rates = {"rates": dict(result.rates)} if result.rates else {}
     figures = {"seconds": dict(result.seconds), "ratios": dict(result.ratios), **rates}
-    return json.dumps({"bench": result.bench, **asdict(circumstances), **figures}, indent=indent)
+    return json.dumps({"bench": result.bench, **asdict(current_environment), **figures}, indent=indent)
 
 
-def write_result(folder: Path, result: BenchResult, circumstances: Circumstances) -> Path:
+def write_result(folder: Path, result: BenchResult, current_environment: RunEnvironment) -> Path:
     """Write DATE-BENCH-HARDWARE.json; a later run of the day on the same machine takes its place."""
-    words = re.sub(r"\((r|tm)\)", "", circumstances.hardware.lower())
+    words = re.sub(r"\((r|tm)\)", "", current_environment.hardware.lower())
     machine = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
-    file = folder / f"{circumstances.date}-{result.bench}-{machine}.json"
-    file.write_text(as_json(result, circumstances, indent=2) + "\n")
+    file = folder / f"{current_environment.date}-{result.bench}-{machine}.json"
+    file.write_text(as_json(result, current_environment, indent=2) + "\n")
     return file

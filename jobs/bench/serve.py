@@ -33,7 +33,7 @@ from jobs.bench.result import BenchResult
 from jobs.bench.serve_load import Clients, Load, clients
 from jobs.bench.serve_models import write_checkpoint
 from jobs.cluster.session import ray_session, set_ray_environment
-from jobs.serve.job import served
+from jobs.serve.job import running_service
 from jobs.settings.data import RaySettings
 from jobs.settings.jobs import ServeSettings
 from pipelines.serving.contract.config import EncoderScale, GeneratorScale, IngressScale, MediaScale
@@ -48,7 +48,7 @@ NUM_CPUS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class ServeCase:
     """How much is measured."""
 
     rounds: int = 3
@@ -100,10 +100,10 @@ class _Apart:
 
 def run() -> BenchResult:
     """Measure at full size."""
-    return measure(Case())
+    return measure(ServeCase())
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: ServeCase) -> BenchResult:
     """Ours, the loop and the direct call in turns."""
     set_ray_environment()  # before the first import of ray
     torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def _result(rounds: list[_Round], apart: _Apart) -> BenchResult:
 
 
 @contextmanager
-def _both_served(case: Case, checkpoint: Path, *, fused: bool) -> Iterator[str]:
+def _both_served(case: ServeCase, checkpoint: Path, *, fused: bool) -> Iterator[str]:
     """Ours at `/` and the loop at `NAIVE_ROUTE` of one HTTP proxy; yields its address."""
     from ray import serve
 
@@ -167,7 +167,7 @@ def _both_served(case: Case, checkpoint: Path, *, fused: bool) -> Iterator[str]:
         encoder=EncoderScale(max_replicas=1),
         generator=GeneratorScale(max_replicas=1),
     )
-    with served(settings) as url:
+    with running_service(settings) as url:
         serve.run(naive_app(checkpoint), name="naive", route_prefix=NAIVE_ROUTE)
         yield url
 
@@ -175,7 +175,7 @@ def _both_served(case: Case, checkpoint: Path, *, fused: bool) -> Iterator[str]:
 class _Questions:
     """What is asked of a server."""
 
-    def __init__(self, case: Case, load: Clients, bodies: _Bodies) -> None:
+    def __init__(self, case: ServeCase, load: Clients, bodies: _Bodies) -> None:
         self.case, self.bodies, self._load = case, bodies, load
 
     def many(self, url: str) -> float:
@@ -249,7 +249,7 @@ def _p95(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=20)[-1]
 
 
-def _write_bodies(case: Case, root: Path) -> _Bodies:
+def _write_bodies(case: ServeCase, root: Path) -> _Bodies:
     images = [Path(path).read_bytes() for path in write_jpegs(root / "jpegs", case.jpegs, (224, 224), case.jpeg_bytes)]
 
     def write(kind: str, num_tokens: int, *, stream: bool = False) -> list[str]:

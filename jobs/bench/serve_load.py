@@ -34,7 +34,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
+class LoadResult:
     """What came of it."""
 
     seconds: float
@@ -51,7 +51,7 @@ class Clients:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def measure(self, load: Load) -> Measured:
+    def measure(self, load: Load) -> LoadResult:
         """Run one load.
 
         Raises:
@@ -62,7 +62,7 @@ class Clients:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("the clients' process has died; see its error above")
-        return Measured(**json.loads(line))
+        return LoadResult(**json.loads(line))
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def clients() -> Iterator[Clients]:
             process.kill()
 
 
-async def measure(load: Load) -> Measured:
+async def measure(load: Load) -> LoadResult:
     """Run one load in this process."""
     bodies = [Path(file).read_bytes() for file in load.bodies]
     latencies_s: list[float] = []
@@ -97,7 +97,7 @@ async def measure(load: Load) -> Measured:
             await asyncio.gather(*(client() for _ in range(load.concurrency)))
             seconds = time.perf_counter() - begun_s
             num_companions = len(counts)
-    return Measured(seconds=seconds, latencies_s=latencies_s, num_companions=num_companions)
+    return LoadResult(seconds=seconds, latencies_s=latencies_s, num_companions=num_companions)
 
 
 async def _ask(session: aiohttp.ClientSession, load: Load, body: bytes) -> None:

@@ -46,7 +46,7 @@ LOSS_GAP = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class Stage1Case:
     """What is measured where."""
 
     config: QFormerConfig = PAPER
@@ -66,17 +66,17 @@ def run() -> BenchResult:
     """Measure on the GPU where torch sees one, else on the CPU."""
     lengths, source = caption_lengths()
     if torch.cuda.is_available():
-        case = Case(
+        case = Stage1Case(
             batch=64, rounds=20, device="cuda", is_bf16=True, compiler="inductor", vision="eva_giant_patch14_224"
         )
     else:
-        case = Case()
+        case = Stage1Case()
         torch.set_num_threads(THREADS)
     print(f"{case.batch} captions a step, lengths from {source}; {'bf16' if case.is_bf16 else 'fp32'} on {case.device}")
     return measure(case, lengths)
 
 
-def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
+def measure(case: Stage1Case, lengths: Sequence[int]) -> BenchResult:
     """Time both schedules in turns and take their peak memory.
 
     Raises:
@@ -103,7 +103,7 @@ def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
     return BenchResult(bench="stage1", seconds=seconds, ratios=ratios, rates=rates)
 
 
-def encode_rate(case: Case) -> float:
+def encode_rate(case: Stage1Case) -> float:
     """Pictures that the frozen encoder, with random weights, encodes in a second, up to the block that is read."""
     dtype = torch.bfloat16 if case.is_bf16 else torch.float32
     encoder = load_vision(cast(str, case.vision), pretrained=False, dtype=dtype).to(case.device)
@@ -119,20 +119,20 @@ def encode_rate(case: Case) -> float:
     return case.vision_batch / statistics.median(taken[1:])
 
 
-def _step_flops(case: Case, lengths: Sequence[int], seed: int) -> int:
+def _step_flops(case: Stage1Case, lengths: Sequence[int], seed: int) -> int:
     batch, negatives = make_batch(case, lengths, seed)
     length_B = batch.is_text_BT.sum(dim=1)
     return step_flops(case.config, length_B.tolist(), length_B[negatives.text_B].tolist(), case.image_tokens)
 
 
-def build(case: Case) -> tuple[Stage1, HuggingFaceStage1]:
+def build(case: Stage1Case) -> tuple[Stage1, HuggingFaceStage1]:
     """Both with the same weights, in training mode."""
     torch.manual_seed(0)
     ours = Stage1(case.config)
     return ours.to(case.device).train(), HuggingFaceStage1(ours).to(case.device).train()
 
 
-def make_batch(case: Case, lengths: Sequence[int], seed: int) -> tuple[Stage1Batch, Negatives]:
+def make_batch(case: Stage1Case, lengths: Sequence[int], seed: int) -> tuple[Stage1Batch, Negatives]:
     """Random features and ids, caption lengths drawn from `lengths`, text padded to the batch's longest."""
     length_B = torch.tensor(random.Random(seed).choices([min(n, TEXT_LENGTH) for n in lengths], k=case.batch))
     generator = torch.Generator().manual_seed(seed)
@@ -171,7 +171,7 @@ def caption_lengths() -> tuple[list[int], str]:
     return [len(re.findall(r"\w+|[^\w\s]", caption)) + 2 for caption in captions], f"{len(captions)} real captions"
 
 
-def peak_bytes(case: Case, name: str, lengths: Sequence[int]) -> int:
+def peak_bytes(case: Stage1Case, name: str, lengths: Sequence[int]) -> int:
     """Memory of a step of `name` at its highest: weights, gradients and activations."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -199,11 +199,11 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) -> None:
+def _report_peak(sender: Connection, case: Stage1Case, name: str, lengths: list[int]) -> None:
     if case.device == "cpu":
         torch.set_num_threads(THREADS)
     # What the reference imports belongs to no step: bring it in on both sides before the size is read.
-    build(Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
+    build(Stage1Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
     before = resident_bytes("VmRSS")
     model: nn.Module = Stage1(case.config) if name == "ours" else _reference_alone(case.config)
     model.to(case.device).train()
@@ -223,7 +223,7 @@ def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
     return HuggingFaceStage1(shapes, has_weights=False)
 
 
-def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:
+def _timed_step(case: Stage1Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:
     batch, negatives = make_batch(case, lengths, seed)
     model.zero_grad(set_to_none=True)
     _wait(case)
@@ -235,12 +235,12 @@ def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int)
     return time.perf_counter() - start
 
 
-def _wait(case: Case) -> None:
+def _wait(case: Stage1Case) -> None:
     if case.device == "cuda":
         torch.cuda.synchronize()
 
 
-def _alternate(case: Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
+def _alternate(case: Stage1Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
     """Median seconds of a step of each, one after the other in every round, after a round of warming up."""
     taken: dict[str, list[float]] = {name: [] for name in models}
     for round_ in range(case.rounds + 1):
@@ -252,7 +252,7 @@ def _alternate(case: Case, models: Mapping[str, nn.Module], lengths: Sequence[in
 
 
 @torch.no_grad()
-def _assert_same_losses(case: Case, ours: nn.Module, reference: nn.Module, lengths: Sequence[int]) -> None:
+def _assert_same_losses(case: Stage1Case, ours: nn.Module, reference: nn.Module, lengths: Sequence[int]) -> None:
     batch, negatives = make_batch(case, lengths, seed=0)
     own, theirs = (model.eval()(batch, negatives=negatives) for model in (ours, reference))
     for name in ("itc", "itm", "itg"):

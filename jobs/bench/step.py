@@ -43,7 +43,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class StepCase:
     """What is measured where."""
 
     vision: str
@@ -58,7 +58,7 @@ class Case:
     is_compiled: bool = False
 
 
-GPU = Case(
+GPU = StepCase(
     vision="eva_giant_patch14_224",
     batch=256,
     warm_up=10,
@@ -67,7 +67,7 @@ GPU = Case(
     precision="bf16",
     is_compiled=True,
 )
-CPU = Case(
+CPU = StepCase(
     vision="vit_tiny_patch16_224",
     qformer={"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 1024, "num_queries": 16},
     vocabulary=2000,
@@ -85,7 +85,7 @@ def run() -> BenchResult:
     return measure(CPU)
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: StepCase) -> BenchResult:
     """Time steps on pixels, then on features."""
     lengths, source = caption_lengths()
     print(f"{case.batch} images a step, {case.precision} on {case.device}, caption lengths from {source}")
@@ -109,13 +109,13 @@ def measure(case: Case) -> BenchResult:
     return BenchResult(bench="step", seconds=seconds, ratios=ratios, rates=rates)
 
 
-def _stances(case: Case, kind: str) -> dict[str, str]:
+def _stances(case: StepCase, kind: str) -> dict[str, str]:
     """What the compiler is told, and what the figures are called then."""
     plain = {"force_eager": kind}
     return {**plain, "default": f"{kind} compiled"} if case.is_compiled else plain
 
 
-def _training_run(case: Case) -> TrainingRun:
+def _training_run(case: StepCase) -> TrainingRun:
     with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
         _write_tokenizer(case.vocabulary, Path(folder))
         return TrainingRun(
@@ -128,7 +128,7 @@ def _training_run(case: Case) -> TrainingRun:
         )
 
 
-def _inputs(case: Case, run: TrainingRun) -> dict[str, NDArray[Any]]:
+def _inputs(case: StepCase, run: TrainingRun) -> dict[str, NDArray[Any]]:
     """Pixels as the run's encoder takes them, and features as it gives them."""
     encoder, noise = cast(VisionEncoder, run.frozen["vision"]), np.random.default_rng(0)
     pixels = (case.batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
@@ -145,7 +145,7 @@ def _drop_encoder(run: TrainingRun) -> None:
     run.frozen.clear()
 
 
-def _steps(case: Case, run: TrainingRun, images: NDArray[Any], texts: list[list[str]]) -> dict[str, float]:
+def _steps(case: StepCase, run: TrainingRun, images: NDArray[Any], texts: list[list[str]]) -> dict[str, float]:
     """Train, and return what the loop logged of the steps after the warm-up."""
     device = torch.device(case.device)
     logged: list[dict[str, float]] = []
@@ -182,7 +182,7 @@ def _steps(case: Case, run: TrainingRun, images: NDArray[Any], texts: list[list[
     return {name: len(windows) / sum(1 / values[name] for values in windows) for name in names}
 
 
-def _batches(case: Case, images: NDArray[Any], texts: list[list[str]]) -> Iterator[SampleBatch]:
+def _batches(case: StepCase, images: NDArray[Any], texts: list[list[str]]) -> Iterator[SampleBatch]:
     """The same pictures with other captions, from pinned memory where there is a GPU."""
     memory = torch.from_numpy(images)
     if case.device == "cuda":
@@ -202,7 +202,7 @@ def _batches(case: Case, images: NDArray[Any], texts: list[list[str]]) -> Iterat
         yield dataclasses.replace(first, step=step, captions=captions)
 
 
-def _choice(case: Case, tokenizer: str) -> ModelChoice:
+def _choice(case: StepCase, tokenizer: str) -> ModelChoice:
     return ModelChoice(
         stage=1,
         vision=case.vision,
@@ -217,7 +217,7 @@ def _choice(case: Case, tokenizer: str) -> ModelChoice:
     )
 
 
-def _captions(case: Case, lengths: list[int]) -> list[list[str]]:
+def _captions(case: StepCase, lengths: list[int]) -> list[list[str]]:
     """Captions of every step, as long as real ones."""
     draw = random.Random(0)
     words = [f"w{number}" for number in range(case.vocabulary - len(_SPECIAL))]

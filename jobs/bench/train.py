@@ -59,7 +59,7 @@ MIN_SHARE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class TrainCase:
     """How much is measured."""
 
     vision: str = VISION
@@ -90,10 +90,10 @@ class _Run:
 
 def run() -> BenchResult:
     """Measure at full size."""
-    return measure(Case())
+    return measure(TrainCase())
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: TrainCase) -> BenchResult:
     """Ours, the peer, and ours on a cache, in turns."""
     with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
         root = Path(folder)
@@ -129,12 +129,12 @@ def measure(case: Case) -> BenchResult:
     )
 
 
-def _share(case: Case, run: _Run, step_s: float) -> float:
+def _share(case: TrainCase, run: _Run, step_s: float) -> float:
     """A run's samples/s over those of steps that take `step_s`."""
     return run.samples_per_s * step_s / case.batch_size
 
 
-def _told(case: Case, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
+def _told(case: TrainCase, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
     return (
         f"ours {ours.samples_per_s:.1f} samples/s, {_share(case, ours, peer['step_s']):.2f} x torchrun's; with a cache "
         f"{cached.samples_per_s:.1f}, {_share(case, cached, peer['train_s']):.2f} x what a step without the encoder "
@@ -142,7 +142,7 @@ def _told(case: Case, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
     )
 
 
-def _settings(case: Case, manifest: str, output: Path, features: str | None = None) -> TrainSettings:
+def _settings(case: TrainCase, manifest: str, output: Path, features: str | None = None) -> TrainSettings:
     return TrainSettings(
         output=str(output),
         stage=1,
@@ -157,7 +157,7 @@ def _settings(case: Case, manifest: str, output: Path, features: str | None = No
     )
 
 
-def _train(settings: TrainSettings, case: Case) -> _Run:
+def _train(settings: TrainSettings, case: TrainCase) -> _Run:
     """Train as `qformer train` does, and read off what it logged after the warm-up."""
     train.main(settings)
     windows = [record for record in read_metrics(settings.output) if record["step"] > case.warm_up]
@@ -170,7 +170,9 @@ def _train(settings: TrainSettings, case: Case) -> _Run:
     )
 
 
-def _peer(case: Case, settings: TrainSettings, paths: list[str], captions: list[str], folder: Path) -> dict[str, float]:
+def _peer(
+    case: TrainCase, settings: TrainSettings, paths: list[str], captions: list[str], folder: Path
+) -> dict[str, float]:
     """The peer's figures, with our run's tokenizer."""
     optim = settings.optim
     file = folder / "peer.json"

@@ -28,7 +28,7 @@ from qformer.objectives.stage1 import Stage1, Stage1Batch
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer, load_text_tokenizer
 
-_HELD_STEPS = 10
+_REPEATS = 10
 """Repetitions of what is measured apart."""
 
 
@@ -72,7 +72,7 @@ class _Pairs(Dataset[tuple[Tensor, int]]):
             return torch.from_numpy(fit(file.convert("RGB"), self._preprocessing)), row
 
 
-class _Trainer:
+class _PeerTrainer:
     """Model, optimizer and the step that ours does too: forward, backward, clip, update."""
 
     def __init__(self, case: PeerCase) -> None:
@@ -116,7 +116,7 @@ def main(path: str) -> None:
     case = PeerCase(**json.loads(Path(path).read_text()))
     distributed.init_process_group("gloo")
     try:
-        trainer = _Trainer(case)
+        trainer = _PeerTrainer(case)
         rows = case.steps * case.batch_per_rank * distributed.get_world_size()
         dataset = _Pairs(case.paths, trainer.encoder.preprocessing, rows)
         loader = DataLoader(
@@ -129,8 +129,8 @@ def main(path: str) -> None:
             arrivals.append(time.perf_counter())
         figures = {
             "step_s": (arrivals[-1] - arrivals[case.warm_up - 1]) / case.timed,
-            "encode_s": _held_seconds(lambda: trainer.encode(images_BCYX)),
-            "train_s": _held_seconds(lambda: trainer.step(tokens_BFPV, row_B)),
+            "encode_s": _repeat_seconds(lambda: trainer.encode(images_BCYX)),
+            "train_s": _repeat_seconds(lambda: trainer.step(tokens_BFPV, row_B)),
         }
         if distributed.get_rank() == 0:
             print(json.dumps(figures))
@@ -143,15 +143,15 @@ def as_json(case: PeerCase) -> str:
     return json.dumps(dataclasses.asdict(case))
 
 
-def _held_seconds(work: Callable[[], object]) -> float:
+def _repeat_seconds(work: Callable[[], object]) -> float:
     """Seconds of one repetition, all ranks at work."""
     work()
     distributed.barrier()
     begun_s = time.perf_counter()
-    for _ in range(_HELD_STEPS):
+    for _ in range(_REPEATS):
         work()
     distributed.barrier()
-    return (time.perf_counter() - begun_s) / _HELD_STEPS
+    return (time.perf_counter() - begun_s) / _REPEATS
 
 
 if __name__ == "__main__":

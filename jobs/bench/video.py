@@ -48,7 +48,7 @@ _KINDS = ("forward", "step")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class VideoCase:
     """What is measured where."""
 
     config: QFormerConfig = QFormerConfig(encoder_width=1408)
@@ -59,7 +59,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class VideoTimes:
     """One way at one length."""
 
     seconds: Mapping[str, float]
@@ -72,10 +72,10 @@ class Measured:
 def run() -> BenchResult:
     """Measure on the GPU where torch sees one, else on the CPU."""
     has_gpu = torch.cuda.is_available()
-    return measure(Case(device="cuda", rounds={8: 20, 16: 20, 64: 20}) if has_gpu else Case())
+    return measure(VideoCase(device="cuda", rounds={8: 20, 16: 20, 64: 20}) if has_gpu else VideoCase())
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: VideoCase) -> BenchResult:
     """Measure one way after the other, each at all lengths."""
     found = {(name, frames): one for name in WAYS for frames, one in _in_turns(case, name).items()}
     seconds = {
@@ -86,7 +86,7 @@ def measure(case: Case) -> BenchResult:
     return BenchResult(bench="video", seconds=seconds, ratios=_ratios(case, found), rates=rates)
 
 
-def _ratios(case: Case, found: Mapping[tuple[str, int], Measured]) -> dict[str, float]:
+def _ratios(case: VideoCase, found: Mapping[tuple[str, int], VideoTimes]) -> dict[str, float]:
     _, short, long = sorted(case.rounds)
     growth = [
         found[name, long].seconds[kind] / found[name, short].seconds[kind]
@@ -102,7 +102,7 @@ def _ratios(case: Case, found: Mapping[tuple[str, int], Measured]) -> dict[str, 
     }
 
 
-def _in_turns(case: Case, name: str) -> dict[int, Measured]:
+def _in_turns(case: VideoCase, name: str) -> dict[int, VideoTimes]:
     context = multiprocessing.get_context("spawn")
     pipes = {frames: context.Pipe() for frames in case.rounds}
     children = [
@@ -121,7 +121,7 @@ def _in_turns(case: Case, name: str) -> dict[int, Measured]:
             child.join()
 
 
-def _lead(children: Mapping[int, Connection], case: Case) -> dict[int, Measured]:
+def _lead(children: Mapping[int, Connection], case: VideoCase) -> dict[int, VideoTimes]:
     """Let the children take their turns."""
     for child in children.values():
         child.recv()  # no turn before all are ready
@@ -133,11 +133,11 @@ def _lead(children: Mapping[int, Connection], case: Case) -> dict[int, Measured]
     found = {}
     for frames, child in children.items():
         child.send(False)
-        found[frames] = cast(Measured, child.recv())
+        found[frames] = cast(VideoTimes, child.recv())
     return found
 
 
-def _take_turns(parent: Connection, case: Case, name: str, frames: int) -> None:
+def _take_turns(parent: Connection, case: VideoCase, name: str, frames: int) -> None:
     """Say when ready, measure once whenever the parent says True, tell all at False."""
     if case.device == "cpu":
         torch.set_num_threads(THREADS)
@@ -160,10 +160,10 @@ def _take_turns(parent: Connection, case: Case, name: str, frames: int) -> None:
     peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else resident_bytes("VmHWM") - before
     flops = StepFlops(torch.device(case.device))
     flops.add((), lambda: _forward(bridge, clip))
-    parent.send(Measured({kind: statistics.median(values) for kind, values in taken.items()}, peak, flops.total))
+    parent.send(VideoTimes({kind: statistics.median(values) for kind, values in taken.items()}, peak, flops.total))
 
 
-def _clip(case: Case, frames: int) -> Tensor:
+def _clip(case: VideoCase, frames: int) -> Tensor:
     return torch.randn(1, frames, case.image_tokens, case.config.encoder_width, device=case.device)
 
 
@@ -181,6 +181,6 @@ def _step(bridge: Stage2, clip_BFPV: Tensor) -> None:
     prompts_BNL.float().square().mean().backward()
 
 
-def _wait(case: Case) -> None:
+def _wait(case: VideoCase) -> None:
     if case.device == "cuda":
         torch.cuda.synchronize()

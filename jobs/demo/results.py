@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs.demo.ask import ANSWERS_FILE
+from jobs.demo.endpoint import ANSWERS_FILE
 from jobs.demo.scoring import ATTRIBUTES, CaptionScores, is_right, score_captions
 from jobs.demo.world.scenes import Scene
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jobs.cluster.session import ray_session
 from jobs.demo import results
-from jobs.demo.ask import ask_endpoint
+from jobs.demo.endpoint import query_endpoint
 from jobs.demo.pairs import write_retrieval_pairs
 from jobs.demo.settings import DemoSettings
 from jobs.demo.steps import Steps
@@ -39,7 +39,7 @@ def main(settings: DemoSettings) -> int:
     demo = settings.demo
     steps = Steps(Path(demo.output).absolute())
     if demo.retrain:
-        steps.forget(*TRAINING_STEPS, *video.TRAINING_STEPS)
+        steps.delete(*TRAINING_STEPS, *video.TRAINING_STEPS)
     if not steps.is_done("served"):
         # Better told now than after all the training.
         require_free_port(LOOPBACK, demo.port)
@@ -103,7 +103,7 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
         )
         values = evaluate_settings.model_dump(mode="json")
         steps.run(name, values, partial(evaluate.main, evaluate_settings), after=("pairs", checkpoint))
-    steps.run("served", {"port": demo.port}, lambda: ask_endpoint(steps.output, demo.port), after=("captions",))
+    steps.run("served", {"port": demo.port}, lambda: query_endpoint(steps.output, demo.port), after=("captions",))
 
 
 def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2]) -> TrainSettings:

@@ -62,7 +62,7 @@ class Steps:
         if self._keys.get(name) == key:
             logger.info("%s: unchanged, reused", name)
             return
-        self.forget(name)
+        self.delete(name)
         logger.info("%s …", name)
         begun = time.perf_counter()
         work()
@@ -75,7 +75,7 @@ class Steps:
         """Whether the step ran before; `run` may still find that its inputs changed."""
         return name in self._keys
 
-    def forget(self, *names: str) -> None:
+    def delete(self, *names: str) -> None:
         """Delete steps, so that they run again."""
         for name in names:
             self._keys.pop(name, None)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.cluster.circumstances import circumstances
-from jobs.folders.run import QUARANTINE_FILE
+from jobs.cluster.environment import current_environment
+from jobs.folders.output import QUARANTINE_FILE
 from jobs.settings.jobs import TrainSettings
 from pipelines.data import storage
 from pipelines.data.batches.batch import Failure
@@ -69,7 +69,7 @@ class Reporter:
 
     def started(self, facts: dict[str, Any]) -> None:
         """Keep with what code, on what machine and with what `facts` of the model the workers have started."""
-        self._append(STARTS_FILE, {"time": _now(), **asdict(circumstances()), **facts})
+        self._append(STARTS_FILE, {"time": _now(), **asdict(current_environment()), **facts})
 
     def write_quarantine(self, accounting: Accounting) -> None:
         """Write the quarantine table as it is now. Where there is no room for it, the next time is the next try."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jobs.demo.world.render import Placed, moved, place
+from jobs.demo.world.render import Placement, move_to, place
 from jobs.demo.world.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 NONE_FACT = "<none>"
@@ -26,7 +26,7 @@ Group = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clutter:
+class PromptNoise:
     """How far prompts depart from clean facts; every field 0 gives clean ones."""
 
     noise_std_max: float = 0.0
@@ -41,8 +41,8 @@ class Clutter:
     """Chance that a fact is dropped from one frame though others keep it."""
 
 
-CLEAN = Clutter()
-FULL = Clutter(
+CLEAN = PromptNoise()
+FULL = PromptNoise(
     noise_std_max=0.5,
     scale_spread=0.6,
     copies_max=3,
@@ -62,7 +62,7 @@ def thing_facts(thing: Thing) -> Group:
     return {f"<{value}>": 1.0 for value in (thing.size, thing.colour, thing.shape)}
 
 
-def place_facts(placed: Placed) -> Group:
+def place_facts(placed: Placement) -> Group:
     """Return where a thing is: on each axis the two nearest of `NUM_BINS` marks, weighted by nearness."""
     facts: Group = {}
     for axis, value in (("x", placed.x), ("y", placed.y)):
@@ -101,7 +101,7 @@ def clip_facts(scene: Scene, rng: random.Random, num_frames: int) -> list[list[G
     is_reversed = rng.random() < 0.5
     frames: list[list[Group]] = []
     for index in range(num_frames):
-        now = moved(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
+        now = move_to(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
         is_visible = now.is_visible
         if scene.motion == "blinking" and num_frames != 4:
             is_visible = (index % 2 == 0) != is_reversed
@@ -113,7 +113,7 @@ def fill_slots(
     prompts: list[list[list[Group]]],
     num_slots: int,
     id_of_token: dict[str, int],
-    clutter: Clutter,
+    noise: PromptNoise,
     rng: random.Random,
 ) -> Tensor:
     """Spread each prompt's groups over its frames' slots at random.
@@ -122,7 +122,7 @@ def fill_slots(
         prompts: For each prompt, for each frame, the groups; all with the same number of frames.
         num_slots: Slots in a frame.
         id_of_token: Vocabulary.
-        clutter: How untidy.
+        noise: How untidy.
         rng: Source of chance.
 
     Returns:
@@ -131,9 +131,9 @@ def fill_slots(
     num_frames = len(prompts[0])
     weights_BLV = torch.zeros(len(prompts), num_frames * num_slots, len(id_of_token))
     for row, frames in enumerate(prompts):
-        has_bleed = rng.random() < clutter.bleed_rate
-        for index, groups in enumerate(_thin_out(frames, clutter, rng)):
-            for slot, facts in _assign(groups, num_slots, clutter, rng, has_bleed):
+        has_bleed = rng.random() < noise.bleed_rate
+        for index, groups in enumerate(_drop_from_frames(frames, noise, rng)):
+            for slot, facts in _assign(groups, num_slots, noise, rng, has_bleed):
                 for fact, weight in facts.items():
                     weights_BLV[row, index * num_slots + slot, id_of_token[fact]] += weight
     return weights_BLV
@@ -152,10 +152,10 @@ def embed_prompts(weights_BLV: Tensor, embedding_VD: Tensor, noise_std_max: floa
 
 
 def _assign(
-    groups: list[Group], num_slots: int, clutter: Clutter, rng: random.Random, has_bleed: bool
+    groups: list[Group], num_slots: int, noise: PromptNoise, rng: random.Random, has_bleed: bool
 ) -> list[tuple[int, Group]]:
     def scaled(group: Group, share: float, keep_rate: float = 1.0) -> Group:
-        spread = clutter.scale_spread
+        spread = noise.scale_spread
         return {
             fact: weight * share * rng.uniform(1 - spread * 2 / 3, 1 + spread)
             for fact, weight in group.items()
@@ -166,7 +166,7 @@ def _assign(
     entries = []
     for group in groups:
         entries.append((free.pop(), scaled(group, 1.0)))
-        for _ in range(rng.randint(0, clutter.copies_max)):
+        for _ in range(rng.randint(0, noise.copies_max)):
             if len(free) > len(groups):
                 entries.append((free.pop(), scaled(group, rng.uniform(0.3, 1.0), keep_rate=0.8)))
     if has_bleed:
@@ -175,7 +175,7 @@ def _assign(
     return entries
 
 
-def _thin_out(frames: list[list[Group]], clutter: Clutter, rng: random.Random) -> list[list[Group]]:
+def _drop_from_frames(frames: list[list[Group]], noise: PromptNoise, rng: random.Random) -> list[list[Group]]:
     """Drop facts of what a thing is from single frames, but never from all of them; places stay, for they tell more."""
     kept = [[dict(group) for group in groups] for groups in frames]
     if len(frames) > 1:
@@ -183,6 +183,6 @@ def _thin_out(frames: list[list[Group]], clutter: Clutter, rng: random.Random) -
             for group in groups:
                 for fact in [fact for fact in group if fact[1:-1] in (*SIZES, *COLOURS, *SHAPES)]:
                     holders = sum(fact in other for others in kept for other in others)
-                    if holders > 1 and rng.random() < clutter.frame_drop_rate:
+                    if holders > 1 and rng.random() < noise.frame_drop_rate:
                         del group[fact]
     return kept

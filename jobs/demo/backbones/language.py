@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from jobs.demo.backbones.facts import CLEAN, FULL, embed_prompts, fact_tokens
 from jobs.demo.backbones.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
-from jobs.demo.backbones.lookup import VALUES_OF_KIND, begin_as_lookup, mix_facts
+from jobs.demo.backbones.lookup_init import VALUES_OF_KIND, init_lookup, mix_facts
 from jobs.demo.world.grammar import vocabulary
 from jobs.demo.world.scenes import MOTIONS, RELATIONS
 from qformer.torch_build.torchvision import import_torchvision
@@ -133,7 +133,7 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     model = build_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
     mixing_VN, parts_ND, row_of_part = mix_facts(tokenizer, WIDTH)
-    begin_as_lookup(model, tokenizer, parts_ND, row_of_part)
+    init_lookup(model, tokenizer, parts_ND, row_of_part)
     parts_ND.requires_grad_()
     optimizer.add_param_group({"params": [parts_ND]})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
@@ -145,10 +145,10 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     weight_V[_ids(tokenizer, {*" ".join((*MOTIONS, *RELATIONS)).split(), "<eos>"})] = PLACE_WEIGHT
     model.train()
     for step in range(num_steps):
-        clutter = CLEAN if step < NUM_CLEAN_STEPS else FULL
-        batch = sample_batch(tokenizer, rng, clutter)
+        noise = CLEAN if step < NUM_CLEAN_STEPS else FULL
+        batch = sample_batch(tokenizer, rng, noise)
         embedding_VD = mixing_VN @ torch.cat([model.get_input_embeddings().weight, parts_ND])
-        prompts_BLD = embed_prompts(batch.weights, embedding_VD, clutter.noise_std_max)
+        prompts_BLD = embed_prompts(batch.weights, embedding_VD, noise.noise_std_max)
         if step >= NUM_CLEAN_STEPS:
             # A bridge's output has its own scale: be readable from half to three times the embeddings'.
             log_scale_B11 = torch.empty(len(prompts_BLD), 1, 1).uniform_(math.log(0.5), math.log(3))

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from jobs.demo.backbones.facts import (
     CLEAN,
     FULL,
-    Clutter,
     Group,
+    PromptNoise,
     clip_facts,
     embed_prompts,
     fact_tokens,
@@ -31,7 +31,7 @@ from jobs.demo.backbones.language_batches import caption_ids
 from jobs.demo.backbones.patches import CLASSES, render_examples
 from jobs.demo.backbones.vision import block_features, save_vision, train_vision
 from jobs.demo.video.backbones.audio import probe_pitches, save_audio, train_audio
-from jobs.demo.video.backbones.language import told_share, train_clip_language
+from jobs.demo.video.backbones.language import caption_accuracy, train_clip_language
 from jobs.demo.world.grammar import captions, parse
 from jobs.demo.world.scenes import Kind, Scene, sample_scene
 
@@ -75,7 +75,7 @@ def fact_accuracy(
     kind: Kind,
     *,
     noise_std: float,
-    clutter: Clutter = CLEAN,
+    noise: PromptNoise = CLEAN,
     count: int = 200,
     seed: int = 1,
 ) -> float:
@@ -86,14 +86,14 @@ def fact_accuracy(
         tokenizer: Its tokenizer.
         kind: Of scene: "single", "pair", "image" or "clip".
         noise_std: Noise on every slot, relative to the embeddings' standard deviation.
-        clutter: Further untidiness of the prompts.
+        noise: Further untidiness of the prompts.
         count: Number of scenes.
         seed: Decides scenes, slots and noise.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     scenes = [sample_scene(rng, kind, held_out=True) for _ in range(count)]
     prompts = [_facts(scene, rng) for scene in scenes]
-    weights_BLV = fill_slots(prompts, NUM_SLOTS, tokenizer.get_vocab(), clutter, rng)
+    weights_BLV = fill_slots(prompts, NUM_SLOTS, tokenizer.get_vocab(), noise, rng)
     embedding_VD = model.get_input_embeddings().weight.detach()
     prompts_BLD = embed_prompts(weights_BLV, embedding_VD, noise_std_max=0)
     noise_BLD = torch.randn(prompts_BLD.shape, generator=generator)
@@ -219,12 +219,12 @@ def _language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     # What is checked is what others will load, not the model in memory.
     model, tokenizer = load_language(str(folder))
     for kind in KINDS:
-        for title, noise_std, clutter in (
+        for title, noise_std, noise in (
             ("clean facts", 0.0, CLEAN),
             ("noise 0.3", 0.3, CLEAN),
             ("noise 0.3, cluttered slots", 0.3, FULL),
         ):
-            share = fact_accuracy(model, tokenizer, kind, noise_std=noise_std, clutter=clutter)
+            share = fact_accuracy(model, tokenizer, kind, noise_std=noise_std, noise=noise)
             rows.append((f"language: held-out {kind}s right, {title}", f"{share:.1%}"))
     for title, share in bridge_accuracy(model, tokenizer).items():
         rows.append((f"language: linear bridge after 400 steps, {title}", f"{share:.1%}"))
@@ -240,7 +240,7 @@ def _clip_language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, st
     rows = [("clip language: training", f"{time.perf_counter() - start_s:.0f} s")]
     model, tokenizer = load_language(str(folder))
     for noise_std in (0.0, 0.3):
-        share = told_share(model, tokenizer, noise_std=noise_std)
+        share = caption_accuracy(model, tokenizer, noise_std=noise_std)
         rows.append((f"clip language: held-out stories right, noise {noise_std}", f"{share:.1%}"))
     return [*rows, ("clip language: size", _size(folder))]
 

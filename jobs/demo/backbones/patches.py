@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.demo.world.render import (
     RGB_OF_COLOUR,
-    Placed,
+    Placement,
     canvas_size,
     clip_frames,
     encode_jpeg,
@@ -47,7 +47,7 @@ _CLEAR_COVERAGE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class PatchExamples:
     """Rendered pictures with a label for every patch."""
 
     pixels: Tensor
@@ -58,7 +58,7 @@ class Examples:
     """BP2: from the patch's centre to its thing's centre, in sides of the picture."""
 
 
-def render_examples(count: int, rng: random.Random, held_out: bool, other_colour_rate: float = 0.0) -> Examples:
+def render_examples(count: int, rng: random.Random, held_out: bool, other_colour_rate: float = 0.0) -> PatchExamples:
     """Render stills through JPEG and clip frames through H.264, with patch labels.
 
     Args:
@@ -68,7 +68,7 @@ def render_examples(count: int, rng: random.Random, held_out: bool, other_colour
         other_colour_rate: Share of things in stills that get a colour without a name.
     """
     pixels: list[NDArray[np.uint8]] = []
-    placements: list[tuple[Placed, ...]] = []
+    placements: list[tuple[Placement, ...]] = []
     with tempfile.TemporaryDirectory() as folder:
         while len(pixels) < count:
             if rng.random() < 0.1:
@@ -81,7 +81,9 @@ def render_examples(count: int, rng: random.Random, held_out: bool, other_colour
     labels, offsets = zip(*(_label(placed) for placed in placements[:count]), strict=True)
     pixels_BHWC = torch.from_numpy(np.stack(pixels[:count]))
     stacked = {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in CLASSES}
-    return Examples(pixels_BHWC.permute(0, 3, 1, 2).contiguous(), stacked, torch.from_numpy(np.stack(offsets)).float())
+    return PatchExamples(
+        pixels_BHWC.permute(0, 3, 1, 2).contiguous(), stacked, torch.from_numpy(np.stack(offsets)).float()
+    )
 
 
 def fit_square(image: Image.Image) -> Image.Image:
@@ -107,9 +109,9 @@ def flip(
 
 def _still_picture(
     rng: random.Random, held_out: bool, other_colour_rate: float
-) -> tuple[Image.Image, tuple[Placed, ...]]:
+) -> tuple[Image.Image, tuple[Placement, ...]]:
     width, height = canvas_size(rng, 72, 160)
-    placed: tuple[Placed, ...] = ()
+    placed: tuple[Placement, ...] = ()
     if rng.random() < 0.96:
         placed = place(sample_scene(rng, "image", held_out), rng)
         placed = tuple(_recolour(p, rng) if rng.random() < other_colour_rate else p for p in placed)
@@ -117,7 +119,7 @@ def _still_picture(
     return Image.open(io.BytesIO(encode_jpeg(image, rng))), placed
 
 
-def _recolour(placed: Placed, rng: random.Random) -> Placed:
+def _recolour(placed: Placement, rng: random.Random) -> Placement:
     """Paint a thing in a colour without a name: half of them near named ones, none close to its held-out ones.
 
     A wide berth around held-out pairs would itself teach that this shape never comes in such colours.
@@ -143,7 +145,7 @@ def _rgb(values: list[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple[Image.Image, tuple[Placed, ...]]]:
+def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple[Image.Image, tuple[Placement, ...]]]:
     moments, rate_hz = clip_frames(sample_scene(rng, "clip", held_out), rng)
     encode_mp4([pixels for pixels, _ in moments], rate_hz, path)
     with av.open(str(path)) as container:
@@ -152,7 +154,7 @@ def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple
     return [(decoded[i], (moments[i][1],) if moments[i][1].is_visible else ()) for i in chosen]
 
 
-def _label(things: tuple[Placed, ...]) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.float64]]:
+def _label(things: tuple[Placement, ...]) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.float64]]:
     num_patches = GRID_SIDE**2
     labels = {name: np.full(num_patches, len(values), np.int64) for name, values in CLASSES.items()}
     offsets = np.zeros((num_patches, 2))

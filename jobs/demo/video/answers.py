@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
-from jobs.demo.video.bridges import BRIDGES, Bridge
+from jobs.demo.video.bridges import BRIDGES, DemoBridge
 from jobs.demo.video.scoring import choices
-from jobs.demo.video.world.corpus import read_stories
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.corpus import read_scenes
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.demo.world.render import SAMPLE_RATE_HZ
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
@@ -56,12 +56,12 @@ class Clips:
     tokens: Tensor | None = None
     """BFPV of the frozen encoder, which all bridges share; None before it has seen the clips."""
 
-    def seen_by(self, captioner: Captioner) -> "Clips":
+    def with_tokens(self, captioner: Captioner) -> "Clips":
         """With tokens."""
         parts = [captioner.encoder.features(self.pixels[part]) for part in _passes(len(self.sample_ids))]
         return replace(self, tokens=torch.cat(parts))
 
-    def bags(self) -> list[tuple[bytes, ...]]:
+    def unordered_frames(self) -> list[tuple[bytes, ...]]:
         """What an observer without order sees of each: its frames, sorted by their content."""
         return [tuple(sorted(frame.numpy().tobytes() for frame in clip)) for clip in self.pixels]
 
@@ -109,19 +109,21 @@ def write_answers(output: Path, *, seed: int = 0) -> None:
         output: Folder of the demo, with its clips and every bridge's run.
         seed: Decides the shuffles, which are the same for all bridges.
     """
-    stories, clips = read_stories(output / "clip_world"), None
+    stories, clips = read_scenes(output / "clip_world"), None
     answers: dict[str, dict[str, list[dict[str, str]]]] = {}
     chosen: dict[str, dict[str, list[dict[str, str]]]] = {}
     for bridge in BRIDGES:
         captioner = load_captioner(Path(newest_checkpoint(str(output / bridge.name))))
         if clips is None:
-            clips = decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing).seen_by(captioner)
+            clips = decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing).with_tokens(
+                captioner
+            )
         names, offered = clips.sample_ids, [choices(stories[sample_id]) for sample_id in clips.sample_ids]
         answers[bridge.name], chosen[bridge.name] = {}, {}
         for condition, several in _conditions(bridge, clips, seed).items():
             prompts = [_soft_prompts(captioner, bridge, one) for one in several]
             answers[bridge.name][condition] = [dict(zip(names, _answer(captioner, p), strict=True)) for p in prompts]
-            if not bridge.hears:
+            if not bridge.reads_sound:
                 tables = [dict(zip(names, _choose(captioner, p, offered), strict=True)) for p in prompts]
                 chosen[bridge.name][condition] = tables
         logger.info("%s has answered", bridge.title)
@@ -156,22 +158,22 @@ def likeliest(
     return chosen
 
 
-def _conditions(bridge: Bridge, clips: Clips, seed: int) -> dict[str, Sequence[Clips]]:
+def _conditions(bridge: DemoBridge, clips: Clips, seed: int) -> dict[str, Sequence[Clips]]:
     shown: dict[str, Sequence[Clips]] = {AS_IT_IS: [clips]}
     rngs = [random.Random(f"{seed}/{index}") for index in range(NUM_SHUFFLES)]
-    if bridge.hears:
+    if bridge.reads_sound:
         shown[SOUND_SHUFFLED] = [clips.with_sound_shuffled(rng) for rng in rngs]
     elif bridge.knows_order:
         shown[FRAMES_SHUFFLED] = [clips.with_frames_shuffled(rng) for rng in rngs]
     return shown
 
 
-def _soft_prompts(captioner: Captioner, bridge: Bridge, clips: Clips) -> list[Tensor]:
+def _soft_prompts(captioner: Captioner, bridge: DemoBridge, clips: Clips) -> list[Tensor]:
     """NL of every clip."""
-    assert clips.tokens is not None, "call `seen_by` first"
+    assert clips.tokens is not None, "call `with_tokens` first"
     prompts: list[Tensor] = []
     for part in _passes(len(clips.sample_ids)):
-        audio = Waveforms(clips.waveforms[part], clips.audio_valid[part]) if bridge.hears else None
+        audio = Waveforms(clips.waveforms[part], clips.audio_valid[part]) if bridge.reads_sound else None
         prompts += captioner.soft_prompts_of_tokens(clips.tokens[part], audio=audio)
     return prompts
 

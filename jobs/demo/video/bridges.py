@@ -6,7 +6,7 @@ from typing import Literal
 
 from jobs.demo.settings import DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
@@ -16,42 +16,42 @@ AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bridge:
+class DemoBridge:
     """One way to join frames and sound."""
 
     name: str
     """Of its step and run folder."""
     title: str
     temporal: Literal["mean", "cascaded", "spatio_temporal"]
-    begins_as: str
+    init_step: str
     """Step whose checkpoint it starts from."""
-    hears: bool = False
+    reads_sound: bool = False
     knows_order: bool = True
 
 
 BRIDGES = (
-    Bridge(name="clip_mean", title="mean pooling", temporal="mean", begins_as="stage2", knows_order=False),
-    Bridge(name="clip_cascaded", title="cascaded", temporal="cascaded", begins_as="stage2"),
-    Bridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", begins_as="stage2"),
-    Bridge(
+    DemoBridge(name="clip_mean", title="mean pooling", temporal="mean", init_step="stage2", knows_order=False),
+    DemoBridge(name="clip_cascaded", title="cascaded", temporal="cascaded", init_step="stage2"),
+    DemoBridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", init_step="stage2"),
+    DemoBridge(
         name="clip_cascaded_sound",
         title="cascaded with sound",
         temporal="cascaded",
-        begins_as="clip_cascaded",
-        hears=True,
+        init_step="clip_cascaded",
+        reads_sound=True,
     ),
-    Bridge(
+    DemoBridge(
         name="clip_spatio_temporal_sound",
         title="spatio-temporal with sound",
         temporal="spatio_temporal",
-        begins_as="clip_spatio_temporal",
-        hears=True,
+        init_step="clip_spatio_temporal",
+        reads_sound=True,
     ),
 )
 """Those that hear go on from those that see, as Video-LLaMA does; here both branches are then trained together."""
 
 
-def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> TrainSettings:
+def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> TrainSettings:
     """Settings of `qformer train` for one bridge.
 
     Args:
@@ -61,14 +61,14 @@ def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> Trai
     """
     demo, training, queries = settings.demo, settings.demo.clips.training, settings.demo.clips.queries
     seeing_steps = training.steps if bridge.knows_order else training.baseline_steps
-    steps = training.sound_steps if bridge.hears else seeing_steps
+    steps = training.sound_steps if bridge.reads_sound else seeing_steps
     return TrainSettings(
         output=str(output / bridge.name),
         stage=2,
-        init_from=str(output / bridge.begins_as),
+        init_from=str(output / bridge.init_step),
         model=ModelSettings(
             vision=str(MODELS / "vision"),
-            audio=str(MODELS / "audio") if bridge.hears else None,
+            audio=str(MODELS / "audio") if bridge.reads_sound else None,
             audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
             language=str(MODELS / "clip_language"),
             temporal=bridge.temporal,

@@ -1,4 +1,4 @@
-"""The video demo's table of measured against bar, and its report with film strips."""
+"""The video demo's table of measured against bar, and its report with render_clip strips."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 
 from jobs.demo.results import at_least, enlarged, quarantine_row
 from jobs.demo.video.answers import ANSWERS_FILE, AS_IT_IS, CHOICES_FILE, FRAMES_SHUFFLED, SOUND_SHUFFLED, Clips
-from jobs.demo.video.bridges import BRIDGES, Bridge
-from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_blind_guess, judge, score
-from jobs.demo.video.world.corpus import read_broken, read_stories
+from jobs.demo.video.bridges import BRIDGES, DemoBridge
+from jobs.demo.video.scoring import ORDER, SOUND, THINGS, best_guess_without, judge, score
+from jobs.demo.video.world.corpus import read_broken, read_scenes
+from jobs.demo.video.world.grammar import captions
+from jobs.demo.video.world.scenes import ClipScene
 from jobs.demo.video.world.spectrogram import spectrogram_picture
-from jobs.demo.video.world.stories import Story
-from jobs.demo.video.world.telling import captions
 from pipelines.evaluation.report.page import GalleryItem, ResultRow, write_report
 
 MIN_ATTRIBUTE = 0.75
@@ -41,15 +41,15 @@ def measure(output: Path, clips: Clips, seconds: float) -> list[ResultRow]:
         clips: The held-out clips, decoded.
         seconds: That the steps of the clips took, all together.
     """
-    stories, answers = read_stories(output / "clip_world"), _answers(output, ANSWERS_FILE)
+    stories, answers = read_scenes(output / "clip_world"), _answers(output, ANSWERS_FILE)
     choices = _answers(output, CHOICES_FILE)
     truths = [stories[sample_id] for sample_id in clips.sample_ids]
-    without_order = best_blind_guess(truths, clips.bags())
+    without_order = best_guess_without(truths, clips.unordered_frames())
     # Balanced: what can be seen says nothing of what can be heard.
-    without_sound = best_blind_guess(truths, [0] * len(truths))
+    without_sound = best_guess_without(truths, [0] * len(truths))
     rows: list[ResultRow] = []
     for bridge in BRIDGES:
-        if bridge.hears:
+        if bridge.reads_sound:
             rows += _sound_rows(bridge, stories, answers[bridge.name], without_sound)
         else:
             rows += _order_rows(bridge, stories, answers[bridge.name], choices[bridge.name], without_order)
@@ -63,7 +63,7 @@ def measure(output: Path, clips: Clips, seconds: float) -> list[ResultRow]:
 
 
 def write(output: Path, clips: Clips, table: Sequence[ResultRow]) -> Path:
-    """Write the report: the table, loss curves, and clips as film strips with what every bridge said of them.
+    """Write the report: the table, loss curves, and clips as render_clip strips with what every bridge said of them.
 
     Returns:
         Its path.
@@ -84,8 +84,8 @@ def write(output: Path, clips: Clips, table: Sequence[ResultRow]) -> Path:
 
 
 def _order_rows(
-    bridge: Bridge,
-    stories: Mapping[str, Story],
+    bridge: DemoBridge,
+    stories: Mapping[str, ClipScene],
     answers: Mapping[str, Sequence[Mapping[str, str]]],
     choices: Mapping[str, Sequence[Mapping[str, str]]],
     without_order: Mapping[str, float],
@@ -112,8 +112,8 @@ def _order_rows(
 
 
 def _sound_rows(
-    bridge: Bridge,
-    stories: Mapping[str, Story],
+    bridge: DemoBridge,
+    stories: Mapping[str, ClipScene],
     answers: Mapping[str, Sequence[Mapping[str, str]]],
     without_sound: Mapping[str, float],
 ) -> list[ResultRow]:
@@ -131,13 +131,13 @@ def _near(name: str, value: float, what: str, guess: float, note: str = "") -> R
     return ResultRow(name=name, measured=f"{value:.3f}{note}", bar=bar, ok=abs(value - guess) <= MAX_FROM_BLIND)
 
 
-def _mean_score(stories: Mapping[str, Story], tables: Sequence[Mapping[str, str]]) -> dict[str, float]:
+def _mean_score(stories: Mapping[str, ClipScene], tables: Sequence[Mapping[str, str]]) -> dict[str, float]:
     truths = [stories[sample_id] for table in tables for sample_id in table]
     return score(truths, [caption for table in tables for caption in table.values()])
 
 
 def _galleries(output: Path, clips: Clips) -> dict[str, list[GalleryItem]]:
-    stories, answers = read_stories(output / "clip_world"), _answers(output, ANSWERS_FILE)
+    stories, answers = read_scenes(output / "clip_world"), _answers(output, ANSWERS_FILE)
     galleries: dict[str, list[GalleryItem]] = {heading: [] for heading in _HEADINGS.values()}
     for index, sample_id in enumerate(clips.sample_ids):
         story = stories[sample_id]
@@ -150,7 +150,7 @@ def _galleries(output: Path, clips: Clips) -> dict[str, list[GalleryItem]]:
             frames.append(spectrogram_picture(wave, height=frames[0].shape[0]))
         said = {bridge: answers[bridge.name][AS_IT_IS][0][sample_id] for bridge in BRIDGES}
         lines = [f"true: {captions(story)[0]}", *(f"{bridge.title}: {text}" for bridge, text in said.items())]
-        able = [text for bridge, text in said.items() if bridge.hears]
+        able = [text for bridge, text in said.items() if bridge.reads_sound]
         items.append(
             GalleryItem(
                 title=sample_id, frames=frames, lines=lines, ok=all(all(judge(story, text).values()) for text in able)

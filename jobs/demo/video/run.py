@@ -10,7 +10,7 @@ from jobs.demo.video import results
 from jobs.demo.video.answers import decode_clips, write_answers
 from jobs.demo.video.bridges import AUDIO, BRIDGES, MODELS, train_settings
 from jobs.demo.video.world.corpus import MANIFEST_FILE, write_clip_world
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import DataSettings, SourceSettings
 from jobs.settings.jobs import FeaturesSettings, PrepareSettings
 from pipelines.evaluation.report.page import ResultRow
@@ -53,7 +53,7 @@ def run_jobs(steps: Steps, settings: DemoSettings) -> None:
     steps.run("clip_features", values, lambda: features.main(features_settings), after=("clip_data",))
     for bridge in BRIDGES:
         chosen = train_settings(bridge, steps.output, settings)
-        after = ("clip_features", bridge.begins_as)
+        after = ("clip_features", bridge.init_step)
         steps.run(bridge.name, chosen.model_dump(mode="json"), partial(train.main, chosen), after=after)
     names = tuple(bridge.name for bridge in BRIDGES)
     steps.run("clip_answers", {}, lambda: write_answers(steps.output), after=names)

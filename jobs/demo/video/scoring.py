@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
-from jobs.demo.video.world.stories import KINDS, MOVES, Story
-from jobs.demo.video.world.telling import captions, parse
+from jobs.demo.video.world.grammar import captions, parse
+from jobs.demo.video.world.scenes import KINDS, MOVES, ClipScene
 
 ORDER = tuple(KINDS)
 """Attributes that need the order of the frames."""
@@ -15,7 +15,7 @@ THINGS = "things"
 """Which things were there, whatever their order: what an observer without order can tell too."""
 
 
-def score(truths: Sequence[Story], said: Sequence[str]) -> dict[str, float]:
+def score(truths: Sequence[ClipScene], said: Sequence[str]) -> dict[str, float]:
     """Share of right answers by attribute, over the clips that have it; what does not parse is wrong in everything.
 
     Args:
@@ -29,7 +29,7 @@ def score(truths: Sequence[Story], said: Sequence[str]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def judge(truth: Story, caption: str) -> dict[str, bool]:
+def judge(truth: ClipScene, caption: str) -> dict[str, bool]:
     """Right or wrong for each attribute that a story has."""
     wanted, guess = values_of(truth), parse(caption)
     if guess is None:
@@ -39,7 +39,7 @@ def judge(truth: Story, caption: str) -> dict[str, bool]:
     return {name: told.get(name) == value for name, value in wanted.items()}
 
 
-def choices(truth: Story) -> list[str]:
+def choices(truth: ClipScene) -> list[str]:
     """A caption for every value of a story's attribute of order; the truth supplies the rest.
 
     They are the same, in the same order, for a clip and its reversal: whoever finds them all equally likely, or always
@@ -49,7 +49,7 @@ def choices(truth: Story) -> list[str]:
     return sorted(captions(story)[0] for story in told)
 
 
-def values_of(story: Story) -> dict[str, Hashable]:
+def values_of(story: ClipScene) -> dict[str, Hashable]:
     """A story's attributes and their values."""
     values: dict[str, Hashable] = {
         story.kind: _order_of(story),
@@ -60,7 +60,7 @@ def values_of(story: Story) -> dict[str, Hashable]:
     return values
 
 
-def best_blind_guess(truths: Sequence[Story], seen: Sequence[Hashable]) -> dict[str, float]:
+def best_guess_without(truths: Sequence[ClipScene], seen: Sequence[Hashable]) -> dict[str, float]:
     """The highest share of right answers that any observer can reach on these very clips.
 
     Clips of which it sees the same must get the same answer: at best the most frequent true one.
@@ -82,6 +82,6 @@ def best_blind_guess(truths: Sequence[Story], seen: Sequence[Hashable]) -> dict[
     }
 
 
-def _order_of(story: Story) -> str:
+def _order_of(story: ClipScene) -> str:
     """What only the order tells: which way, or which of two things was first, by its colour (theirs always differ)."""
     return story.action if len(story.things) == 1 else story.things[0].colour

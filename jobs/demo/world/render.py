@@ -44,7 +44,7 @@ _NUM_BLINK_PHASES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class Placement:
     """A thing with everything that chance decides about its looks."""
 
     thing: Thing
@@ -56,7 +56,7 @@ class Placed:
     is_visible: bool = True
 
 
-def place(scene: Scene, rng: random.Random) -> tuple[Placed, ...]:
+def place(scene: Scene, rng: random.Random) -> tuple[Placement, ...]:
     """Choose where a scene's things stand (for clips: where they rest) so that its relation is plain."""
     looks = [_look(thing, rng) for thing in scene.things]
     if scene.relation is None:
@@ -77,7 +77,7 @@ def place(scene: Scene, rng: random.Random) -> tuple[Placed, ...]:
     return replace(first, x=across, y=start), replace(second, x=across + offset, y=end)
 
 
-def moved(placed: Placed, motion: str | None, progress: float, is_reversed: bool) -> Placed:
+def move_to(placed: Placement, motion: str | None, progress: float, is_reversed: bool) -> Placement:
     """Return a thing as it stands at a moment of its clip.
 
     Args:
@@ -118,7 +118,7 @@ def make_background(width: int, height: int, rng: random.Random) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def paint(background: Image.Image, things: tuple[Placed, ...]) -> Image.Image:
+def paint(background: Image.Image, things: tuple[Placement, ...]) -> Image.Image:
     """Return the background with the visible things drawn on it."""
     canvas = background.copy()
     for placed in things:
@@ -128,7 +128,7 @@ def paint(background: Image.Image, things: tuple[Placed, ...]) -> Image.Image:
     return canvas
 
 
-def shape_mask(placed: Placed, width: int, height: int) -> tuple[Image.Image, tuple[int, int]]:
+def shape_mask(placed: Placement, width: int, height: int) -> tuple[Image.Image, tuple[int, int]]:
     """Draw one thing's anti-aliased coverage.
 
     Args:
@@ -169,7 +169,7 @@ def render_clip_frames(scene: Scene, rng: random.Random) -> tuple[list[NDArray[n
     return [pixels for pixels, _ in moments], rate_hz
 
 
-def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np.uint8], Placed]], int]:
+def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np.uint8], Placement]], int]:
     """Draw a moving scene and say where its thing stands in every frame.
 
     Args:
@@ -187,7 +187,7 @@ def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np
     is_reversed = rng.random() < 0.5
     moments = []
     for index in range(num_frames):
-        now = moved(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
+        now = move_to(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
         moments.append((np.asarray(paint(background, (now,))), now))
     return moments, rate_hz
 
@@ -235,13 +235,13 @@ def canvas_size(rng: random.Random, smallest: int, largest: int) -> tuple[int, i
     return (long, short) if rng.random() < 0.7 else (short, long)
 
 
-def _look(thing: Thing, rng: random.Random) -> Placed:
+def _look(thing: Thing, rng: random.Random) -> Placement:
     red, green, blue = (min(255, max(0, c + rng.randint(-10, 10))) for c in RGB_OF_COLOUR[thing.colour])
     radius = RADIUS_OF_SIZE[thing.size] * rng.uniform(0.96, 1.04)
-    return Placed(thing, 0.5, 0.5, radius, (red, green, blue), rng.uniform(-7, 7))
+    return Placement(thing, 0.5, 0.5, radius, (red, green, blue), rng.uniform(-7, 7))
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, placed: Placed, centre: tuple[float, float], radius: float) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, placed: Placement, centre: tuple[float, float], radius: float) -> None:
     def at(distance: float, degrees: float) -> tuple[float, float]:
         angle = math.radians(degrees + placed.angle_degrees - 90)
         return centre[0] + distance * math.cos(angle), centre[1] + distance * math.sin(angle)

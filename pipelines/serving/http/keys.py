@@ -13,6 +13,7 @@ from pipelines.serving.contract.errors import ApiError
 from qformer.errors import UserError
 
 PREFIX = "qf-"
+MAX_KEY_FILE_BYTES = 2**20
 
 
 def make_key(

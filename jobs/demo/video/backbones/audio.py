@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jobs.demo.backbones.language import import_transformers
-from jobs.demo.video.world.film import DURATION_S
+from jobs.demo.video.world.render import DURATION_S
+from jobs.demo.video.world.scenes import PITCHES, SIDES, Tone
 from jobs.demo.video.world.sound import waveform_of
-from jobs.demo.video.world.stories import PITCHES, SIDES, Tone
 from jobs.demo.world.render import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:

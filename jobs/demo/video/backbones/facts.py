@@ -11,7 +11,7 @@ import random
 import torch
 from torch import Tensor
 
-from jobs.demo.video.world.stories import ACTIONS, PITCHES, SIDES, Story
+from jobs.demo.video.world.scenes import ACTIONS, PITCHES, SIDES, ClipScene
 from jobs.demo.world.scenes import COLOURS, SHAPES
 
 _ROLES = ("first", "second")
@@ -29,7 +29,7 @@ def fact_tokens() -> list[str]:
     return [f"<{value.replace(' ', '-')}>" for value in values]
 
 
-def facts_of(story: Story) -> dict[str, str]:
+def scene_facts(story: ClipScene) -> dict[str, str]:
     """Return a story's fact tokens, each with the word that only it tells ("" where several words do)."""
     facts = {story.action: ""}
     for role, thing in zip(_ROLES, story.things, strict=False):

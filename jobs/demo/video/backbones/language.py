@@ -23,9 +23,9 @@ from jobs.demo.backbones.language import (
     word_tokenizer,
 )  # fmt: skip
 from jobs.demo.backbones.language_batches import IGNORED, caption_ids
-from jobs.demo.video.backbones.facts import fact_tokens, facts_of, spread_facts
-from jobs.demo.video.world.stories import draw_stories
-from jobs.demo.video.world.telling import captions, paraphrase, vocabulary
+from jobs.demo.video.backbones.facts import fact_tokens, scene_facts, spread_facts
+from jobs.demo.video.world.grammar import captions, paraphrase, vocabulary
+from jobs.demo.video.world.scenes import draw_scenes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -104,7 +104,7 @@ def train_clip_language(
     return model.eval(), tokenizer
 
 
-def told_share(
+def caption_accuracy(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
     *,
@@ -122,8 +122,8 @@ def told_share(
         seed: Decides stories, places and noise.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    stories = draw_stories(rng, count, held_out=True)
-    weights_BLV = spread_facts([list(facts_of(story)) for story in stories], tokenizer.get_vocab(), rng)
+    stories = draw_scenes(rng, count, held_out=True)
+    weights_BLV = spread_facts([list(scene_facts(story)) for story in stories], tokenizer.get_vocab(), rng)
     embedding_VD = model.get_input_embeddings().weight.detach()
     prompts_BLD = embed_prompts(weights_BLV, embedding_VD, noise_std_max=0)
     noise_BLD = noise_std * embedding_VD.std() * torch.randn(prompts_BLD.shape, generator=generator)
@@ -134,10 +134,10 @@ def told_share(
 def _sample(tokenizer: "PreTrainedTokenizerFast", rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
     """Draw prompts' weights BLV, captions BT and what of them is scored B(T-1); no held-out pair ever occurs."""
     id_of_token = tokenizer.get_vocab()
-    stories = draw_stories(rng, BATCH_SIZE, held_out=False)
+    stories = draw_scenes(rng, BATCH_SIZE, held_out=False)
     told, texts, unscored = [], [], []
     for story in stories:
-        facts, missing = facts_of(story), ""
+        facts, missing = scene_facts(story), ""
         if rng.random() < MISSING_RATE:
             fact = rng.choice([fact for fact, word in facts.items() if word])
             missing = facts.pop(fact)

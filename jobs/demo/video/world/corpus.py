@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.demo.video.world.film import film
-from jobs.demo.video.world.stories import Story, draw_stories
-from jobs.demo.video.world.telling import captions
+from jobs.demo.video.world.grammar import captions
+from jobs.demo.video.world.render import render_clip
+from jobs.demo.video.world.scenes import ClipScene, draw_scenes
 from jobs.demo.world.corpus import LICENCE
 from jobs.demo.world.media_writing import DAMAGES, damage, write_media
 
@@ -22,7 +22,7 @@ class ClipRow:
     """One clip to be made."""
 
     sample_id: str
-    story: Story
+    story: ClipScene
     split: str
     seed: str
     """Decides its looks and sound; a test clip and its reversal share one."""
@@ -54,13 +54,13 @@ def write_clip_world(folder: Path, *, num_clips: int, num_test_clips: int, seed:
         raise ValueError(f"num_test_clips={num_test_clips} is odd; every test clip has its reversal")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed}/clip world")
-    stories = draw_stories(rng, num_clips, held_out=False)
+    stories = draw_scenes(rng, num_clips, held_out=False)
     broken = _choose_damages(rng, num_clips, broken_share)
     rows = [
         ClipRow(f"clip-train-{index:05d}", story, "train", f"{seed}/clip-train-{index:05d}", broken.get(index))
         for index, story in enumerate(stories)
     ]
-    for index, story in enumerate(draw_stories(rng, num_test_clips // 2, held_out=True)):
+    for index, story in enumerate(draw_scenes(rng, num_test_clips // 2, held_out=True)):
         name = f"clip-test-{index:05d}"
         rows.append(ClipRow(name, story, "test", f"{seed}/{name}"))
         rows.append(ClipRow(f"{name}-reversed", story.reversed(), "test", f"{seed}/{name}"))
@@ -68,10 +68,10 @@ def write_clip_world(folder: Path, *, num_clips: int, num_test_clips: int, seed:
     _write_tables(folder, rows)
 
 
-def read_stories(folder: Path) -> dict[str, Story]:
+def read_scenes(folder: Path) -> dict[str, ClipScene]:
     """Return the story of every sample id."""
     stories = json.loads((folder / TRUTH_FILE).read_text(encoding="utf-8"))["stories"]
-    return {sample_id: Story.from_dict(values) for sample_id, values in stories.items()}
+    return {sample_id: ClipScene.from_dict(values) for sample_id, values in stories.items()}
 
 
 def read_broken(folder: Path) -> set[str]:
@@ -90,7 +90,7 @@ def _choose_damages(rng: random.Random, num_clips: int, broken_share: float) -> 
 def _write_file(folder: Path, row: ClipRow) -> None:
     path = folder / row.media
     path.unlink(missing_ok=True)
-    film(row.story, row.seed).write(path)
+    render_clip(row.story, row.seed).write(path)
     if row.damage is not None:
         damage(path, row.damage, random.Random(f"{row.seed}/damage"))
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.demo.video.world.stories import Tone
+from jobs.demo.video.world.scenes import Tone
 from jobs.demo.world.render import SAMPLE_RATE_HZ
 
 HZ_OF_PITCH = {"low": (200.0, 270.0), "middle": (600.0, 800.0), "high": (1800.0, 2400.0)}

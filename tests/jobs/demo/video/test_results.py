@@ -14,15 +14,15 @@ import torch
 from jobs.demo.results import exit_code
 from jobs.demo.video.answers import AS_IT_IS, FRAMES_SHUFFLED, SOUND_SHUFFLED, decode_clips, likeliest
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS
-from jobs.demo.video.backbones.facts import facts_of
+from jobs.demo.video.backbones.facts import scene_facts
 from jobs.demo.video.bridges import BRIDGES, MODELS
 from jobs.demo.video.results import measure, write
 from jobs.demo.video.scoring import ORDER, choices
-from jobs.demo.video.world.corpus import read_broken, read_stories, write_clip_world
+from jobs.demo.video.world.corpus import read_broken, read_scenes, write_clip_world
+from jobs.demo.video.world.grammar import captions
+from jobs.demo.video.world.scenes import Tone, draw_scenes
 from jobs.demo.video.world.sound import waveform_of
 from jobs.demo.video.world.spectrogram import spectrogram_picture
-from jobs.demo.video.world.stories import Tone, draw_stories
-from jobs.demo.video.world.telling import captions
 from qformer.backbones import load_language
 from qformer.language import build_language_model
 from qformer.preprocessing import Preprocessing
@@ -78,7 +78,7 @@ def answers_of(stories, clips):
     """What bridges that do exactly what is claimed would say."""
     said = {}
     for bridge in BRIDGES:
-        if bridge.hears:
+        if bridge.reads_sound:
             said[bridge.name] = {AS_IT_IS: [faultless(stories, clips)], SOUND_SHUFFLED: [without_sound(stories, clips)]}
         elif bridge.knows_order:
             said[bridge.name] = {
@@ -91,7 +91,7 @@ def answers_of(stories, clips):
 
 
 def missed(demo, clips, change=lambda said, chosen, stories: None, seconds=600.0):
-    stories = read_stories(demo / "clip_world")
+    stories = read_scenes(demo / "clip_world")
     said, chosen = answers_of(stories, clips), answers_of(stories, clips)
     change(said, chosen, stories)
     (demo / "clip_answers").mkdir(exist_ok=True)
@@ -183,7 +183,7 @@ def test_the_table_names_the_guesses_that_it_compares_with(demo, clips):
     bars = {row.name: row.bar for row in measure(demo, clips, 0)}
     assert bars["mean pooling: direction, chosen"] == "blind guess 0.500 ± 0.1"
     assert bars["cascaded: event, chosen, frames shuffled"] == "blind guess 0.500 ± 0.1"
-    sides = Counter(tone.side for tone in (read_stories(demo / "clip_world")[n].tone for n in clips.sample_ids) if tone)
+    sides = Counter(tone.side for tone in (read_scenes(demo / "clip_world")[n].tone for n in clips.sample_ids) if tone)
     best = max(sides.values()) / sides.total()
     assert bars["cascaded with sound: side, sounds shuffled"] == f"deaf guess {best:.3f} ± 0.1"
 
@@ -192,9 +192,9 @@ def test_the_likeliest_caption_is_that_of_the_facts_in_the_soft_prompts():
     """The shipped language model reads facts as soft prompts, so the right choice is known."""
     model, tokenizer = load_language(str(MODELS / "clip_language"))
     language = build_language_model(model, tokenizer)
-    drawn = draw_stories(random.Random(0), 40, held_out=True)
+    drawn = draw_scenes(random.Random(0), 40, held_out=True)
     stories = [way for story in drawn for way in (story, story.reversed())]
-    facts = [[*facts_of(story), *facts_of(story)][:6] for story in stories]
+    facts = [[*scene_facts(story), *scene_facts(story)][:6] for story in stories]
     prompts = [model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(own)] for own in facts]
     chosen = likeliest(language, prompts, [choices(story) for story in stories], text="", max_tokens=32)
     assert chosen == [captions(story)[0] for story in stories]
@@ -203,7 +203,7 @@ def test_the_likeliest_caption_is_that_of_the_facts_in_the_soft_prompts():
 def test_shuffled_frames_are_the_same_bags_and_shuffled_sounds_are_all_other_clips(clips):
     seen = replace(clips, tokens=clips.pixels.float().flatten(3))
     shuffled = seen.with_frames_shuffled(random.Random(0))
-    assert shuffled.bags() == clips.bags()
+    assert shuffled.unordered_frames() == clips.unordered_frames()
     assert not torch.equal(shuffled.pixels, clips.pixels)
     assert torch.equal(shuffled.tokens, shuffled.pixels.float().flatten(3))  # each frame's own
     other = clips.with_sound_shuffled(random.Random(0))
@@ -215,11 +215,11 @@ def test_shuffled_frames_are_the_same_bags_and_shuffled_sounds_are_all_other_cli
 
 
 def test_a_clip_and_its_reversal_are_one_bag(clips):
-    bags = dict(zip(clips.sample_ids, clips.bags(), strict=True))
-    assert len(set(bags.values())) == len(bags) // 2
-    for name, bag in bags.items():
+    unordered_frames = dict(zip(clips.sample_ids, clips.unordered_frames(), strict=True))
+    assert len(set(unordered_frames.values())) == len(unordered_frames) // 2
+    for name, bag in unordered_frames.items():
         if name.endswith("-reversed"):
-            assert bag == bags[name.removesuffix("-reversed")]
+            assert bag == unordered_frames[name.removesuffix("-reversed")]
 
 
 def test_the_report_shows_strips_truth_and_every_answer(demo, clips):

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.demo.video.world.scenes import CHANGE, EVENTS, MOVES, ClipScene
 from jobs.demo.video.world.sound import waveform_of
-from jobs.demo.video.world.stories import CHANGE, EVENTS, MOVES, Story
-from jobs.demo.world.render import Placed, canvas_size, encode_mp4, make_background, moved, paint, place
+from jobs.demo.world.render import Placement, canvas_size, encode_mp4, make_background, move_to, paint, place
 from jobs.demo.world.scenes import Scene, Thing
 
 DURATION_S = 2
@@ -19,7 +19,7 @@ NUM_FRAMES = 8
 CODEC_OPTIONS = {"preset": "ultrafast", "g": "1", "qp": "20"}
 """Every picture by itself and equally well: else the first one of a clip would look better than those that follow."""
 _MOTION_OF_MOVE = {"moves right": "moving sideways", "moves down": "moving up and down"}
-"""As `render.moved` draws them; the other moves are these, reversed."""
+"""As `render.move_to` draws them; the other moves are these, reversed."""
 _EVENT_TIME = (0.4, 0.6)
 """When an event happens, in shares of the clip. Tones lie before or after all of this."""
 _CHANGE_TIME = (0.35, 0.65)
@@ -29,7 +29,7 @@ _PAUSE_AT_END = (0.0, 0.08)
 
 
 @dataclass(frozen=True, slots=True)
-class Film:
+class RenderedClip:
     """A story's frames and sound."""
 
     frames: list[NDArray[np.uint8]]
@@ -43,7 +43,7 @@ class Film:
         encode_mp4(self.frames, self.rate_hz, path, options=CODEC_OPTIONS, waveform=self.waveform)
 
 
-def film(story: Story, seed: str) -> Film:
+def render_clip(story: ClipScene, seed: str) -> RenderedClip:
     """Draw a story.
 
     With the same seed a story and its reversal have the same frames, one forwards and one backwards: one of the two is
@@ -59,10 +59,10 @@ def film(story: Story, seed: str) -> Film:
     frames = [np.asarray(paint(background, moment)) for moment in moments]
     rng = random.Random(f"{seed}/{story.action}/sound")
     waveform = None if story.tone is None else waveform_of(story.tone, DURATION_S, rng)
-    return Film(frames if story == forward else frames[::-1], rate_hz, waveform)
+    return RenderedClip(frames if story == forward else frames[::-1], rate_hz, waveform)
 
 
-def _is_forward(story: Story) -> bool:
+def _is_forward(story: ClipScene) -> bool:
     if story.action in MOVES:
         return story.action in _MOTION_OF_MOVE
     if story.action in EVENTS:
@@ -71,11 +71,11 @@ def _is_forward(story: Story) -> bool:
     return first.pair < second.pair
 
 
-def _moments(story: Story, times: list[float], rng: random.Random) -> list[tuple[Placed, ...]]:
+def _moments(story: ClipScene, times: list[float], rng: random.Random) -> list[tuple[Placement, ...]]:
     """What is seen at each time, in shares of the clip; chance has no leaning towards begin or end."""
     first, *more = (_at_rest(thing, rng) for thing in story.things)
     if story.action in MOVES:
-        return [(moved(first, _MOTION_OF_MOVE[story.action], time, is_reversed=False),) for time in times]
+        return [(move_to(first, _MOTION_OF_MOVE[story.action], time, is_reversed=False),) for time in times]
     if story.action in EVENTS:
         event = rng.uniform(*_EVENT_TIME)
         return [(first,) if time >= event else () for time in times]
@@ -90,6 +90,6 @@ def _moments(story: Story, times: list[float], rng: random.Random) -> list[tuple
     return [tuple(placed for placed, start, stop in shown if start <= time < stop) for time in times]
 
 
-def _at_rest(thing: Thing, rng: random.Random) -> Placed:
+def _at_rest(thing: Thing, rng: random.Random) -> Placement:
     (placed,) = place(Scene((thing,), motion="staying still"), rng)
     return placed

@@ -49,7 +49,7 @@ class Tone:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class ClipScene:
     """What happens in a clip; two things where one follows the other."""
 
     action: str
@@ -68,7 +68,7 @@ class Story:
         """The key of `KINDS` that it belongs to: its attribute that needs order."""
         return next(kind for kind, actions in KINDS.items() if self.action in actions)
 
-    def reversed(self) -> "Story":
+    def reversed(self) -> "ClipScene":
         """The same frames the other way round; the tone stays where it is."""
         return replace(self, action=REVERSED[self.action], things=self.things[::-1])
 
@@ -81,13 +81,13 @@ class Story:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Story":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ClipScene":
         """Rebuild a story from `to_dict`."""
         tone = Tone(**values["tone"]) if values["tone"] else None
         return cls(values["action"], tuple(Thing(**thing) for thing in values["things"]), tone)
 
 
-def draw_stories(rng: random.Random, count: int, *, held_out: bool) -> list[Story]:
+def draw_scenes(rng: random.Random, count: int, *, held_out: bool) -> list[ClipScene]:
     """Draw stories whose actions, pitches and sides are as evenly spread as `count` allows.
 
     Args:
@@ -104,7 +104,7 @@ def draw_stories(rng: random.Random, count: int, *, held_out: bool) -> list[Stor
     for kind in KINDS:
         actions = _spread(rng, KINDS[kind], kinds.count(kind))
         tones = _tones(rng, len(actions)) if kind == "event" else [None] * len(actions)
-        stories += [Story(a, _things(rng, a, pairs), tone) for a, tone in zip(actions, tones, strict=True)]
+        stories += [ClipScene(a, _things(rng, a, pairs), tone) for a, tone in zip(actions, tones, strict=True)]
     rng.shuffle(stories)
     return stories
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jobs.serve.job import served
+from jobs.serve.job import running_service
 from jobs.settings.jobs import ServeSettings
 from pipelines.serving.app.client import request_caption
 
@@ -17,7 +17,7 @@ ANSWERS_FILE = "answers.json"
 logger = logging.getLogger(__name__)
 
 
-def ask_endpoint(output: Path, port: int) -> None:
+def query_endpoint(output: Path, port: int) -> None:
     """Post some test files to a served checkpoint and write what came back beside the offline captions.
 
     Needs an initialised Ray.
@@ -33,7 +33,7 @@ def ask_endpoint(output: Path, port: int) -> None:
     for kind, count in NUM_QUESTIONS.items():
         chosen += [row for row in predictions if row["kind"] == kind][:count]
     answers = []
-    with served(ServeSettings(checkpoint=str(output / "stage2"), port=port)) as url:
+    with running_service(ServeSettings(checkpoint=str(output / "stage2"), port=port)) as url:
         for row in chosen:
             caption = request_caption(url, Path(media[row["sample_id"]]).read_bytes())["caption"]
             answers.append({"sample_id": row["sample_id"], "offline": row["prediction"], "served": caption})

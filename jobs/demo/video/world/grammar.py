@@ -4,12 +4,12 @@ import functools
 import random
 import re
 
-from jobs.demo.video.world.stories import CHANGE, EVENTS, MOVES, PITCHES, SEQUENCE, SIDES, Story, Tone
+from jobs.demo.video.world.scenes import CHANGE, EVENTS, MOVES, PITCHES, SEQUENCE, SIDES, ClipScene, Tone
 from jobs.demo.world.scenes import COLOURS, SHAPES, SIZES, Thing
 
 OPENINGS = ("", "the clip shows how ")
 _A, _B = "a {a_colour} {a_shape}", "a {b_colour} {b_shape}"
-_TELLINGS = (
+_TEMPLATES = (
     f"{_A} {{move}}",
     f"{_A} {{event}}",
     f"{_A} {{event}} {{relation}} a {{pitch}} tone",
@@ -24,39 +24,39 @@ _OPPOSITE = dict(zip(SIDES, reversed(SIDES), strict=True))
 """A tone before an event: the event comes after the tone."""
 
 
-def captions(story: Story) -> list[str]:
+def captions(story: ClipScene) -> list[str]:
     """Return every caption of a story: lower case, no punctuation, no sizes."""
     fields = {"move": story.action, "event": story.action, "then": SEQUENCE}
     for name, thing in zip("ab", story.things, strict=False):
         fields |= {f"{name}_colour": thing.colour, f"{name}_shape": thing.shape}
     if story.tone is not None:
         fields |= {"relation": _OPPOSITE[story.tone.side], "pitch": story.tone.pitch}
-    telling = _TELLINGS[_telling_of(story)].format(**fields)
-    return [opening + telling for opening in OPENINGS]
+    template = _TEMPLATES[_template_of(story)].format(**fields)
+    return [opening + template for opening in OPENINGS]
 
 
-def parse(text: str) -> Story | None:
+def parse(text: str) -> ClipScene | None:
     """Return the story that a caption tells, all things of the first size, or None if it is not in the grammar."""
     for pattern in _patterns():
         match = pattern.fullmatch(text)
         if match is not None:
-            return _story(match.groupdict())
+            return _scene(match.groupdict())
     return None
 
 
 def vocabulary() -> list[str]:
     """Return every word of the grammar, sorted."""
-    fixed = re.sub(r"\{\w+\}", " ", " ".join((*OPENINGS, *_TELLINGS))).split()
+    fixed = re.sub(r"\{\w+\}", " ", " ".join((*OPENINGS, *_TEMPLATES))).split()
     values = " ".join(value for values in _WORDS_OF_FIELD.values() for value in values).split()
     return sorted({*fixed, *values})
 
 
-def paraphrase(story: Story, rng: random.Random) -> str:
+def paraphrase(story: ClipScene, rng: random.Random) -> str:
     """Return one caption by chance."""
     return rng.choice(captions(story))
 
 
-def _telling_of(story: Story) -> int:
+def _template_of(story: ClipScene) -> int:
     if story.action in MOVES:
         return 0
     if story.action in EVENTS:
@@ -64,7 +64,7 @@ def _telling_of(story: Story) -> int:
     return 3 if story.action == SEQUENCE else 4
 
 
-def _story(fields: dict[str, str]) -> Story:
+def _scene(fields: dict[str, str]) -> ClipScene:
     things = tuple(
         Thing(SIZES[0], fields[f"{name}_colour"], fields[f"{name}_shape"])
         for name in "ab"
@@ -72,7 +72,7 @@ def _story(fields: dict[str, str]) -> Story:
     )
     tone = Tone(fields["pitch"], _OPPOSITE[fields["relation"]]) if "pitch" in fields else None
     action = fields.get("move") or fields.get("event") or fields.get("then") or CHANGE
-    return Story(action, things, tone)
+    return ClipScene(action, things, tone)
 
 
 @functools.cache
@@ -81,4 +81,4 @@ def _patterns() -> tuple[re.Pattern[str], ...]:
         return f"(?P<{field[1]}>{'|'.join(_WORDS_OF_FIELD[field[1]])})"
 
     opening = f"(?:{'|'.join(OPENINGS)})"
-    return tuple(re.compile(opening + re.sub(r"\{(\w+)\}", group, telling)) for telling in _TELLINGS)
+    return tuple(re.compile(opening + re.sub(r"\{(\w+)\}", group, template)) for template in _TEMPLATES)

@@ -63,7 +63,7 @@ def mix_facts(tokenizer: "PreTrainedTokenizerFast", width: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def begin_as_lookup(
+def init_lookup(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
     parts_ND: Tensor,
