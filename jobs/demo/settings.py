@@ -8,7 +8,7 @@ from jobs.settings.model import QFormerSettings
 
 
 class WorldSettings(Settings):
-    """How large a world to write."""
+    """Size of the synthetic corpus."""
 
     num_images: int = Field(default=4800, ge=100)
     num_clips: int = Field(default=2000, ge=50)
@@ -18,7 +18,7 @@ class WorldSettings(Settings):
 
 
 class StageSettings(Settings):
-    """How long and how fast one stage trains."""
+    """Training of one stage."""
 
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=1)
@@ -26,7 +26,7 @@ class StageSettings(Settings):
 
 
 class Stage1Settings(StageSettings):
-    """Stage 1 sees images alone: its objectives know no time."""
+    """Training of stage 1, on images alone: its objectives ignore time."""
 
     steps: int = Field(default=460, gt=0)
     batch_size: int = Field(default=64, gt=1)
@@ -34,7 +34,7 @@ class Stage1Settings(StageSettings):
 
 
 class Stage2Settings(StageSettings):
-    """Stage 2 sees images and clips. Many small steps: motions are learnt last."""
+    """Training of stage 2, on images and clips. Many small steps, because motions are learnt last."""
 
     steps: int = Field(default=1100, gt=0)
     batch_size: int = Field(default=32, gt=1)
@@ -42,7 +42,7 @@ class Stage2Settings(StageSettings):
 
 
 class DemoQFormerSettings(QFormerSettings):
-    """A Q-Former small enough to learn the world in minutes on two cores."""
+    """A Q-Former small enough to learn the synthetic corpus in minutes on two cores."""
 
     hidden_size: int = 96
     num_layers: int = 4
@@ -54,13 +54,13 @@ class DemoQFormerSettings(QFormerSettings):
 
 
 class DemoOptions(Settings):
-    """What the demo does."""
+    """Options of the demo."""
 
     output: str = "demo-out"
     video: bool = False
-    """After the images, also learn time and sound: clips whose captions need the order of their frames."""
+    """Also run the video part: clips whose captions need the order of their frames, and sound."""
     retrain: bool = False
-    """Train, evaluate and serve again, on the same world."""
+    """Train, evaluate and serve again, on the same corpus."""
     world: WorldSettings = WorldSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
@@ -73,7 +73,7 @@ class DemoOptions(Settings):
 
 
 class DemoSettings(Settings):
-    """`qformer demo`: the whole road on a small world whose captions can be checked."""
+    """`qformer demo`: run all jobs on a synthetic corpus whose captions can be checked automatically."""
 
     demo: DemoOptions = DemoOptions()
     ray: RaySettings = RaySettings()

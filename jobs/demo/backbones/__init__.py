@@ -1,1 +1,5 @@
-"""Makes the demo's small frozen models, which lie in `jobs/demo/models`."""
+"""Random seeds in, the demo's small frozen models out (`python -m jobs.demo.backbones`, into `jobs/demo/models`).
+
+`vision.py` and `language.py` train the models on the output of `patches.py` and `language_batches.py`; `make.py` checks
+them.
+"""

@@ -1,4 +1,4 @@
-"""Draw what the demo's language model learns from: facts in slots, and captions that tell them."""
+"""Training batches of the demo's language model: facts in slots, and captions that state them."""
 
 import random
 from dataclasses import dataclass, replace
@@ -29,11 +29,11 @@ class CaptionBatch:
     """Prompts and captions of equal prompt length."""
 
     weights: Tensor
-    """Of every token in every slot, BLV."""
+    """Weight of every token in every slot, BLV."""
     ids: Tensor
-    """`<bos>` caption `<eos>`, then padding, BT."""
+    """Token ids: `<bos>` caption `<eos>`, then padding, BT."""
     targets: Tensor
-    """What is scored: `ids` without `<bos>`, padding and words that no fact tells, B(T-1)."""
+    """Targets of the loss: `ids` without `<bos>`; padding and words without a fact are ignored, B(T-1)."""
 
 
 def made_up_facts() -> list[str]:
@@ -78,7 +78,7 @@ def _prompt_shape(rng: random.Random, is_clip: bool) -> tuple[int, int]:
 
 
 def _swap_words(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[Scene, list[list[Group]]]:
-    """Swap some colours and shapes, in the scene and its facts, for made-up ones."""
+    """Replace some colours and shapes, in the scene and its facts, by made-up ones."""
     things = []
     swaps: list[dict[str, str]] = []
     for thing in scene.things:
@@ -97,7 +97,7 @@ def _swap_words(scene: Scene, frames: list[list[Group]], rng: random.Random) -> 
 
 
 def _drop_fact(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[list[list[Group]], str]:
-    """Remove one thing's size, colour or shape from all frames; also return its word."""
+    """Remove the size, colour or shape of one thing from all frames; also return its word."""
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
     word = rng.choice((thing.size, thing.colour, thing.shape))

@@ -38,7 +38,7 @@ CLASSES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
 IGNORED = -100
 OTHER_COLOUR = "other"
 _CLOSE_COLOUR = 30.0
-"""Distance in RGB that no thing comes nearer to a colour held out for its shape; a named colour varies by 17."""
+"""Smallest distance in RGB between a random colour and those held out for its shape; a named colour varies by 17."""
 _NEIGHBOUR_DISTANCE = (30.0, 70.0)
 _MIN_SATURATION = 80
 _FRAMES_PER_CLIP = 4
@@ -53,9 +53,9 @@ class PatchExamples:
     pixels: Tensor
     """BCHW, uint8."""
     labels: dict[str, Tensor]
-    """For each attribute BP; the number of its values stands for "no thing", IGNORED for a thing's rim."""
+    """Labels BP by attribute; the number of its values stands for "no thing", IGNORED for the rim of a thing."""
     offsets: Tensor
-    """BP2: from the patch's centre to its thing's centre, in sides of the picture."""
+    """Vectors BP2 from the centre of the patch to the centre of its thing, in sides of the picture."""
 
 
 def render_examples(count: int, rng: random.Random, held_out: bool, other_colour_rate: float = 0.0) -> PatchExamples:
@@ -63,9 +63,9 @@ def render_examples(count: int, rng: random.Random, held_out: bool, other_colour
 
     Args:
         count: Number of pictures.
-        rng: Source of chance.
-        held_out: Whether to show held-out pairs; see `scenes.sample_scene`.
-        other_colour_rate: Share of things in stills that get a colour without a name.
+        rng: Random number generator.
+        held_out: Whether scenes hold held-out pairs (`scenes.sample_scene`).
+        other_colour_rate: Share of things in stills with a colour outside the named ones.
     """
     pixels: list[NDArray[np.uint8]] = []
     placements: list[tuple[Placement, ...]] = []
@@ -120,15 +120,15 @@ def _still_picture(
 
 
 def _recolour(placed: Placement, rng: random.Random) -> Placement:
-    """Paint a thing in a colour without a name: half of them near named ones, none close to its held-out ones.
+    """Give a thing a colour outside the named ones: half near named ones, none close to those held out for its shape.
 
-    A wide berth around held-out pairs would itself teach that this shape never comes in such colours.
+    The excluded region is small, because a large one would teach that the shape never has such colours.
     """
     avoided = [RGB_OF_COLOUR[colour] for colour, shape in HELD_OUT if shape == placed.thing.shape]
     while True:
         rgb = _neighbour(rng) if rng.random() < 0.5 else _rgb([rng.uniform(0, 255) for _ in range(3)])
-        is_lively = max(rgb) - min(rgb) >= _MIN_SATURATION
-        if is_lively and all(math.dist(rgb, other) >= _CLOSE_COLOUR for other in avoided):
+        is_saturated = max(rgb) - min(rgb) >= _MIN_SATURATION
+        if is_saturated and all(math.dist(rgb, other) >= _CLOSE_COLOUR for other in avoided):
             return replace(placed, rgb=rgb, thing=replace(placed.thing, colour=OTHER_COLOUR))
 
 

@@ -1,4 +1,4 @@
-"""The bridges that the video demo compares, and how each is trained."""
+"""The bridges that the video demo compares, and their training settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,20 @@ AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoBridge:
-    """One way to join frames and sound."""
+    """One bridge of the comparison."""
 
     name: str
-    """Of its step and run folder."""
+    """Name of its step and run folder."""
     title: str
     temporal: Literal["mean", "cascaded", "spatio_temporal"]
     init_step: str
-    """Step whose checkpoint it starts from."""
+    """Step whose checkpoint initialises it."""
     reads_sound: bool = False
-    knows_order: bool = True
+    reads_order: bool = True
 
 
 BRIDGES = (
-    DemoBridge(name="clip_mean", title="mean pooling", temporal="mean", init_step="stage2", knows_order=False),
+    DemoBridge(name="clip_mean", title="mean pooling", temporal="mean", init_step="stage2", reads_order=False),
     DemoBridge(name="clip_cascaded", title="cascaded", temporal="cascaded", init_step="stage2"),
     DemoBridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", init_step="stage2"),
     DemoBridge(
@@ -48,20 +48,20 @@ BRIDGES = (
         reads_sound=True,
     ),
 )
-"""Those that hear go on from those that see, as Video-LLaMA does; here both branches are then trained together."""
+"""Bridges with sound start from those without, as in Video-LLaMA; here both branches then train together."""
 
 
 def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> TrainSettings:
     """Settings of `qformer train` for one bridge.
 
     Args:
-        bridge: Which.
-        output: Folder of the demo, with its image part and the clips' features.
-        settings: Of the demo.
+        bridge: Bridge to train.
+        output: Folder of the demo, with its image part and the features of the clips.
+        settings: Settings of the demo.
     """
     demo, training, queries = settings.demo, settings.demo.clips.training, settings.demo.clips.queries
-    seeing_steps = training.steps if bridge.knows_order else training.baseline_steps
-    steps = training.sound_steps if bridge.reads_sound else seeing_steps
+    visual_steps = training.steps if bridge.reads_order else training.baseline_steps
+    steps = training.sound_steps if bridge.reads_sound else visual_steps
     return TrainSettings(
         output=str(output / bridge.name),
         stage=2,

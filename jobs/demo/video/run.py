@@ -1,4 +1,4 @@
-"""The video part of `qformer demo`: a world of clips, bridges that read their order and their sound, and the proof."""
+"""The video part of `qformer demo`: a corpus of clips, bridges that read order and sound, and their evaluation."""
 
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,13 @@ TITLE = "clips of held-out colour-shape combinations, forwards and backwards"
 
 
 def run_jobs(steps: Steps, settings: DemoSettings) -> None:
-    """Write, prepare, encode once, train every bridge, ask them. Needs an initialised Ray and the image demo's stage 2.
+    """Write, prepare and encode the clips, then train and evaluate every bridge.
+
+    Needs an initialised Ray and stage 2 of the image demo.
 
     Args:
-        steps: Of the demo; those that are done are reused.
-        settings: Of the demo.
+        steps: Steps of the demo; finished ones are reused.
+        settings: Settings of the demo.
     """
     from jobs.data import features, prepare
     from jobs.train import job as train
@@ -60,11 +62,11 @@ def run_jobs(steps: Steps, settings: DemoSettings) -> None:
 
 
 def report(output: Path, seconds: dict[str, float]) -> list[ResultRow]:
-    """Print the table, write the report and say where it lies.
+    """Print the table, write the report and print its path.
 
     Args:
         output: Folder of the demo.
-        seconds: That each step took.
+        seconds: Duration of each step.
 
     Returns:
         The table.

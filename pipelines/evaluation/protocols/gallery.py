@@ -59,7 +59,7 @@ class Gallery:
         }
 
     def examples(self, num_texts: int) -> list[dict[str, Any]]:
-        """Result rows: sample_id, kind, own texts of the image, the best `num_texts`, and the rank of the first own text.
+        """Result rows: sample_id, kind, the own texts, the best `num_texts`, and the rank of the best own text.
 
         Ranks count from 0.
         """

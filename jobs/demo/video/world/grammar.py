@@ -1,4 +1,4 @@
-"""The video demo's closed grammar: every story has two captions, every caption tells one story but for sizes."""
+"""The video demo's closed grammar: each scene has two captions, each caption describes one scene except for sizes."""
 
 import functools
 import random
@@ -21,22 +21,22 @@ _WORDS_OF_FIELD = {
     "move": MOVES, "event": EVENTS, "relation": SIDES, "pitch": PITCHES, "then": (SEQUENCE,),
 }  # fmt: skip
 _OPPOSITE = dict(zip(SIDES, reversed(SIDES), strict=True))
-"""A tone before an event: the event comes after the tone."""
+"""Relation in a caption, by side of the tone: if the tone is before the event, the event is after the tone."""
 
 
-def captions(story: ClipScene) -> list[str]:
-    """Return every caption of a story: lower case, no punctuation, no sizes."""
-    fields = {"move": story.action, "event": story.action, "then": SEQUENCE}
-    for name, thing in zip("ab", story.things, strict=False):
+def captions(scene: ClipScene) -> list[str]:
+    """Return every caption of a scene: lower case, no punctuation, no sizes."""
+    fields = {"move": scene.action, "event": scene.action, "then": SEQUENCE}
+    for name, thing in zip("ab", scene.things, strict=False):
         fields |= {f"{name}_colour": thing.colour, f"{name}_shape": thing.shape}
-    if story.tone is not None:
-        fields |= {"relation": _OPPOSITE[story.tone.side], "pitch": story.tone.pitch}
-    template = _TEMPLATES[_template_of(story)].format(**fields)
+    if scene.tone is not None:
+        fields |= {"relation": _OPPOSITE[scene.tone.side], "pitch": scene.tone.pitch}
+    template = _TEMPLATES[_template_of(scene)].format(**fields)
     return [opening + template for opening in OPENINGS]
 
 
 def parse(text: str) -> ClipScene | None:
-    """Return the story that a caption tells, all things of the first size, or None if it is not in the grammar."""
+    """Return the scene of a caption, with the first size for all things; None if the caption is not in the grammar."""
     for pattern in _patterns():
         match = pattern.fullmatch(text)
         if match is not None:
@@ -51,17 +51,17 @@ def vocabulary() -> list[str]:
     return sorted({*fixed, *values})
 
 
-def paraphrase(story: ClipScene, rng: random.Random) -> str:
-    """Return one caption by chance."""
-    return rng.choice(captions(story))
+def paraphrase(scene: ClipScene, rng: random.Random) -> str:
+    """Return a random caption."""
+    return rng.choice(captions(scene))
 
 
-def _template_of(story: ClipScene) -> int:
-    if story.action in MOVES:
+def _template_of(scene: ClipScene) -> int:
+    if scene.action in MOVES:
         return 0
-    if story.action in EVENTS:
-        return 1 if story.tone is None else 2
-    return 3 if story.action == SEQUENCE else 4
+    if scene.action in EVENTS:
+        return 1 if scene.tone is None else 2
+    return 3 if scene.action == SEQUENCE else 4
 
 
 def _scene(fields: dict[str, str]) -> ClipScene:

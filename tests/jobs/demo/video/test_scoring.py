@@ -12,25 +12,25 @@ from jobs.demo.world.scenes import Thing
 RED, BLUE = Thing("small", "red", "square"), Thing("large", "blue", "star")
 
 
-def told(stories):
-    return [captions(story)[0] for story in stories]
+def told(scenes):
+    return [captions(scene)[0] for scene in scenes]
 
 
-def both_ways(stories):
-    """Each story and its reversal, and what an observer without order sees of them."""
-    pairs = [(one, index) for index, story in enumerate(stories) for one in (story, story.reversed())]
-    return [story for story, _ in pairs], [index for _, index in pairs]
+def both_ways(scenes):
+    """Each scene and its reversal, and what an observer without order sees of them."""
+    pairs = [(one, index) for index, scene in enumerate(scenes) for one in (scene, scene.reversed())]
+    return [scene for scene, _ in pairs], [index for _, index in pairs]
 
 
 def test_faultless_captions_are_right_in_everything():
-    stories = draw_scenes(random.Random(0), 100, held_out=True)
-    assert score(stories, told(stories)) == dict.fromkeys((*ORDER, *SOUND, THINGS), 1.0)
+    scenes = draw_scenes(random.Random(0), 100, held_out=True)
+    assert score(scenes, told(scenes)) == dict.fromkeys((*ORDER, *SOUND, THINGS), 1.0)
 
 
 def test_reversed_captions_are_wrong_in_order_and_right_in_the_rest():
-    stories = draw_scenes(random.Random(0), 100, held_out=True)
+    scenes = draw_scenes(random.Random(0), 100, held_out=True)
     wanted = {**dict.fromkeys(ORDER, 0.0), **dict.fromkeys((*SOUND, THINGS), 1.0)}
-    assert score(stories, told([story.reversed() for story in stories])) == wanted
+    assert score(scenes, told([scene.reversed() for scene in scenes])) == wanted
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_attributes_one_by_one(truth, caption, expected):
 
 
 def test_without_order_half_of_clips_that_are_there_both_ways_is_the_best():
-    stories, unordered_frames = both_ways(draw_scenes(random.Random(0), 60, held_out=True))
-    best = best_guess_without(stories, unordered_frames)
+    scenes, unordered_frames = both_ways(draw_scenes(random.Random(0), 60, held_out=True))
+    best = best_guess_without(scenes, unordered_frames)
     assert {name: best[name] for name in ORDER} == dict.fromkeys(ORDER, 0.5)
     # The things, and the sound beside the frames, are in what it sees.
     assert best[THINGS] == best["pitch"] == best["side"] == 1.0
@@ -78,29 +78,29 @@ def test_without_order_half_of_clips_that_are_there_both_ways_is_the_best():
 
 def test_the_best_guess_is_the_most_frequent_answer_of_each_view():
     ways = ["moves left", "moves left", "moves right", "moves up"]
-    stories = [ClipScene(way, (RED,)) for way in ways]
-    assert best_guess_without(stories, "aaab")["direction"] == 0.75  # left of "a", up of "b"
-    assert best_guess_without(stories, "aaaa")["direction"] == 0.5
-    assert best_guess_without(stories, "abcd")["direction"] == 1.0
+    scenes = [ClipScene(way, (RED,)) for way in ways]
+    assert best_guess_without(scenes, "aaab")["direction"] == 0.75  # left of "a", up of "b"
+    assert best_guess_without(scenes, "aaaa")["direction"] == 0.5
+    assert best_guess_without(scenes, "abcd")["direction"] == 1.0
 
 
 def test_no_deaf_observer_beats_chance_on_balanced_sound():
-    stories = [s for s in draw_scenes(random.Random(0), 160, held_out=True) if s.tone is not None]
-    best = best_guess_without(stories, [0] * len(stories))
+    scenes = [s for s in draw_scenes(random.Random(0), 160, held_out=True) if s.tone is not None]
+    best = best_guess_without(scenes, [0] * len(scenes))
     assert best["pitch"] == pytest.approx(1 / 3, abs=0.02) and best["side"] == pytest.approx(1 / 2, abs=0.02)
 
 
 def test_no_answer_that_sees_only_bags_beats_the_best_guess():
     """Any assignment of one answer a bag scores at most as high."""
-    stories, unordered_frames = both_ways(draw_scenes(random.Random(1), 40, held_out=True))
-    best = best_guess_without(stories, unordered_frames)
+    scenes, unordered_frames = both_ways(draw_scenes(random.Random(1), 40, held_out=True))
+    best = best_guess_without(scenes, unordered_frames)
     rng = random.Random(2)
     for _ in range(50):
         answer = {
-            bag: rng.choice([s for s, b in zip(stories, unordered_frames, strict=True) if b == bag])
+            bag: rng.choice([s for s, b in zip(scenes, unordered_frames, strict=True) if b == bag])
             for bag in unordered_frames
         }
-        scores = score(stories, told([answer[bag] for bag in unordered_frames]))
+        scores = score(scenes, told([answer[bag] for bag in unordered_frames]))
         assert all(scores[name] <= best[name] for name in ORDER)
 
 
@@ -122,10 +122,10 @@ def test_a_choice_is_among_captions_that_differ_in_the_order_alone():
 
 
 def test_choices_are_those_of_the_reversal_and_equally_long():
-    for story in draw_scenes(random.Random(0), 100, held_out=True):
-        offered = choices(story)
-        assert offered == choices(story.reversed())
+    for scene in draw_scenes(random.Random(0), 100, held_out=True):
+        offered = choices(scene)
+        assert offered == choices(scene.reversed())
         assert len({len(text.split()) for text in offered}) == 1
-        scores = [judge(story, text) for text in offered]
+        scores = [judge(scene, text) for text in offered]
         assert sum(all(one.values()) for one in scores) == 1
-        assert all({name for name, ok in one.items() if not ok} <= {story.kind} for one in scores)
+        assert all({name for name, ok in one.items() if not ok} <= {scene.kind} for one in scores)

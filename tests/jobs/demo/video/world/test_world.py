@@ -45,8 +45,8 @@ CODEC_DELAY_S = 0.08
 """AAC smears a tone's begin over its windows of 1,024 samples."""
 
 
-def without_size(story: ClipScene) -> ClipScene:
-    return replace(story, things=tuple(replace(thing, size="small") for thing in story.things))
+def without_size(scene: ClipScene) -> ClipScene:
+    return replace(scene, things=tuple(replace(thing, size="small") for thing in scene.things))
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +73,19 @@ def pixels_of(decoder: SampleDecoder, path: Path) -> np.ndarray:
     return decoder.decode(kind="video", media=str(path)).pixels
 
 
-def shown(decoder: SampleDecoder, tmp_path: Path, story: ClipScene, seed: str = "0") -> np.ndarray:
-    render_clip(story, seed).write(tmp_path / "clip.mp4")
+def shown(decoder: SampleDecoder, tmp_path: Path, scene: ClipScene, seed: str = "0") -> np.ndarray:
+    render_clip(scene, seed).write(tmp_path / "clip.mp4")
     return pixels_of(decoder, tmp_path / "clip.mp4")
 
 
 def test_every_caption_of_every_story_parses_back():
     words = set(vocabulary())
     for held_out in (False, True):
-        for story in draw_scenes(random.Random(0), 300, held_out=held_out):
-            told = captions(story)
+        for scene in draw_scenes(random.Random(0), 300, held_out=held_out):
+            told = captions(scene)
             assert len(set(told)) == len(told) == 2
             for caption in told:
-                assert parse(caption) == without_size(story)
+                assert parse(caption) == without_size(scene)
                 assert set(caption.split()) <= words
 
 
@@ -127,25 +127,25 @@ def test_a_tone_before_the_event_is_told_as_the_event_after_the_tone():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_stories_are_balanced(held_out: bool):
-    stories = draw_scenes(random.Random(1), 400, held_out=held_out)
+    scenes = draw_scenes(random.Random(1), 400, held_out=held_out)
     for kind, share in KIND_SHARES.items():
-        counts = Counter(story.action for story in stories if story.kind == kind)
+        counts = Counter(scene.action for scene in scenes if scene.kind == kind)
         assert counts.total() == 40 * share
         assert set(counts.values()) == {40 * share // len(KINDS[kind])}
-    tones = Counter(story.tone for story in stories if story.action in EVENTS)
+    tones = Counter(scene.tone for scene in scenes if scene.action in EVENTS)
     assert tones.pop(None) == 30
     assert set(tones.values()) == {15} and len(tones) == len(PITCHES) * len(SIDES)
     # Which of two things comes first has no leaning either: as often one of the two as the other, about.
-    first = Counter(story.things[0].pair < story.things[1].pair for story in stories if len(story.things) == 2)
+    first = Counter(scene.things[0].pair < scene.things[1].pair for scene in scenes if len(scene.things) == 2)
     assert 0.4 < first[True] / first.total() < 0.6
 
 
-@pytest.mark.parametrize("story", [ClipScene(a, (RED, BLUE)[: 1 + (a in (SEQUENCE, CHANGE))]) for a in ACTIONS])
-def test_a_story_reversed_is_the_same_frames_backwards_to_the_last_bit(decoder, tmp_path, story: ClipScene):
+@pytest.mark.parametrize("scene", [ClipScene(a, (RED, BLUE)[: 1 + (a in (SEQUENCE, CHANGE))]) for a in ACTIONS])
+def test_a_story_reversed_is_the_same_frames_backwards_to_the_last_bit(decoder, tmp_path, scene: ClipScene):
     """So that a bag of frames says nothing of the order, not even by how well each frame is compressed."""
     for seed in range(3):
-        there = shown(decoder, tmp_path, story, str(seed))
-        back = shown(decoder, tmp_path, story.reversed(), str(seed))
+        there = shown(decoder, tmp_path, scene, str(seed))
+        back = shown(decoder, tmp_path, scene.reversed(), str(seed))
         assert np.array_equal(there[::-1], back)
         assert not np.array_equal(there, back)
 
@@ -197,32 +197,32 @@ def test_the_tone_in_the_file_has_its_pitch_and_its_time(tmp_path, pitch: str, s
 
 
 def test_only_what_has_a_tone_has_an_audio_track(world: Path):
-    stories, broken = read_scenes(world), read_broken(world)
+    scenes, broken = read_scenes(world), read_broken(world)
     for row in rows_of(world):
         if row["sample_id"] in broken:
             continue
         with av.open(str(world / row["media"])) as container:
-            assert bool(container.streams.audio) == (stories[row["sample_id"]].tone is not None)
+            assert bool(container.streams.audio) == (scenes[row["sample_id"]].tone is not None)
 
 
 def test_manifest_truth_and_files_agree(world: Path, decoder):
-    stories, broken = read_scenes(world), read_broken(world)
+    scenes, broken = read_scenes(world), read_broken(world)
     rows = rows_of(world)
-    assert [row["sample_id"] for row in rows] == list(stories) and len(rows) == 80
+    assert [row["sample_id"] for row in rows] == list(scenes) and len(rows) == 80
     for row in rows:
-        story = stories[row["sample_id"]]
-        assert [parse(caption) for caption in row["captions"]] == [without_size(story)] * 2
-        pairs = {thing.pair for thing in story.things}
+        scene = scenes[row["sample_id"]]
+        assert [parse(caption) for caption in row["captions"]] == [without_size(scene)] * 2
+        pairs = {thing.pair for thing in scene.things}
         assert pairs <= set(HELD_OUT) if row["split"] == "test" else not pairs & set(HELD_OUT)
     assert len(broken) == 4 and all(name.startswith("clip-train") for name in broken)
 
 
 def test_every_test_clip_is_there_both_ways(world: Path, decoder):
-    stories = read_scenes(world)
-    forwards = [name for name in stories if name.startswith("clip-test") and not name.endswith("-reversed")]
+    scenes = read_scenes(world)
+    forwards = [name for name in scenes if name.startswith("clip-test") and not name.endswith("-reversed")]
     assert len(forwards) == 20
     for name in forwards:
-        assert stories[f"{name}-reversed"] == stories[name].reversed()
+        assert scenes[f"{name}-reversed"] == scenes[name].reversed()
         there, back = (pixels_of(decoder, world / f"clips/{name}{end}.mp4") for end in ("", "-reversed"))
         assert np.array_equal(there[::-1], back)
 
