@@ -37,11 +37,11 @@ from qformer.preprocessing import Preprocessing
 
 WORKERS = 2
 RAY = RaySettings(num_cpus=WORKERS)
-"""With more, both segments would decode where one hands over to the next."""
+"""Ray session; with more CPUs, two segments would decode at once at a handover."""
 MAX_LEVELS = 1.5
-"""Mean difference of pixels, of 255, that scaled decoding may make."""
+"""Allowed mean difference of pixels, of 255, for scaled decoding."""
 MAX_CLIP_LEVELS = 6.0
-"""Scalers differ more than that only where the frames are not the same."""
+"""Allowed mean difference of clips; a larger one means different frames."""
 DECODE = DecodeSettings(
     preprocessing=Preprocessing(
         height=SIDE,
@@ -57,7 +57,7 @@ DECODE = DecodeSettings(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataCase:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     batch_size: int = 32
     rounds: int = 3
@@ -70,12 +70,12 @@ class DataCase:
     gops: tuple[int, ...] = (30, 250)
     clips: TimedWindow = TimedWindow(warm_up=3, timed=6)
     trial: TimedWindow = TimedWindow(warm_up=1, timed=2, tail=1)
-    """Of each clip peer, to find the best."""
+    """Window of the trials that find the best clip peer."""
     ray_images: int = 640
     ray_clips: int = 24
     memory_images: tuple[int, int] = (2_000, 20_000)
     memory_segment_steps: int = 40
-    """So that both counts hand segments over, which costs a second set of processes for a while."""
+    """Steps per segment; small, so that both counts include handovers, which briefly need a second set of processes."""
 
 
 def run() -> BenchResult:
@@ -177,10 +177,10 @@ def our_batches(
     """Our batches of these files, in the order of training, by the feed that training reads from.
 
     Args:
-        paths: Files.
+        paths: Paths of the files.
         kind: "image" or "video".
-        batch_size: Of a step.
-        segment_steps: Most steps of a segment; None as in training.
+        batch_size: Batch size.
+        segment_steps: Largest number of steps per segment; None: that of training.
     """
     import ray
 
@@ -224,7 +224,7 @@ def _difference(other: Peer, read: Read, paths: Sequence[str], kind: str) -> flo
 
 
 def _ray_readers(case: DataCase, jpegs: list[str], clips: list[str], seconds: dict[str, float]) -> None:
-    """Ray's own readers, in their fastest form: they resize at once, and decode every frame of a clip."""
+    """Time Ray's own readers in their fastest form: resizing while reading, and decoding every frame of a clip."""
     import ray
 
     def read_images(count: int) -> float:
@@ -244,14 +244,14 @@ def _ray_readers(case: DataCase, jpegs: list[str], clips: list[str], seconds: di
 
 
 def _seconds_of(batches: Iterable[Any]) -> float:
-    begun_s = time.perf_counter()
+    start_s = time.perf_counter()
     for _ in batches:
         pass
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - start_s
 
 
 def _peak_bytes(case: DataCase, paths: list[str], count: int) -> int:
-    """Peak memory of a process, with its own Ray, that reads `count` images in several segments."""
+    """Peak memory of a process with its own Ray session that reads `count` images in several segments."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(

@@ -2,12 +2,12 @@
 
 BERT-base size, 257 x 1408 image tokens, equal weights, inputs, negatives and dropout. On a CPU in fp32 with two threads
 at batch 8. With a GPU in bf16 at batch 64, where ours is also compiled against the reference as it is, operations a
-second are told (see `stage1_flops`), and the paper's ViT-g encodes pictures. Rounds alternate between the two; each
+second are reported (`stage1_flops`), and the paper's ViT-g encodes pictures. Rounds alternate between the two; each
 round has a batch of captions of its own. Before anything is timed, the losses are compared with dropout off.
 
 Peak memory is that of a whole step over what the process held before it built the model: weights, gradients and
 activations together. On a CPU a child process of each reports its largest resident size less the size before, with the
-C library told to give freed tensors back at once: else the sizes tell how its heap happened to fill with holes.
+C library set to return freed tensors at once; otherwise the sizes depend on the fragmentation of its heap.
 """
 
 import contextlib
@@ -39,15 +39,15 @@ THREADS = 2
 BERT_VOCABULARY = 30_522
 PAPER = QFormerConfig(encoder_width=1408, vocab_size=BERT_VOCABULARY + 1)
 IMAGE_TOKENS = 257
-# Lengths of sixteen captions, for where the real ones are not at hand.
+# Lengths of sixteen captions, used where the real ones are missing.
 LENGTHS = (13, 12, 16, 11, 14, 18, 12, 10, 13, 15, 21, 12, 14, 9, 17, 13)
-# fp32 sums in another order over 12 layers.
+# Tolerance for another order of fp32 sums over 12 layers.
 LOSS_GAP = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage1Case:
-    """What is measured where."""
+    """Sizes and device of the measurement."""
 
     config: QFormerConfig = PAPER
     image_tokens: int = IMAGE_TOKENS
@@ -58,7 +58,7 @@ class Stage1Case:
     compiler: str | None = None
     """Backend of torch.compile for a second measurement of ours; None leaves it out."""
     vision: str | None = None
-    """Encoder whose pictures a second are told."""
+    """Encoder whose images per second are measured; None: none."""
     vision_batch: int = 128
 
 
@@ -104,7 +104,7 @@ def measure(case: Stage1Case, lengths: Sequence[int]) -> BenchResult:
 
 
 def encode_rate(case: Stage1Case) -> float:
-    """Pictures that the frozen encoder, with random weights, encodes in a second, up to the block that is read."""
+    """Images per second of the frozen encoder with random weights, up to the block that is read."""
     dtype = torch.bfloat16 if case.is_bf16 else torch.float32
     encoder = load_vision(cast(str, case.vision), pretrained=False, dtype=dtype).to(case.device)
     size = (case.vision_batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
@@ -126,7 +126,7 @@ def _step_flops(case: Stage1Case, lengths: Sequence[int], seed: int) -> int:
 
 
 def build(case: Stage1Case) -> tuple[Stage1, HuggingFaceStage1]:
-    """Both with the same weights, in training mode."""
+    """Build both models with the same weights, in training mode."""
     torch.manual_seed(0)
     ours = Stage1(case.config)
     return ours.to(case.device).train(), HuggingFaceStage1(ours).to(case.device).train()
@@ -141,23 +141,23 @@ def make_batch(case: Stage1Case, lengths: Sequence[int], seed: int) -> tuple[Sta
     index_B = torch.arange(case.batch)
     tokens = (case.batch, 1, case.image_tokens, case.config.encoder_width)
 
-    def moved(tensor: Tensor) -> Tensor:
+    def to_device(tensor: Tensor) -> Tensor:
         return tensor.to(case.device)
 
     batch = Stage1Batch(
-        image_BFPV=moved(torch.randn(tokens, generator=generator)),
-        input_ids_BT=moved(ids_BT.masked_fill(~is_text_BT, 0)),
-        is_text_BT=moved(is_text_BT),
-        image_ids_B=moved(index_B),
-        is_valid_B=moved(torch.ones(case.batch, dtype=torch.bool)),
+        image_BFPV=to_device(torch.randn(tokens, generator=generator)),
+        input_ids_BT=to_device(ids_BT.masked_fill(~is_text_BT, 0)),
+        is_text_BT=to_device(is_text_BT),
+        image_ids_B=to_device(index_B),
+        is_valid_B=to_device(torch.ones(case.batch, dtype=torch.bool)),
     )
     shift_B = torch.randint(1, case.batch, (2, case.batch), generator=generator)
     image_B, text_B = (index_B + shift_B) % case.batch
-    return batch, Negatives(moved(image_B), moved(text_B), moved(torch.ones(case.batch, dtype=torch.bool)))
+    return batch, Negatives(to_device(image_B), to_device(text_B), to_device(torch.ones(case.batch, dtype=torch.bool)))
 
 
 def caption_lengths() -> tuple[list[int], str]:
-    """Tokens of the real captions, and where they are from.
+    """Token counts of the real captions, and their source.
 
     A word or punctuation mark counts as one token, plus [CLS] and [SEP]: BERT's vocabulary splits rare words further,
     so real texts are slightly longer.
@@ -172,7 +172,7 @@ def caption_lengths() -> tuple[list[int], str]:
 
 
 def peak_bytes(case: Stage1Case, name: str, lengths: Sequence[int]) -> int:
-    """Memory of a step of `name` at its highest: weights, gradients and activations."""
+    """Peak memory of a step of `name`: weights, gradients and activations."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_report_peak, args=(sender, case, name, list(lengths)))
@@ -202,7 +202,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 def _report_peak(sender: Connection, case: Stage1Case, name: str, lengths: list[int]) -> None:
     if case.device == "cpu":
         torch.set_num_threads(THREADS)
-    # What the reference imports belongs to no step: bring it in on both sides before the size is read.
+    # Imports of the reference are not part of a step: do them for both models before the size is read.
     build(Stage1Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
     before = resident_bytes("VmRSS")
     model: nn.Module = Stage1(case.config) if name == "ours" else _reference_alone(case.config)
@@ -217,7 +217,7 @@ def _report_peak(sender: Connection, case: Stage1Case, name: str, lengths: list[
 
 
 def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
-    """The reference, built from a model on no device so that only one copy of the weights ever lies in memory."""
+    """Build the reference from a model on the meta device, so that memory holds only one copy of the weights."""
     with torch.device("meta"):
         shapes = Stage1(config)
     return HuggingFaceStage1(shapes, has_weights=False)
@@ -241,7 +241,7 @@ def _wait(case: Stage1Case) -> None:
 
 
 def _alternate(case: Stage1Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
-    """Median seconds of a step of each, one after the other in every round, after a round of warming up."""
+    """Median seconds per step of each model; they alternate in every round, after a warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in models}
     for round_ in range(case.rounds + 1):
         for name, model in models.items():

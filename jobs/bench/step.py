@@ -1,9 +1,9 @@
-"""Whole training steps of stage 1 as `qformer train` does them, on batches held in memory: pixels, and cached features.
+"""Whole training steps of stage 1 as in `qformer train`, on batches in memory: pixels, and cached features.
 
 The trainer's own loop runs: frozen encoder (or not), forward, backward, clipping, AdamW. No Ray and no decoding. On a
 GPU in bf16, with layers as they are and compiled: ViT-g with random weights and a Q-Former of BERT-base size, against
 the images a second at which BLIP-2's plain schedule would take 40 % of an H200's peak. Elsewhere in fp32 at the size of
-the training benchmark, where nothing is known to compare with.
+the training benchmark, without an estimate to compare with.
 
 MFU counts the operations as they run, on real text tokens alone, over the device's dense 16-bit peak.
 """
@@ -44,7 +44,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCase:
-    """What is measured where."""
+    """Sizes and device of the measurement."""
 
     vision: str
     qformer: Mapping[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class StepCase:
     batch: int
     warm_up: int
     timed: int
-    """A multiple of `warm_up`, so that what is logged are windows of one length."""
+    """Timed steps; a multiple of `warm_up`, so that all logged windows have the same length."""
     device: str = "cpu"
     precision: PrecisionName = "fp32"
     is_compiled: bool = False
@@ -110,7 +110,7 @@ def measure(case: StepCase) -> BenchResult:
 
 
 def _stances(case: StepCase, kind: str) -> dict[str, str]:
-    """What the compiler is told, and what the figures are called then."""
+    """Names of the figures by stance of the compiler."""
     plain = {"force_eager": kind}
     return {**plain, "default": f"{kind} compiled"} if case.is_compiled else plain
 
@@ -129,7 +129,7 @@ def _training_run(case: StepCase) -> TrainingRun:
 
 
 def _inputs(case: StepCase, run: TrainingRun) -> dict[str, NDArray[Any]]:
-    """Pixels as the run's encoder takes them, and features as it gives them."""
+    """Random pixels for the run's encoder, and random features of its shape."""
     encoder, noise = cast(VisionEncoder, run.frozen["vision"]), np.random.default_rng(0)
     pixels = (case.batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     tokens = (case.batch, 1, encoder.num_tokens, encoder.width)
@@ -140,13 +140,13 @@ def _inputs(case: StepCase, run: TrainingRun) -> dict[str, NDArray[Any]]:
 
 
 def _drop_encoder(run: TrainingRun) -> None:
-    """Let cached features take the encoder's place."""
+    """Remove the encoder, so that the run reads cached features."""
     run.encoders.modules.clear()
     run.frozen.clear()
 
 
 def _steps(case: StepCase, run: TrainingRun, images: NDArray[Any], texts: list[list[str]]) -> dict[str, float]:
-    """Train, and return what the loop logged of the steps after the warm-up."""
+    """Train, and return the mean of the loop's log after the warm-up."""
     device = torch.device(case.device)
     logged: list[dict[str, float]] = []
     steps = case.warm_up + case.timed
@@ -178,12 +178,12 @@ def _steps(case: StepCase, run: TrainingRun, images: NDArray[Any], texts: list[l
     loop.run(_batches(case, images, texts), 0)
     windows = [values for values in logged if values["step"] > case.warm_up]
     names = [name for name in ("samples_per_s", "tflops_per_s", "mfu") if name in windows[0]]
-    # Windows are of one length, so that the mean of seconds a step is the harmonic mean of rates.
+    # The windows have the same length, so the harmonic mean of rates gives the mean seconds per step.
     return {name: len(windows) / sum(1 / values[name] for values in windows) for name in names}
 
 
 def _batches(case: StepCase, images: NDArray[Any], texts: list[list[str]]) -> Iterator[SampleBatch]:
-    """The same pictures with other captions, from pinned memory where there is a GPU."""
+    """Batches of the same pictures with different captions, from pinned memory on a GPU."""
     memory = torch.from_numpy(images)
     if case.device == "cuda":
         memory = memory.pin_memory()
@@ -218,7 +218,7 @@ def _choice(case: StepCase, tokenizer: str) -> ModelChoice:
 
 
 def _captions(case: StepCase, lengths: list[int]) -> list[list[str]]:
-    """Captions of every step, as long as real ones."""
+    """Captions of every step, with the lengths of real ones."""
     draw = random.Random(0)
     words = [f"w{number}" for number in range(case.vocabulary - len(_SPECIAL))]
 
@@ -229,7 +229,7 @@ def _captions(case: StepCase, lengths: list[int]) -> list[list[str]]:
 
 
 def _write_tokenizer(vocabulary: int, folder: Path) -> None:
-    """A BERT tokenizer of so many words."""
+    """Write a BERT tokenizer with a vocabulary of the given size."""
     import_torchvision()
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast

@@ -101,7 +101,7 @@ def decode_clips(manifest: Path, preprocessing: Preprocessing, *, split: str = "
 
 
 def write_answers(output: Path, *, seed: int = 0) -> None:
-    """Write answers.json and choices.json: captions of the held-out clips by bridge and condition, one table per shuffle.
+    """Write answers.json and choices.json: captions of the held-out clips by bridge and condition, a table per shuffle.
 
     The first holds generated captions; the second the likeliest of `scoring.choices`, for bridges without sound.
 

@@ -7,7 +7,7 @@ from jobs.bench import engine as bench
 from jobs.bench.engine import EngineCase, measure
 
 TINY = EngineCase(
-    hidden_size=16, num_layers=1, num_heads=2, vocab_size=50, concurrency=(1, 3), requests_per_place=1, rounds=1
+    hidden_size=16, num_layers=1, num_heads=2, vocab_size=50, concurrency=(1, 3), requests_per_slot=1, rounds=1
 )
 
 

@@ -227,7 +227,7 @@ def test_the_report_shows_strips_truth_and_every_answer(demo, clips):
     page = write(demo, clips, measure(demo, clips, 0)).read_text()
     for bridge in BRIDGES:
         assert f"{bridge.title}: " in page
-    assert "true: a " in page and "Which came first" in page
+    assert "true: a " in page and "Which thing comes first" in page
     # Eight frames, and one picture of the sound where there is one.
     strips = page.split("<div class=strip>")[1:]
     assert {strip.split("</div>")[0].count("<img") for strip in strips} == {8, 9}
