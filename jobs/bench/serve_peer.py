@@ -1,8 +1,8 @@
 """Peers of the serving benchmark: a simple HTTP server, and the engine without HTTP.
 
 `NaiveServer` is the usual loop: `transformers` generates one answer after the other. It uses the same proxy of Ray
-Serve and FastAPI as ours, with decoding, encoder, bridge and language model in the HTTP process, and one lock as its queue.
-`DirectModel` calls our engine as a library.
+Serve and FastAPI as ours, with decoding, encoder, bridge and language model in the HTTP process, and one lock as its
+queue. `DirectModel` calls our engine as a library.
 """
 
 import asyncio

@@ -149,7 +149,7 @@ def _keys(file: str | None) -> tuple[ApiKey, ...]:
         ) from error
     keys = read_keys(content, file)
     if not keys:
-        raise UserError(f"api_keys={file!r} holds no key, so nobody could ask; make one with --make-key NAME")
+        raise UserError(f"api_keys={file!r} holds no key; make one with --make-key NAME")
     return keys
 
 

@@ -28,7 +28,7 @@ class ModelFigures:
     picked: float | None
     """Stage 1: share of images whose own text is the most similar one of the batch."""
     picked_chance: float | None
-    """That share for a random choice."""
+    """Stage 1: the same share for a random choice."""
     unread_queries: list[int]
     """Stage 1: queries that were never the most similar one to a text; also common in a healthy model."""
     queries: QueryFigures | None

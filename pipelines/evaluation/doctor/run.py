@@ -72,7 +72,7 @@ def quarantine(rows: Mapping[str, int] | None, reasons: Mapping[str, int] | None
     bad, num_rows = rows["rows_quarantined"], rows["rows_in"]
     share = bad / max(1, num_rows)
     why = ", ".join(f"{name} {count}" for name, count in sorted((reasons or {}).items(), key=lambda one: -one[1])[:4])
-    text = f"{bad} of {num_rows} rows seen ({share:.1%}) could not be used{f': {why}' if bad and why else ''}"
+    text = f"{bad} of {num_rows} rows ({share:.1%}) could not be used{f': {why}' if bad and why else ''}"
     values = {"share": share, "reasons": dict(reasons or {})}
     if num_rows != rows["rows_used"] + bad:
         text = f"rows were lost: {num_rows} in, {rows['rows_used']} used, {bad} quarantined"

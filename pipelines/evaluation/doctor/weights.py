@@ -29,7 +29,7 @@ class Weights:
 
 
 def trainables(starts: Sequence[Trainables], newest: Weights | None) -> Finding:
-    """Which parameters were trained, and whether all starts and the checkpoint agree.
+    """List the trained parameters, and check whether all starts and the checkpoint agree.
 
     Args:
         starts: Records of the starts, in order.

@@ -1,4 +1,4 @@
-"""What surrounds every request: API key, concurrency limit, quota, deadline and log record."""
+"""Handling common to all requests: API key, concurrency limit, quota, deadline and log record."""
 
 import asyncio
 import contextlib
