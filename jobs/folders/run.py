@@ -15,7 +15,7 @@ from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
-from pipelines.data.storage.local_copies import drop_copy
+from pipelines.data.storage.local_copies import remove_copy
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _require_same_run(settings: TrainSettings) -> None:
     found = checkpoint_folders.newest_whole_checkpoint(output)
     logger.info("resuming from %s", found.name if found else "the start: no checkpoint yet")
     if found:
-        drop_copy(output, found)  # each worker finds the checkpoint itself
+        remove_copy(output, found)  # each worker finds the checkpoint itself
 
 
 def _stage_of(output: str) -> int | None:

@@ -11,13 +11,13 @@ from qformer.torch_build.torchvision import import_torchvision
 
 
 def load_audio(name: str, *, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> AudioEncoder:
-    """Load and freeze an audio encoder: AST, Whisper's encoder, wav2vec 2.0 and its like.
+    """Load and freeze an audio encoder: AST, Whisper's encoder, wav2vec 2.0 or a similar one.
 
     Args:
         name: Hub name ("owner/model"), or a local folder with config.json, preprocessor_config.json and
             model.safetensors.
         pretrained: False builds it with random weights of a fixed seed, the same in every process.
-        dtype: Of the frozen weights.
+        dtype: Type of the frozen weights.
 
     Raises:
         UserError: If the name is unknown, the folder is no audio model, or the hub cannot be reached.
@@ -36,12 +36,12 @@ def load_audio(name: str, *, pretrained: bool = True, dtype: torch.dtype = torch
         except Exception as error:
             raise model_error("model.audio", name, error, []) from error
     if not hasattr(extractor, "sampling_rate"):
-        raise UserError(f"model.audio: {name!r} is no audio model; choose one such as AST or Whisper")
+        raise UserError(f"model.audio: {name!r} is not an audio model; choose one such as AST or Whisper")
     config = model.config
     encoder = model.get_encoder() if config.is_encoder_decoder else model
     try:
         return AudioEncoder(encoder.to(dtype), extractor, layout_of(config, extractor))
-    except Exception as error:  # whatever a model of another kind does with sound
+    except Exception as error:  # models of other kinds fail in many ways
         reason = str(error).strip()[:200] or type(error).__name__
         raise UserError(
             f"model.audio: {name!r} cannot be run on sound alone ({reason}); choose an audio encoder such as AST or "

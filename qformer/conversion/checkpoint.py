@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from qformer.bridges.config import AudioConfig, VideoConfig
+from qformer.bridges.config import AudioConfig
+from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig, bridge_config
 from qformer.config import LoraConfig, QFormerConfig
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
@@ -52,8 +53,8 @@ class BridgeInfo:
     vision_image_size: int | None = None
     """Resolution that the encoder's positions were interpolated to; None is its own."""
     lora: LoraConfig | None = None
-    video: VideoConfig = VideoConfig()
-    """How the frames of a clip are joined; `qformer` tells of one image's Q-Former."""
+    bridge: BridgeConfig = IMAGE_BRIDGE
+    """Kind and sizes of the bridge; `qformer` has the shapes of one image's Q-Former."""
     audio: str | None = None
     """Frozen encoder of sound, where there is a branch for it."""
     audio_pretrained: bool = True
@@ -78,7 +79,7 @@ class BridgeInfo:
             if (version := values["format_version"]) == FORMAT_VERSION:
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-                values["video"] = VideoConfig(**values.get("video", {}))
+                values["bridge"] = _bridge(values)
                 if values.get("audio_branch") is not None:
                     values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:
@@ -91,6 +92,30 @@ class BridgeInfo:
         raise UserError(
             f"{file!r} has format_version={version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
         )
+
+
+_KINDS_BEFORE = {
+    "concatenate": (),
+    "mean": (),
+    "cascaded": ("max_frames", "num_queries", "num_layers", "freeze_frames"),
+    "spatio_temporal": (
+        "max_frames",
+        "freeze_attention",
+        "num_spatial_queries",
+        "num_temporal_queries",
+        "num_summary_queries",
+    ),
+}
+"""Fields of `video` in earlier files that each way to join frames read."""
+
+
+def _bridge(values: dict[str, Any]) -> BridgeConfig:
+    """The bridge of a file, which earlier files call `video` and the earliest leave out."""
+    if "bridge" in values:
+        return bridge_config(values["bridge"])
+    video = values.pop("video", {})
+    kind = video.get("temporal", "concatenate")
+    return bridge_config({"kind": kind} | {name: video[name] for name in _KINDS_BEFORE[kind] if name in video})
 
 
 def read_info(folder: Path) -> BridgeInfo:

@@ -1,6 +1,6 @@
 """`python -m jobs.demo.backbones` trains and saves the models again."""
 
-from jobs.demo.backbones.make import main
+from jobs.demo.make_backbones import main
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,7 @@ from pipelines.serving.workers.encoder import EncoderWorker, encoder_class
 from pipelines.serving.workers.generator import GeneratorWorker, generator_options
 from pipelines.serving.workers.graph import SharedQuotas, unwrap
 from pipelines.serving.workers.media import MediaWorker
-from qformer.generation.turns import Turns
+from qformer.generation.fair_lock import FairLock
 
 
 class LocalModels(SharedQuotas):
@@ -92,7 +92,7 @@ class FusedService:
         # Passes of encoder and language model mostly alternate: torch gets the threads of one of them.
         torch.set_num_threads(max(1, int(max(config.encoder.num_cpus, config.generator.num_cpus))))
         media = MediaWorker(config.media_limits, config.fetch, config.decode_children)
-        turn = None if config.use_gpu else Turns()
+        turn = None if config.use_gpu else FairLock()
         encoder = encoder_class(config.max_loaded_adapters)
         self._encoder = encoder(config.backbones.encoder, config.max_batch_frames, config.use_gpu, turn)
         options = generator_options(config)

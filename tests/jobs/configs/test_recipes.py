@@ -1,15 +1,16 @@
 """Every recipe of jobs/configs: what it resolves to, and a run at toy size through `train.main`.
 
 Ray Train runs its function in this process (its local mode), which saves the start of a worker group for each recipe;
-rows, decoding, checkpoints and summary go the whole way.
+rows, decoding, checkpoints and summary go the whole way. The first recipe of each corpus, and the one that the toy file
+names, get their rows from actors, the others from this process.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
 import pytest
 import yaml
-from ray.train import ScalingConfig
 
 from jobs.cli import main as cli
 from jobs.demo.toy import CONFIGS, write_toy
@@ -18,11 +19,12 @@ from jobs.settings.loading import load
 from jobs.train import job as train
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner, load_retriever
-from pipelines.training.group import launch
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from qformer.conversion.checkpoint import read_weights
 from qformer.errors import UserError
+from tests.local_data import local_data, local_training
 
+RECIPES = CONFIGS / "recipes"
 FILES = {
     "blip2_stage1": ["blip2_stage1"],
     "blip2_stage2_opt": ["blip2_stage2_opt"],
@@ -60,6 +62,8 @@ BEFORE = {
 }
 """The recipe whose run each starts from."""
 AUDIO = ("video_llama_audio", "video_llama_audio_finetune")
+ROWS_BY_ACTORS = ("blip2_stage1", "video_llama_audio")
+"""The first of pictures and mute clips, and the first of clips with their sound."""
 FROZEN = ("minigpt4", "video_llama")
 """Beginnings of those that keep a Q-Former as it was."""
 T5_RECIPES = ("blip2_stage2_flant5", "instructblip")
@@ -108,7 +112,7 @@ FLAGS = {
 
 
 def paths(name):
-    return [CONFIGS / f"{file}.yaml" for file in FILES[name]]
+    return [RECIPES / f"{file}.yaml" for file in FILES[name]]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -157,7 +161,7 @@ def test_every_recipe_writes_a_folder_of_its_own():
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_toy_file_leaves_what_a_recipe_is_about(name):
-    plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), CONFIGS / "toy.yaml"])
+    plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), RECIPES / "toy.yaml"])
     kept = {"learning_rate", "min_learning_rate", "weight_decay", "betas", "loss_weights"}
     assert plain.optim.model_dump(include=kept) == toy.optim.model_dump(include=kept)
     kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "vision_layer", "lora", "temporal"}
@@ -166,7 +170,7 @@ def test_the_toy_file_leaves_what_a_recipe_is_about(name):
 
 
 def test_the_first_line_of_the_toy_file_is_a_command(capsys):
-    words = (CONFIGS / "toy.yaml").read_text().splitlines()[0].removeprefix("# qformer ").split()
+    words = (RECIPES / "toy.yaml").read_text().splitlines()[0].removeprefix("# qformer ").split()
     words = [str(CONFIGS.parents[1] / word) if word.endswith(".yaml") else word for word in words]
     assert cli.main([*words, "--show-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -193,7 +197,9 @@ def run(ray_local, toy):
                 overrides.append(f"model.language={toy / 't5'}")
             if name in AUDIO:
                 overrides += [f"model.audio={toy / 'ast'}", f"data.manifest={toy}/clips/manifest.jsonl"]
-            done[name] = train_here([*paths(name), CONFIGS / "toy.yaml"], overrides)
+            rows_come = contextlib.nullcontext() if name in ROWS_BY_ACTORS else local_data()
+            with rows_come:
+                done[name] = train_here([*paths(name), RECIPES / "toy.yaml"], overrides)
         return done[name]
 
     return trained
@@ -201,8 +207,7 @@ def run(ray_local, toy):
 
 def train_here(files, overrides=()):
     chosen = load(TrainSettings, files, overrides)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "ScalingConfig", lambda **_: ScalingConfig(num_workers=0))
+    with local_training():
         return chosen, train.main(chosen)
 
 
@@ -311,7 +316,7 @@ def test_the_toy_file_alone_suffices(ray_local, toy, tmp_path, monkeypatch):
     (tmp_path / "runs" / "toy").symlink_to(toy)
     (tmp_path / "jobs").symlink_to(CONFIGS.parent)
     monkeypatch.chdir(tmp_path)
-    chosen, summary = train_here([*paths("retrieval_finetune"), CONFIGS / "toy.yaml"])
+    chosen, summary = train_here([*paths("retrieval_finetune"), RECIPES / "toy.yaml"])
     assert "re-initialised 0 tensors; missing 0 tensors" in summary["load_report"]
     start, end = read_weights(toy / "bridge"), read_weights(newest(chosen))
     assert start.keys() == end.keys()
@@ -323,5 +328,5 @@ def test_stage_1_starts_from_no_stage_2(run, toy, tmp_path):
     before, output = run("caption_finetune")[0].output, tmp_path / "run"
     overrides = [f"output={output}", f"data.manifest={toy}/corpus/manifest.jsonl", f"init_from={before}"]
     with pytest.raises(UserError, match=r"is a stage-2 checkpoint.*give stage 1 a stage-1 run"):
-        train_here([*paths("retrieval_finetune"), CONFIGS / "toy.yaml"], overrides)
+        train_here([*paths("retrieval_finetune"), RECIPES / "toy.yaml"], overrides)
     assert list(output.iterdir()) == []

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from jobs.demo.backbones.make import MODELS_FOLDER
+from jobs.demo.make_backbones import MODELS_FOLDER
 from jobs.demo.video.backbones.language import caption_accuracy
 from jobs.demo.video.world.corpus import read_broken, read_scenes, write_clip_world
 from jobs.demo.video.world.grammar import captions, parse, vocabulary
