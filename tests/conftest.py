@@ -85,6 +85,7 @@ def ray_local(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # as often as Ray can: a test reads them
+        patch.setenv("REPORTER_UPDATE_INTERVAL_MS", "60000")  # figures of the machine, which no test reads
         for left in (2, 1, 0):
             try:
                 with ray_process_environment():
