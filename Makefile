@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-video demo-full test test-all lint format bench docs clean distclean
+.PHONY: help demo demo-video demo-full test test-slow test-all lint format bench docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ demo-full: $(STAMP) ## the same with more data and steps
 
 test: $(STAMP) ## the tests, without the long drills, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-slow: $(STAMP) ## only the tests that `make test`, and with it CI, leaves out
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-all: $(STAMP) ## all tests that this machine can run
 	@$(BIN)/python -m pytest -m "" $(ARGS)

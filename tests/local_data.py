@@ -69,14 +69,13 @@ def local_data():
 
         return measure_rows(choice, decode, frames_per_pass, "cuda" if use_gpu else "cpu", blocks)
 
-    def start(kind, rows, total_steps, decode_workers, reserves_cpus):
-        options = {"total_steps": total_steps, "decode_workers": decode_workers, "reserves_cpus": reserves_cpus}
-        return LocalActor(kind(rows.order, [ray.put(rows.corpus)], **options))
+    def actor_class(kind):
+        return types.SimpleNamespace(remote=lambda *arguments, **options: LocalActor(kind(*arguments, **options)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "_mapped", mapped)
         patch.setattr(dataset, "measure_features", measure)
-        patch.setattr(train_rows, "_start", start)
+        patch.setattr(train_rows, "_actor_class", actor_class)
         patch.setattr(ray, "kill", lambda actor: None if isinstance(actor, LocalActor) else kill(actor))
         yield
 

@@ -31,6 +31,9 @@ for name in sys.stdin.read().split():
         print(f"{name}: imported from {file}")
 """
 
+# One process builds the wheel that all tests here share.
+pytestmark = pytest.mark.xdist_group("package")
+
 
 def names():
     """Every module of the product, from the clone."""

@@ -1,4 +1,4 @@
-"""Weights of another model into ours: what fits is loaded, and nothing is left out or made up in silence."""
+"""Initialisation of trainables from another model's weights; every tensor not loaded is reported or refused."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,31 +34,31 @@ def load_matching(
     dropped: Sequence[str] = (),
     allow_mismatch: bool = False,
 ) -> LoadReport:
-    """Load what fits by name and shape, and refuse any other difference.
+    """Load the tensors whose name and shape match, and refuse any other difference.
 
     Args:
-        module: Receives the weights.
-        weights: By the module's names.
-        source: What to call their origin.
-        new: Parts of names that the module has beyond the source.
-        dropped: Parts of names that the source has beyond the module.
-        allow_mismatch: Initialise anew what does not fit, and leave out what has no place, instead of refusing.
+        module: Module that receives the weights.
+        weights: Tensors by the module's names.
+        source: Name of their origin, for messages.
+        new: Parts of names that only the module may have.
+        dropped: Parts of names that only the source may have.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
-        UserError: On a difference outside `new` and `dropped`, naming the first of each kind.
+        UserError: If there is another difference; the message names the first of each kind.
     """
     own = module.state_dict()
     resized = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     absent = sorted(own.keys() - weights.keys())
     missing = [name for name in absent if not _has_part(name, new)]
     unexpected = sorted(weights.keys() - own.keys())
-    surprises = [name for name in unexpected if not _has_part(name, dropped)]
-    if not allow_mismatch and (resized or missing or surprises):
-        told = [f"{n} is {tuple(weights[n].shape)} there but {tuple(own[n].shape)} here" for n in resized[:1]]
-        told += [f"{len(missing)} tensors are missing there, first {n}" for n in missing[:1]]
-        told += [f"{len(surprises)} tensors have no place here, first {n}" for n in surprises[:1]]
+    unknown = [name for name in unexpected if not _has_part(name, dropped)]
+    if not allow_mismatch and (resized or missing or unknown):
+        problems = [f"{n} is {tuple(weights[n].shape)} there but {tuple(own[n].shape)} here" for n in resized[:1]]
+        problems += [f"{len(missing)} tensors are missing there, first {n}" for n in missing[:1]]
+        problems += [f"{len(unknown)} tensors have no place here, first {n}" for n in unknown[:1]]
         raise UserError(
-            f"initialising from {source}: {'; '.join(told)}; make model.qformer, model.vision and model.tokenizer "
+            f"initialising from {source}: {'; '.join(problems)}; make model.qformer, model.vision and model.tokenizer "
             "equal to the source's, or set model.init_mismatch=reinitialise"
         )
     loaded = sorted((own.keys() & weights.keys()) - set(resized))
@@ -69,12 +69,12 @@ def load_matching(
         reinitialised=[name for name in absent if _has_part(name, new)],
         missing=sorted(missing + resized),
         left_out=[name for name in unexpected if _has_part(name, dropped)],
-        unexpected=surprises,
+        unexpected=unknown,
     )
 
 
 def require_stage1(folder: Path) -> None:
-    """Refuse what `start_stage1` cannot start from.
+    """Refuse a checkpoint of another stage than 1.
 
     Raises:
         UserError: If the folder is no checkpoint, or one of stage 2.
@@ -87,12 +87,12 @@ def require_stage1(folder: Path) -> None:
 
 
 def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = False) -> LoadReport:
-    """Start stage 1 from a checkpoint of stage 1, as fine-tuning on one corpus does; the temperature comes along.
+    """Start stage 1 from a checkpoint of stage 1, temperature included, for fine-tuning on one corpus.
 
     Args:
-        trainables: Receives the weights; its tokenizer must be the checkpoint's.
-        folder: The checkpoint.
-        allow_mismatch: See `load_matching`.
+        trainables: Module that receives the weights; its tokenizer must be the checkpoint's.
+        folder: Folder of the checkpoint.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
         UserError: If the checkpoint is of another stage, or a tensor has another shape.
@@ -106,14 +106,14 @@ def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = Fal
 def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allow_mismatch: bool = False) -> LoadReport:
     """Start stage 2 from a checkpoint of stage 1 or 2.
 
-    The projection (and LoRA) belongs to one language model: it is kept when that stays, and starts anew for another,
-    as MiniGPT-4 does. A text branch that the checkpoint lacks keeps what it was initialised with.
+    The projection (and LoRA) belongs to one language model: it is loaded for the same one, and initialised for another,
+    as in MiniGPT-4. A text branch that the checkpoint lacks keeps its initial values.
 
     Args:
-        trainables: Receives the weights.
-        folder: The checkpoint.
+        trainables: Module that receives the weights.
+        folder: Folder of the checkpoint.
         language: Language model of this run.
-        allow_mismatch: See `load_matching`.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
         UserError: If the folder is no checkpoint, or a shared tensor has another shape.

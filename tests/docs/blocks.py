@@ -47,7 +47,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
     for number, line in enumerate(lines, 1):
         if start is None and line.lstrip().startswith("```"):
             match = _OPEN.match(line)
-            assert match, f"{name}:{number}: write a fence as ```LANGUAGE or ```LANGUAGE title=\"FILE\", not {line!r}"
+            assert match, f'{name}:{number}: write a fence as ```LANGUAGE or ```LANGUAGE title="FILE", not {line!r}'
             start = number
         elif start is not None and line == "```":
             yield Block(name, start, match[1], match[2] or "", "\n".join(lines[start : number - 1]) + "\n")

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -88,7 +89,7 @@ def check(words):
             assert re.fullmatch(r"http://\w+:8265", address)
             check(rest)
         case ["serve", "deploy", file]:
-            assert yaml.safe_load(open(file))["applications"], "written by the command before"
+            assert yaml.safe_load(Path(file).read_text())["applications"], "written by the command before"
         case _:
             pytest.fail(f"no rule covers the command {words}; add one to check()")
 
@@ -140,7 +141,8 @@ def check_curl(words):
     path = url.removeprefix("http://127.0.0.1:8000")
     paths = json.loads(asyncio.run(document(None)).body)["paths"]
     assert "post" in paths[path]
-    assert open(words[words.index("--data-binary") + 1].removeprefix("@"), "rb").read(2) == b"\xff\xd8", "a JPEG"
+    photo = Path(words[words.index("--data-binary") + 1].removeprefix("@"))
+    assert photo.read_bytes()[:2] == b"\xff\xd8", "a JPEG"
 
 
 @pytest.mark.parametrize("block", blocks_in("yaml"), ids=str)

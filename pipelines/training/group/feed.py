@@ -141,7 +141,7 @@ class _SegmentReader:
             self.end_step = stream.first_step + stream.num_steps
             for batch in stream:
                 if (batch.step, batch.rank) != (step, self._rank):
-                    raise RuntimeError(f"rank {self._rank} at step {step} received ({batch.step}, {batch.rank})")
+                    raise RuntimeError(f"rank {self._rank} at step {step} was given ({batch.step}, {batch.rank})")
                 self.start_s = self.start_s or time.perf_counter() - begun_s
                 self.ready.put(_pin(batch) if self._is_pinned else batch)
                 step += 1

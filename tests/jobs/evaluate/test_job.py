@@ -150,13 +150,10 @@ def test_retrieval_by_kind(ray_local, corpus, tmp_path, top_k):
 def text_to_image_recall(retriever, rows, top_k):
     """Recall at 1 for one kind, written as plain loops over single images and texts."""
     texts = [(text, owner) for owner, (row, _) in enumerate(rows) for text in row["captions"]]
-    hits = 0
+    hits, images = 0, [retriever.embed_image(sample[None]) for _, sample in rows]
     for text, owner in texts:
         embed = retriever.embed_text([text])[0]
-        scores = []
-        for _, sample in rows:
-            queries, tokens = retriever.embed_image(sample[None])
-            scores.append((float((queries[0] @ embed).max()), tokens))
+        scores = [(float((queries[0] @ embed).max()), tokens) for queries, tokens in images]
         order = np.argsort([-similarity for similarity, _ in scores], kind="stable")
         if top_k:
             best = {i: scores[i][0] + float(retriever.match(scores[i][1], [text])[0]) for i in order[:top_k]}

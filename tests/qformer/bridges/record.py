@@ -268,7 +268,11 @@ def record_stage2(api, kind):
         loss = ((prompts - target).square() * is_prompt[..., None]).sum() + 0.1 * outputs.square().sum()
         loss.backward()
         found |= result(case, {"loss": loss}, model)
-        found |= {f"{case}.prompts": prompts.detach(), f"{case}.is_prompt": is_prompt, f"{case}.outputs": outputs.detach()}
+        found |= {
+            f"{case}.prompts": prompts.detach(),
+            f"{case}.is_prompt": is_prompt,
+            f"{case}.outputs": outputs.detach(),
+        }
     return found
 
 

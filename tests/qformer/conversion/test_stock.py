@@ -12,7 +12,7 @@ from qformer.config import GenerationSettings, LoraConfig
 from qformer.conversion.bundle import ImportOptions
 from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.conversion.huggingface import export_huggingface
-from qformer.conversion.names import HF_RETRIEVAL, peer_name
+from qformer.conversion.names import HF_RETRIEVAL, layout_name
 from qformer.objectives import similarity
 from qformer.objectives.stage2 import Stage2
 from tests.qformer.folders import (
@@ -176,7 +176,7 @@ def assert_same_gradients(stage1, model):
     """
     theirs, compared = dict(model.named_parameters()), 0
     for name, parameter in stage1.named_parameters():
-        other = peer_name(name, HF_RETRIEVAL)
+        other = layout_name(name, HF_RETRIEVAL)
         expected = None if other is None else theirs[other].grad
         ours = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         expected = torch.zeros_like(parameter) if expected is None else expected
