@@ -79,7 +79,7 @@ def fetch_rows(local_BX: Tensor, index_E: Tensor) -> tuple[Tensor, Tensor]:
         index_E: Indexes of the requested rows among all ranks' rows in rank order.
 
     Returns:
-        fetched_MX, the requested rows of other ranks, each once; and the position of every index in [local rows; fetched].
+        fetched_MX, the requested rows of other ranks, each once; and each index's position in [local rows; fetched].
     """
     if world_size() == 1:
         return local_BX[:0], index_E
