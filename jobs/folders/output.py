@@ -5,6 +5,9 @@ import os
 from pipelines.data import storage
 from qformer.errors import UserError
 
+SETTINGS_FILE, SUMMARY_FILE = "settings.yaml", "summary.json"
+"""Files of a job's output folder: its resolved settings, and its result."""
+
 
 def require_unused(folder: str, setting: str) -> None:
     """Check that an output folder is absent or empty.
