@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import ValidationError
 
-from jobs.folders.output import QUARANTINE_FILE, SETTINGS_FILE, SUMMARY_FILE
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE
 from jobs.settings.jobs import TrainSettings
 from jobs.train.reporter import BAD_STEPS_FILE, EVENTS_FILE, STARTS_FILE
 from pipelines.data import schema, storage
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.evaluation.doctor.weights import Trainables
 from pipelines.training.group.watchdog import STACKS_FOLDER
 from pipelines.training.records.metrics_log import METRICS_FILE

@@ -19,7 +19,8 @@ from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest
-from pipelines.data.features.files import QUARANTINE_FILE, read_table, rows_file
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
+from pipelines.data.features.files import read_table, rows_file
 from pipelines.data.features.shards import RETRYABLE_ERRORS, write_quarantine
 from pipelines.data.media.samples import DecodeSettings, Limits
 from pipelines.data.media.stage_costs import sum_costs

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from jobs.cluster.session import ray_session
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
-from jobs.folders.output import QUARANTINE_FILE, SETTINGS_FILE, SUMMARY_FILE, require_unused
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.data import DataSettings
 from jobs.settings.jobs import EvaluateSettings
 from jobs.settings.loading import resolved_yaml
@@ -50,7 +50,7 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
         failures, more = (_retrieve if info.stage == 1 else _caption)(settings, checkpoint, info, manifest)
     if more["texts_truncated"]:
         logger.warning("%d texts cut to max_text_tokens=%d", more["texts_truncated"], info.max_text_tokens)
-    write_table(quarantine.to_table(failures), storage.join(settings.output, QUARANTINE_FILE))
+    write_table(quarantine.to_table(failures), storage.join(settings.output, quarantine.QUARANTINE_FILE))
     line = quarantine.accounting_line(manifest.num_rows, manifest.num_rows - len(failures), len(failures))
     summary = {
         "stage": info.stage,

@@ -5,7 +5,8 @@ import os
 from pipelines.data import storage
 from qformer.errors import UserError
 
-SETTINGS_FILE, SUMMARY_FILE, QUARANTINE_FILE = "settings.yaml", "summary.json", "quarantine.parquet"
+SETTINGS_FILE, SUMMARY_FILE = "settings.yaml", "summary.json"
+"""Files of a job's output folder: its resolved settings, and its result."""
 
 
 def require_unused(folder: str, setting: str) -> None:

@@ -10,10 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.cluster.exceptions import find_user_error
-from jobs.folders.output import QUARANTINE_FILE, SETTINGS_FILE, require_unused
+from jobs.folders.output import SETTINGS_FILE, require_unused
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import storage
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.local_copies import remove_copy
 from qformer.errors import UserError

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.cluster.environment import current_environment
-from jobs.folders.output import QUARANTINE_FILE
 from jobs.settings.jobs import TrainSettings
 from pipelines.data import storage
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import write_table
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.failures import Failure
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.metrics_log import MetricsLog
