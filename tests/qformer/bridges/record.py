@@ -56,11 +56,12 @@ class Before:
     """The models as commit 698aac8 calls them."""
 
     def __init__(self):
-        from qformer.config import QFormerConfig
         from qformer.stage1 import Stage1, Stage1Batch
         from qformer.stage2 import Stage2
         from qformer.video.audio_branch import Sound
         from qformer.video.config import AudioConfig, VideoConfig
+
+        from qformer.config import QFormerConfig
 
         self.config, self.video, self.audio, self.sound = QFormerConfig, VideoConfig, AudioConfig, Sound
         self.stage1_class, self.stage2_class, self.batch = Stage1, Stage2, Stage1Batch
