@@ -1,6 +1,77 @@
-"""What is built and how it generates: shapes of the Q-Former, low-rank updates, generation. Free of torch."""
+"""What is built and how it generates: frozen models, shapes of the Q-Former, updates, generation. Free of torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
+
+CACHED_AUDIO = "features"
+"""Name of an audio encoder that stands for the vectors in a feature cache, whatever made them (ImageBind)."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSpec:
+    """A frozen vision encoder, and the layer of it that the bridge reads.
+
+    Raises:
+        ValueError: If the name is empty or the size not positive.
+    """
+
+    name: str
+    """timm name, Hugging Face name (owner/model), or local folder of either's files."""
+    _: KW_ONLY
+    pretrained: bool = True
+    """false: random weights of a fixed seed (for dry runs)."""
+    layer: int = -2
+    """Block whose output the Q-Former reads; -2 is the paper's second-to-last."""
+    image_size: int | None = None
+    """Side of the square input in pixels, to which the encoder's positions are interpolated; null: the encoder's own.
+    """
+
+    def __post_init__(self) -> None:
+        _require_name(self.name)
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1; leave it out for the encoder's own")
+
+
+@dataclass(frozen=True, slots=True)
+class AudioSpec:
+    """A frozen audio encoder.
+
+    Raises:
+        ValueError: If the name is empty.
+    """
+
+    name: str
+    """Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); "features": the vectors in the feature cache."""
+    _: KW_ONLY
+    pretrained: bool = True
+    """false: random weights of a fixed seed (for dry runs)."""
+
+    def __post_init__(self) -> None:
+        _require_name(self.name)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether only a feature cache holds its vectors: there is no encoder to load."""
+        return self.name == CACHED_AUDIO
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageSpec:
+    """A frozen language model, decoder-only or encoder-decoder (T5).
+
+    Raises:
+        ValueError: If the name is empty.
+    """
+
+    name: str
+    """Hugging Face name or local folder."""
+
+    def __post_init__(self) -> None:
+        _require_name(self.name)
+
+
+def _require_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name={name!r} must be a hub name or a local folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from jobs.bench.hf_stage1 import TEXT_LENGTH, HuggingFaceStage1
 from jobs.bench.result import BenchResult
 from jobs.bench.stage1_flops import step_flops
 from qformer.backbones import load_vision
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.objectives import Negatives
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 
@@ -106,7 +106,7 @@ def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
 def encode_rate(case: Case) -> float:
     """Pictures that the frozen encoder, with random weights, encodes in a second, up to the block that is read."""
     dtype = torch.bfloat16 if case.is_bf16 else torch.float32
-    encoder = load_vision(cast(str, case.vision), pretrained=False, dtype=dtype).to(case.device)
+    encoder = load_vision(VisionSpec(cast(str, case.vision), pretrained=False), dtype=dtype).to(case.device)
     size = (case.vision_batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=case.device)
     taken = []

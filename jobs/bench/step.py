@@ -34,6 +34,7 @@ from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision, PrecisionName
 from qformer.backbones import VisionEncoder
+from qformer.config import VisionSpec
 from qformer.torch_build.torchvision import import_torchvision
 
 ESTIMATES = {"uncached": 510, "cached": 1670}
@@ -205,9 +206,7 @@ def _batches(case: Case, images: NDArray[Any], texts: list[list[str]]) -> Iterat
 def _choice(case: Case, tokenizer: str) -> ModelChoice:
     return ModelChoice(
         stage=1,
-        vision=case.vision,
-        vision_pretrained=False,
-        vision_layer=-2,
+        vision=VisionSpec(case.vision, pretrained=False),
         language=None,
         tokenizer=tokenizer,
         max_text_tokens=MAX_TEXT_TOKENS,

@@ -31,6 +31,7 @@ from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
 from pipelines.training.records.telemetry import read_metrics
+from qformer.config import VisionSpec
 
 REPOSITORY = Path(__file__).parents[2]
 VISION = "vit_tiny_patch16_224"
@@ -102,7 +103,7 @@ def measure(case: Case) -> BenchResult:
         manifest = _write_manifest(root, paths, captions)
         cache = str(root / "features")
         data = DataSettings(manifest=manifest)
-        features.main(FeaturesSettings(output=cache, vision=case.vision, vision_pretrained=False, data=data))
+        features.main(FeaturesSettings(output=cache, vision=VisionSpec(case.vision, pretrained=False), data=data))
         ours, cached, peers = [], [], []
         for turn in range(case.rounds):
             settings = _settings(case, manifest, root / f"run{turn}")
@@ -146,7 +147,7 @@ def _settings(case: Case, manifest: str, output: Path, features: str | None = No
     return TrainSettings(
         output=str(output),
         stage=1,
-        model=ModelSettings(vision=case.vision, vision_pretrained=False, tokenizer="corpus", qformer=case.qformer),
+        model=ModelSettings(vision=VisionSpec(case.vision, pretrained=False), tokenizer="corpus", qformer=case.qformer),
         data=TrainDataSettings(manifest=manifest, features=features),
         optim=OptimSettings(warmup_steps=0),
         steps=case.warm_up + case.timed,

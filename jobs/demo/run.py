@@ -17,6 +17,7 @@ from jobs.serve.job import require_free_port
 from jobs.settings.data import DataSettings, SourceSettings, TrainDataSettings
 from jobs.settings.jobs import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
 from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from qformer.config import LanguageSpec, VisionSpec
 
 MODELS = Path(__file__).parent / "models"
 LOOPBACK = "127.0.0.1"
@@ -79,7 +80,7 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
 
     features_settings = FeaturesSettings(
         output=str(steps.folder("features")),
-        vision=str(MODELS / "vision"),
+        vision=VisionSpec(str(MODELS / "vision")),
         data=DataSettings(manifest=str(manifest), num_frames=NUM_FRAMES),
         workers=demo.workers,
         ray=settings.ray,
@@ -114,8 +115,8 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
         stage=stage,
         init_from=str(steps.folder("stage1")) if stage == 2 else None,
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            language=str(MODELS / "language"),
+            vision=VisionSpec(str(MODELS / "vision")),
+            language=LanguageSpec(str(MODELS / "language")),
             tokenizer="corpus",
             qformer=QFormerSettings(**demo.qformer.model_dump()),
         ),

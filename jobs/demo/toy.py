@@ -22,7 +22,8 @@ from qformer.torch_build.torchvision import import_torchvision
 
 FOLDER = Path("runs/toy")
 """As toy.yaml names it."""
-CONFIGS = Path(jobs.__file__).parent / "configs"
+RECIPES = Path(jobs.__file__).parent / "configs" / "recipes"
+MODELS = Path(jobs.__file__).parent / "demo" / "models"
 NUM_IMAGES, NUM_TEST_IMAGES = 48, 8
 
 
@@ -79,8 +80,8 @@ def _question(row: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:
 
 def _write_bridge(folder: Path, captions: list[str]) -> None:
     """A checkpoint of stage 1 as toy.yaml shapes it, after no step."""
-    overrides = ["init_from=null", f"model.vision={CONFIGS.parent / 'demo' / 'models' / 'vision'}"]
-    settings = load(TrainSettings, [CONFIGS / "blip2_stage1.yaml", CONFIGS / "toy.yaml"], overrides)
+    overrides = ["init_from=null", f"model.vision={MODELS / 'vision'}"]
+    settings = load(TrainSettings, [RECIPES / "blip2_stage1.yaml", RECIPES / "toy.yaml"], overrides)
     with tempfile.TemporaryDirectory() as tokenizer:
         learn_text_tokenizer(lambda: captions, Path(tokenizer))
         choice = choice_from(
@@ -99,7 +100,7 @@ def _write_t5(folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(CONFIGS.parent / "demo" / "models" / "language")
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "language")
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer),

@@ -15,6 +15,7 @@ from jobs.settings.data import (
 )
 from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.settings.serve import ServeSettings as ServeSettings
+from jobs.settings.specs import Audio, Language, Vision
 from qformer.config import GenerationSettings
 
 
@@ -113,14 +114,10 @@ class FeaturesSettings(Settings):
 
     output: str
     """Folder of the cache (local path or fsspec URI). A second run adds what is missing and leaves the rest."""
-    vision: str
-    """Vision encoder, as `model.vision` of `qformer train`."""
-    vision_pretrained: bool = True
-    vision_layer: int = -2
-    vision_image_size: int | None = Field(default=None, ge=1)
-    audio: str | None = None
-    """Audio encoder, as `model.audio` of `qformer train`, whose vectors are kept as well; null: no sound."""
-    audio_pretrained: bool = True
+    vision: Vision
+    """Vision encoder, as `model.vision` of `qformer train`; a string alone is its name."""
+    audio: Audio | None = None
+    """Audio encoder, as `model.audio` of `qformer train`, whose vectors are stored as well; null: no sound."""
     data: DataSettings
     dtype: Literal["fp16", "bf16", "int8"] = "fp16"
     """How tokens are stored; int8 keeps one scale a token and halves the size."""
@@ -229,11 +226,9 @@ class ImportSettings(Settings):
     Blip2ForImageTextRetrieval or InstructBlipForConditionalGeneration with its processor."""
     output: str
     """New local folder; `checkpoint=` of the other jobs takes it."""
-    vision: str | None = None
+    vision: Vision | None = None
     """Encoder of a LAVIS file, which holds none; a Hugging Face folder brings its own."""
-    vision_pretrained: bool = True
-    vision_layer: int = -2
-    language: str | None = None
+    language: Language | None = None
     """Language model of a LAVIS stage-2 file; a Hugging Face folder brings its own."""
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of a LAVIS stage-1 file."""

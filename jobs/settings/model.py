@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from jobs.settings.data import Settings
+from jobs.settings.specs import Audio, Language, Vision
 from qformer.config import LoraConfig, QFormerConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -72,21 +73,13 @@ class AudioBranchSettings(Settings):
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
-    vision: str
-    """Vision encoder: timm name, Hugging Face name (owner/model), or local folder of either's files."""
-    vision_pretrained: bool = True
-    """false: random weights (for dry runs; a random encoder sees little)."""
-    vision_layer: int = -2
-    """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
-    vision_image_size: int | None = Field(default=None, ge=1)
-    """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
-    audio: str | None = None
-    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); "features" for the
-    vectors that `data.features` keeps, whatever made them; null: no sound."""
-    audio_pretrained: bool = True
+    vision: Vision
+    """Frozen vision encoder; a string alone is its name."""
+    audio: Audio | None = None
+    """Frozen audio encoder, for stage 2; a string alone is its name; null: no sound."""
     audio_branch: AudioBranchSettings = AudioBranchSettings()
-    language: str | None = None
-    """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
+    language: Language | None = None
+    """Frozen language model, for stage 2, decoder-only or T5; a string alone is its name."""
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of the Q-Former: hub name, local folder, or "corpus" to learn WordPiece from the captions. A
     Q-Former that reads text takes the one of `init_from` where that has one."""

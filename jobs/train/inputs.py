@@ -1,11 +1,11 @@
 """How the settings of a training run name what it reads."""
 
+from jobs.folders.backbones import absolute_name, with_absolute_name
 from jobs.settings.jobs import TrainSettings
 from pipelines.data import storage
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.samples import DecodeSettings, Limits
 from pipelines.data.media.transforms import Augmentation
-from qformer.bridges.config import KEPT_AUDIO
 from qformer.preprocessing import Preprocessing
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -16,16 +16,16 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Workers run in other folders: make every local path absolute. Hub names and URIs stay as they are."""
 
     def absolute(path: str | None) -> str | None:
-        return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
+        return path and absolute_name(path)
 
     model = settings.model
     folders = {
-        name: absolute(getattr(model, name)) for name in ("vision", "audio", "language", "tokenizer", "qformer_init")
+        "vision": with_absolute_name(model.vision),
+        "audio": model.audio and with_absolute_name(model.audio),
+        "language": model.language and with_absolute_name(model.language),
+        "tokenizer": LEARN_TOKENIZER if model.tokenizer == LEARN_TOKENIZER else absolute(model.tokenizer),
+        "qformer_init": absolute(model.qformer_init),
     }
-    if model.tokenizer == LEARN_TOKENIZER:
-        folders["tokenizer"] = LEARN_TOKENIZER
-    if model.audio == KEPT_AUDIO:
-        folders["audio"] = KEPT_AUDIO
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
     return settings.model_copy(
         update={

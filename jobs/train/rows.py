@@ -96,8 +96,8 @@ def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features:
         cache = cache.without_audio()
     elif cache.spec.audio is None:
         raise UserError(
-            f"data.features={features} holds no sound, and model.audio={settings.model.audio} listens; run `qformer "
-            f"features --set audio={settings.model.audio}` into another folder, or leave model.audio out"
+            f"data.features={features} holds no sound, and model.audio={settings.model.audio.name} reads it; run "
+            f"`qformer features --set audio={settings.model.audio.name}` into another folder, or leave model.audio out"
         )
     else:
         audio = settings.data.audio.build(cache.spec.audio.sample_rate_hz)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridges.config import JOINED
-from qformer.config import QFormerConfig
+from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors, reason_of
 from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.conversion.frozen import (
@@ -90,16 +90,14 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
     for name in sorted(without_place):
         if not name.startswith(layout.into_side_file):
             raise UserError(f"checkpoint: {name!r} has no place in {layout.architecture}; export a bridge without it")
-    encoder = load_vision(
-        info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer, image_size=info.vision_image_size
-    )
-    vision_config, tower = export_tower(encoder, info.vision)
+    encoder = load_vision(info.vision)
+    vision_config, tower = export_tower(encoder, info.vision.name)
     placed |= {f"vision_model.{name}": tensor for name, tensor in tower.items()}
     processor = _processor(checkpoint, info, layout)
     settings = {"vision_config": vision_config, **_settings(info, layout)}
     if layout.has_language_model:
         image_id = processor.tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
-        name = cast(str, info.language)
+        name = cast(LanguageSpec, info.language).name
         language, text_config = read_language(name, image_id, processor.tokenizer, info.lora, updates)
         placed |= {f"language_model.{name}": tensor for name, tensor in language.items()}
         if info.answer_end_id is not None:
@@ -122,7 +120,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
 def _require_place(info: BridgeInfo) -> None:
     """Refuse what no model of Hugging Face's computes."""
     what = f"temporal={info.video.temporal!r}, which joins frames" if info.video.temporal in JOINED else ""
-    what = what or (f"a branch for sound ({info.audio!r})" if info.audio_branch is not None else "")
+    what = what or (f"a branch for sound ({info.audio.name!r})" if info.audio is not None and info.audio_branch else "")
     if what:
         raise UserError(
             f"checkpoint: it has {what}; BLIP-2 and InstructBLIP in transformers have no place for that: serve it with "
@@ -143,12 +141,12 @@ def _imported_info(
             f"source: {SIDE_FILE} is of stage {side.stage}, not of a {layout.architecture}; export it again"
         )
     qformer = our_config(config, layout)
+    # The tower that lies in the folder has its size already, and ends with the block to read.
+    vision = VisionSpec(BESIDE + _VISION_FOLDER, layer=-1)
     base = side or BridgeInfo(
         stage=layout.stage,
         step=0,
-        vision="",
-        vision_pretrained=True,
-        vision_layer=-1,
+        vision=vision,
         language=None,
         qformer=qformer,
         preprocessing=preprocessing_of(processor.image_processor),
@@ -158,11 +156,8 @@ def _imported_info(
     )
     return dataclasses.replace(
         base,
-        vision_image_size=None,  # the tower that lies in the folder has its size already
-        vision=BESIDE + _VISION_FOLDER,
-        vision_pretrained=True,
-        vision_layer=-1,  # Hugging Face's tower ends with the block to read
-        language=BESIDE + _LANGUAGE_FOLDER if layout.has_language_model else None,
+        vision=vision,
+        language=LanguageSpec(BESIDE + _LANGUAGE_FOLDER) if layout.has_language_model else None,
         qformer=dataclasses.replace(qformer, vision_norm_eps=base.qformer.vision_norm_eps),
     )
 
@@ -229,7 +224,7 @@ def _processor(checkpoint: Path, info: BridgeInfo, layout: Layout) -> Any:
         if bert.convert_tokens_to_ids(DEC_TOKEN) in (None, bert.unk_token_id):
             # [DEC] takes the id it has in the embeddings, before the processor adds its own token.
             bert.add_special_tokens({"bos_token": DEC_TOKEN})
-    tokenizer = read_language_tokenizer(cast(str, info.language)) if layout.has_language_model else bert
+    tokenizer = read_language_tokenizer(cast(LanguageSpec, info.language).name) if layout.has_language_model else bert
     parts = {"qformer_tokenizer": bert} if layout.has_language_model and layout.has_text_branch else {}
     num_query_tokens = info.qformer.num_queries if layout.has_language_model else None
     return getattr(transformers, layout.processor)(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors
 from qformer.conversion.checkpoint import BESIDE, BridgeInfo
 from qformer.conversion.frozen import language_width
@@ -93,7 +93,7 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
     vision, notes = _vision(source, config, tower, options, output / VISION_FOLDER)
     language = options.language if kind.stage == 2 else None
     if language is not None:
-        notes += _check_language(source, language, width)
+        notes += _check_language(source, language.name, width)
     info = BridgeInfo(
         stage=kind.stage,
         step=0,
@@ -176,8 +176,8 @@ def _vision(
     Returns:
         Fields of `BridgeInfo`, and what to tell of them.
     """
-    name = cast(str, options.vision)
-    encoder = load_vision(name, pretrained=options.vision_pretrained, layer=options.vision_layer)
+    spec = cast(VisionSpec, options.vision)
+    name, encoder = spec.name, load_vision(spec)
     if encoder.width != config.encoder_width:
         raise UserError(
             f"vision: {name!r} is {encoder.width} wide but {str(source)!r} was trained on "
@@ -187,18 +187,17 @@ def _vision(
     own = encoder.preprocessing
     side = min(own.height, own.width)
     contract = replace(own, crop="squash", interpolation="bicubic", resize_short_side=side)
-    fields = {"vision": name, "vision_pretrained": options.vision_pretrained, "vision_layer": options.vision_layer}
     notes = []
     if tower:
         contract = _write_tower(tower, encoder, name, replace(contract, mean=MEAN, std=STD), folder)
-        fields = {"vision": BESIDE + VISION_FOLDER, "vision_pretrained": True, "vision_layer": -1}
+        spec = VisionSpec(BESIDE + VISION_FOLDER, layer=-1)
         notes.append(f"the file's own ViT ({len(tower)} tensors, {contract.height} px) is the encoder")
     told = f"pictures: resized straight to {contract.height}x{contract.width}, bicubic, as LAVIS evaluates"
     if own.crop != contract.crop or own.interpolation != contract.interpolation:
         told += f"; {name!r} by itself has crop={own.crop}, {own.interpolation}"
     if (contract.mean, contract.std) != (MEAN, STD):
         told += f"; normalised as {name!r} is (mean {contract.mean}), where LAVIS has CLIP's mean {MEAN}"
-    return {**fields, "preprocessing": contract}, [*notes, told]
+    return {"vision": spec, "preprocessing": contract}, [*notes, told]
 
 
 def _write_tower(

@@ -31,6 +31,7 @@ from pipelines.training.step.loop import Hooks, Loop, LoopSettings
 from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision
+from qformer.config import VisionSpec
 from qformer.conversion.checkpoint import WEIGHTS_FILE
 
 MODELS = Path(__file__).parents[2] / "jobs" / "demo" / "models"
@@ -60,7 +61,7 @@ def small_world(folder, *, num_images, num_test_images):
         broken_share=0,
     )  # fmt: skip
     encoder, spec = EncoderChoice(
-        vision=str(MODELS / "vision"), pretrained=True, layer=-2, precision="fp32", num_frames=2, dtype="fp16"
+        vision=VisionSpec(str(MODELS / "vision")), precision="fp32", num_frames=2, dtype="fp16"
     ).load()
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "train"]

@@ -10,6 +10,7 @@ from jobs.demo.video.world.film import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
+from qformer.config import AudioSpec, LanguageSpec, VisionSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
@@ -67,10 +68,10 @@ def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> Trai
         stage=2,
         init_from=str(output / bridge.begins_as),
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            audio=str(MODELS / "audio") if bridge.hears else None,
+            vision=VisionSpec(str(MODELS / "vision")),
+            audio=AudioSpec(str(MODELS / "audio")) if bridge.hears else None,
             audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
-            language=str(MODELS / "clip_language"),
+            language=LanguageSpec(str(MODELS / "clip_language")),
             temporal=bridge.temporal,
             video=VideoSettings(
                 max_frames=NUM_FRAMES,

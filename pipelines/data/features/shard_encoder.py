@@ -25,6 +25,7 @@ from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import StageCosts, cost_columns
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
+from qformer.config import AudioSpec, VisionSpec
 from qformer.errors import UserError
 
 _DONE_AT_S = "done_at_s"
@@ -34,18 +35,13 @@ _DONE_AT_S = "done_at_s"
 class EncoderChoice:
     """Which frozen encoders, how they are run, and how what they make is stored."""
 
-    vision: str
-    pretrained: bool
-    layer: int
+    vision: VisionSpec
     precision: Literal["fp32", "bf16"]
     num_frames: int
     dtype: TokenDtype
     sampling: Sampling = Sampling()
-    image_size: int | None = None
-    """Side of the encoder's input in pixels when not its own."""
-    audio: str | None = None
+    audio: AudioSpec | None = None
     """Encoder of the videos' sound; None: their sound is left out."""
-    audio_pretrained: bool = True
     num_segments: int = 8
     segment_s: float = 2.0
     """Of sound: see `AudioSampling`."""
@@ -61,17 +57,11 @@ class EncoderChoice:
     def load_all(self) -> tuple[VisionEncoder, AudioEncoder | None, FeatureSpec]:
         """Load the encoders and describe the features they make; see `load`."""
         weights_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        encoder = load_vision(
-            self.vision,
-            pretrained=self.pretrained,
-            layer=self.layer,
-            dtype=weights_dtype,
-            image_size=self.image_size,
-        )
+        encoder = load_vision(self.vision, dtype=weights_dtype)
         spec = FeatureSpec(
-            vision=self.vision,
+            vision=self.vision.name,
             weights=weights_fingerprint(encoder),
-            layer=self.layer,
+            layer=self.vision.layer,
             precision=self.precision,
             preprocessing=encoder.preprocessing,
             num_frames=self.num_frames,
@@ -82,7 +72,7 @@ class EncoderChoice:
         )
         if self.audio is None:
             return encoder, None, spec
-        ears = load_audio(self.audio, pretrained=self.audio_pretrained, dtype=weights_dtype)
+        ears = load_audio(self.audio, dtype=weights_dtype)
         sampling = AudioSampling(
             sample_rate_hz=ears.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
         )
@@ -90,7 +80,7 @@ class EncoderChoice:
         heard = dataclasses.replace(
             spec,
             audio=sampling,
-            audio_encoder=self.audio,
+            audio_encoder=self.audio.name,
             audio_weights=weights_fingerprint(ears),
             audio_extractor=ears.extractor_fingerprint,
             audio_width=ears.width,

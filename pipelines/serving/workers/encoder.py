@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from ray import serve
 from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
-from pipelines.serving.contract.adapters import Adapter
+from pipelines.serving.contract.adapters import Adapter, SharedEncoder
 from pipelines.serving.contract.errors import Refusal
 from pipelines.serving.contract.wire import Decoded, Matched, TextEmbeddings
 from pipelines.serving.workers.adapter_models import Matcher, Writer, load_adapter, load_backbone
@@ -65,7 +65,7 @@ class EncoderWorker:
     """One replica of the encoder deployment; `encoder_class` adds the loading of adapters to it.
 
     Args:
-        backbone: `Adapter.encoder` of all adapters.
+        backbone: Frozen encoder of all adapters.
         max_batch_frames: Images and frames of one pass, of the Q-Former's with texts: once for each text.
         use_gpu: Run on CUDA.
         turn: Held for every pass; see `Turns`.
@@ -73,7 +73,7 @@ class EncoderWorker:
 
     def __init__(
         self,
-        backbone: Mapping[str, Any],
+        backbone: SharedEncoder,
         max_batch_frames: int,
         use_gpu: bool,
         turn: AbstractContextManager[None] | None = None,

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,8 @@ TRAINING_FILE, SETTINGS_FILE = "training.pt", "settings.yaml"
 _UNFINISHED = ".unfinished-"
 
 
-# Names of backbones may change with their place; what they are is told by their weights (`TrainingState.frozen`).
-_MODEL_FIELDS = tuple(
-    one.name for one in fields(BridgeInfo) if one.name not in ("step", "vision", "language", "audio", "format_version")
-)
+_BACKBONES = ("vision", "language", "audio")
+_MODEL_FIELDS = tuple(one.name for one in fields(BridgeInfo) if one.name not in ("step", "format_version"))
 
 
 @dataclass(slots=True)
@@ -131,7 +129,7 @@ def load_checkpoint(
     if info.stage != expected.stage:
         raise UserError(f"resume: {str(folder)!r} is of stage {info.stage}, the settings say stage={expected.stage}")
     for name in _MODEL_FIELDS:
-        theirs, ours = getattr(info, name), getattr(expected, name)
+        theirs, ours = (_unnamed(one, name) for one in (info, expected))
         if theirs != ours and name != "qformer":  # whose shapes the weights tell
             raise UserError(f"resume: {name} is {theirs!r} in {str(folder)!r} and {ours!r} in the settings; restore it")
     load_weights(trainables, folder)
@@ -149,6 +147,13 @@ def load_checkpoint(
                 "precision as they were, or start a new run with init_from"
             )
     return state
+
+
+def _unnamed(info: BridgeInfo, field_name: str) -> Any:
+    """Value of a field, without the name of a backbone: that may change with its place, and weights tell what it is."""
+    value = getattr(info, field_name)
+    is_named = field_name in _BACKBONES and value is not None
+    return {key: one for key, one in asdict(value).items() if key != "name"} if is_named else value
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from pipelines.training.run.model_choice import ModelChoice
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import load_vision
 from qformer.bridges.audio_branch import Sound
-from qformer.bridges.config import KEPT_AUDIO
+from qformer.config import AudioSpec
 from qformer.distributed import rank
 
 
@@ -53,13 +53,7 @@ class FrozenEncoders:
             return
         if choice.audio is not None:
             self._ears = self._audio_encoder(choice, choice.audio, dtype)
-        encoder = load_vision(
-            choice.vision,
-            pretrained=choice.vision_pretrained,
-            layer=choice.vision_layer,
-            dtype=dtype,
-            image_size=choice.vision_image_size,
-        ).to(device)
+        encoder = load_vision(choice.vision, dtype=dtype).to(device)
         self.modules["vision"] = encoder
         self.preprocessing, self.vision_width = encoder.preprocessing, encoder.width
 
@@ -78,8 +72,8 @@ class FrozenEncoders:
         audio_BAV = audio.float() if ears is None else ears.features(audio, is_segment_BA, batch.sample_ids)
         return Sound(audio_BAV.to(self._device), is_segment_BA.to(self._device))
 
-    def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
-        ears = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
+    def _audio_encoder(self, choice: ModelChoice, spec: AudioSpec, dtype: torch.dtype) -> AudioEncoder:
+        ears = load_audio(spec, dtype=dtype).to(self._device)
         sampling = AudioSampling(sample_rate_hz=ears.sample_rate_hz, **choice.segments)
         ears.require_fit(sampling.segment_samples)
         self.modules["audio"], self.audio_width, self.audio_sampling = ears, ears.width, sampling
@@ -98,18 +92,14 @@ class FrozenEncoders:
 def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
     if rank() != 0:  # once is enough: the encoder may be large
         return
-    is_kept = choice.audio == KEPT_AUDIO
+    is_cached = choice.audio is not None and choice.audio.is_cached
     encoder = EncoderChoice(
         vision=choice.vision,
-        pretrained=choice.vision_pretrained,
-        layer=choice.vision_layer,
         precision=features.precision,
         num_frames=choice.num_frames,
         sampling=Sampling.from_dict(choice.sampling),
         dtype=features.dtype,
-        image_size=choice.vision_image_size,
-        audio=None if is_kept else choice.audio,
-        audio_pretrained=choice.audio_pretrained,
+        audio=None if is_cached else choice.audio,
         **choice.segments,
     )
-    encoder.load()[1].require_same(features.without_audio() if is_kept else features)
+    encoder.load()[1].require_same(features.without_audio() if is_cached else features)

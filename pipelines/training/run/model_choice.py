@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qformer.bridges.config import AudioConfig, Temporal, VideoConfig
-from qformer.config import LoraConfig
+from qformer.config import AudioSpec, LanguageSpec, LoraConfig, VisionSpec
 from qformer.errors import UserError
 
 _ALONE = "trains_alone"
@@ -17,10 +17,8 @@ class ModelChoice:
     """Backbones and bridge of a run, as the settings name them."""
 
     stage: int
-    vision: str
-    vision_pretrained: bool
-    vision_layer: int
-    language: str | None
+    vision: VisionSpec
+    language: LanguageSpec | None
     tokenizer: str
     """Hub name or folder; for a Q-Former with text branch."""
     max_text_tokens: int
@@ -30,7 +28,6 @@ class ModelChoice:
     """`QFormerConfig` fields that do not follow from the backbones."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """How frames are chosen, for those who load the checkpoint."""
-    vision_image_size: int | None = None
     qformer_init: str | None = None
     """BERT that the Q-Former starts from."""
     init_mismatch: str = "refuse"
@@ -46,9 +43,8 @@ class ModelChoice:
     """How the frames of a clip are joined."""
     video: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of `VideoConfig`."""
-    audio: str | None = None
+    audio: AudioSpec | None = None
     """Audio encoder; None: no sound."""
-    audio_pretrained: bool = True
     audio_branch: Mapping[str, Any] = field(default_factory=dict)
     """`AudioConfig` but its width, and "trains_alone"."""
     segments: Mapping[str, Any] = field(default_factory=dict)
@@ -100,6 +96,9 @@ def choice_from(
     """Build a `ModelChoice` from dumped model settings, whose keys are its fields."""
     names = {one.name for one in dataclasses.fields(ModelChoice)}
     values = {name: value for name, value in model.items() if name in names}
+    values["vision"] = VisionSpec(**values["vision"])
+    for name, spec in (("audio", AudioSpec), ("language", LanguageSpec)):
+        values[name] = None if values[name] is None else spec(**values[name])
     if values.get("lora") is not None:
         values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
     data: dict[str, Any] = {"num_frames": num_frames, "sampling": sampling or {}, "segments": segments or {}}

@@ -24,6 +24,7 @@ from jobs.train.rows import training_rows
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.retries import with_retries
 from pipelines.training.records.telemetry import read_metrics
+from qformer.config import VisionSpec
 from qformer.errors import UserError
 from tests.jobs.train_jobs import Job
 
@@ -92,7 +93,7 @@ def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(ca
     assert "150 of 150 rows were there already" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in Path(cache.output).glob("shard-*")} == shards
     with pytest.raises(UserError, match="layer: -2 in the cache, -1 here"):
-        features.main(cache.model_copy(update={"vision_layer": -1}))
+        features.main(cache.model_copy(update={"vision": VisionSpec(str(MODELS / "vision"), layer=-1)}))
 
 
 @pytest.mark.parametrize("source", ["pixels", pytest.param("features", marks=pytest.mark.slow)])
@@ -202,7 +203,9 @@ def test_media_whose_store_does_not_answer_end_before_any_worker_starts(media, e
 
 def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(ray_local, world, tmp_path, caplog):
     caplog.set_level("INFO")
-    model = settings(world, "x").model.model_copy(update={"vision": "vit_tiny_patch16_22", "vision_pretrained": False})
+    model = settings(world, "x").model.model_copy(
+        update={"vision": VisionSpec("vit_tiny_patch16_22", pretrained=False)}
+    )
     with pytest.raises(UserError, match="vit_tiny_patch16_224"):
         train.main(settings(world, tmp_path / "run", model=model, workers=1, max_failures=3))
     assert list((tmp_path / "run").iterdir()) == []

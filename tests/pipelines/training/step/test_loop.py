@@ -23,7 +23,7 @@ from pipelines.training.run.vocabulary import learn_text_tokenizer
 from pipelines.training.step.ema import Ema
 from pipelines.training.step.guard import DivergedError, StepGuard
 from pipelines.training.step.loop import LoopSettings
-from qformer.config import GenerationSettings
+from qformer.config import GenerationSettings, LanguageSpec, VisionSpec
 from qformer.conversion.checkpoint import read_info
 from qformer.errors import UserError
 from tests.pipelines.training.loops import make_loop, make_training
@@ -44,10 +44,8 @@ NUM_STEPS = 8
 def choice(stage, tokenizer):
     return ModelChoice(
         stage=stage,
-        vision=str(MODELS / "vision"),
-        vision_pretrained=True,
-        vision_layer=-2,
-        language=str(MODELS / "language"),
+        vision=VisionSpec(str(MODELS / "vision")),
+        language=LanguageSpec(str(MODELS / "language")),
         tokenizer=str(tokenizer),
         max_text_tokens=16,
         prompt="",
@@ -192,9 +190,7 @@ def test_loss_falls_and_backbones_do_not_move(tokenizer, tmp_path):
 def test_training_on_cached_features_equals_training_on_pixels(stage, tokenizer, tmp_path):
     """Within the rounding of fp16: every logged loss within 1e-3, and the same encoder is written down."""
     chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
-    spec = EncoderChoice(
-        vision=chosen.vision, pretrained=True, layer=-2, precision="fp32", num_frames=2, dtype="fp16"
-    ).load()[1]
+    spec = EncoderChoice(vision=chosen.vision, precision="fp32", num_frames=2, dtype="fp16").load()[1]
     runs = {
         name: TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=features)
         for name, features in (("pixels", None), ("cache", spec))
@@ -213,7 +209,7 @@ def test_training_on_cached_features_equals_training_on_pixels(stage, tokenizer,
 def test_a_cache_of_another_encoder_is_refused(tokenizer):
     chosen = choice(1, tokenizer)
     other = EncoderChoice(
-        vision=chosen.vision, pretrained=True, layer=-1, precision="fp32", num_frames=2, dtype="fp16"
+        vision=dataclasses.replace(chosen.vision, layer=-1), precision="fp32", num_frames=2, dtype="fp16"
     ).load()[1]
     with pytest.raises(UserError, match="layer: -1 in the cache, -2 here"):
         TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=other)

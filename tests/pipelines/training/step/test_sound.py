@@ -25,7 +25,7 @@ from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
 from qformer.audio import load_audio
-from qformer.config import GenerationSettings
+from qformer.config import AudioSpec, GenerationSettings
 from qformer.errors import UserError
 from tests.pipelines.data.builders import manifest, stairs, write_clip, write_sounding_clip
 from tests.pipelines.training.loops import backward, make_training
@@ -42,7 +42,7 @@ LOSS_TOLERANCE = 1e-5
 def chosen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ast")
     write_encoder(folder, "ast")
-    return dataclasses.replace(choice(2, ""), temporal="mean", audio=str(folder), segments=SEGMENTS)
+    return dataclasses.replace(choice(2, ""), temporal="mean", audio=AudioSpec(str(folder)), segments=SEGMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,6 @@ def _batch(run, media):
 def _spec(chosen):
     return EncoderChoice(
         vision=chosen.vision,
-        pretrained=chosen.vision_pretrained,
-        layer=chosen.vision_layer,
         precision="fp32",
         num_frames=chosen.num_frames,
         dtype="fp16",
@@ -130,11 +128,12 @@ def test_vectors_of_an_encoder_that_nobody_can_load_are_heard_from_a_cache(chose
     spec = dataclasses.replace(_spec(chosen), audio_encoder="imagebind_huge", audio_weights="1" * 64, audio_width=1024)
     with pytest.raises(UserError, match="audio_weights: 111111111111… in the cache"):
         _run(chosen, spec)
-    run = _run(dataclasses.replace(chosen, audio="features"), spec)
+    run = _run(dataclasses.replace(chosen, audio=AudioSpec("features")), spec)
     assert run.audio_branch.encoder_width == 1024 and run.fingerprints["audio"] == "1" * 64
     assert np.isfinite(backward(run.stage, kept)["lm"])
     with pytest.raises(UserError, match="weights: "):
-        _run(dataclasses.replace(chosen, audio="features", vision_pretrained=False), spec)
+        untrained = dataclasses.replace(chosen.vision, pretrained=False)
+        _run(dataclasses.replace(chosen, audio=AudioSpec("features"), vision=untrained), spec)
 
 
 def test_a_cache_of_another_sound_is_refused(chosen):
@@ -142,7 +141,7 @@ def test_a_cache_of_another_sound_is_refused(chosen):
     with pytest.raises(UserError, match="audio: 3 segments of 1 s at 16000 Hz in the cache, 4 segments of 1 s"):
         _run(dataclasses.replace(chosen, segments={"num_segments": 4, "segment_s": 1.0}), spec)
     with pytest.raises(UserError, match=r"audio_weights: \w+… in the cache, \w+… here"):
-        _run(dataclasses.replace(chosen, audio_pretrained=False), spec)
+        _run(dataclasses.replace(chosen, audio=dataclasses.replace(chosen.audio, pretrained=False)), spec)
 
 
 def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
