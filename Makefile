@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-video demo-full test test-all lint format bench clean distclean
+.PHONY: help demo demo-video demo-full test test-slow test-all lint format bench docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
 	@$(PYTHON) -c 'import platform, sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) or \
 	    (platform.system(), platform.machine()) != ("Linux", "x86_64"))' || \
 	    { echo "error: the locks hold wheels for Python 3.11 and 3.12 on Linux x86_64, and $(PYTHON) is another; name" \
-	    "one: make PYTHON=python3.12 …, or see The environment in CONTRIBUTING.md" >&2; exit 2; }
+	    "one: make PYTHON=python3.12 …, or see The environment in docs/contributing.md" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@lock="$(LOCK)"; torch="$$(grep -o '^torch==[^ ]*' requirements.lock)"; \
 	if [ -z "$$lock" ]; then \
@@ -43,8 +43,11 @@ demo-video: $(STAMP) ## the demo, and then clips whose captions need the order o
 demo-full: $(STAMP) ## the same with more data and steps
 	@$(BIN)/qformer demo --config jobs/configs/examples/demo_full.yaml $(ARGS)
 
-test: $(STAMP) ## the tests, without the long drills
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## the tests, without the long drills, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-slow: $(STAMP) ## only the tests that `make test`, and with it CI, leaves out
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-all: $(STAMP) ## all tests that this machine can run
 	@$(BIN)/python -m pytest -m "" $(ARGS)
@@ -61,8 +64,12 @@ format: $(STAMP) ## rewrite the code in the project's format
 bench: $(STAMP) ## every benchmark (ARGS=--json for machine-readable last lines)
 	@$(BIN)/python -m jobs.bench $(ARGS)
 
+docs: $(STAMP) ## this project's pages as a site in site/; a warning is an error
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean: ## remove the demo's output and caches, keep .venv and runs
-	@rm -rf demo-out demo-out-full build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf demo-out demo-out-full build site ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

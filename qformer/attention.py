@@ -117,9 +117,11 @@ class Attention(nn.Module):
         return self.norm(self.dropout(self.output(attended_ND)) + hidden_ND)
 
     def probabilities(self, hidden_ND: Tensor, part: Part) -> Tensor:
-        """Attention probabilities without mask and dropout, [B, H, S, A]; for looking at, not for training."""
+        """Attention probabilities without dropout, 0 behind the mask: [B, H, S, A]; to look at, not to train with."""
         query_BHSK = self._heads(part.rows.pad(self.query(hidden_ND)))
         scores_BHSA = query_BHSK @ part.key_value.keys_BHNK.transpose(2, 3) / query_BHSK.shape[-1] ** 0.5
+        if part.mask is not None:
+            scores_BHSA = scores_BHSA.masked_fill(~part.mask, float("-inf"))
         return scores_BHSA.float().softmax(dim=-1)
 
     def _attend(self, part: Part, query_ND: Tensor) -> Tensor:

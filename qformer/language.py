@@ -1,6 +1,6 @@
 """Frozen language models that read soft prompts before their text: decoder-only and encoder-decoder.
 
-Both answer to the same calls: texts become a `LanguageBatch`, a batch and soft prompts become logits and a loss, and
+Both have the same interface: texts become a `LanguageBatch`, a batch and soft prompts become logits and a loss, and
 soft prompts and prompts become generated texts.
 
 Dimensions: B batch, N soft-prompt rows, S rows of embedded text, T labels, L language-model width.
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import qformer.torch_build.vector_math  # noqa: F401  # for its one call
+import qformer.torch_build.vector_math  # noqa: F401
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 
 IGNORED = -100
-"""Label that no loss counts."""
+"""Label that the loss ignores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class LanguageBatch:
     is_input_BS: Tensor
     """True at real tokens."""
     labels_BT: Tensor
-    """Ids to predict, `IGNORED` where nothing counts; T = S for a decoder."""
+    """Ids to predict, `IGNORED` where there is none; T = S for a decoder."""
     num_truncated: int = 0
-    """Texts that lost their last words."""
+    """Number of truncated texts."""
 
     def to(self, device: torch.device) -> "LanguageBatch":
         """The same batch on `device`."""
@@ -48,7 +48,7 @@ class LanguageBatch:
         return LanguageBatch(self.input_ids_BS[part], self.is_input_BS[part], self.labels_BT[part])
 
     def without_labels(self, is_left_out_B: Tensor) -> "LanguageBatch":
-        """The same batch with rows that no loss counts."""
+        """The same batch with some rows ignored by the loss."""
         return replace(self, labels_BT=self.labels_BT.masked_fill(is_left_out_B[:, None], IGNORED))
 
 
@@ -101,9 +101,8 @@ class LanguageModel(nn.Module, ABC):
 
         Args:
             prompts: "" where there is none.
-            answers: What the model learns to say.
-            max_tokens: Longest prompt and longest answer, each; longer ones lose their last words, never the answer's
-                end token.
+            answers: Texts to learn.
+            max_tokens: Limit for prompt and answer each; longer ones are truncated, but keep the answer's end token.
         """
 
     @abstractmethod
@@ -139,7 +138,7 @@ class LanguageModel(nn.Module, ABC):
         is_first_BN = batch.is_input_BS.new_ones(prefix_BNL.shape[:2]) if is_prefix_BN is None else is_prefix_BN
         is_real_BR = torch.cat([is_first_BN, batch.is_input_BS], dim=1).long()
         if is_prefix_BN is not None:
-            order_BR = is_real_BR.argsort(dim=1, descending=True, stable=True)  # in between they would move the text
+            order_BR = is_real_BR.argsort(dim=1, descending=True, stable=True)  # else they would shift the text
             embedded_BRL = embedded_BRL.gather(1, order_BR[..., None].expand_as(embedded_BRL))
             is_real_BR = is_real_BR.gather(1, order_BR)
         return {"inputs_embeds": embedded_BRL, "attention_mask": is_real_BR}
@@ -150,8 +149,8 @@ class LanguageModel(nn.Module, ABC):
     ) -> list[str]:
         """Texts after soft prompts [B, N, L], or each item's own [N, L], and prompts; a batch gives what items give.
 
-        What `settings` decide is set here, whatever the model's own generation_config says of it; what else that holds
-        (suppressed tokens, a shortest length) stays.
+        `settings` override the model's own generation_config; its other values (suppressed tokens, a minimum length)
+        stay in effect.
         """
         settings, prefixes = settings or GenerationSettings(), list(prefixes)
         device = prefixes[0].device
@@ -275,9 +274,9 @@ class EncoderDecoderLanguageModel(LanguageModel):
     def _ended(self, texts: Sequence[str], max_tokens: int | None, end: int) -> tuple[list[list[int]], list[bool]]:
         """Ids of each text with its end, and which were cut."""
         rows = [self._text_ids(text) for text in texts]
-        kept = [row if max_tokens is None else row[: max_tokens - 1] for row in rows]
-        cut = [len(a) < len(b) for a, b in zip(kept, rows, strict=True)]
-        return [[*row, end] for row in kept], cut
+        truncated = [row if max_tokens is None else row[: max_tokens - 1] for row in rows]
+        cut = [len(a) < len(b) for a, b in zip(truncated, rows, strict=True)]
+        return [[*row, end] for row in truncated], cut
 
 
 def build_language_model(model: nn.Module, tokenizer: Any, max_prompt_tokens: int | None = None) -> LanguageModel:
@@ -287,7 +286,7 @@ def build_language_model(model: nn.Module, tokenizer: Any, max_prompt_tokens: in
 
 
 def _own_end_ids(model: Any) -> list[int]:
-    """Ids that the model itself ends with: those of its generation_config, else of its config."""
+    """End ids of the model itself: those of its generation_config, else of its config."""
     for config in (getattr(model, "generation_config", None), model.config):
         if (ids := getattr(config, "eos_token_id", None)) is not None:
             return [ids] if isinstance(ids, int) else list(ids)

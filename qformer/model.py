@@ -75,48 +75,19 @@ class QFormer(nn.Module):
         Raises:
             ValueError: If the image tokens are not of the configured encoder width.
         """
-        self.check_image(image_BPV, "BPV")
+        check_image(image_BPV, self.config.encoder_width, self.query_tokens.dtype, "BPV")
         return [
             layer.cross_attention.key_value(image_BPV) if layer.cross_attention is not None else None
             for layer in self.layers
         ]
-
-    def check_image(self, image_V: Tensor, dimensions: str) -> None:
-        """Refuse image tokens of other `dimensions` ("BPV", "BFPV"), another width, or a dtype the weights cannot meet.
-
-        Raises:
-            ValueError: Naming both sides.
-        """
-        width, dtype = self.config.encoder_width, self.query_tokens.dtype
-        is_cast = dtype == torch.float32 and torch.is_autocast_enabled(image_V.device.type)
-        taken = (dtype, torch.float16, torch.bfloat16) if is_cast else (dtype,)
-        if image_V.dim() != len(dimensions) or image_V.shape[-1] != width or image_V.dtype not in taken:
-            raise ValueError(
-                f"image tokens are {image_V.dtype} {tuple(image_V.shape)} but the Q-Former takes floating {dtype} "
-                f"[{', '.join(dimensions[:-1])}, {width}] (encoder_width={width}); use the encoder it was trained with "
-                f"(model.vision), give an image one frame, convert tokens with .to({dtype}) or run under torch.autocast"
-            )
-
-    def check_text(self, input_ids_BT: Tensor, is_text_BT: Tensor) -> None:
-        """Refuse text that is not integer ids [B, T] with a mask of the same shape.
-
-        Raises:
-            ValueError: Naming both sides.
-        """
-        ids, mask = input_ids_BT, is_text_BT
-        if ids.is_floating_point() or ids.dim() != 2 or ids.shape != mask.shape:
-            raise ValueError(
-                f"text ids are {ids.dtype} {tuple(ids.shape)} and their mask is {tuple(mask.shape)}; both must be "
-                "[B, T], the ids integers"
-            )
 
     def forward_queries(self, image: Sequence[KeyValue | None], is_image: Tensor | None = None) -> QueryOutput:
         """Queries alone over an image (ITC, and the cache of ITG).
 
         Args:
             image: Its keys and values.
-            is_image: True at the image tokens that queries see, [B, P], or [B, Q, P] where every query has its own; at
-                least one for each. None where all are seen.
+            is_image: True at the image tokens that queries attend to, [B, P], or [B, Q, P] where every query has its
+                own; at least one for each. None: to all.
         """
         num_queries = self.config.num_queries
         num_images = _num_images(image)
@@ -126,10 +97,14 @@ class QFormer(nn.Module):
         return QueryOutput(hidden_ND.unflatten(0, (-1, num_queries)), cache)
 
     @torch.no_grad()
-    def cross_attention_maps(self, image: Sequence[KeyValue | None]) -> list[Tensor]:
-        """What each query looks at: probabilities [I, H, Q, P] of every cross-attending layer, in order.
+    def cross_attention_maps(self, image: Sequence[KeyValue | None], is_image: Tensor | None = None) -> list[Tensor]:
+        """Attention of each query over the image: probabilities [I, H, Q, P] of every cross-attending layer, in order.
 
         The training paths never form them; this runs the queries once more for the purpose.
+
+        Args:
+            image: Its keys and values.
+            is_image: Mask of `forward_queries`; masked tokens have probability 0.
         """
         maps: list[Tensor] = []
 
@@ -141,7 +116,7 @@ class QFormer(nn.Module):
             for layer in self.layers:
                 if layer.cross_attention is not None:
                     hooks.callback(layer.cross_attention.register_forward_pre_hook(keep).remove)
-            self.forward_queries(image)
+            self.forward_queries(image, is_image)
         return maps
 
     def forward_text(self, input_ids_BT: Tensor, is_text_BT: Tensor, *, is_cls_only: bool = False) -> Tensor:
@@ -181,8 +156,8 @@ class QFormer(nn.Module):
                 for each of `other_image`. An image's texts share its keys and values without a copy.
             is_text_RT: True at real tokens; as in `forward_text`, the first of a row always counts.
             other_image: Keys and values of further images, of one text each.
-            is_image: What is seen of `image`, as in `forward_queries`.
-            is_other: What is seen of `other_image`.
+            is_image: Mask of `image`, as in `forward_queries`.
+            is_other: Mask of `other_image`.
 
         Returns:
             Hidden states of the queries [R, Q, D]; nothing reads the text's, and the last layer leaves them out.
@@ -267,6 +242,36 @@ class QFormer(nn.Module):
 
     def _embed(self, embedded_ND: Tensor) -> Tensor:
         return self.dropout(self.embedding_norm(embedded_ND))
+
+
+def check_image(image_V: Tensor, width: int, dtype: torch.dtype, dimensions: str) -> None:
+    """Refuse image tokens of other `dimensions` ("BPV", "BFPV"), another width, or a dtype the weights cannot meet.
+
+    Raises:
+        ValueError: Naming both sides.
+    """
+    is_cast = dtype == torch.float32 and torch.is_autocast_enabled(image_V.device.type)
+    taken = (dtype, torch.float16, torch.bfloat16) if is_cast else (dtype,)
+    if image_V.dim() != len(dimensions) or image_V.shape[-1] != width or image_V.dtype not in taken:
+        raise ValueError(
+            f"image tokens are {image_V.dtype} {tuple(image_V.shape)} but the Q-Former takes floating {dtype} "
+            f"[{', '.join(dimensions[:-1])}, {width}] (encoder_width={width}); use the encoder it was trained with "
+            f"(model.vision), give an image one frame, convert tokens with .to({dtype}) or run under torch.autocast"
+        )
+
+
+def check_text(input_ids_BT: Tensor, is_text_BT: Tensor) -> None:
+    """Refuse text that is not integer ids [B, T] with a mask of the same shape.
+
+    Raises:
+        ValueError: Naming both sides.
+    """
+    ids, mask = input_ids_BT, is_text_BT
+    if ids.is_floating_point() or ids.dim() != 2 or ids.shape != mask.shape:
+        raise ValueError(
+            f"text ids are {ids.dtype} {tuple(ids.shape)} and their mask is {tuple(mask.shape)}; both must be "
+            "[B, T], the ids integers"
+        )
 
 
 def _with_first(is_text_BT: Tensor) -> Tensor:

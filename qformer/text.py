@@ -24,15 +24,15 @@ class EncodedText(NamedTuple):
     is_text_BT: Tensor
     """True at real tokens."""
     num_truncated: int
-    """Texts that lost their last words."""
+    """Number of truncated texts."""
 
 
 class TextTokenizer:
-    """Captions to `[CLS] … [SEP]` ids; [DEC] is one id past the tokenizer's own words.
+    """Captions to `[CLS] … [SEP]` ids; [DEC] is the next id after the tokenizer's own.
 
     Args:
         tokenizer: A Hugging Face tokenizer with cls, sep and pad tokens, pad being id 0 as in BERT.
-        max_tokens: Longer captions lose their last words, never [SEP].
+        max_tokens: Length at which captions are truncated, keeping [SEP].
 
     Raises:
         UserError: If one of the three tokens is missing, or padding has another id.
@@ -60,11 +60,11 @@ class TextTokenizer:
     def encode(self, captions: Sequence[str]) -> EncodedText:
         """Tokenise captions; one over the limit keeps [SEP] as its last token, and is counted."""
         rows = self.tokenizer(list(captions), verbose=False)["input_ids"]
-        kept = [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in rows]
-        length = max(len(row) for row in kept)
+        truncated = [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in rows]
+        length = max(len(row) for row in truncated)
         pad = self.tokenizer.pad_token_id
-        input_ids_BT = torch.tensor([row + [pad] * (length - len(row)) for row in kept])
-        is_text_BT = torch.arange(length)[None] < torch.tensor([len(row) for row in kept])[:, None]
+        input_ids_BT = torch.tensor([row + [pad] * (length - len(row)) for row in truncated])
+        is_text_BT = torch.arange(length)[None] < torch.tensor([len(row) for row in truncated])[:, None]
         return EncodedText(input_ids_BT, is_text_BT, sum(len(row) > self.max_tokens for row in rows))
 
     def save(self, folder: Path) -> None:

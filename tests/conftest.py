@@ -53,8 +53,26 @@ def _restored_random_state():
 
 
 def pytest_configure():
-    """Before any test module imports ray, which reads some of this when it loads."""
+    """Before any test module imports torch or ray, which read some of this when they load."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other worker has the other core
+    # The end of a training waits for this poll; the tests' trainings are short.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     set_ray_environment()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Under pytest-xdist a file's tests run in one process, and those of every file that uses Ray in the same one.
+
+    So there is one Ray, and what waits for it leaves its core to the other tests.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    with_ray = {item.path for item in items if "ray_local" in item.fixturenames}
+    for item in items:
+        group = "ray" if item.path in with_ray else str(item.path.relative_to(REPOSITORY))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

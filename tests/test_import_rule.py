@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = ("qformer", "pipelines", "jobs", "cluster")
+from .source_tree import PACKAGES, REPOSITORY, imports, sources
+
 STANDARD = sys.stdlib_module_names
 
 # What the model library may use besides torch and the standard library, inside functions of these modules only.
@@ -39,31 +39,6 @@ OWN = {
 }
 
 
-def sources():
-    return [path.relative_to(REPOSITORY) for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
-
-
-def imports(tree, package):
-    """(module, is at top level) of every import; relative ones resolved against `package`.
-
-    `from a import b` gives "a.b": whether b is a module or a name makes no difference to the rule.
-    """
-    in_functions = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        is_top = id(node) not in in_functions
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, is_top) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield from ((f"{base}.{alias.name}", is_top) for alias in node.names)
-
-
 def is_within(module, package):
     return module == package or module.startswith(f"{package}.")
 
@@ -84,6 +59,8 @@ def violations(path, text):
                 found.append(f"{place} imports {module}: torch and the standard library only")
         if folder == "pipelines/data" and root == "ray" and path.name != "dataset.py":
             found.append(f"{place} imports ray: dataset.py alone wires it in")
+        if folder == "pipelines/inference" and root == "ray":
+            found.append(f"{place} imports ray: inference runs without it")
         if folder == "cluster" and root not in {*STANDARD, "ray"}:
             found.append(f"{place} imports {module}: cluster uses Ray alone")
     return found
@@ -114,6 +91,8 @@ def test_package_files_hold_only_docstring_and_reexports(path):
         ("pipelines/data/order/global_batches.py", "from ...training import step"),
         ("pipelines/serving/app/app.py", "from pipelines import evaluation"),
         ("pipelines/training/step/loop.py", "import jobs.settings.jobs"),
+        ("pipelines/inference/models.py", "def late():\n    import ray"),
+        ("pipelines/inference/models.py", "from pipelines.training.step import loop"),
         ("cluster/local.py", "import torch"),
     ],
 )

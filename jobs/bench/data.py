@@ -31,7 +31,7 @@ from pipelines.data import schema
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from qformer.preprocessing import Preprocessing
 
@@ -186,7 +186,7 @@ def our_batches(
 
     from pipelines.training.group.feed import SEGMENT_STEPS, BatchFeed, rank_batches
 
-    corpus = Corpus([Source("bench", TableRows(_manifest(paths, kind)))])
+    corpus = Corpus([MixtureSource("bench", TableRows(_manifest(paths, kind)))])
     order = Order(corpus.streams("proportional"), 0, batch_size)
     feed = (
         ray.remote(BatchFeed)

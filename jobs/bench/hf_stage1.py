@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qformer.conversion.names import HF_RETRIEVAL, peer_name
+from qformer.conversion.names import HF_RETRIEVAL, layout_name
 from qformer.objectives import LABEL_SMOOTHING, Negatives
 from qformer.objectives.stage1 import Stage1, Stage1Batch, Stage1Losses
 from qformer.torch_build.torchvision import import_torchvision
@@ -166,4 +166,4 @@ class HuggingFaceStage1(nn.Module):
 
 def their_name(name: str) -> str:
     """This module's name of one of our parameters."""
-    return cast(str, peer_name(name, _TABLE))
+    return cast(str, layout_name(name, _TABLE))

@@ -25,7 +25,7 @@ from jobs.bench.stage1 import BERT_VOCABULARY, THREADS, caption_lengths
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.flops import StepFlops
-from pipelines.training.records.health import QueryWatch
+from pipelines.training.records.health import QueryCollapseMonitor
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.run.model_choice import ModelChoice
 from pipelines.training.step.guard import StepGuard
@@ -172,7 +172,7 @@ def _steps(case: Case, run: TrainingRun, images: NDArray[Any], texts: list[list[
             max_quarantine_share=0.0,
         ),
         guard=StepGuard(1, print, print),
-        queries=QueryWatch(print),
+        queries=QueryCollapseMonitor(print),
         flops=StepFlops(device),
         hooks=Hooks(log=logged.append),
     )

@@ -30,7 +30,7 @@ from jobs.train import job as train
 from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from qformer.config import VisionSpec
 
 REPOSITORY = Path(__file__).parents[2]

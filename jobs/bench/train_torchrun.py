@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from pipelines.data.media.transforms import fit
+from pipelines.data.media.transforms import resize_and_crop
 from pipelines.training.step.optim import build_optimizer
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.config import QFormerConfig, VisionSpec
@@ -69,7 +69,7 @@ class _Pairs(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = index % len(self._paths)
         with Image.open(self._paths[row]) as file:
-            return torch.from_numpy(fit(file.convert("RGB"), self._preprocessing)), row
+            return torch.from_numpy(resize_and_crop(file.convert("RGB"), self._preprocessing)), row
 
 
 class _Trainer:

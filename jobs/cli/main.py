@@ -118,7 +118,8 @@ def _parser(name: str, job: Job) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file of settings; may be repeated, later files are merged over earlier ones, key by key",
+        help="YAML file of settings, or the name of a shipped one (recipes/blip2_stage1); may be repeated, later files "
+        "are merged over earlier ones, key by key",
     )
     parser.add_argument(
         "--set",

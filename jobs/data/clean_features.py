@@ -7,7 +7,7 @@ from pydantic import Field
 
 from jobs.settings.data import Settings
 from pipelines.data import storage
-from pipelines.data.batches.stage_report import size
+from pipelines.data.batches.stage_report import format_bytes
 from pipelines.data.features.cleaning import find_caches, remove_cache
 from qformer.errors import UserError
 
@@ -19,17 +19,17 @@ class CleanFeaturesSettings(Settings):
     """`qformer features --clean`: remove feature caches that no run refers to."""
 
     caches: str
-    """Folder that is searched for caches, with all folders below it."""
+    """Folder that is searched for caches, including all folders below it."""
     runs: list[str] = Field(min_length=1)
-    """Folders that hold all your runs: a cache that a settings.yaml below them names as data.features stays."""
+    """Folders of all your runs: a cache that a settings.yaml below them names as data.features is kept."""
     min_age_h: float = Field(default=24.0, ge=0)
-    """Caches changed more recently stay: their training may be yet to come."""
+    """Caches changed more recently are kept: a later run may use them."""
     confirm: bool = False
-    """false only tells what would be removed."""
+    """false only lists what would be removed."""
 
 
 def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
-    """Tell of every cache whether it stays and why; with `confirm`, remove the others.
+    """Print for every cache whether it is kept and why; with `confirm`, remove the others.
 
     Returns:
         "removed" (or, without `confirm`, "removable") and "kept": lists of folders.
@@ -37,13 +37,13 @@ def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
     Raises:
         UserError: If a folder does not exist, or a run's settings cannot be read: they may name a cache.
     """
-    referred = [name for folder in settings.runs for name in _referred(folder)]
+    referred = [name for folder in settings.runs for name in _referred_caches(folder)]
     kept, unused = [], []
     for cache in find_caches(settings.caches, referred, settings.min_age_h):
-        line = f"{cache.folder}: {size(cache.size_bytes)}, of {cache.vision}"
-        if cache.kept_because is not None:
+        line = f"{cache.folder}: {format_bytes(cache.size_bytes)}, of {cache.vision}"
+        if cache.keep_reason is not None:
             kept.append(cache.folder)
-            print(f"keep    {line}; {cache.kept_because}")
+            print(f"keep    {line}; {cache.keep_reason}")
             continue
         unused.append(cache.folder)
         if settings.confirm:
@@ -56,10 +56,10 @@ def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
     return {"removed" if settings.confirm else "removable": unused, "kept": kept}
 
 
-def _referred(folder: str) -> list[str]:
-    """Caches that the runs in a folder, and below, were trained on."""
+def _referred_caches(folder: str) -> list[str]:
+    """Caches of the runs in a folder and below."""
     if not storage.is_folder(folder):
-        raise UserError(f"runs={folder} is no folder; give the folders that hold your runs")
+        raise UserError(f"runs={folder} is not a folder; give the folders of your runs")
     names = []
     for path in storage.list_files(folder):
         if path.rpartition("/")[2] != _SETTINGS_FILE:
@@ -69,7 +69,7 @@ def _referred(folder: str) -> list[str]:
             values = yaml.safe_load(storage.read_bytes(uri, _MAX_SETTINGS_BYTES))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:100]
-            raise UserError(f"{uri} cannot be read ({reason}) and may name a cache; mend or remove it first") from error
+            raise UserError(f"{uri} cannot be read ({reason}) and may name a cache; fix or remove it first") from error
         data = values.get("data") if isinstance(values, dict) else None
         found = data.get("features") if isinstance(data, dict) else None
         if isinstance(found, str):

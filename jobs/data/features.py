@@ -1,4 +1,4 @@
-"""`qformer features`: run the frozen encoders once over a manifest and store what they see and hear."""
+"""`qformer features`: run the frozen vision and audio encoders once over a manifest and store their outputs."""
 
 import json
 import logging
@@ -15,22 +15,22 @@ from jobs.folders.output import require_unused
 from jobs.settings.jobs import FeaturesSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
-from pipelines.data.batches.stage_report import Pool, size
+from pipelines.data.batches.stage_report import WorkerPool, format_bytes
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.data.features.files import QUARANTINE_FILE
 from pipelines.data.features.forecast import Forecast, forecast, measured_blocks
 from pipelines.data.features.shards import (
-    PASSING,
-    finished_shard,
-    open_for_change,
+    RETRYABLE_ERRORS,
+    is_shard_finished,
+    mark_unfinished,
     shard_blocks,
     write_index,
     write_quarantine,
 )
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
 from pipelines.data.media.samples import DecodeSettings, Limits
-from pipelines.data.media.stage_costs import summed
+from pipelines.data.media.stage_costs import sum_costs
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(settings: FeaturesSettings) -> dict[str, Any]:
-    """Write or complete the cache, and settings.yaml and summary.json beside it.
+    """Write or complete the cache, with settings.yaml and summary.json in the same folder.
 
     Returns:
         The summary: fingerprint, rows_in, rows_used, rows_quarantined, quarantine_rate, and under "stages" what the
@@ -49,11 +49,11 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
 
     Raises:
         UserError: If the folder holds something else or another encoder's features, the manifest cannot be read, or
-            more rows are quarantined than `max_quarantine_share` allows; quarantine.parquet is there then, too.
+            more rows are quarantined than `max_quarantine_share` allows; quarantine.parquet is written in any case.
     """
     data = settings.data
     manifest = read_manifest(data.manifest, data.split, needs_captions=False, kind=data.kind)
-    # The actors run in other folders.
+    # The actors run in other working directories.
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
     choice = _choice(settings)
     spec = choice.load()[1]
@@ -65,14 +65,14 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         audio=spec.audio,
     )
     spec.require_decoding(decode)
-    _claim(output, spec)
+    _claim_folder(output, spec)
     storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
     shards = shard_blocks(manifest, decode)
-    missing = [block for shard, block in enumerate(shards) if not finished_shard(output, shard, block)]
+    missing = [block for shard, block in enumerate(shards) if not is_shard_finished(output, shard, block)]
     progress = ShardProgress("encoded", len(manifest), sum(map(len, missing)))
     try:
         if missing:
-            open_for_change(output)
+            mark_unfinished(output)
             _encode(settings, output, choice, spec, decode, missing, progress)
     finally:
         quarantined = write_quarantine(output, len(shards))
@@ -80,9 +80,9 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
     index = write_index(output, len(shards))
     failed = pc.sum(pc.is_valid(index[schema.ERROR_CLASS])).as_py() or 0
     print(quarantine.accounting_line(len(manifest), len(index) - failed, failed))
-    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(PASSING))).as_py() or 0
-    if passing:
-        logger.warning("%d rows failed for reasons that may pass; the same command tries them again", passing)
+    num_retryable = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(RETRYABLE_ERRORS))).as_py() or 0
+    if num_retryable:
+        logger.warning("%d rows failed for transient reasons; the same command tries them again", num_retryable)
     summary = {
         "fingerprint": spec.fingerprint,
         "rows_in": len(index),
@@ -102,8 +102,8 @@ def _require_few(quarantined: pa.Table, num_rows: int, settings: FeaturesSetting
         table = storage.join(settings.output, QUARANTINE_FILE)
         raise UserError(
             f"{len(quarantined)} of {num_rows} rows are quarantined ({reasons}), more than max_quarantine_share="
-            f"{settings.max_quarantine_share:g} allows; see {table}, mend them or raise the share, "
-            "and run the same command again: what is encoded stays"
+            f"{settings.max_quarantine_share:g} allows; see {table}, fix them or raise the share, "
+            "and run the same command again: encoded rows are kept"
         )
 
 
@@ -126,8 +126,8 @@ def _choice(settings: FeaturesSettings) -> "EncoderChoice":
     )
 
 
-def _claim(output: str, spec: FeatureSpec) -> None:
-    """Make the folder this cache's, or see that it is."""
+def _claim_folder(output: str, spec: FeatureSpec) -> None:
+    """Write the spec into an unused folder, or check that the folder has the same spec."""
     found = read_spec(output)
     if found is None:
         require_unused(output, "output")
@@ -145,7 +145,7 @@ def _encode(
     missing: list[pa.Table],
     progress: ShardProgress,
 ) -> None:
-    """Forecast, write the missing shards, and tell where the time went."""
+    """Forecast, write the missing shards, and print the time of each stage."""
     options: dict[str, Any] = {"choice": choice, "decode": decode, "frames_per_pass": settings.frames_per_pass}
     with ray_session(settings.ray):
         # Loads Ray, whose environment the session has to set first.
@@ -155,26 +155,26 @@ def _encode(
         small = measured_blocks(missing)
         costs = measure_features(small, **options, use_gpu=settings.use_gpu) if small else []
         pools: dict[str, Any] = {"decode_workers": settings.decode_workers, "workers": settings.workers}
-        _tell(forecast(missing, spec, list(zip(small, costs, strict=True)), **pools), output)
+        _log_forecast(forecast(missing, spec, list(zip(small, costs, strict=True)), **pools), output)
         metrics = DataMetrics("features")
         progress.begin()
         for done in encode_features(missing, folder=output, **options, **pools, use_gpu=settings.use_gpu):
             progress.add(done)
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
-            metrics.count(summed(done), rows_used=rows - failed, rows_quarantined=failed)
+            metrics.count_batch(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
             for wait_s in done["wait_s"].to_pylist():
-                metrics.waited(wait_s, queue_depth=progress.queue_depth)
+                metrics.observe_wait(wait_s, queue_depth=progress.queue_depth)
             if _is_too_many(progress.num_failed, progress.num_rows, settings):
-                break  # the rest would only take time
-    decoding = Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
-    encoding = Pool(name="encoder workers", setting="workers", workers=settings.workers, seconds={})
+                break  # the job fails anyway
+    decoding = WorkerPool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
+    encoding = WorkerPool(name="encoder workers", setting="workers", workers=settings.workers, seconds={})
     print(progress.table(decoding, encoding))
 
 
-def _tell(expected: Forecast, output: str) -> None:
-    """Log the forecast, and warn where the disk will not hold it."""
+def _log_forecast(expected: Forecast, output: str) -> None:
+    """Log the forecast, and warn if the disk is too small."""
     logger.info("%s, into %s", expected, output)
     if storage.is_local(output):
         free_bytes = shutil.disk_usage(output).free
         if expected.size_bytes > free_bytes:
-            logger.warning("%s has only %s free", output, size(free_bytes))
+            logger.warning("%s has only %s free", output, format_bytes(free_bytes))

@@ -14,21 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster.session import ray_session
-from jobs.data.prepare_report import print_summary, told_progress
+from jobs.data.prepare_report import print_summary, show_progress
 from jobs.folders.output import require_unused
 from jobs.settings.jobs import PrepareSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
-from pipelines.data.batches.stage_report import Pool, stage_table
+from pipelines.data.batches.stage_report import WorkerPool, stage_table
 from pipelines.data.corpus import preparation, quarantine
 from pipelines.data.corpus.duplicates import is_leak
 from pipelines.data.corpus.manifest_files import manifest_files
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.preparation import Preparation
-from pipelines.data.corpus.seen import SeenNames
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import SourceBlock, check_source, read_source
 from pipelines.data.media.samples import Limits
-from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, summed
+from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, sum_costs
 from qformer.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBED_RATE_HZ = 16_000
-"""Whether sound can be decoded does not depend on it."""
+"""Any rate serves to check whether sound can be decoded."""
 
 SUMMARY_FILE = "summary.json"
 SETTINGS_FILE = "settings.yaml"
 _SAMPLED_FROM_ROWS = 10_000
-"""A dry run takes its rows at random from so many of each source; reading a large one to its end takes long."""
+"""A dry run samples from this many first rows of each source; reading a large source to its end takes long."""
 
 
 def main(settings: PrepareSettings) -> dict[str, Any]:
@@ -65,20 +65,20 @@ def main(settings: PrepareSettings) -> dict[str, Any]:
     if settings.dry_run:
         with tempfile.TemporaryDirectory(prefix="qformer-dry-run-") as folder:
             summary = _prepare(settings, _sampled(sources, settings.dry_run), folder)
-        _tell(summary, settings)
-        print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were tried")
+        _report(summary, settings)
+        print(f"dry run: nothing was written; up to {settings.dry_run} rows of each source were checked")
         return summary
     require_unused(settings.output, "output")
-    seen = SeenNames()
+    used_ids = NameSet()
     logger.info("checking %d sources", len(sources))
-    blocks = itertools.chain.from_iterable(read_source(source, seen) for source in sources)
+    blocks = itertools.chain.from_iterable(read_source(source, used_ids) for source in sources)
     summary = _prepare(settings, blocks, settings.output)
     _finish(summary, settings)
     return summary
 
 
 def _sources(settings: PrepareSettings) -> list[Source]:
-    """The sources with names that tell them apart."""
+    """The sources with unique names."""
     sources: list[Source] = []
     for source in settings.sources:
         name = source.name or source.path.rstrip("/").rpartition("/")[2]
@@ -92,19 +92,19 @@ def _sources(settings: PrepareSettings) -> list[Source]:
 
 
 def _prepare(settings: PrepareSettings, blocks: Iterable[SourceBlock], output: str) -> dict[str, Any]:
-    with contextlib.closing(Preparation()) as found, told_progress() as tell:
+    with contextlib.closing(Preparation()) as found, show_progress() as report_progress:
 
         def rows() -> Iterator[pa.Table]:
             for block in blocks:
                 found.add_failures(block.failures)
-                metrics.count(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
+                metrics.count_batch(StageCosts(), rows_used=0, rows_quarantined=len(block.failures))
                 yield block.rows
 
         with ray_session(settings.ray):
             metrics = _metrics()
             for checked in _probe(rows(), settings, metrics):
                 found.add(*checked)
-                tell(found.num_rows, found.num_quarantined)
+                report_progress(found.num_rows, found.num_quarantined)
         duplicates = found.write(output, drop_leaks=settings.drop_training_duplicates)
     return _summary(output, duplicates, settings)
 
@@ -115,7 +115,7 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
     if not manifest_files(output) or not storage.exists(storage.join(output, preparation.QUARANTINED_ROWS_FILE)):
         raise UserError(f"output={output} holds no prepared manifest; run prepare without --retry-quarantined first")
     tries: dict[str, int] = {}
-    with contextlib.closing(Preparation()) as found, told_progress() as tell:
+    with contextlib.closing(Preparation()) as found, show_progress() as report_progress:
 
         def rows() -> Iterator[pa.Table]:
             for block, counts in preparation.quarantined_rows(output):
@@ -125,17 +125,17 @@ def _retry(settings: PrepareSettings) -> dict[str, Any]:
         with ray_session(settings.ray):
             for block, checked in _probe(rows(), settings, _metrics()):
                 earlier = [tries.pop(name) for name in block[schema.SAMPLE_ID].to_pylist()]
-                found.add(block, preparation.with_tries(checked, earlier))
-                tell(found.num_rows, found.num_quarantined)
-        num_tried, num_mended = found.num_rows, found.num_rows - found.num_quarantined
-        unread = preparation.unread_failures(output)
+                found.add(block, preparation.add_tries(checked, earlier))
+                report_progress(found.num_rows, found.num_quarantined)
+        num_tried, num_fixed = found.num_rows, found.num_rows - found.num_quarantined
+        unread = preparation.failures_before_reading(output)
         found.add_failures(unread)
         duplicates = found.append(output, drop_leaks=settings.drop_training_duplicates)
     summary = _summary(output, duplicates, settings)
     _finish(summary, settings)
     print(
-        f"tried {num_tried} quarantined rows again: {num_mended} can be used now; "
-        f"{len(unread)} more are wrong in their source, not in their files: mend it and prepare anew"
+        f"tried {num_tried} quarantined rows again: {num_fixed} can be used now; "
+        f"{len(unread)} more are wrong in their source, not in their files: correct it and prepare again"
     )
     return summary
 
@@ -150,7 +150,7 @@ def _metrics() -> "DataMetrics":
 def _probe(
     rows: Iterable[pa.Table], settings: PrepareSettings, metrics: "DataMetrics"
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    # Loads Ray, whose environment the session has to set first; and mistakes in the settings are told sooner.
+    # Loads Ray, whose environment the session has to set first, and so that settings errors are reported sooner.
     from jobs.data.prepare_probe import probe
 
     costs, num_rows, begun_s = StageCosts(), 0, time.monotonic()
@@ -161,30 +161,30 @@ def _probe(
         limits=Limits(**settings.limits.model_dump()),
         decode_workers=settings.decode_workers,
     ):
-        block_costs, num_failed = summed(checked), len(checked) - checked[schema.STAGE].null_count
-        metrics.count(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
+        block_costs, num_failed = sum_costs(checked), len(checked) - checked[schema.STAGE].null_count
+        metrics.count_batch(block_costs, rows_used=len(checked) - num_failed, rows_quarantined=num_failed)
         costs.add(block_costs)
         num_rows += len(block)
         yield block, checked.drop_columns(list(COST_COLUMNS))
     workers, wall_s = settings.decode_workers, time.monotonic() - begun_s
-    pool = Pool(name="decode workers", setting="decode_workers", workers=workers, seconds=costs.seconds())
+    pool = WorkerPool(name="decode workers", setting="decode_workers", workers=workers, seconds=costs.seconds())
     print(stage_table([pool], wall_s=wall_s, rows=num_rows, fetched_bytes=costs.fetched_bytes))
 
 
 def _sampled(sources: list[Source], count: int) -> Iterator[SourceBlock]:
-    """A few rows of each source, chosen at random among its first ones, with what was wrong among those."""
-    chance = random.Random(0)  # noqa: S311 - the same rows each time
-    seen = SeenNames()
+    """A random sample of the first rows of each source, with the failures among them."""
+    rng = random.Random(0)  # noqa: S311 - the same rows each time
+    used_ids = NameSet()
     for source in sources:
         tables, failures, num_read = [schema.MANIFEST_SCHEMA.empty_table()], [], 0
-        for block in read_source(source, seen):
+        for block in read_source(source, used_ids):
             tables.append(block.rows)
             failures += block.failures
             num_read += len(block.rows)
             if num_read >= max(_SAMPLED_FROM_ROWS, count):
                 break
         rows = pa.concat_tables(tables)
-        chosen = sorted(chance.sample(range(len(rows)), min(count, len(rows))))
+        chosen = sorted(rng.sample(range(len(rows)), min(count, len(rows))))
         logger.info("%s: %d of the first %d rows", source.name, len(chosen), num_read + len(failures))
         yield SourceBlock(rows.take(pa.array(chosen, pa.int64())), failures)
 
@@ -193,7 +193,7 @@ def _summary(output: str, duplicates: pa.Table, settings: PrepareSettings) -> di
     leaks = pa.array(is_leak(duplicates), pa.bool_())
     within = duplicates.filter(pc.invert(leaks))[schema.SPLIT]
     return {
-        **preparation.summarise(output).to_dict(),
+        **preparation.count_corpus(output).to_dict(),
         "duplicates_within_split": {row["values"]: row["counts"] for row in pc.value_counts(within).to_pylist()},
         "training_rows_in_evaluation": pc.sum(leaks).as_py() or 0,
         "training_duplicates_dropped": settings.drop_training_duplicates,
@@ -204,10 +204,10 @@ def _finish(summary: dict[str, Any], settings: PrepareSettings) -> None:
     output = settings.output
     storage.write_text(storage.join(output, SETTINGS_FILE), resolved_yaml(settings))
     storage.write_text(storage.join(output, SUMMARY_FILE), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    _tell(summary, settings)
+    _report(summary, settings)
 
 
-def _tell(summary: dict[str, Any], settings: PrepareSettings) -> None:
+def _report(summary: dict[str, Any], settings: PrepareSettings) -> None:
     print_summary(summary)
     rows_in, used, quarantined = (summary[f"rows_{name}"] for name in ("in", "used", "quarantined"))
     if quarantined > settings.max_quarantine_share * max(1, rows_in):

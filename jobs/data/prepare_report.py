@@ -1,4 +1,4 @@
-"""What a person sees of `qformer prepare`: how far it is, and what came of it."""
+"""Console output of `qformer prepare`: progress and summary."""
 
 import contextlib
 import logging
@@ -9,48 +9,48 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_TOLD_EVERY_S = 10.0
+_LOG_EVERY_S = 10.0
 _MAX_WIDTH = 110
 _MAX_NAMES = 8
-"""Codecs or sources listed in one cell."""
+"""Largest number of codecs or sources in one cell."""
 
 
 @contextlib.contextmanager
-def told_progress() -> Iterator[Callable[[int, int], None]]:
-    """Show progress: a line that moves on a terminal, elsewhere one now and then in the log.
+def show_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show progress: a live line on a terminal, otherwise a log line every few seconds.
 
     Yields:
-        A function to call with (rows checked, rows quarantined) in all.
+        A function to call with the total numbers of rows checked and quarantined.
     """
     if not sys.stderr.isatty():
-        yield _Lines()
+        yield _LogProgress()
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # On standard error: what a script reads from standard output stays clean.
+    # Progress goes to standard error, so that standard output stays clean for scripts.
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("reading sources")
         start_s = time.monotonic()
 
-        def tell(num_rows: int, num_quarantined: int) -> None:
+        def report(num_rows: int, num_quarantined: int) -> None:
             rate = num_rows / max(1e-3, time.monotonic() - start_s)
             text = f"{num_rows:,} rows checked ({rate:,.0f}/s), {num_quarantined:,} quarantined"
             progress.update(task, description=text)
 
-        yield tell
+        yield report
 
 
-class _Lines:
-    """Progress for a log: a line every few seconds."""
+class _LogProgress:
+    """Logs progress every few seconds."""
 
     def __init__(self) -> None:
-        self._told_at_s = time.monotonic()
+        self._logged_at_s = time.monotonic()
 
     def __call__(self, num_rows: int, num_quarantined: int) -> None:
-        if time.monotonic() - self._told_at_s > _TOLD_EVERY_S:
-            self._told_at_s = time.monotonic()
+        if time.monotonic() - self._logged_at_s > _LOG_EVERY_S:
+            self._logged_at_s = time.monotonic()
             logger.info("checked %d rows, %d quarantined", num_rows, num_quarantined)
 
 

@@ -1,4 +1,4 @@
-"""How far a job is that writes shard after shard, and where its time goes."""
+"""Progress of a job that writes shards, and the time of its stages."""
 
 import dataclasses
 import logging
@@ -7,23 +7,23 @@ import time
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data.batches.stage_report import Pool, stage_table
-from pipelines.data.media.stage_costs import StageCosts, summed
+from pipelines.data.batches.stage_report import WorkerPool, stage_table
+from pipelines.data.media.stage_costs import StageCosts, sum_costs
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 5.0
 _MODEL_STAGES = ("encode", "generate", "write")
-"""Those of the model actors; the others are the decode actors'."""
+"""Stages of the model actors; the decode actors run the others."""
 
 
 class ShardProgress:
-    """Tells how far the job is and how long the rest will take.
+    """Logs how many rows are done and how long the rest will take.
 
     Args:
-        verb: What is done to rows, in the past: "encoded".
-        num_rows: Of the manifest.
-        num_missing: Of them to be done.
+        verb: Past participle for messages, such as "encoded".
+        num_rows: Number of rows of the manifest.
+        num_missing: Number of rows still to be processed.
     """
 
     def __init__(self, verb: str, num_rows: int, num_missing: int) -> None:
@@ -33,22 +33,22 @@ class ShardProgress:
         self.costs = StageCosts()
         self.begin()
         if num_missing < num_rows:
-            logger.info("%d of %d rows were there already", num_rows - num_missing, num_rows)
+            logger.info("%d of %d rows exist already", num_rows - num_missing, num_rows)
 
     def begin(self) -> None:
         """Start the clock."""
-        self._begun_s = self._told_at_s = time.monotonic()
+        self._begun_s = self._logged_at_s = time.monotonic()
 
     def add(self, done: pa.Table) -> None:
-        """Count finished shards, as `EncodeShards` describes them."""
+        """Count finished shards by their rows of `EncodeShards`."""
         self._done += pc.sum(done["rows"]).as_py()
         self.num_failed += pc.sum(done["failed"]).as_py()
         self._wait_s += pc.sum(done["wait_s"]).as_py()
         self._queued_s += pc.sum(done["queued_s"]).as_py()
-        self.costs.add(summed(done))
+        self.costs.add(sum_costs(done))
         now_s = time.monotonic()
-        if self._done == self._num_missing or now_s - self._told_at_s > _PROGRESS_EVERY_S:
-            self._told_at_s = now_s
+        if self._done == self._num_missing or now_s - self._logged_at_s > _PROGRESS_EVERY_S:
+            self._logged_at_s = now_s
             rate = self._done / (now_s - self._begun_s)
             left_s = (self._num_missing - self._done) / rate
             there = self.num_rows - self._num_missing + self._done
@@ -56,16 +56,16 @@ class ShardProgress:
 
     @property
     def queue_depth(self) -> float:
-        """Decoded shards that waited for a model, on average over the time: by Little's law."""
+        """Mean number of decoded shards that waited for a model, by Little's law."""
         return self._queued_s / max(time.monotonic() - self._begun_s, 1e-9)
 
     def stages(self) -> dict[str, float]:
-        """For the summary: seconds of each stage, and of waiting."""
+        """Values for the summary: seconds of each stage, and of waiting."""
         seconds = self.costs.seconds()
         return {**seconds, "wait_s": self._wait_s, "queue_depth": self.queue_depth} if self._done else seconds
 
-    def table(self, decoding: Pool, model: Pool) -> str:
-        """Where the time went, by the two pools of actors, whose seconds are filled in here."""
+    def table(self, decoding: WorkerPool, model: WorkerPool) -> str:
+        """Table of the time of each stage; the seconds of the two pools are filled in here."""
         seconds = self.costs.seconds()
         own = {stage: seconds.pop(stage) for stage in list(seconds) if stage in _MODEL_STAGES}
         pools = [dataclasses.replace(decoding, seconds=seconds), dataclasses.replace(model, seconds=own)]

@@ -15,7 +15,7 @@ from jobs.train.reporter import BAD_STEPS_FILE, EVENTS_FILE, STARTS_FILE
 from pipelines.data import schema, storage
 from pipelines.evaluation.doctor.weights import Trainables
 from pipelines.training.group.watchdog import STACKS_FOLDER
-from pipelines.training.records.telemetry import METRICS_FILE
+from pipelines.training.records.metrics_log import METRICS_FILE
 from pipelines.training.step.validation import BEST_FILE
 
 _MAX_BYTES = 2**30

@@ -3,19 +3,16 @@
 import logging
 import sys
 
-import torch
-
 from jobs.evaluate.caption_corpus import caption_corpus
 from jobs.folders.checkpoint import open_checkpoint
 from jobs.settings.jobs import CaptionSettings
 from pipelines.data import storage
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.failures import MediaError
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.storage.local_copies import local_folder
-from pipelines.data.storage.retries import classify
-from pipelines.inference.decoding import decoding_of, waveforms_of_clip
-from pipelines.inference.models import Captioner, load_captioner
-from qformer.config import GenerationSettings
+from pipelines.inference.decoding import decoding_of
+from pipelines.inference.files import caption_file
+from pipelines.inference.models import load_captioner
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,30 +53,3 @@ def main(settings: CaptionSettings) -> int:
     finally:
         decoder.close()
     return 1 if num_failed else 0
-
-
-def caption_file(
-    captioner: Captioner, decoder: SampleDecoder, path: str, generation: GenerationSettings, instruction: str = ""
-) -> str:
-    """Caption one file, or answer an instruction about it.
-
-    Raises:
-        MediaError: If the file cannot be used.
-    """
-    clip = decoder.decode(kind=_kind(path), media=path)
-    pixels, frame_valid = torch.tensor(clip.pixels)[None], torch.tensor(clip.frame_valid)[None]
-    audio = waveforms_of_clip(clip)
-    return captioner.answer(pixels, [instruction], generation, frame_valid=frame_valid, audio=audio)[0]
-
-
-def _kind(path: str) -> str:
-    """Tell image from video by the content, as the server does; a GIF is a clip."""
-    try:
-        with storage.open_regular(path) as file:
-            kind = sniff_kind(file.read(SNIFFED_BYTES))
-    except OSError as error:
-        raise classify(error, path) from error
-    kind = kind or kind_of_name(path)
-    if kind is None:
-        raise MediaError("unsupported", "neither content nor name is that of an image or a video")
-    return kind

@@ -16,13 +16,13 @@ from jobs.folders.output import require_unused
 from jobs.settings.jobs import CaptionSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
-from pipelines.data.batches.stage_report import Pool
+from pipelines.data.batches.stage_report import WorkerPool
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.data.features.files import QUARANTINE_FILE, read_table, rows_file
-from pipelines.data.features.shards import PASSING, write_quarantine
+from pipelines.data.features.shards import RETRYABLE_ERRORS, write_quarantine
 from pipelines.data.media.samples import DecodeSettings, Limits
-from pipelines.data.media.stage_costs import summed
+from pipelines.data.media.stage_costs import sum_costs
 from pipelines.data.storage.checkpoint_folders import COMPLETE_MARKER
 from pipelines.inference.decoding import decoding_of
 from qformer.conversion.checkpoint import BridgeInfo
@@ -65,7 +65,7 @@ def caption_corpus(settings: CaptionSettings) -> dict[str, Any]:
     sums = _sums(output, num_shards)
     print(quarantine.accounting_line(len(manifest), sums["rows_used"], sums["rows_quarantined"]))
     summary = {"checkpoint": checkpoint_name(checkpoint), **sums, "stages": progress.stages()}
-    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(PASSING))).as_py() or 0
+    passing = pc.sum(pc.is_in(quarantined[schema.ERROR_CLASS], pa.array(RETRYABLE_ERRORS))).as_py() or 0
     if passing:
         logger.warning("%d rows failed for reasons that may pass; the same command tries them again", passing)
     if sums["texts_truncated"]:
@@ -133,11 +133,11 @@ def _caption_missing(
         for done in write_shards(missing, CaptionShards, arguments, decode=decode, use_gpu=settings.use_gpu, **pools):
             progress.add(done)
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
-            metrics.count(summed(done), rows_used=rows - failed, rows_quarantined=failed)
+            metrics.count_batch(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
             if _is_too_many(progress.num_failed, len(manifest), settings):
                 break  # the rest would only take time
-    decoding = Pool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
-    captioning = Pool(name="model workers", setting="workers", workers=settings.workers, seconds={})
+    decoding = WorkerPool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
+    captioning = WorkerPool(name="model workers", setting="workers", workers=settings.workers, seconds={})
     print(progress.table(decoding, captioning))
     return progress, len(shards)
 

@@ -13,9 +13,9 @@ from jobs.settings.data import DataSettings
 from jobs.settings.jobs import EvaluateSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest, write_table
+from pipelines.data.failures import Failure
 from pipelines.data.media.samples import DecodeSettings, Limits
 from pipelines.inference.decoding import decoding_of
 from qformer.conversion.checkpoint import BridgeInfo

@@ -2,7 +2,7 @@
 
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
-from pipelines.data.storage.local_copies import drop_copy, local_folder
+from pipelines.data.storage.local_copies import local_folder, remove_copy
 from qformer.conversion.checkpoint import INFO_FILE, BridgeInfo
 from qformer.errors import UserError
 
@@ -42,7 +42,7 @@ def require_whole(folder: str) -> None:
     except OSError as error:
         raise UserError(f"checkpoint {folder} cannot be read ({error}); try again, or name another") from error
     problem = checkpoint_folders.damage(path)
-    drop_copy(folder, path)
+    remove_copy(folder, path)
     if problem is not None:
         raise UserError(f"checkpoint {folder} is damaged ({problem}); name an earlier one")
 

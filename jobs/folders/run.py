@@ -12,7 +12,7 @@ from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load_saved, resolved_yaml
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
-from pipelines.data.storage.local_copies import drop_copy
+from pipelines.data.storage.local_copies import remove_copy
 from qformer.errors import UserError
 
 SETTINGS_FILE, QUARANTINE_FILE = "settings.yaml", "quarantine.parquet"
@@ -59,7 +59,7 @@ def _require_ours(settings: TrainSettings) -> None:
     found = checkpoint_folders.newest_whole_checkpoint(output)
     logger.info("resuming from %s", found.name if found else "the start: no checkpoint yet")
     if found:
-        drop_copy(output, found)  # the workers look by themselves, wherever they are
+        remove_copy(output, found)  # the workers look by themselves, wherever they are
 
 
 def _stage_of(output: str) -> int | None:

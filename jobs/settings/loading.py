@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.settings.data import Settings
 from jobs.settings.renamed import RENAMED, with_present_keys
+from jobs.settings.shipped import find_config
 from jobs.settings.specs import is_spec_at, models_in, with_long_forms
 from qformer.errors import UserError
 
@@ -25,8 +26,9 @@ def load(
 
     Args:
         model: The job's settings class.
-        config: YAML files whose top levels are mappings, later ones merged over earlier ones: mappings key by key, all
-            else replaces. One may stand alone; none starts from the defaults.
+        config: YAML files, or names of shipped ones (`find_config`), whose top levels are mappings, later ones merged
+            over earlier ones: mappings key by key, all else replaces. One may stand alone; none starts from the
+            defaults.
         overrides: Dotted assignments such as "optim.learning_rate=1e-4"; values are YAML, later ones win.
             A number in the key addresses an item of a list: "sources.0.path=photos".
 
@@ -88,9 +90,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read_mapping(config: Path) -> dict[str, Any]:
     try:
-        text = config.read_text(encoding="utf-8")
+        text = find_config(config).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"settings file {config} does not exist; check the path after --config") from None
+        hint = "check the path after --config, or name a shipped file, such as recipes/blip2_stage1"
+        raise UserError(f"settings file {config} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"settings file {config} cannot be read ({error}); --config takes a YAML file") from None
     try:

@@ -13,11 +13,11 @@ from jobs.cluster.session import ray_session, require_resources
 from jobs.folders.run import run_folder
 from jobs.settings.jobs import TrainSettings
 from jobs.train.inputs import LEARN_TOKENIZER, tokenizer_folder, with_absolute_paths
-from jobs.train.rows import TrainingRows, start_desk, start_feed, training_rows, validation_rows
+from jobs.train.rows import TrainingRows, start_coordinator, start_feed, training_rows, validation_rows
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import run_table
 from pipelines.data.order.mixture import Corpus
-from pipelines.data.order.row_index import streamed
+from pipelines.data.order.row_index import stream_rows
 from qformer.errors import UserError
 
 SUMMARY_FILE = "summary.json"
@@ -69,7 +69,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         )
         import ray
 
-        from jobs.train.reporter import keep_events
+        from jobs.train.reporter import append_events
         from jobs.train.worker import train_worker
         from pipelines.training.group.launch import launch
 
@@ -77,11 +77,11 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         # neither must wait for a CPU of their own.
         decoders = {"decode_workers": settings.decode_workers}
         is_greedy = settings.min_workers is not None and not settings.use_gpu
-        desk = start_desk(rows, total_steps=settings.steps, reserves_cpus=not is_greedy, **decoders)
-        feeds = [desk]
+        coordinator = start_coordinator(rows, total_steps=settings.steps, reserves_cpus=not is_greedy, **decoders)
+        feeds = [coordinator]
         arguments = {
             "settings": settings.model_dump(),
-            "feed": desk,
+            "feed": coordinator,
             "cache": rows.cache,
             "order": f"{rows.order.fingerprint}/{rows.corpus.fingerprint}/{settings.stage}",
             "rows": rows.order.rows_per_epoch,
@@ -100,7 +100,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
             return launch(
                 train_worker,
                 arguments,
-                board=desk,
+                coordinator=coordinator,
                 workers=settings.workers,
                 min_workers=settings.min_workers,
                 use_gpu=settings.use_gpu,
@@ -109,7 +109,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
                 name=f"stage {settings.stage}",
                 scratch=scratch,
                 total_steps=settings.steps,
-                keep=functools.partial(keep_events, settings.output),
+                save_failures=functools.partial(append_events, settings.output),
             )
         finally:
             for feed in feeds:
@@ -136,7 +136,7 @@ def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
         )
 
     def captions() -> Iterator[str]:
-        tables = itertools.chain.from_iterable(streamed(source.rows) for source in corpus.sources)
+        tables = itertools.chain.from_iterable(stream_rows(source.rows) for source in corpus.sources)
         return (text for table in tables for texts in table[schema.CAPTIONS].to_pylist() for text in texts)
 
     learn_text_tokenizer(captions, Path(storage.local_path(folder)))

@@ -1,4 +1,4 @@
-"""Which rows a training run reads, in which order, and the feed that hands them out."""
+"""Rows of a training run, their order, and the actors that hand them out."""
 
 import functools
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from qformer.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
-    """Rows of a feed."""
+    """Rows of a batch feed."""
 
     corpus: Corpus
     order: Order
     cache: FeatureCache | None
-    """Read in place of pixels."""
+    """Feature cache that is read instead of pixels; None to decode files."""
 
 
 def training_rows(settings: TrainSettings) -> TrainingRows:
-    """Those to train on.
+    """Rows to train on.
 
     Raises:
         UserError: If settings and data do not fit.
@@ -39,7 +39,7 @@ def training_rows(settings: TrainSettings) -> TrainingRows:
 
 
 def validation_rows(settings: TrainSettings) -> TrainingRows | None:
-    """Those to validate on, every one of them once an epoch; None without validation.
+    """Rows to validate on, each of them once an epoch; None without validation.
 
     Raises:
         UserError: If settings and data do not fit.
@@ -58,33 +58,47 @@ def validation_rows(settings: TrainSettings) -> TrainingRows | None:
     return _with_cache(settings, corpus, order, validation.features)
 
 
-def start_desk(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
-    """An actor that hands the training's rows out and keeps what it has to say; see `RunDesk`."""
-    from pipelines.training.group.desk import RunDesk
-
-    return _start(RunDesk, rows, total_steps, decode_workers, reserves_cpus)
-
-
-def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
-    """An actor that hands rows out; see `BatchFeed`."""
+def start_coordinator(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
+    """Start the `RunCoordinator` actor of a run, with a batch feed over the rows to train on."""
+    from pipelines.training.group.coordinator import RunCoordinator
     from pipelines.training.group.feed import BatchFeed
 
-    return _start(BatchFeed, rows, total_steps, decode_workers, reserves_cpus)
-
-
-def _start(kind: type, rows: TrainingRows, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
-    import ray
-
-    from pipelines.training.group.launch import beside_driver
-
-    actor = ray.remote(kind).options(num_cpus=0, scheduling_strategy=beside_driver())
-    return actor.remote(
+    feed = BatchFeed(
         rows.order,
-        [ray.put(rows.corpus)],
+        _corpus_reference(rows),
         total_steps=total_steps,
         decode_workers=decode_workers,
         reserves_cpus=reserves_cpus,
     )
+    return _actor_class(RunCoordinator).remote(feed)
+
+
+def start_feed(rows: TrainingRows, *, total_steps: int, decode_workers: int, reserves_cpus: bool) -> Any:
+    """Start a `BatchFeed` actor over other rows than those to train on."""
+    from pipelines.training.group.feed import BatchFeed
+
+    return _actor_class(BatchFeed).remote(
+        rows.order,
+        _corpus_reference(rows),
+        total_steps=total_steps,
+        decode_workers=decode_workers,
+        reserves_cpus=reserves_cpus,
+    )
+
+
+def _actor_class(kind: type) -> Any:
+    import ray
+
+    from pipelines.training.group.launch import driver_node_affinity
+
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=driver_node_affinity())
+
+
+def _corpus_reference(rows: TrainingRows) -> list[Any]:
+    """The corpus in Ray's object store, in a list, since Ray resolves a bare reference."""
+    import ray
+
+    return [ray.put(rows.corpus)]
 
 
 def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features: str | None) -> TrainingRows:
@@ -96,7 +110,7 @@ def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features:
         cache = cache.without_audio()
     elif cache.spec.audio is None:
         raise UserError(
-            f"data.features={features} holds no sound, and model.audio={settings.model.audio.name} reads it; run "
+            f"data.features={features} holds no sound, which model.audio={settings.model.audio.name} needs; run "
             f"`qformer features --set audio={settings.model.audio.name}` into another folder, or leave model.audio out"
         )
     else:

@@ -1,4 +1,4 @@
-"""The validation of a training run: its own feed, and what a lower or higher loss leads to."""
+"""Validation during a training run: losses from a feed of its own, the best checkpoint, early stopping."""
 
 import dataclasses
 import json
@@ -8,8 +8,9 @@ from typing import Any
 
 from jobs.settings.jobs import TrainSettings
 from jobs.train.inputs import decode_settings
-from jobs.train.reporter import VALIDATION_QUARANTINE_FILE, Reporter
-from pipelines.data.batches.batch import Failure, SampleBatch
+from jobs.train.reporter import VALIDATION_QUARANTINE_FILE, RunReporter
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.data.media.transforms import Augmentation
 from pipelines.training.group.feed import rank_batches
 from pipelines.training.run.model import Training, TrainingRun
@@ -19,15 +20,15 @@ from qformer.distributed import any_text, rank, world_size
 
 
 class Validation:
-    """Called after so many steps on every rank; returns whether training goes on.
+    """Computes the validation losses on every rank, and decides whether training goes on.
 
     Args:
-        arguments: Of the worker.
-        settings: Of the run.
-        run: Being trained.
-        training: What changes with it.
-        reporter: On the first rank.
-        beat: Told after every batch, with the number of steps done.
+        arguments: Arguments of the worker.
+        settings: Settings of the run.
+        run: Model that is trained.
+        training: Optimizer, objective, precision and moving average of the training.
+        reporter: The run's reporter on the first rank; None on others.
+        report_progress: Callback after every batch that takes the number of steps done.
     """
 
     def __init__(
@@ -36,22 +37,29 @@ class Validation:
         settings: TrainSettings,
         run: TrainingRun,
         training: Training,
-        reporter: Reporter | None,
-        beat: Callable[[int], None],
+        reporter: RunReporter | None,
+        report_progress: Callable[[int], None],
     ) -> None:
         self._arguments, self._settings, self._run = arguments, settings, run
-        self._training, self._reporter, self._beat = training, reporter, beat
+        self._training, self._reporter, self._report_progress = training, reporter, report_progress
         patience = settings.validation.patience if settings.validation else None
         decode = decode_settings(settings, run.preprocessing, run.audio_sampling)
-        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), has_chance=False)
-        found = json.dumps(dataclasses.asdict(read_best(settings.output))) if rank() == 0 else None
-        best = Best(**json.loads(str(any_text(found))))  # as the first rank sees the file, on every rank
+        self._decode = dataclasses.replace(decode, augmentation=Augmentation(), uses_seeds=False)
+        best_json = json.dumps(dataclasses.asdict(read_best(settings.output))) if rank() == 0 else None
+        best = Best(**json.loads(str(any_text(best_json))))  # the first rank reads the file for every rank
         self._best = BestCheckpoint(settings.output, best, patience=patience)
         if reporter:
-            reporter.writer.best_step = self._best.best.step
+            reporter.checkpoint_writer.best_step = self._best.best.step
 
     def __call__(self, done: int) -> bool:
-        """Compute the losses of the whole evaluation set; of a step that was validated before, nothing."""
+        """Validate over the whole evaluation set, unless this step was validated before.
+
+        Args:
+            done: Steps done.
+
+        Returns:
+            Whether training goes on; the same on every rank.
+        """
         if done <= self._best.best.last:
             return self._best.goes_on
         batches = rank_batches(
@@ -66,14 +74,14 @@ class Validation:
         )
         training, stage = self._training, self._run.stage
         failures: list[Failure] = []
-        watched = self._watched(batches, done, failures)
-        losses, samples = validation_losses(stage, watched, training.objective, training.precision, training.ema)
+        batches = self._collecting(batches, done, failures)
+        losses, samples = validation_losses(stage, batches, training.objective, training.precision, training.ema)
         failures = of_all_ranks(failures)
         if self._reporter:
             self._reporter.write_validation_quarantine(failures)
         if not samples:
             if self._reporter:
-                self._reporter.say(f"ALARM validation at step {done}: not one row of the evaluation set could be used")
+                self._reporter.log_event(f"ALARM validation at step {done}: no row of the evaluation set is usable")
             return self._best.goes_on
         self._best.see(done, losses["total"])
         goes_on = self._best.goes_on
@@ -81,22 +89,25 @@ class Validation:
             best = self._best.best
             try:
                 self._best.write()
-            except Exception as error:  # a full disk, a store that is away
-                self._reporter.say(f"ALARM best.json is not written: {error}; the next validation is the next try")
-            self._reporter.writer.best_step = best.step
-            self._reporter.log.validated(done, losses)
-            told = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            except Exception as error:  # a full disk, an unreachable store
+                self._reporter.log_event(
+                    f"ALARM best.json is not written: {error}; the next validation is the next try"
+                )
+            self._reporter.checkpoint_writer.best_step = best.step
+            self._reporter.metrics_log.write_validation(done, losses)
+            terms = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             rows = f"{samples} of {self._arguments['validation_rows']} rows"
             if failures:
                 rows += f" ({len(failures)} could not be used, see {VALIDATION_QUARANTINE_FILE})"
-            end = "" if goes_on else f"; the training ends, for {best.num_worse} validations brought nothing better"
-            self._reporter.say(
-                f"validation at step {done} over {rows}: {told}; best {best.loss:.4f} at step {best.step}{end}"
+            end = "" if goes_on else f"; training ends after {best.num_worse} validations without a better loss"
+            self._reporter.log_event(
+                f"validation at step {done} over {rows}: {terms}; best {best.loss:.4f} at step {best.step}{end}"
             )
         return goes_on
 
-    def _watched(self, batches: Iterator[SampleBatch], done: int, failures: list[Failure]) -> Iterator[SampleBatch]:
+    def _collecting(self, batches: Iterator[SampleBatch], done: int, failures: list[Failure]) -> Iterator[SampleBatch]:
+        """The same batches; adds their failures to `failures` and reports progress."""
         for batch in batches:
             yield batch
             failures.extend(batch.failures)
-            self._beat(done)
+            self._report_progress(done)

@@ -17,18 +17,18 @@ from jobs.cluster.exceptions import find_user_error
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import resolved_yaml
 from jobs.train.inputs import decode_settings, tokenizer_folder
-from jobs.train.reporter import Reporter
+from jobs.train.reporter import RunReporter
 from jobs.train.validation import Validation
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.cache import FeatureCache
 from pipelines.data.storage.checkpoint_folders import checkpoint_uri, newest_whole_checkpoint
-from pipelines.data.storage.local_copies import drop_copy, local_folder
-from pipelines.training.group.desk import DESK_DIED
+from pipelines.data.storage.local_copies import local_folder, remove_copy
+from pipelines.training.group.coordinator import COORDINATOR_DIED
 from pipelines.training.group.feed import rank_batches
 from pipelines.training.group.watchdog import Watchdog
 from pipelines.training.records.accounting import Accounting, TooManyQuarantinedError
 from pipelines.training.records.flops import StepFlops
-from pipelines.training.records.health import QueryWatch
+from pipelines.training.records.health import QueryCollapseMonitor
 from pipelines.training.run.checkpoint_writer import CheckpointError
 from pipelines.training.run.model import Training, TrainingRun
 from pipelines.training.run.model_choice import choice_from
@@ -54,15 +54,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     A mistake of the user is returned as {"mistake": message}: raised, it would be tried again `max_failures` times.
 
     Args:
-        arguments: settings (dumped), feed and board (handles of one actor), cache (`FeatureCache` or None), order (its
-            fingerprint), rows (of an epoch), steps_per_epoch; of the validation, if any, validation_feed,
+        arguments: settings (dumped), feed and coordinator (handles of one actor), cache (`FeatureCache` or None), order
+            (its fingerprint), rows (of an epoch), steps_per_epoch; of the validation, if any, validation_feed,
             validation_cache, validation_rows and validation_steps.
     """
     settings, mistake = TrainSettings.model_validate(arguments["settings"]), None
     try:
-        told = ray.get(arguments["board"].mistake.remote())
+        told = ray.get(arguments["coordinator"].user_error.remote())
     except ray.exceptions.ActorDiedError:  # for every rank alike, and at every start
-        return {"mistake": DESK_DIED}
+        return {"mistake": COORDINATOR_DIED}
     if told is not None:
         return {"mistake": told}  # of one rank, which ended the start before this one
     try:
@@ -70,36 +70,38 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         mistake = str(error)
     else:
-        mistake = _stuck(arguments["board"], settings, state.start_step) if rank() == 0 else None
+        mistake = _stuck(arguments["coordinator"], settings, state.start_step) if rank() == 0 else None
     # Other ranks may have come through, and would wait for this one.
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
-    reporter = Reporter(arguments["board"], settings, state.start_step) if rank() == 0 else None
-    say = reporter.say if reporter else arguments["board"].say.remote
-    _announce(reporter, state, arguments["board"])
-    watchdog = Watchdog(settings.output, rank(), timeout_s=settings.hang_timeout_s, alarm=say, done=state.start_step)
+    reporter = RunReporter(arguments["coordinator"], settings, state.start_step) if rank() == 0 else None
+    say = reporter.log_event if reporter else arguments["coordinator"].post.remote
+    _announce(reporter, state, arguments["coordinator"])
+    watchdog = Watchdog(
+        settings.output, rank(), timeout_s=settings.hang_timeout_s, warn=say, start_step=state.start_step
+    )
     loop = _loop(arguments, settings, state, reporter, watchdog)
     try:
         done = loop.run(_batches(arguments, settings, state), state.start_step)
         state.run.assert_frozen()
         if reporter:
-            reporter.writer.close()
+            reporter.checkpoint_writer.close()
     except (TooManyQuarantinedError, DivergedError, CheckpointError) as error:
         mistake = str(error)  # met by all ranks at the same step; the last one when no rank waits for this one any more
     except Exception as error:
         # Of this rank alone, such as a storage that refuses it: it must not be tried again `max_failures` times.
         if (found := find_user_error(error)) is not None:
-            ray.get(arguments["board"].give_up.remote(str(found)))
+            ray.get(arguments["coordinator"].record_user_error.remote(str(found)))
         raise
     finally:
         watchdog.close()
         if reporter:
-            reporter.log.close()
+            reporter.metrics_log.close()
             reporter.write_quarantine(state.accounting)
     if (mistake := any_text(mistake)) is not None:
         return {"mistake": mistake}
     stages = loop.times.combined(state.run.encode.seconds)
-    last = reporter.log.records[-1] if reporter and reporter.log.records else {}
+    last = reporter.metrics_log.records[-1] if reporter and reporter.metrics_log.records else {}
     return {**_summary(settings, state), "steps": done, "last": last, "stages": stages}
 
 
@@ -114,23 +116,25 @@ class _State:
     """Steps done before."""
 
 
-def _announce(reporter: Reporter | None, state: _State, board: Any) -> None:
+def _announce(reporter: RunReporter | None, state: _State, coordinator: Any) -> None:
     """Write down and say who starts, from where; every rank must call."""
     hosts = of_all_ranks([socket.gethostname()])
     if reporter is None:
         return
-    reporter.keep(ray.get(board.take_deaths.remote()))
+    reporter.save_events(ray.get(coordinator.take_failures.remote()))
     run = state.run
     trainable = {"names": run.trainable_names, "parameters": run.num_trainable}
     group = {"step": state.start_step, "workers": world_size(), "hosts": hosts}
-    reporter.started({**group, "trainable": trainable, "frozen_sha256": dict(run.fingerprints)})
+    reporter.record_start({**group, "trainable": trainable, "frozen_sha256": dict(run.fingerprints)})
     verb = "resuming" if state.start_step else "starting"
-    reporter.say(f"{verb} at step {state.start_step} with {world_size()} worker(s) on {', '.join(sorted(set(hosts)))}")
+    reporter.log_event(
+        f"{verb} at step {state.start_step} with {world_size()} worker(s) on {', '.join(sorted(set(hosts)))}"
+    )
 
 
-def _stuck(board: Any, settings: TrainSettings, start_step: int) -> str | None:
+def _stuck(coordinator: Any, settings: TrainSettings, start_step: int) -> str | None:
     """What to tell of a run that starts again and again before its next checkpoint, where nobody set how often."""
-    num_starts = ray.get(board.starting.remote(start_step))
+    num_starts = ray.get(coordinator.record_start.remote(start_step))
     if settings.max_failures is not None or num_starts <= _MAX_STARTS:
         return None
     return (
@@ -173,12 +177,12 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         order=arguments["order"],
     )
     if rank() == 0:
-        arguments["board"].say.remote(f"weights {run.load_report}")
+        arguments["coordinator"].post.remote(f"weights {run.load_report}")
     accounting, start_step = Accounting(), 0
-    newest = _newest(settings.output, arguments["board"].say.remote)
+    newest = _newest(settings.output, arguments["coordinator"].post.remote)
     if newest is not None:
         saved = run.restore(newest, training)
-        drop_copy(settings.output, newest)  # a run may be restarted a hundred times on one disk
+        remove_copy(settings.output, newest)  # a run may be restarted a hundred times on one disk
         accounting, start_step = Accounting.from_state(saved.accounting), saved.step
     return _State(run=run, training=training, accounting=accounting, start_step=start_step)
 
@@ -213,7 +217,7 @@ def _batches(arguments: dict[str, Any], settings: TrainSettings, state: _State) 
 
 
 def _loop(
-    arguments: dict[str, Any], settings: TrainSettings, state: _State, reporter: Reporter | None, watchdog: Watchdog
+    arguments: dict[str, Any], settings: TrainSettings, state: _State, reporter: RunReporter | None, watchdog: Watchdog
 ) -> Loop:
     run, training = state.run, state.training
     call: torch.nn.Module = run.stage.trainables
@@ -228,11 +232,11 @@ def _loop(
     def save(done: int) -> None:
         if reporter is not None:
             yaml = resolved_yaml(settings)
-            reporter.writer.submit(run.checkpoint(done, training, state.accounting, settings=yaml))
+            reporter.checkpoint_writer.submit(run.checkpoint(done, training, state.accounting, settings=yaml))
             reporter.write_quarantine(state.accounting)
 
-    validation = Validation(arguments, settings, run, training, reporter, watchdog.beat)
-    report, alarm = (reporter.bad_step, reporter.say) if reporter else (_ignore, _ignore)
+    validation = Validation(arguments, settings, run, training, reporter, watchdog.report_progress)
+    report, alarm = (reporter.record_bad_step, reporter.log_event) if reporter else (_ignore, _ignore)
     optim = settings.optim
     return Loop(
         stage=run.stage,
@@ -256,14 +260,14 @@ def _loop(
             validate_every=settings.validation.every if settings.validation else None,
         ),
         guard=StepGuard(settings.max_bad_steps, report, alarm),
-        queries=QueryWatch(alarm),
+        queries=QueryCollapseMonitor(alarm),
         flops=StepFlops(get_device()),
         hooks=Hooks(
-            log=(lambda values: reporter.logged(values, state.accounting)) if reporter else _ignore,
+            log=(lambda values: reporter.record_step(values, state.accounting)) if reporter else _ignore,
             save=save,
             validate=validation,
             is_preempted=_PreemptionNotice(alarm),
-            beat=watchdog.beat,
+            beat=watchdog.report_progress,
         ),
         ema=training.ema,
     )

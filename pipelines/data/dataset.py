@@ -1,4 +1,4 @@
-"""Wires the pure parts into Ray Data: training segments, evaluation, features. The only Ray import here."""
+"""Runs the pure parts in Ray Data: training segments, evaluation, features. The only module here that imports Ray."""
 
 import itertools
 import warnings
@@ -18,33 +18,33 @@ from pipelines.data.batches.plan import (
     RowLookup,
     block_steps,
     evaluation_blocks,
-    failed,
+    lacks_caption,
+    mark_failed,
     training_blocks,
-    without_caption,
 )
 from pipelines.data.corpus import quarantine
 from pipelines.data.features.cache import FeatureCache, ReadFeatures
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.row_index import Rows
+from pipelines.data.order.row_index import ManifestRows
 
 if TYPE_CHECKING:
     from pipelines.data.features.shard_encoder import EncoderChoice
 
 _SEGMENT_BLOCKS = 2048
-"""Most input blocks of one dataset: Ray handles all of them before the first comes out."""
+"""Largest number of input blocks of one dataset: Ray handles all of them before it returns the first."""
 _MIN_SEGMENT_STEPS, _MAX_SEGMENT_BLOCKS = 64, 16_384
-"""With many ranks a segment has more blocks, lest it ends before the next has started: that takes some seconds, and
-about 1.4 ms a block more."""
+"""Bounds for many ranks, where a segment has more blocks: the next one takes some seconds and about 1.4 ms a block to
+start, and must be ready before this one ends."""
 _MAX_RESTARTS = 3
-"""How often a crashed decode actor is replaced. Ray's default, without end, would crash on one image for ever."""
+"""Replacements of a crashed decode actor. Ray's default has no limit and would crash on one image for ever."""
 _MAX_TASK_RETRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class RankStream:
-    """One rank's micro-batches of a segment, in step order. Picklable; iterate it once, all ranks at a time."""
+    """One rank's micro-batches of a segment, in step order. Picklable; all ranks iterate at the same time, once."""
 
     blocks: Any
     """A Ray Data iterator."""
@@ -53,15 +53,14 @@ class RankStream:
     num_steps: int
 
     def __iter__(self) -> Iterator[SampleBatch]:
-        """Yield the batches as they come to be.
+        """Yield the batches in step order.
 
         Raises:
             UserError: If storage refuses to be read.
-            RuntimeError: If Ray Data dealt a block to the wrong rank or out of turn, or lost one.
+            RuntimeError: If Ray Data gave a block to the wrong rank, in the wrong order, or lost one.
         """
         step = self.first_step
-        # Who iterates reads ahead itself. Ray's own reading ahead takes four threads more, which ask each other twenty
-        # times a second whether there is something to do.
+        # The caller prefetches. Ray's prefetching would add four threads that poll twenty times a second.
         tables = self.blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for table in (part for block in tables for part in split_steps(block)):
             batch = unpack(table)
@@ -74,14 +73,14 @@ class RankStream:
             raise RuntimeError(f"rank {self.rank} got {step - self.first_step} of {self.num_steps} steps")
 
 
-class _Planned:
-    """Looks planned rows up and hands them to a decode operator, in one actor.
+class _DecodePlan:
+    """Looks up planned rows and decodes them, in one actor.
 
     Args:
-        rows: Of the `mixture.Corpus`, which all actors of a machine share.
-        seed: Of the run.
-        operator: `DecodeRows` or its twin.
-        source: The operator's settings.
+        rows: Reference to the `mixture.Corpus`, which all actors of a machine share.
+        seed: Seed of the run.
+        operator: `DecodeRows`, or `ReadFeatures` for a cache.
+        source: Argument of the operator.
     """
 
     def __init__(
@@ -92,9 +91,9 @@ class _Planned:
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         rows = self._look_up(plan)
-        is_bad = without_caption(rows)
+        is_bad = lacks_caption(rows)
         decoded: pa.Table = self._decode(rows)
-        return failed(decoded, is_bad, "the row has no caption") if is_bad.any() else decoded
+        return mark_failed(decoded, is_bad, "the row has no caption") if is_bad.any() else decoded
 
 
 def build_segment(
@@ -114,17 +113,17 @@ def build_segment(
     blocks they read.
 
     Args:
-        order: Of the run.
+        order: Order of the run.
         rows: Its `mixture.Corpus`, put into Ray's object store; with a cache, as `features.locate` returned them.
-        first_step: First of the steps.
-        end_step: Exclusive end. Many blocks in one dataset make its start slow; where that matters they end sooner.
+        first_step: First step.
+        end_step: Exclusive end. Many blocks make a dataset start slowly, so a segment may end sooner.
         world_size: Number of ranks.
-        source: How files become pixels, or the cache to read instead.
-        decode_workers: Actors that look up and decode or read.
-        reserves_cpus: One CPU for each of them; False has them run beside whatever holds the CPUs.
+        source: Decode settings, or the feature cache that replaces decoding.
+        decode_workers: Number of actors that decode or read.
+        reserves_cpus: Whether each actor reserves a CPU; False shares CPUs that others have reserved.
 
     Returns:
-        One stream a rank; how far they go stands in `RankStream.num_steps`.
+        One stream a rank; `RankStream.num_steps` says how many steps it has.
     """
     sample_bytes = max(map(source.row_bytes, order.kinds))
     steps_per_block = block_steps(sample_bytes * -(-order.global_batch // world_size))
@@ -134,35 +133,36 @@ def build_segment(
         order.at(steps), first_step=first_step, world_size=world_size, steps_per_block=steps_per_block
     )
     operator = ReadFeatures if isinstance(source, FeatureCache) else DecodeRows
-    dataset = _mapped(blocks, _Planned, (rows, order.seed, operator, source), decode_workers, reserves_cpus)
-    # The blocks are dealt in turn: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
+    dataset = _mapped(blocks, _DecodePlan, (rows, order.seed, operator, source), decode_workers, reserves_cpus)
+    # Ray deals the blocks round robin: rank 0, rank 1, ..., rank 0, ... Each rank checks what it gets.
     splits = dataset.streaming_split(world_size, equal=False)
     return [RankStream(split, rank, first_step, len(steps)) for rank, split in enumerate(splits)]
 
 
 def segment_blocks(world_size: int) -> int:
-    """Most input blocks of one rank in a segment."""
+    """Largest number of input blocks of one rank in a segment."""
     wanted = _MIN_SEGMENT_STEPS * world_size
     return max(1, min(max(_SEGMENT_BLOCKS, wanted), _MAX_SEGMENT_BLOCKS) // world_size)
 
 
 def close_segment(streams: Sequence[RankStream]) -> None:
-    """End a segment whose ranks are dead: its dataset would wait for them, and its decode actors with it."""
+    """End a segment whose ranks are dead; otherwise its dataset and decode actors would wait for them."""
     for stream in streams[:1]:
-        # 2.60 has no public way; the actors that decode belong to this one and go with it.
+        # Ray 2.60 has no public way. The decode actors belong to this actor and end with it.
         ray.kill(stream.blocks._coord_actor)
 
 
 def evaluation_datasets(
-    rows: Rows, *, batch_size: int, decode: DecodeSettings, decode_workers: int
+    rows: ManifestRows, *, batch_size: int, decode: DecodeSettings, decode_workers: int
 ) -> Iterator[ray.data.Dataset]:
-    """Decoded blocks with every row exactly once and one kind a block, in one dataset or several.
+    """Decode every row exactly once, in blocks of one kind, in one dataset or several.
 
-    Follow it with `map_blocks`, and `to_batch` inside. The rows of a dataset are read when the one before is done.
+    Pass the result to `map_blocks`, whose operator calls `to_batch`. The rows of a dataset are read when the one before
+    is finished.
     """
     blocks = evaluation_blocks(rows, batch_size)
-    while some := list(itertools.islice(blocks, _SEGMENT_BLOCKS)):
-        yield _mapped(some, DecodeRows, (decode,), decode_workers)
+    while chunk := list(itertools.islice(blocks, _SEGMENT_BLOCKS)):
+        yield _mapped(chunk, DecodeRows, (decode,), decode_workers)
 
 
 def map_blocks(
@@ -171,21 +171,21 @@ def map_blocks(
     """Send every block through a pool of model actors.
 
     Args:
-        datasets: From `evaluation_datasets`, one after the other.
+        datasets: Results of `evaluation_datasets`, run one after the other.
         operator: Callable class from a block to a table.
         arguments: Constructor arguments of `operator`.
         workers: Number of actors.
         use_gpu: Give each actor one GPU.
 
     Yields:
-        What the actors return, in no particular order.
+        The actors' results, in no particular order.
     """
     for dataset in datasets:
-        # `map_batches` wants a batch size as soon as a GPU is asked for, and would join blocks of different kinds to
-        # fill it; the inner method takes blocks as they are.
+        # With a GPU, `map_batches` demands a batch size and would join blocks of different kinds to fill it. The inner
+        # method takes blocks as they are.
         apply = dataset.map_batches_internal if use_gpu else dataset.map_batches
         with warnings.catch_warnings():
-            # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
+            # Ray 2.60 has no other way to bound the restarts of an actor pool, and warns that 2.64 removes this one.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             mapped = apply(
                 operator,
@@ -194,7 +194,7 @@ def map_blocks(
                 batch_size=None,
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 num_gpus=1 if use_gpu else None,
-                # Without end by default: a model that crashes on one block would be started again for ever.
+                # The default has no limit: a model that crashes on one block would restart for ever.
                 max_restarts=_MAX_RESTARTS,
                 max_task_retries=_MAX_TASK_RETRIES,
             )
@@ -204,8 +204,8 @@ def map_blocks(
 def measure_features(
     blocks: list[pa.Table], *, choice: "EncoderChoice", decode: DecodeSettings, frames_per_pass: int, use_gpu: bool
 ) -> list[StageCosts]:
-    """Decode and encode a few blocks in one task, writing nothing; see `encode_shards.measure_rows`."""
-    # Loads torch, which the other jobs' drivers do without.
+    """Decode and encode a few blocks in one task, writing nothing; see `shard_encoder.measure_rows`."""
+    # Imported here because it loads torch, which the drivers of other jobs do not need.
     from pipelines.data.features.shard_encoder import measure_rows
 
     task = ray.remote(measure_rows).options(num_gpus=1 if use_gpu else 0, max_retries=_MAX_TASK_RETRIES)
@@ -226,17 +226,17 @@ def encode_features(
     """Write shards of a feature cache.
 
     Args:
-        shards: Of `features.shard_blocks`, those that are missing.
-        folder: Of the cache.
-        choice: The encoder.
-        decode: How files become pixels.
-        frames_per_pass: See `EncodeShards`.
-        workers: Encoder actors.
-        decode_workers: Decode actors.
-        use_gpu: One GPU for each encoder actor.
+        shards: Missing shards among those of `features.shards.shard_blocks`.
+        folder: Folder of the cache.
+        choice: Frozen encoders.
+        decode: Decode settings.
+        frames_per_pass: Frames in one pass of the vision encoder.
+        workers: Number of encoder actors.
+        decode_workers: Number of decode actors.
+        use_gpu: Whether each encoder actor gets a GPU.
 
     Yields:
-        What `EncodeShards` returns about each, as they are done.
+        The row of `EncodeShards` about each shard, as the shards finish.
     """
     from pipelines.data.features.shard_encoder import EncodeShards
 
@@ -258,16 +258,16 @@ def write_shards(
     """Decode shards and send each through a model actor that writes it.
 
     Args:
-        shards: Of `features.shard_blocks`, those that are missing.
+        shards: Missing shards among those of `features.shards.shard_blocks`.
         operator: Callable class from a decoded shard to one row about it, such as `EncodeShards`.
         arguments: Constructor arguments of `operator`, besides its `device`.
-        decode: How files become pixels.
-        workers: Model actors.
-        decode_workers: Decode actors.
-        use_gpu: One GPU for each model actor.
+        decode: Decode settings.
+        workers: Number of model actors.
+        decode_workers: Number of decode actors.
+        use_gpu: Whether each model actor gets a GPU.
 
     Yields:
-        What `operator` returns about each, as they are done.
+        The row of `operator` about each shard, as the shards finish.
     """
     from pipelines.data.features.shard_encoder import DecodeShards
 
@@ -277,7 +277,7 @@ def write_shards(
 
 
 def to_batch(block: pa.Table) -> SampleBatch:
-    """Turn a block of `evaluation_datasets` into arrays; `step` is then the block's number."""
+    """Turn a block of `evaluation_datasets` into arrays; `step` is the block's number."""
     return unpack(block)
 
 
@@ -288,11 +288,11 @@ def _mapped(
     decode_workers: int,
     reserves_cpus: bool = True,
 ) -> ray.data.Dataset:
-    """Run an operator over blocks, one output block for each input block, in order."""
+    """Run an operator over blocks: one output block for each input block, in order."""
     with warnings.catch_warnings():
-        # 2.60 has no other way to bound an actor pool's restarts, and warns that this one goes with 2.64.
+        # Ray 2.60 has no other way to bound the restarts of an actor pool, and warns that 2.64 removes this one.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        # Not `from_arrow`, which starts a task for every block to learn its schema.
+        # `from_arrow` would start a task for every block to learn its schema.
         dataset = ray.data.from_blocks(blocks).map_batches(
             operator,
             fn_constructor_args=arguments,
@@ -302,9 +302,9 @@ def _mapped(
             num_cpus=1 if reserves_cpus else 0,
             ray_remote_args_fn=_bounded_retries,
         )
-    # The dataset's own copy: the caller's global context stays as it is.
+    # This is the dataset's own copy of the context; the global one stays as it is.
     dataset.context.execution_options.preserve_order = True
-    # A large micro-batch must not be cut in two: every block has its turn.
+    # Ray must not split a large micro-batch: the round robin counts blocks.
     dataset.context.target_max_block_size = None
     return dataset
 

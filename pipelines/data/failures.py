@@ -1,79 +1,42 @@
-"""What may go wrong with one media file, and what kind of media a file is."""
+"""Failures of single samples: the error that readers raise, and the record that tables carry."""
 
-import os
+from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.data.schema import IMAGE, VIDEO
-
 ErrorClass = Literal["corrupt", "unsupported", "missing", "too_large", "timeout", "transient", "config"]
-Stage = Literal["manifest", "read", "decode"]
-
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".j2k"),
-    *(".mpo", ".ico", ".avif", ".heic", ".heif", ".ppm", ".pgm"),
-)
-# An animated GIF is a clip: as an image only its first frame would be seen.
-VIDEO_EXTENSIONS = (
-    *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"),
-    *(".3gp", ".3g2", ".wmv", ".ogv", ".gif"),
-)
-SNIFFED_BYTES = 192
-"""How much of a file's beginning `sniff_kind` wants."""
-_IMAGE_MAGIC = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"\0\0\0\x0cjP  ",
-    b"\xff\x4f\xff\x51",
-    b"\0\0\1\0",
-)
-_VIDEO_MAGIC = (b"GIF8", b"\x1aE\xdf\xa3", b"FLV\1", b"\0\0\1\xba", b"\0\0\1\xb3", b"OggS", b"\x30\x26\xb2\x75")
-HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-_IMAGE_BRANDS = (b"avif", b"avis", *HEIC_BRANDS)
+"""Why a sample cannot be used."""
+FailureStage = Literal["manifest", "read", "decode"]
+"""Where a sample failed: the row itself, reading its file, or decoding it."""
 
 
 class MediaError(Exception):
-    """One media file that cannot be used. It becomes a quarantine row, never a dead job.
+    """A media file that cannot be used. It becomes a quarantine row and never ends a job.
 
     Attributes:
-        error_class: Why, as one of a few words that tables can be grouped by.
-        message: One line for a person.
-        stage: "read" (bytes could not be had), "decode" (bytes made no picture) or "manifest" (the row is wrong).
-        tries: How often it was attempted.
+        error_class: Reason, one of a few words by which tables can be grouped.
+        message: Explanation in one line.
+        stage: "manifest" (the row is wrong), "read" (the file cannot be read) or "decode" (it cannot be decoded).
+        tries: Number of attempts.
     """
 
-    def __init__(self, error_class: ErrorClass, message: str, *, stage: Stage = "decode", tries: int = 1) -> None:
+    def __init__(
+        self, error_class: ErrorClass, message: str, *, stage: FailureStage = "decode", tries: int = 1
+    ) -> None:
         # Decoders echo parts of binary files in their messages.
         self.message = " ".join(message.split())[:300] or error_class
         super().__init__(f"{error_class}: {self.message}")
         self.error_class: ErrorClass = error_class
-        self.stage: Stage = stage
+        self.stage: FailureStage = stage
         self.tries = tries
 
 
-def kind_of_name(name: str) -> str | None:
-    """Tell "image" or "video" from a file name's extension, None when it says neither."""
-    extension = os.path.splitext(name)[1].lower()
-    if extension in IMAGE_EXTENSIONS:
-        return IMAGE
-    return VIDEO if extension in VIDEO_EXTENSIONS else None
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sample that cannot be used; it becomes a row of the quarantine table."""
 
-
-def sniff_kind(head: bytes) -> str | None:
-    """Tell "image" or "video" from a file's first bytes, None when they say neither.
-
-    Args:
-        head: At least `SNIFFED_BYTES` bytes, or the whole file when it is shorter.
-    """
-    if head[4:8] == b"ftyp":
-        return IMAGE if head[8:12] in _IMAGE_BRANDS else VIDEO
-    if head.startswith(b"RIFF"):
-        return {b"WEBP": IMAGE, b"AVI ": VIDEO}.get(head[8:12])
-    if head.startswith(_IMAGE_MAGIC):
-        return IMAGE
-    # QuickTime files without ftyp, and MPEG transport streams (a sync byte every 188 bytes).
-    if head.startswith(_VIDEO_MAGIC) or head[4:8] in (b"moov", b"mdat", b"wide", b"free"):
-        return VIDEO
-    return VIDEO if head[:1] == b"\x47" and head[188:189] == b"\x47" else None
+    sample_id: str
+    media: str | None
+    stage: str
+    error_class: str
+    message: str
+    tries: int = 1

@@ -8,13 +8,13 @@ MEDIA_BYTES = "media_bytes"
 KIND = "kind"
 CAPTIONS = "captions"
 INSTRUCTIONS = "instructions"
-"""What each caption answers: one text for all captions, or one for each; none where a run's own prompt serves."""
+"""Questions or prompts that the captions answer: one for all, one for each, or none to use the run's own prompt."""
 START_S = "start_s"
 END_S = "end_s"
 SPLIT = "split"
 LICENCE = "licence"
 SOURCE = "source"
-"""Name of the source that a row came from."""
+"""Name of the source of a row."""
 
 CAPTION = "caption"
 """Accepted in place of `captions` when a table has one caption a row."""
@@ -26,10 +26,10 @@ IMAGE = "image"
 VIDEO = "video"
 KINDS = (IMAGE, VIDEO)
 TRAIN = "train"
-"""The split that is trained on; every other one is for evaluation."""
+"""Split of the training rows; every other one is for evaluation."""
 
 FEATURE_SHARD, FEATURE_ROW = FEATURE_COLUMNS = ("feature_shard", "feature_row")
-"""Where a row's features lie in a feature cache; only in tables that `features.locate` returned."""
+"""Location of a row's features in a feature cache; only in tables from `features.cache.locate`."""
 
 STAGE = "stage"
 ERROR_CLASS = "error_class"
@@ -62,7 +62,7 @@ FACTS_SCHEMA = pa.schema(
         pa.field(HAS_AUDIO, pa.bool_()),
     ]
 )
-"""What `decode_rows.CheckRows` tells of each file beside its error; see `facts.MediaFacts`."""
+"""Columns of `decode_rows.CheckRows` about each file, besides its error; see `facts.MediaFacts`."""
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -98,7 +98,7 @@ PROBE_SCHEMA = pa.schema(
         *FACTS_SCHEMA,
     ]
 )
-"""What `prepare` found of each row's file, one row for each of the manifest."""
+"""Table of `prepare` about the files: one row for each row of the manifest."""
 
 DUPLICATE_OF, DUPLICATE_OF_SPLIT = "duplicate_of", "duplicate_of_split"
 
@@ -112,7 +112,7 @@ DUPLICATES_SCHEMA = pa.schema(
         pa.field(CONTENT_HASH, pa.string(), nullable=False),
     ]
 )
-"""Rows whose media has the same bytes as an earlier row's other file, or as a row's of another split."""
+"""Rows whose media has the same bytes as another file of an earlier row, or as media of another split."""
 
 INDEX_SCHEMA = pa.schema(
     [

@@ -19,20 +19,20 @@ _ADAPTER = "default"
 
 
 class Lora(nn.Module):
-    """The updates of one language model, attached on construction: y = W x + alpha / R * up (down x).
+    """The low-rank updates of one language model, attached on construction: y = W x + alpha / R * up (down x).
 
     Args:
         language_model: Any module with linear layers of the targets' names (`nn.Linear`, or GPT-2's `Conv1D`).
-        config: See `LoraConfig`.
+        config: Rank, scale, dropout and target layers.
 
     Raises:
         UserError: If no layer has a target's name, or one that has is not linear.
     """
 
     down: nn.ParameterDict
-    """[R, I] of each layer, the very parameters of its adapter, float32; dots of the name are slashes."""
+    """[R, I] of each layer, shared with its adapter, float32; layer names have slashes instead of dots."""
     up: nn.ParameterDict
-    """[O, R], zero before training, so that an untrained update changes nothing."""
+    """[O, R] of each layer, zero before training, so that an untrained update changes nothing."""
 
     def __init__(self, language_model: nn.Module, config: LoraConfig) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class Lora(nn.Module):
         linear = {n for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
         chosen = {n for n in modules if f".{n}".endswith(tuple(f".{target}" for target in config.targets))}
         if not chosen or chosen - linear:
-            known, wrong = ({name.rpartition(".")[2] for name in names} for names in (linear, chosen - linear))
+            available, wrong = ({name.rpartition(".")[2] for name in names} for names in (linear, chosen - linear))
             what = f"name {sorted(wrong)}, no linear layers" if wrong else "name no layer"
             raise UserError(
-                f"model.lora.targets={list(config.targets)} {what}; the model's linear layers are {sorted(known)}"
+                f"model.lora.targets={list(config.targets)} {what}; the model's linear layers are {sorted(available)}"
             )
         adapter = PeftConfig(
             r=config.rank,
@@ -57,7 +57,7 @@ class Lora(nn.Module):
         )
         inject_adapter_in_model(adapter, language_model, adapter_name=_ADAPTER)
         adapted = {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
-        # Out of sight of nn.Module: the wrapped layers stay the language model's.
+        # A list hides the model from nn.Module: the wrapped layers belong to the language model.
         self._model, self._adapted = [language_model], cast(dict[str, Any], adapted)
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in self._adapted.items():
@@ -80,7 +80,7 @@ class Lora(nn.Module):
         return own_weights(self._model[0])
 
     def detach(self) -> None:
-        """Take the updates off the language model, which is then as it came."""
+        """Remove the updates from the language model, which is then as it was before."""
         for name, layer in self._adapted.items():
             parent, _, last = name.rpartition(".")
             setattr(self._model[0].get_submodule(parent), last, layer.get_base_layer())

@@ -1,8 +1,8 @@
-"""Does a model use its images? What it makes of true pairs of image and text, against images permuted among the texts.
+"""A test of whether a model uses its images: its scores of texts with their own images, and with permuted images.
 
-A model that ignores its images fits a text as well beside any image. So each text meets its own image and one of
-another sample, and the two fits are compared text by text: a paired test needs no scale, and texts that are easy or
-hard in themselves cancel out.
+A model that ignores its images scores a text equally with any image. So each text is scored with its own image and with
+another sample's, and the two scores are compared text by text. A paired test needs no scale, and the difficulty of a
+text cancels out.
 
 Dimensions: B pairs, T labels, N soft-prompt rows, L language-model width.
 """
@@ -20,34 +20,34 @@ from qformer.language import IGNORED, LanguageBatch, LanguageModel
 Verdict = Literal["used", "hardly", "unused", "unknown"]
 
 SIGNIFICANT_Z = 3.0
-"""Standard deviations above chance from which on a share is no accident: 1 in 740 by chance alone."""
+"""Standard deviations above chance from which a share is significant: 1 in 740 by chance."""
 USED_SHARE = 0.6
-"""Share of the texts that the right image must fit better; what is significant and below it is hardly a use."""
+"""Share of texts that must score better with their own image; a smaller significant share counts as "hardly"."""
 USED_GAIN_NATS = 0.05
-"""By how much the right image must lower the loss of a token on average: less changes its probability by below 5 %."""
+"""Mean decrease of a token's loss that the own image must give; less changes its probability by under 5 %."""
 MIN_PAIRS = 16
-"""Below, not even a perfect model would be clearly above chance."""
+"""Number of pairs below which not even a perfect model is significantly above chance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedFigures:
-    """How often, and by how much, the right image fits a text better than another's."""
+    """How often, and by how much, a text scores better with its own image than with another."""
 
     num_pairs: int
     true_mean: float
-    """Mean over texts beside their own images."""
+    """Mean over texts with their own images."""
     permuted_mean: float
-    """Beside another sample's."""
+    """Mean over texts with another sample's image."""
     share: float
-    """Of the texts that the right image fits better; where both fit the same it counts half. Chance is 0.5."""
+    """Share of texts that score better with their own image; ties count half. Chance is 0.5."""
     z: float
-    """How many standard deviations `share` lies above chance (sign test)."""
+    """Standard deviations of `share` above chance (sign test)."""
     least_gain: float = 0.0
-    """Mean difference below which it is hardly a use, however sure it is."""
+    """Mean difference below which the verdict is at most "hardly", however significant."""
 
     @property
     def verdict(self) -> Verdict:
-        """What the figures say of the model."""
+        """Verdict on the model."""
         if self.num_pairs < MIN_PAIRS:
             return "unknown"
         if self.z < SIGNIFICANT_Z:
@@ -59,13 +59,13 @@ class PairedFigures:
 def compare_pairs(
     true_B: Tensor, permuted_B: Tensor, *, lower_is_better: bool = False, least_gain: float = 0.0
 ) -> PairedFigures:
-    """Compare what the same texts gave beside their own and beside another image.
+    """Compare the scores of texts with their own and with another image.
 
     Args:
-        true_B: Score or loss of each text beside its own image.
-        permuted_B: Of the same text beside another.
+        true_B: Score or loss of each text with its own image.
+        permuted_B: Score or loss of the same text with another image.
         lower_is_better: True for losses.
-        least_gain: See `PairedFigures`.
+        least_gain: Mean difference below which the verdict is at most "hardly".
     """
     true, permuted = true_B.double(), permuted_B.double()
     gains = permuted - true if lower_is_better else true - permuted
@@ -83,15 +83,15 @@ def compare_pairs(
     )
 
 
-def partners(may_swap_BB: Tensor, generator: torch.Generator) -> Tensor:
-    """Permute images among texts: give as many texts as possible an image of another sample, each image once.
+def permute_images(may_swap_BB: Tensor, generator: torch.Generator) -> Tensor:
+    """Permute images among texts: match as many texts as possible with an image of another sample, each image once.
 
     Args:
-        may_swap_BB: True where text i may meet image j: not its own, not the same picture, not one it describes too.
-        generator: Draws the permutation.
+        may_swap_BB: True where text i may get image j: not its own, not the same picture, not one it describes, too.
+        generator: Random generator of the permutation.
 
     Returns:
-        [B] int64, the image that each text meets; -1 for texts that no image is left for.
+        [B] int64, the image of each text; -1 for texts without one.
     """
     size = len(may_swap_BB)
     allowed = may_swap_BB.tolist()
@@ -101,18 +101,18 @@ def partners(may_swap_BB: Tensor, generator: torch.Generator) -> Tensor:
     ]
     text_of: dict[int, int] = {}
 
-    def seat(text: int, seen: set[int]) -> bool:
-        """Find `text` an image, moving others where that helps (Kuhn's augmenting paths)."""
+    def assign(text: int, visited: set[int]) -> bool:
+        """Assign an image to `text`, reassigning others if needed (Kuhn's augmenting paths)."""
         for image in choices[text]:
-            if image not in seen:
-                seen.add(image)
-                if image not in text_of or seat(text_of[image], seen):
+            if image not in visited:
+                visited.add(image)
+                if image not in text_of or assign(text_of[image], visited):
                     text_of[image] = text
                     return True
         return False
 
     for text in order:
-        seat(text, set())
+        assign(text, set())
     image_B = torch.full((size,), -1, dtype=torch.int64)
     for image, text in text_of.items():
         image_B[text] = image

@@ -16,19 +16,19 @@ from qformer.backbones import require_finite
 from qformer.errors import UserError
 
 _SEGMENTS_PER_PASS = 32
-"""Bounds the memory that a batch takes: Whisper makes 1500 tokens of every segment."""
+"""Number of segments in a forward pass; bounds memory, because Whisper makes 1500 tokens of every segment."""
 _WINDOW_S = 0.025
-"""Of every encoder's first step; a shorter segment holds nothing that it could see."""
+"""Window of every encoder's first layer; a shorter segment gives no features."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLayout:
-    """Which of an encoder's tokens belong to the sound; the others are made of padding."""
+    """The tokens of an encoder that belong to the sound; the others come from padding."""
 
     tokens_of: Callable[[int], list[int] | slice]
-    """From the number of samples of a segment to its tokens."""
+    """Function from the number of samples of a segment to its tokens."""
     max_samples: int | None = None
-    """Longest segment that the encoder hears whole; None: any."""
+    """Longest segment that the encoder takes as a whole; None: any."""
 
 
 class AudioEncoder(nn.Module):
@@ -37,9 +37,9 @@ class AudioEncoder(nn.Module):
     Always in eval mode and without gradients, whatever the surrounding module is switched to.
 
     Args:
-        model: Its last hidden state is [G, P, V].
-        extractor: The model's feature extractor, which runs on the CPU.
-        layout: See `TokenLayout`.
+        model: Model with a last hidden state [G, P, V].
+        extractor: Feature extractor of the model, which runs on the CPU.
+        layout: Token layout of the model.
     """
 
     def __init__(self, model: nn.Module, extractor: Any, layout: TokenLayout) -> None:
@@ -56,11 +56,11 @@ class AudioEncoder(nn.Module):
 
     @property
     def extractor_fingerprint(self) -> str:
-        """SHA-256 of what the feature extractor does; with the weights it is all that decides the vectors."""
+        """SHA-256 of the feature extractor's settings; together with the weights it decides the vectors."""
         return hashlib.sha256(self._extractor.to_json_string().encode()).hexdigest()
 
     def require_fit(self, segment_samples: int) -> None:
-        """Refuse segments that the encoder was not made for.
+        """Check that the encoder can take segments of this length.
 
         Raises:
             UserError: If they are too long or too short for it.
@@ -70,8 +70,8 @@ class AudioEncoder(nn.Module):
         most = self._layout.max_samples
         if most is not None and segment_samples > most:
             raise UserError(
-                f"data.audio.segment_s={length_s:g} is longer than the {most / rate:g} s that model.audio hears at a "
-                "time; take more and shorter segments"
+                f"data.audio.segment_s={length_s:g} is longer than the {most / rate:g} s that model.audio takes at a "
+                "time; use more and shorter segments"
             )
         if length_s < _WINDOW_S:
             raise UserError(f"data.audio.segment_s={length_s:g} is shorter than model.audio's window of {_WINDOW_S} s")
@@ -84,7 +84,7 @@ class AudioEncoder(nn.Module):
             waveforms_GN: float32 mono within [-1, 1] at `sample_rate_hz`, on any device.
 
         Returns:
-            vectors_GV, in the encoder's dtype: each the mean over the tokens that hear the segment.
+            vectors_GV, in the encoder's dtype: each the mean over the tokens of the segment.
         """
         weight = next(self.model.parameters())
         given: Mapping[str, Tensor] = self._extractor(
@@ -101,35 +101,35 @@ class AudioEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, waveforms_BAN: Tensor, is_audio_BA: Tensor, sample_ids: Sequence[str] = ()) -> Tensor:
-        """Encode the segments that hold sound.
+        """Encode the segments with sound.
 
         Args:
-            waveforms_BAN: As `forward` takes them.
-            is_audio_BA: False where there is nothing to hear.
-            sample_ids: Names for messages; without, rows are numbered.
+            waveforms_BAN: float32 mono within [-1, 1] at `sample_rate_hz`, on any device.
+            is_audio_BA: False where there is no sound.
+            sample_ids: Names for messages; without them, rows are numbered.
 
         Returns:
-            audio_BAV, float32 on the encoder's device, zero where there is nothing to hear.
+            audio_BAV, float32 on the encoder's device, zero where there is no sound.
 
         Raises:
             NotFiniteError: If a vector holds NaN or infinity.
         """
         device = next(self.model.parameters()).device
         audio_BAV = torch.zeros(*is_audio_BA.shape, self.width, device=device)
-        heard = waveforms_BAN[is_audio_BA.to(waveforms_BAN.device)]
-        if len(heard):
-            parts = [cast(Tensor, self(part)).float() for part in heard.split(_SEGMENTS_PER_PASS)]
+        segments = waveforms_BAN[is_audio_BA.to(waveforms_BAN.device)]
+        if len(segments):
+            parts = [cast(Tensor, self(part)).float() for part in segments.split(_SEGMENTS_PER_PASS)]
             audio_BAV[is_audio_BA.to(device)] = torch.cat(parts)
         require_finite(audio_BAV, torch.ones(len(audio_BAV), dtype=torch.bool, device=device), sample_ids)
         return audio_BAV
 
 
 def layout_of(config: Any, extractor: Any) -> TokenLayout:
-    """The tokens of a model that pads every segment to one length, or of one that does not.
+    """Token layout of a model, which may pad every segment to one length.
 
     Args:
-        config: Of the model.
-        extractor: Its feature extractor.
+        config: Config of the model.
+        extractor: Feature extractor of the model.
     """
     match config.model_type:
         case "whisper":
@@ -145,7 +145,7 @@ def layout_of(config: Any, extractor: Any) -> TokenLayout:
 
 
 def _spectrogram_layout(config: Any, extractor: Any) -> TokenLayout:
-    """AST: patches of a spectrogram with 100 columns a second, row by row behind two tokens for the whole."""
+    """AST: patches of a spectrogram with 100 columns a second, row by row after two tokens for the whole."""
     rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     columns = (config.max_length - config.patch_size) // config.time_stride + 1
     step = extractor.sampling_rate // 100
@@ -153,7 +153,7 @@ def _spectrogram_layout(config: Any, extractor: Any) -> TokenLayout:
 
     def tokens_of(length: int) -> list[int]:
         frames = max(0, length - window) // step + 1
-        heard = min(columns, math.ceil(frames / config.time_stride))
-        return [2 + row * columns + column for row in range(rows) for column in range(heard)]
+        num_filled = min(columns, math.ceil(frames / config.time_stride))
+        return [2 + row * columns + column for row in range(rows) for column in range(num_filled)]
 
     return TokenLayout(tokens_of=tokens_of, max_samples=(config.max_length - 1) * step + window)

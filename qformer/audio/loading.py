@@ -12,7 +12,7 @@ from qformer.torch_build.torchvision import import_torchvision
 
 
 def load_audio(spec: AudioSpec, *, dtype: torch.dtype = torch.float32) -> AudioEncoder:
-    """Load and freeze an audio encoder: AST, Whisper's encoder, wav2vec 2.0 and its like.
+    """Load and freeze an audio encoder: AST, Whisper's encoder, wav2vec 2.0 or a similar one.
 
     Args:
         spec: The encoder; a local folder holds config.json, preprocessor_config.json and model.safetensors. Random
@@ -36,12 +36,12 @@ def load_audio(spec: AudioSpec, *, dtype: torch.dtype = torch.float32) -> AudioE
         except Exception as error:
             raise model_error("model.audio", spec.name, error, []) from error
     if not hasattr(extractor, "sampling_rate"):
-        raise UserError(f"model.audio: {spec.name!r} is no audio model; choose one such as AST or Whisper")
+        raise UserError(f"model.audio: {spec.name!r} is not an audio model; choose one such as AST or Whisper")
     config = model.config
     encoder = model.get_encoder() if config.is_encoder_decoder else model
     try:
         return AudioEncoder(encoder.to(dtype), extractor, layout_of(config, extractor))
-    except Exception as error:  # whatever a model of another kind does with sound
+    except Exception as error:  # models of other kinds fail in many ways
         reason = str(error).strip()[:200] or type(error).__name__
         raise UserError(
             f"model.audio: {spec.name!r} cannot be run on sound alone ({reason}); choose an audio encoder such as "

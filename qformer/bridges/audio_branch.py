@@ -18,7 +18,7 @@ from qformer.model import QFormer
 
 
 class Sound(NamedTuple):
-    """What the frozen audio encoder heard of clips."""
+    """What the frozen audio encoder made of the sound of clips."""
 
     audio_BAV: Tensor
     """A vector a segment."""
@@ -27,7 +27,7 @@ class Sound(NamedTuple):
 
     @classmethod
     def absent(cls, clips: int, width: int, device: torch.device) -> "Sound":
-        """Of clips that have none."""
+        """The value for clips that have none."""
         none_B1 = torch.zeros(clips, 1, dtype=torch.bool, device=device)
         return cls(torch.zeros(clips, 1, width, device=device), none_B1)
 
@@ -35,9 +35,9 @@ class Sound(NamedTuple):
         """Refuse sound that does not fit a bridge, or the clips beside it.
 
         Args:
-            clips: How many there are.
-            frames: How many segments there must be, one a frame; None: any number.
-            width: Of the vectors that the bridge takes.
+            clips: Number of clips.
+            frames: Number of segments that there must be, one a frame; None: any number.
+            width: Width of the vectors that the bridge takes.
 
         Raises:
             ValueError: Naming both sides.
@@ -56,8 +56,8 @@ class AudioBranch(nn.Module):
     """Vectors of sound, with the position of their segment, through a Q-Former of their own to soft prompts.
 
     Args:
-        config: Width, heads and dropout are the image's Q-Former's.
-        audio: See `AudioConfig`.
+        config: The image's Q-Former, whose width, heads and dropout the branch has too.
+        audio: Sizes of the branch.
         language_width: Width of the language model's embeddings.
     """
 
@@ -76,13 +76,18 @@ class AudioBranch(nn.Module):
         )
         self.language_projection = nn.Linear(config.hidden_size, language_width)
 
+    @property
+    def num_queries(self) -> int:
+        """N."""
+        return self.qformer.config.num_queries
+
     def forward(self, sound: Sound) -> Tensor:
         """Soft prompts [B, N, L]; those of a clip without sound mean nothing and are for the caller to leave out."""
         audio_BAV, is_segment_BA = sound
         is_first_A = torch.arange(is_segment_BA.shape[1], device=is_segment_BA.device) == 0
-        is_seen_BA = is_segment_BA | (is_first_A & ~is_segment_BA.any(dim=1, keepdim=True))
+        is_read_BA = is_segment_BA | (is_first_A & ~is_segment_BA.any(dim=1, keepdim=True))
         # A segment keeps its place in time, also behind segments without sound.
         position_BAV = self.positions(torch.ones_like(is_segment_BA))
         placed_BAV = audio_BAV.masked_fill(~is_segment_BA[..., None], 0.0) + position_BAV
-        queries = self.qformer.forward_queries(self.qformer.image_key_values(placed_BAV), is_seen_BA)
+        queries = self.qformer.forward_queries(self.qformer.image_key_values(placed_BAV), is_read_BA)
         return self.language_projection(queries.hidden_BQD)

@@ -1,47 +1,25 @@
-"""What a Q-Former reads of a clip: its frames one by one, here, or joined (`cascaded`, `spatio_temporal`).
+"""Means and places over the frames of a clip.
 
-Dimensions: B batch, F frames (1 once they are joined), P tokens of a frame, V their width, Q queries, D hidden width,
-G = B * F.
+Dimensions: B batch, F frames, S sets of query outputs, Q queries of a set, E any width.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
-
-from qformer.model import QFormer
+from torch import Tensor
 
 
-class Seen(NamedTuple):
-    """A clip as the Q-Former reads it, without what its padding holds."""
+def without_unread(values_BSQE: Tensor, is_read_BSQ: Tensor | None) -> Tensor:
+    """The same with each output that is not read replaced by one of its clip that is, which changes no maximum.
 
-    tokens_BFPV: Tensor
-    """F is 1 where the frames were joined."""
-    is_token: Tensor | None = None
-    """Of joined frames: the tokens that queries see, [B, P], or [B, Q, P] where each has its own."""
-    is_frame_BF: Tensor | None = None
-    """Of separate frames: False at padding; None where there is none."""
-
-
-class SeparateFrames(nn.Module):
-    """Every frame is read alone."""
-
-    def forward(self, tokens_BFPV: Tensor, is_frame_BF: Tensor | None) -> Seen:
-        """The frames as they are."""
-        return Seen(tokens_BFPV, is_frame_BF=is_frame_BF)
-
-    def reader_of_encoder(self, qformer: QFormer) -> QFormer:
-        """The Q-Former that takes the encoder's tokens; `qformer` is the one whose outputs are read."""
-        return qformer
-
-
-def without_padding(hidden_BFQD: Tensor, is_frame_BF: Tensor | None) -> Tensor:
-    """The same with each padding frame replaced by its clip's first real one, which changes no maximum over frames."""
-    if is_frame_BF is None:
-        return hidden_BFQD
-    clips_B = torch.arange(len(is_frame_BF), device=is_frame_BF.device)
-    first_BQD = hidden_BFQD[clips_B, is_frame_BF.long().argmax(dim=1)]
-    return torch.where(is_frame_BF[:, :, None, None], hidden_BFQD, first_BQD[:, None])
+    That is the same query's of the first set where any is read, or else the first that is read.
+    """
+    if is_read_BSQ is None:
+        return values_BSQE
+    clips_B = torch.arange(len(is_read_BSQ), device=is_read_BSQ.device)
+    first_B = is_read_BSQ.any(dim=2).long().argmax(dim=1)
+    first_BQE, is_first_BQ = values_BSQE[clips_B, first_B], is_read_BSQ[clips_B, first_B]
+    row_BE = first_BQE[clips_B, is_first_BQ.long().argmax(dim=1)]
+    first_BQE = torch.where(is_first_BQ[..., None], first_BQE, row_BE[:, None])
+    return torch.where(is_read_BSQ[..., None], values_BSQE, first_BQE[:, None])
 
 
 def mean_over_frames(values_BFX: Tensor, is_frame_BF: Tensor | None) -> Tensor:
@@ -51,3 +29,8 @@ def mean_over_frames(values_BFX: Tensor, is_frame_BF: Tensor | None) -> Tensor:
     weight_BF = is_frame_BF.to(values_BFX.dtype)
     weight_BF = weight_BF / weight_BF.sum(dim=1, keepdim=True).clamp(min=1.0)
     return torch.einsum("bf,bf...->b...", weight_BF, values_BFX)
+
+
+def join_frames(cached_GHQK: Tensor, frames: int) -> Tensor:
+    """[B*F, H, Q, K] to [B, H, F*Q, K], frames in time order."""
+    return cached_GHQK.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""A Q-Former starts from any Hugging Face BERT, with or without its masked-LM head.
+"""Initialisation of a Q-Former from any Hugging Face BERT, with or without its masked-LM head.
 
 Reference: BLIP-2 (arXiv:2301.12597), section 3.1; LAVIS `blip2.py` (`init_Qformer`).
 """
@@ -36,28 +36,28 @@ _NAMES = (
 
 
 def start_from_bert(qformer: QFormer, name: str, *, allow_mismatch: bool = False) -> LoadReport:
-    """Start a Q-Former from a BERT: query feed-forwards are copies of the text ones.
+    """Initialise a Q-Former from a BERT; query feed-forwards become copies of the text ones.
 
-    Queries and cross-attention have no counterpart and stay as initialised, as does the row of [DEC], which BERT's
-    vocabulary lacks. BERT's token types are left out, as in LAVIS.
+    Queries, cross-attention and the embedding of [DEC] have no counterpart in BERT and keep their initial values.
+    BERT's token types are not loaded, as in LAVIS.
 
     Args:
-        qformer: Freshly initialised; a text branch's vocabulary is BERT's with [DEC] at its end.
+        qformer: Newly initialised Q-Former; a text branch's vocabulary is BERT's with [DEC] at its end.
         name: Hub name or folder of a BERT with or without its masked-LM head.
-        allow_mismatch: See `load_matching`.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
-        UserError: If it is no BERT, or of another shape.
+        UserError: If the model is no BERT, or its shapes differ from the Q-Former's.
     """
-    config, (bert, theirs_by_name, has_lm_head) = qformer.config, _load_bert(name)
-    for setting, mine, theirs in (
+    config, (bert, bert_weights, has_lm_head) = qformer.config, _load_bert(name)
+    for setting, own_value, bert_value in (
         ("num_heads", config.num_heads, bert.num_attention_heads),
         ("layer_norm_eps", config.layer_norm_eps, bert.layer_norm_eps),
         ("activation", "gelu", bert.hidden_act),
     ):
-        if mine != theirs:
+        if own_value != bert_value:
             raise UserError(
-                f"{_SETTING}: {name!r} has {setting}={theirs} but the Q-Former {setting}={mine}; set "
+                f"{_SETTING}: {name!r} has {setting}={bert_value} but the Q-Former {setting}={own_value}; set "
                 f"model.qformer.{setting} to the same, or choose another BERT"
             )
     if config.has_text_branch and config.vocab_size != bert.vocab_size + 1 and not allow_mismatch:
@@ -65,12 +65,12 @@ def start_from_bert(qformer: QFormer, name: str, *, allow_mismatch: bool = False
             f"{_SETTING}: {name!r} has {bert.vocab_size} ids but model.tokenizer {config.vocab_size - 1} "
             "(and [DEC]); set model.tokenizer to this BERT's own"
         )
-    weights = {_our_name(key): tensor for key, tensor in theirs_by_name.items() if ".decoder." not in key}
+    weights = {_qformer_name(key): tensor for key, tensor in bert_weights.items() if ".decoder." not in key}
     _append_row(weights, "word_embeddings.weight", INITIAL_STD)
     _append_row(weights, "lm_bias", 0.0)
     own = qformer.state_dict()
     for key in [key for key in own if ".query_ffn." in key]:
-        # Those of every kind of queries, where each has its own.
+        # Feed-forwards of every query group, where each has its own.
         if (source := _EXPERT.sub(".text_ffn.", key)) in weights:
             weights[key] = weights[source].clone()
     new = ["query_tokens", ".cross_attention."]
@@ -95,24 +95,24 @@ def _load_bert(name: str) -> tuple[Any, dict[str, Tensor], bool]:
             raise UserError(f"{_SETTING}: {name!r} is a {config.model_type}; only a BERT has a Q-Former's shape")
         has_lm_head = (config.architectures or ["BertModel"])[0] in ("BertForMaskedLM", "BertForPreTraining")
         bert_class = BertForMaskedLM if has_lm_head else BertModel
-        model, told = bert_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, loading = bert_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:
         raise model_error(_SETTING, name, error, []) from error
-    # What the files lack, the library fills with random values: they are not the BERT's.
-    weights = {key: tensor for key, tensor in model.state_dict().items() if key not in told["missing_keys"]}
+    # transformers fills tensors that the files lack with random values; those are not the BERT's.
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key not in loading["missing_keys"]}
     return config, weights, has_lm_head
 
 
-def _our_name(name: str) -> str:
+def _qformer_name(name: str) -> str:
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _append_row(weights: dict[str, Tensor], name: str, std: float) -> None:
-    """One more row, for [DEC]."""
+    """Append a row of random values for [DEC], with standard deviation `std`."""
     if name in weights:
         old = weights[name]
         weights[name] = torch.cat([old, std * torch.randn(1, *old.shape[1:], dtype=old.dtype)])

@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from qformer.bridges.config import AudioConfig, VideoConfig
+from qformer.bridges.config import AudioConfig
+from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig, bridge_config
 from qformer.config import AudioSpec, LanguageSpec, LoraConfig, QFormerConfig, VisionSpec
 from qformer.conversion.former_info import nested_specs
 from qformer.errors import UserError
@@ -51,8 +52,8 @@ class BridgeInfo:
     answer_end_id: int | None = None
     """Token that ends an answer besides the tokenizer's end token; None: the language model's own. See LAVIS' OPT."""
     lora: LoraConfig | None = None
-    video: VideoConfig = VideoConfig()
-    """How the frames of a clip are joined; `qformer` tells of one image's Q-Former."""
+    bridge: BridgeConfig = IMAGE_BRIDGE
+    """Kind and sizes of the bridge; `qformer` has the shapes of one image's Q-Former."""
     audio: AudioSpec | None = None
     """Frozen audio encoder of the branch for sound; None without one."""
     audio_branch: AudioConfig | None = None
@@ -81,7 +82,7 @@ class BridgeInfo:
                         values[name] = spec(**values[name])
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-                values["video"] = VideoConfig(**values.get("video", {}))
+                values["bridge"] = _bridge(values)
                 if values.get("audio_branch") is not None:
                     values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:
@@ -94,6 +95,30 @@ class BridgeInfo:
         raise UserError(
             f"{file!r} has format_version={version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
         )
+
+
+_KINDS_BEFORE = {
+    "concatenate": (),
+    "mean": (),
+    "cascaded": ("max_frames", "num_queries", "num_layers", "freeze_frames"),
+    "spatio_temporal": (
+        "max_frames",
+        "freeze_attention",
+        "num_spatial_queries",
+        "num_temporal_queries",
+        "num_summary_queries",
+    ),
+}
+"""Fields of `video` in earlier files that each way to join frames read."""
+
+
+def _bridge(values: dict[str, Any]) -> BridgeConfig:
+    """The bridge of a file, which earlier files call `video` and the earliest leave out."""
+    if "bridge" in values:
+        return bridge_config(values["bridge"])
+    video = values.pop("video", {})
+    kind = video.get("temporal", "concatenate")
+    return bridge_config({"kind": kind} | {name: video[name] for name in _KINDS_BEFORE[kind] if name in video})
 
 
 def read_info(folder: Path) -> BridgeInfo:

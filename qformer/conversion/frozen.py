@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside tower and bridge: the frozen language model and the image processor."""
+"""Frozen language model and image processor of a Hugging Face BLIP-2 folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,27 +9,27 @@ from torch import Tensor
 
 from qformer.adapters.lora import Lora
 from qformer.config import LoraConfig
-from qformer.conversion.bundle import read_tensors, reason_of
+from qformer.conversion.bundle import first_line, read_tensors
 from qformer.errors import UserError
 from qformer.preprocessing import PIL_INTERPOLATIONS, Preprocessing, transformers_preprocessing
 from qformer.torch_build.torchvision import import_torchvision
 
 
 def preprocessing_of(image_processor: Any) -> Preprocessing:
-    """The contract of a BlipImageProcessor (resize straight to the size) or a CLIPImageProcessor (centre crop)."""
+    """Preprocessing of a BlipImageProcessor (resize to the square) or a CLIPImageProcessor (resize, centre crop)."""
     return transformers_preprocessing(image_processor.to_dict())
 
 
-def image_processor_for(contract: Preprocessing) -> Any:
-    """Inverse of `preprocessing_of`."""
+def image_processor_for(preprocessing: Preprocessing) -> Any:
+    """Image processor with a given preprocessing; inverse of `preprocessing_of`."""
     from transformers import BlipImageProcessor, CLIPImageProcessor
 
-    size = {"height": contract.height, "width": contract.width}
-    resample = next(number for number, name in PIL_INTERPOLATIONS.items() if name == contract.interpolation)
-    common = {"resample": resample, "image_mean": list(contract.mean), "image_std": list(contract.std)}
-    if contract.crop == "squash":
+    size = {"height": preprocessing.height, "width": preprocessing.width}
+    resample = next(number for number, name in PIL_INTERPOLATIONS.items() if name == preprocessing.interpolation)
+    common = {"resample": resample, "image_mean": list(preprocessing.mean), "image_std": list(preprocessing.std)}
+    if preprocessing.crop == "squash":
         return BlipImageProcessor(size=size, **common)
-    return CLIPImageProcessor(size={"shortest_edge": contract.resize_short_side}, crop_size=size, **common)
+    return CLIPImageProcessor(size={"shortest_edge": preprocessing.resize_short_side}, crop_size=size, **common)
 
 
 def read_language(
@@ -39,13 +39,13 @@ def read_language(
 
     Args:
         name: Hub name or folder.
-        image_id: Of the placeholder token.
-        tokenizer: The model's, with the placeholder.
-        lora: Updates to merge into the weights, if any: the layout has no place for them apart.
-        updates: Their tensors by `Lora`'s names.
+        image_id: Id of the placeholder token.
+        tokenizer: Tokenizer of the language model, with the placeholder.
+        lora: LoRA whose updates are merged into the weights, since the layout has no place for them; or None.
+        updates: Tensors of the LoRA by `Lora`'s names.
 
     Raises:
-        UserError: If it cannot be loaded.
+        UserError: If the language model cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -53,37 +53,37 @@ def read_language(
         config = AutoConfig.from_pretrained(name)
         model = _language_class(config).from_pretrained(name, dtype="auto")
     except Exception as error:
-        raise UserError(f"checkpoint: its language model {name!r} cannot be loaded ({reason_of(error)})") from error
+        raise UserError(f"checkpoint: its language model {name!r} cannot be loaded ({first_line(error)})") from error
     if image_id >= config.vocab_size:
         model.resize_token_embeddings(image_id + 1, mean_resizing=False)
-        _copy_row(model, image_id, config.vocab_size, _silent_id(tokenizer))
+        _copy_row(model, image_id, config.vocab_size, _non_answer_id(tokenizer))
     weights = model.state_dict()
     if lora is not None:
         adapters = Lora(model, lora)
         adapters.load_state_dict(dict(updates))
         weights = adapters.merge()
     if Path(name).is_dir():
-        # transformers keeps single layers of fp16 models in fp32; the files' dtype is the truth.
+        # transformers keeps single layers of fp16 models in fp32; the export keeps the files' dtypes.
         dtypes = {k: v.dtype for k, v in read_tensors(Path(name)).items()}
         weights = {k: v.to(dtypes.get(k, v.dtype)) for k, v in weights.items()}
     return weights, model.config.to_dict()
 
 
 def language_width(name: str) -> int | None:
-    """Width of a language model's embeddings by its config, or None where that does not lie on this machine."""
+    """Width of a language model's embeddings by its config; None if the config is not on this machine."""
     import_torchvision()
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
-        # An OPT may embed in another width than it computes in.
+        # An OPT's embeddings may have another width than its layers.
         return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
     except Exception:
         return None
 
 
 def read_language_tokenizer(name: str) -> Any:
-    """The language model's tokenizer.
+    """Load the language model's tokenizer.
 
     Raises:
         UserError: If it cannot be loaded.
@@ -93,11 +93,11 @@ def read_language_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise UserError(f"checkpoint: no tokenizer of its language model {name!r} ({reason_of(error)})") from error
+        raise UserError(f"checkpoint: no tokenizer of its language model {name!r} ({first_line(error)})") from error
 
 
-def _silent_id(tokenizer: Any) -> int:
-    """A token that is never the answer. The placeholder copies its row, so it cannot be chosen where that is not."""
+def _non_answer_id(tokenizer: Any) -> int:
+    """Id of a token that is never generated. The placeholder copies its embedding, so it is never generated either."""
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
     return next(i for i in candidates if i is not None and (i != tokenizer.eos_token_id or i == 0))
 
@@ -118,16 +118,22 @@ def _language_class(config: Any) -> Any:
 
 
 def write_language(config: Any, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Write the frozen language model as an ordinary folder."""
+    """Write the frozen language model as a transformers folder."""
     write_model(_language_class(config.text_config).from_config, config.text_config, weights, folder)
     tokenizer.save_pretrained(folder)
 
 
 def write_model(build: Any, config: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Save a transformers model made of `weights`, without initialising or copying any.
+    """Save a transformers model with given weights, without initialising or copying any.
+
+    Args:
+        build: Function from the config to the model.
+        config: Config of the model.
+        weights: Tensors by the model's names.
+        folder: Output folder.
 
     Raises:
-        UserError: If names or shapes are not the model's own, naming the first.
+        UserError: If a name or shape differs from the model's; the message names the first.
     """
     with torch.device("meta"):
         model = build(config)

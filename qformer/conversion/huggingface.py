@@ -1,14 +1,14 @@
-"""Hugging Face BLIP-2 and InstructBLIP folders into ours and back.
+"""Import and export of Hugging Face BLIP-2 and InstructBLIP folders.
 
-A folder holds everything: vision tower, bridge, language model, processor. In: the bridge becomes our checkpoint, the
-frozen models become ordinary local folders inside it. Out: a folder that stock transformers loads, with a side file
-for what its layout has no place for (see `layouts`).
+A folder holds vision tower, bridge, language model and processor. An import makes a checkpoint of the bridge, with the
+frozen models as local folders inside it. An export makes a folder that stock transformers loads, with a side file for
+values without a place in the layout (see `layouts`).
 
-Pictures go through the stock processor on one side and `pipelines.data` on the other. Straight to a square (BLIP-2's
-own), transformers' Pillow backend makes our very pixels; torchvision, its default, rounds otherwise (mean 0.2 of 255
-levels at worst over 60 photographs, 9 at single pixels of enlarged ones). JPEGs over four times the encoder's size are
-decoded at a half here (mean 0.3, at most 9, at 224 px), and stock cuts a centre crop up to a pixel aside. Tests bound
-all three.
+The two sides preprocess pictures with different code: the stock processor there, `pipelines.data` here. For a resize to
+the square (BLIP-2's own), transformers' Pillow backend gives equal pixels; torchvision, its default, rounds differently
+(mean 0.2 of 255 levels at worst over 60 photographs, 9 at single pixels of enlarged ones). JPEGs over four times the
+encoder's size are decoded at half size here (mean 0.3, at most 9, at 224 px), and the stock centre crop is up to one
+pixel off. Tests bound all three.
 
 Sources: transformers `modeling_blip_2.py`, `modeling_instructblip.py`, `processing_blip_2.py`.
 """
@@ -21,9 +21,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.bridges.config import JOINED
 from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
-from qformer.conversion.bundle import Bundle, ImportOptions, Target, read_tensors, reason_of
+from qformer.conversion.bundle import Bundle, ImportOptions, ImportTarget, first_line, read_tensors
 from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.conversion.frozen import (
     image_processor_for,
@@ -33,8 +32,16 @@ from qformer.conversion.frozen import (
     write_language,
     write_model,
 )
-from qformer.conversion.layouts import LAYOUTS, SIDE_FILE, Layout, our_config, peer_config, read_side, write_side
-from qformer.conversion.names import from_peer, to_peer
+from qformer.conversion.layouts import (
+    LAYOUTS,
+    SIDE_FILE,
+    Layout,
+    hf_qformer_config,
+    qformer_config_of,
+    read_side,
+    write_side,
+)
+from qformer.conversion.names import from_layout, to_layout
 from qformer.conversion.report import LoadReport
 from qformer.conversion.vision import export_tower, import_tower, norm_eps_effect
 from qformer.errors import UserError
@@ -44,11 +51,16 @@ from qformer.torch_build.torchvision import import_torchvision
 _VISION_FOLDER, _LANGUAGE_FOLDER = "vision", "language"
 _IMAGE_TOKEN = "<image>"
 _LORA = "lora."
-_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # saved by older versions, computed since
+_BUFFERS = ("position_ids", "rotary_emb.inv_freq")  # saved by older versions of transformers only
 
 
 def import_huggingface(source: Path, output: Path, options: ImportOptions) -> Bundle:
-    """Read a folder; its frozen models are written below `output`, which will be the checkpoint.
+    """Import a folder.
+
+    Args:
+        source: Hugging Face folder.
+        output: Folder of the future checkpoint; the frozen models are written below it.
+        options: Values that the folder lacks, and mismatches that are allowed.
 
     Raises:
         UserError: If the folder is none of the three models, or its parts mismatch in a way `options` do not allow.
@@ -56,9 +68,9 @@ def import_huggingface(source: Path, output: Path, options: ImportOptions) -> Bu
     config, layout, processor = _open(source)
     side_info, side_tensors = read_side(source)
     info = _imported_info(config, layout, processor, side_info, options)
-    target = Target(stage=layout.stage, config=info.qformer, language_width=config.text_config.hidden_size)
+    target = ImportTarget(stage=layout.stage, config=info.qformer, language_width=config.text_config.hidden_size)
     own = target.build().state_dict().keys()
-    found, rest = from_peer(read_tensors(source), own, layout.table)
+    found, rest = from_layout(read_tensors(source), own, layout.table)
     found |= {name: tensor for name, tensor in side_tensors.items() if name in own}
     left_out = [name for name in rest if name.endswith(_BUFFERS)]
     parts = _split(rest, left_out)
@@ -73,7 +85,7 @@ def import_huggingface(source: Path, output: Path, options: ImportOptions) -> Bu
 
 
 def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
-    """Write a checkpoint of ours as a folder for stock transformers, processor included.
+    """Export a checkpoint as a folder for stock transformers, processor included.
 
     Raises:
         UserError: If the encoder does not fit Hugging Face's ViT, or a backbone cannot be loaded.
@@ -82,13 +94,13 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
     import transformers
 
     info = read_info(checkpoint)
-    _require_place(info)
-    layout = next(one for one in LAYOUTS if (one.stage, one.has_text_branch) == _kind(info))
+    _refuse_unsupported(info)
+    layout = next(layout for layout in LAYOUTS if (layout.stage, layout.has_text_branch) == _kind(info))
     weights = read_weights(checkpoint)
     updates = {name.removeprefix(_LORA): weights.pop(name) for name in list(weights) if name.startswith(_LORA)}
-    placed, without_place = to_peer(weights, layout.table)
-    for name in sorted(without_place):
-        if not name.startswith(layout.into_side_file):
+    placed, unmapped = to_layout(weights, layout.table)
+    for name in sorted(unmapped):
+        if not name.startswith(layout.side_file_prefixes):
             raise UserError(f"checkpoint: {name!r} has no place in {layout.architecture}; export a bridge without it")
     encoder = load_vision(info.vision)
     vision_config, tower = export_tower(encoder, info.vision.name)
@@ -106,20 +118,20 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
     model_class = getattr(transformers, layout.architecture)
     write_model(model_class, model_class.config_class(**settings), placed, output)
     processor.save_pretrained(output)
-    # Merged updates are no longer beside the language model: a re-import must not attach them again.
-    write_side(output, dataclasses.replace(info, lora=None), without_place)
-    notes = [f"into the side file {SIDE_FILE}: {len(without_place)} tensors that the layout has no place for"]
+    # The updates are merged into the language model: a re-import must not attach them again.
+    write_side(output, dataclasses.replace(info, lora=None), unmapped)
+    notes = [f"into the side file {SIDE_FILE}: {len(unmapped)} tensors that the layout has no place for"]
     if updates:
         notes.append(f"merged into the language model: LoRA, {len(updates)} tensors")
     eps = vision_config["layer_norm_eps"]
     if eps != info.qformer.vision_norm_eps:
         notes.append(_eps_note(encoder, info.qformer, weights, eps))
-    return LoadReport(source=repr(str(checkpoint)), loaded=sorted(weights.keys() - without_place.keys()), notes=notes)
+    return LoadReport(source=repr(str(checkpoint)), loaded=sorted(weights.keys() - unmapped.keys()), notes=notes)
 
 
-def _require_place(info: BridgeInfo) -> None:
-    """Refuse what no model of Hugging Face's computes."""
-    what = f"temporal={info.video.temporal!r}, which joins frames" if info.video.temporal in JOINED else ""
+def _refuse_unsupported(info: BridgeInfo) -> None:
+    """Refuse a bridge that no model of Hugging Face computes."""
+    what = "" if info.bridge.is_image_qformer else f"a bridge of kind={info.bridge.kind_name!r}"
     what = what or (f"a branch for sound ({info.audio.name!r})" if info.audio is not None and info.audio_branch else "")
     if what:
         raise UserError(
@@ -135,12 +147,12 @@ def _kind(info: BridgeInfo) -> tuple[int, bool]:
 def _imported_info(
     config: Any, layout: Layout, processor: Any, side: BridgeInfo | None, options: ImportOptions
 ) -> BridgeInfo:
-    """What the checkpoint will say of itself: the folder's side file where it has one, else the options."""
+    """Info of the checkpoint: from the folder's side file if there is one, else from the options."""
     if side is not None and _kind(side) != (layout.stage, layout.has_text_branch):
         raise UserError(
             f"source: {SIDE_FILE} is of stage {side.stage}, not of a {layout.architecture}; export it again"
         )
-    qformer = our_config(config, layout)
+    qformer = qformer_config_of(config, layout)
     # The tower that lies in the folder has its size already, and ends with the block to read.
     vision = VisionSpec(BESIDE + _VISION_FOLDER, layer=-1)
     base = side or BridgeInfo(
@@ -163,11 +175,11 @@ def _imported_info(
 
 
 def _settings(info: BridgeInfo, layout: Layout) -> dict[str, Any]:
-    """Fields of Hugging Face's config that say what the bridge is."""
+    """Fields of Hugging Face's config that describe the bridge."""
     settings: dict[str, Any] = {
-        "qformer_config": peer_config(info.qformer, layout),
+        "qformer_config": hf_qformer_config(info.qformer, layout),
         "num_query_tokens": info.qformer.num_queries,
-        # Without an index the retrieval model takes text as it is; with one it cuts off the placeholders first.
+        # Without an index the retrieval model reads the whole text; with one it removes the placeholders first.
         "image_token_index": None,
     }
     if layout.stage == 1:
@@ -184,7 +196,7 @@ def _open(source: Path) -> tuple[Any, Layout, Any]:
         config = transformers.AutoConfig.from_pretrained(source)
         architecture = (config.architectures or ["none"])[0]
     except Exception as error:
-        raise UserError(f"source: {str(source)!r} is no Hugging Face folder ({reason_of(error)})") from error
+        raise UserError(f"source: {str(source)!r} is no Hugging Face folder ({first_line(error)})") from error
     layout = next((layout for layout in LAYOUTS if layout.architecture == architecture), None)
     if layout is None:
         known = ", ".join(layout.architecture for layout in LAYOUTS)
@@ -193,14 +205,14 @@ def _open(source: Path) -> tuple[Any, Layout, Any]:
         processor = getattr(transformers, layout.processor).from_pretrained(source)
     except Exception as error:
         raise UserError(
-            f"source: {str(source)!r} has no {layout.processor} files ({reason_of(error)}); "
+            f"source: {str(source)!r} has no {layout.processor} files ({first_line(error)}); "
             "save the model's processor into the folder"
         ) from error
     return config, layout, processor
 
 
 def _split(weights: Mapping[str, Tensor], left_out: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Sort tensors by frozen model, prefix removed; what belongs to none stays under ""."""
+    """Tensors by frozen model without its prefix; those of neither model under ""."""
     parts: dict[str, dict[str, Tensor]] = {"vision_model": {}, "language_model": {}, "": {}}
     for name, tensor in weights.items():
         root, _, inner = name.partition(".")
@@ -214,7 +226,7 @@ def _split(weights: Mapping[str, Tensor], left_out: list[str]) -> dict[str, dict
 
 
 def _processor(checkpoint: Path, info: BridgeInfo, layout: Layout) -> Any:
-    """The stock processor around our contract and tokenizers."""
+    """Stock processor with the checkpoint's preprocessing and tokenizers."""
     import transformers
 
     bert = None
@@ -222,7 +234,7 @@ def _processor(checkpoint: Path, info: BridgeInfo, layout: Layout) -> Any:
         folder = str(checkpoint / TOKENIZER_FOLDER)
         bert = load_text_tokenizer(folder, info.max_text_tokens, info.qformer.vocab_size).tokenizer
         if bert.convert_tokens_to_ids(DEC_TOKEN) in (None, bert.unk_token_id):
-            # [DEC] takes the id it has in the embeddings, before the processor adds its own token.
+            # [DEC] gets its id in the embeddings before the processor adds a token of its own.
             bert.add_special_tokens({"bos_token": DEC_TOKEN})
     tokenizer = read_language_tokenizer(cast(LanguageSpec, info.language).name) if layout.has_language_model else bert
     parts = {"qformer_tokenizer": bert} if layout.has_language_model and layout.has_text_branch else {}
@@ -233,7 +245,7 @@ def _processor(checkpoint: Path, info: BridgeInfo, layout: Layout) -> Any:
 
 
 def _text_tokenizer(processor: Any, layout: Layout, info: BridgeInfo) -> TextTokenizer | None:
-    """The Q-Former's own tokenizer, where it reads text."""
+    """Tokenizer of the Q-Former; None where it reads no text."""
     if not layout.has_text_branch:
         return None
     tokenizer = processor.tokenizer if layout.stage == 1 else processor.qformer_tokenizer

@@ -1,4 +1,4 @@
-"""Weights of another model into ours: what fits is loaded, and nothing is left out or made up in silence."""
+"""Initialisation of trainables from another model's weights; every tensor not loaded is reported or refused."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qformer.config import LanguageSpec
+from qformer.conversion.bridge_start import bridge_start
 from qformer.conversion.checkpoint import read_info, read_weights
-from qformer.conversion.clip_start import clip_start
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.objectives.stage1 import Stage1
@@ -35,31 +35,31 @@ def load_matching(
     dropped: Sequence[str] = (),
     allow_mismatch: bool = False,
 ) -> LoadReport:
-    """Load what fits by name and shape, and refuse any other difference.
+    """Load the tensors whose name and shape match, and refuse any other difference.
 
     Args:
-        module: Receives the weights.
-        weights: By the module's names.
-        source: What to call their origin.
-        new: Parts of names that the module has beyond the source.
-        dropped: Parts of names that the source has beyond the module.
-        allow_mismatch: Initialise anew what does not fit, and leave out what has no place, instead of refusing.
+        module: Module that receives the weights.
+        weights: Tensors by the module's names.
+        source: Name of their origin, for messages.
+        new: Parts of names that only the module may have.
+        dropped: Parts of names that only the source may have.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
-        UserError: On a difference outside `new` and `dropped`, naming the first of each kind.
+        UserError: If there is another difference; the message names the first of each kind.
     """
     own = module.state_dict()
     resized = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     absent = sorted(own.keys() - weights.keys())
     missing = [name for name in absent if not _has_part(name, new)]
     unexpected = sorted(weights.keys() - own.keys())
-    surprises = [name for name in unexpected if not _has_part(name, dropped)]
-    if not allow_mismatch and (resized or missing or surprises):
-        told = [f"{n} is {tuple(weights[n].shape)} there but {tuple(own[n].shape)} here" for n in resized[:1]]
-        told += [f"{len(missing)} tensors are missing there, first {n}" for n in missing[:1]]
-        told += [f"{len(surprises)} tensors have no place here, first {n}" for n in surprises[:1]]
+    unknown = [name for name in unexpected if not _has_part(name, dropped)]
+    if not allow_mismatch and (resized or missing or unknown):
+        problems = [f"{n} is {tuple(weights[n].shape)} there but {tuple(own[n].shape)} here" for n in resized[:1]]
+        problems += [f"{len(missing)} tensors are missing there, first {n}" for n in missing[:1]]
+        problems += [f"{len(unknown)} tensors have no place here, first {n}" for n in unknown[:1]]
         raise UserError(
-            f"initialising from {source}: {'; '.join(told)}; make model.qformer, model.vision and model.tokenizer "
+            f"initialising from {source}: {'; '.join(problems)}; make model.qformer, model.vision and model.tokenizer "
             "equal to the source's, or set model.init_mismatch=reinitialise"
         )
     loaded = sorted((own.keys() & weights.keys()) - set(resized))
@@ -70,12 +70,12 @@ def load_matching(
         reinitialised=[name for name in absent if _has_part(name, new)],
         missing=sorted(missing + resized),
         left_out=[name for name in unexpected if _has_part(name, dropped)],
-        unexpected=surprises,
+        unexpected=unknown,
     )
 
 
 def require_stage1(folder: Path) -> None:
-    """Refuse what `start_stage1` cannot start from.
+    """Refuse a checkpoint of another stage than 1.
 
     Raises:
         UserError: If the folder is no checkpoint, or one of stage 2.
@@ -88,19 +88,19 @@ def require_stage1(folder: Path) -> None:
 
 
 def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = False) -> LoadReport:
-    """Start stage 1 from a checkpoint of stage 1, as fine-tuning on one corpus does; the temperature comes along.
+    """Start stage 1 from a checkpoint of stage 1, temperature included, for fine-tuning on one corpus.
 
     Args:
-        trainables: Receives the weights; its tokenizer must be the checkpoint's.
-        folder: The checkpoint.
-        allow_mismatch: See `load_matching`.
+        trainables: Module that receives the weights; its tokenizer must be the checkpoint's.
+        folder: Folder of the checkpoint.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
         UserError: If the checkpoint is of another stage, or a tensor has another shape.
     """
     require_stage1(folder)
     source = repr(str(folder))
-    start = clip_start(trainables, read_weights(folder), read_info(folder), source=source)
+    start = bridge_start(trainables, read_weights(folder), read_info(folder), source=source)
     return load_matching(trainables, **start._asdict(), source=source, allow_mismatch=allow_mismatch)
 
 
@@ -109,14 +109,14 @@ def start_stage2(
 ) -> LoadReport:
     """Start stage 2 from a checkpoint of stage 1 or 2.
 
-    The projection (and LoRA) belongs to one language model: it is kept when that stays, and starts anew for another,
-    as MiniGPT-4 does. A text branch that the checkpoint lacks keeps what it was initialised with.
+    The projection (and LoRA) belongs to one language model: it is loaded for the same one, and initialised for another,
+    as in MiniGPT-4. A text branch that the checkpoint lacks keeps its initial values.
 
     Args:
-        trainables: Receives the weights.
-        folder: The checkpoint.
+        trainables: Module that receives the weights.
+        folder: Folder of the checkpoint.
         language: Language model of this run.
-        allow_mismatch: See `load_matching`.
+        allow_mismatch: Whether mismatched tensors are initialised or skipped instead of refused.
 
     Raises:
         UserError: If the folder is no checkpoint, or a shared tensor has another shape.
@@ -125,12 +125,12 @@ def start_stage2(
     is_same_language = info.stage == 2 and info.language == language
     if not is_same_language:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_LANGUAGE_SIDE)}
-    config, source = trainables.qformer.config, repr(str(folder))
+    reads_text, source = trainables.bridge.reads_text, repr(str(folder))
     new = ["lora."] if is_same_language else list(_LANGUAGE_SIDE)
     new += [] if info.qformer.has_text_branch else TEXT_BRANCH
     new += [] if info.audio_branch == trainables.audio_config else ["audio."]
-    dropped = [*(_STAGE1_ONLY if info.stage == 1 else ()), *(() if config.has_text_branch else TEXT_BRANCH)]
-    start = clip_start(trainables, weights, info, source=source)
+    dropped = [*(_STAGE1_ONLY if info.stage == 1 else ()), *(() if reads_text else TEXT_BRANCH)]
+    start = bridge_start(trainables, weights, info, source=source)
     return load_matching(
         trainables,
         start.weights,

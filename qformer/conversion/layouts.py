@@ -1,7 +1,7 @@
-"""What a Hugging Face folder of BLIP-2's family is to us: its model class, its shapes, its side file.
+"""Hugging Face layouts of BLIP-2's family: model class, config, side file.
 
-What the layout has no place for (temperature, ITG head; prompt, frames, the vision norm's eps) goes into a side file
-beside the model, which transformers does not read.
+Values without a place in the layout (temperature, ITG head; prompt, frames, the vision norm's eps) go into a side file,
+which transformers does not read.
 
 Sources: transformers `configuration_blip_2.py`, `modeling_blip_2.py`, `modeling_instructblip.py`.
 """
@@ -15,29 +15,29 @@ from torch import Tensor
 
 from qformer.config import QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, read_weights
-from qformer.conversion.names import HF_CAPTION, HF_INSTRUCT, HF_RETRIEVAL, Table
+from qformer.conversion.names import HF_CAPTION, HF_INSTRUCT, HF_RETRIEVAL, NameTable
 from qformer.errors import UserError
 
 SIDE_FILE = "qformer.safetensors"
-"""Tensors without a place under our names; bridge.json as metadata."""
+"""Tensors without a place in the layout, under this package's names; bridge.json as metadata."""
 _SIDE_KEY = "bridge.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One of Hugging Face's model classes and the bridge of ours it holds."""
+    """One of Hugging Face's model classes, and stage and parts of the bridge it holds."""
 
     architecture: str
     processor: str
     stage: int
     has_text_branch: bool
-    table: Table
-    into_side_file: tuple[str, ...] = ()
-    """Beginnings of our names that the layout has no place for."""
+    table: NameTable
+    side_file_prefixes: tuple[str, ...] = ()
+    """Prefixes of names (this package's) that go into the side file."""
 
     @property
     def has_language_model(self) -> bool:
-        """Whether a frozen language model lies in the folder."""
+        """Whether the folder holds a frozen language model."""
         return self.stage == 2
 
 
@@ -48,38 +48,38 @@ LAYOUTS = (
 )
 
 
-def our_config(config: Any, layout: Layout) -> QFormerConfig:
-    """Translate the shapes.
+def qformer_config_of(config: Any, layout: Layout) -> QFormerConfig:
+    """Translate a Hugging Face config.
 
     Raises:
-        UserError: If the Q-Former's activation is not the exact GELU, or its sizes do not go together.
+        UserError: If the Q-Former's activation is not the exact GELU, or its sizes are inconsistent.
     """
-    theirs = config.qformer_config
-    if theirs.hidden_act != "gelu":
-        raise UserError(f"source: qformer_config.hidden_act={theirs.hidden_act!r}; our Q-Former has the exact 'gelu'")
+    source = config.qformer_config
+    if source.hidden_act != "gelu":
+        raise UserError(f"source: qformer_config.hidden_act={source.hidden_act!r}; our Q-Former has the exact 'gelu'")
     try:
         return QFormerConfig(
-            encoder_width=theirs.encoder_hidden_size,
-            hidden_size=theirs.hidden_size,
-            num_layers=theirs.num_hidden_layers,
-            num_heads=theirs.num_attention_heads,
-            intermediate_size=theirs.intermediate_size,
+            encoder_width=source.encoder_hidden_size,
+            hidden_size=source.hidden_size,
+            num_layers=source.num_hidden_layers,
+            num_heads=source.num_attention_heads,
+            intermediate_size=source.intermediate_size,
             num_queries=config.num_query_tokens,
-            cross_attention_frequency=theirs.cross_attention_frequency,
-            vocab_size=theirs.vocab_size if layout.has_text_branch else 0,
-            max_positions=theirs.max_position_embeddings,
+            cross_attention_frequency=source.cross_attention_frequency,
+            vocab_size=source.vocab_size if layout.has_text_branch else 0,
+            max_positions=source.max_position_embeddings,
             has_lm_head=layout.stage == 1,
             embed_dim=getattr(config, "image_text_hidden_size", 256),
-            dropout=theirs.hidden_dropout_prob,
-            layer_norm_eps=theirs.layer_norm_eps,
+            dropout=source.hidden_dropout_prob,
+            layer_norm_eps=source.layer_norm_eps,
             vision_norm_eps=config.vision_config.layer_norm_eps,
         )
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"source: qformer_config of its config.json is no Q-Former's ({error}); mend it") from error
 
 
-def peer_config(config: QFormerConfig, layout: Layout) -> dict[str, Any]:
-    """Inverse of `our_config`, for the Q-Former's part."""
+def hf_qformer_config(config: QFormerConfig, layout: Layout) -> dict[str, Any]:
+    """Fields of Hugging Face's `qformer_config`; inverse of `qformer_config_of`."""
     values: dict[str, Any] = {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -100,10 +100,10 @@ def peer_config(config: QFormerConfig, layout: Layout) -> dict[str, Any]:
 
 
 def read_side(source: Path) -> tuple[BridgeInfo | None, dict[str, Tensor]]:
-    """Content of the side file; nothing where there is none.
+    """Content of the side file; (None, {}) if there is none.
 
     Raises:
-        UserError: If a file of that name is damaged, or not ours.
+        UserError: If a file of that name is damaged, or not from `qformer export`.
     """
     from safetensors import safe_open
 
@@ -122,7 +122,7 @@ def read_side(source: Path) -> tuple[BridgeInfo | None, dict[str, Tensor]]:
 
 
 def write_side(folder: Path, info: BridgeInfo, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `read_side`."""
+    """Write the side file; inverse of `read_side`."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), folder / SIDE_FILE, metadata={_SIDE_KEY: info.to_json()})

@@ -1,7 +1,7 @@
-"""Which tensor of ours is which tensor of a peer: one table per layout, read from our names to theirs.
+"""Tensor names: one table for each other layout, from this package's names to the layout's.
 
-A table maps module paths (or bare parameters) with `N` for the layer's number; `.weight` and `.bias` follow along.
-The way back is made from the names that our model has, so a peer's tensor that nobody owns stays visible.
+A table maps module paths (or bare parameters) with `N` for the layer's number; `.weight` and `.bias` are appended.
+The inverse starts from the names of this package's model, so a tensor of the layout without a counterpart is reported.
 
 Sources: goldens' README ("Key layout"), LAVIS `blip2_qformer.py`/`Qformer.py`, transformers `modeling_blip_2.py` and
 `modeling_instructblip.py`, timm `vision_transformer.py`.
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-Table = Mapping[str, str]
+NameTable = Mapping[str, str]
 
-# Inside a Q-Former layer the peers differ in one word only: LAVIS says `self` where Hugging Face says `attention`.
+# Inside a Q-Former layer the layouts differ in one word: LAVIS says `self` where Hugging Face says `attention`.
 _LAYER = {
     "attention.query": "attention.{inner}.query",
     "attention.key": "attention.{inner}.key",
@@ -35,11 +35,11 @@ _LAYER = {
 }
 
 
-def _layers(root: str, inner: str) -> Table:
-    return {f"qformer.layers.N.{ours}": f"{root}.N.{theirs.format(inner=inner)}" for ours, theirs in _LAYER.items()}
+def _layers(root: str, inner: str) -> NameTable:
+    return {f"qformer.layers.N.{own}": f"{root}.N.{other.format(inner=inner)}" for own, other in _LAYER.items()}
 
 
-LAVIS: Table = {
+LAVIS: NameTable = {
     **_layers("Qformer.bert.encoder.layer", "self"),
     "vision_norm": "ln_vision",
     "qformer.query_tokens": "query_tokens",
@@ -54,22 +54,22 @@ LAVIS: Table = {
     "itm_head": "itm_head",
     "temperature": "temp",
 }
-LAVIS_OPT: Table = {**LAVIS, "language_projection": "opt_proj"}
-LAVIS_T5: Table = {**LAVIS, "language_projection": "t5_proj"}
-LAVIS_LLM: Table = {**LAVIS, "language_projection": "llm_proj"}
+LAVIS_OPT: NameTable = {**LAVIS, "language_projection": "opt_proj"}
+LAVIS_T5: NameTable = {**LAVIS, "language_projection": "t5_proj"}
+LAVIS_LLM: NameTable = {**LAVIS, "language_projection": "llm_proj"}
 
-_HF_COMMON: Table = {
+_HF_COMMON: NameTable = {
     **_layers("qformer.encoder.layer", "attention"),
     "vision_norm": "vision_model.post_layernorm",
     "qformer.query_tokens": "query_tokens",
 }
-HF_CAPTION: Table = {
+HF_CAPTION: NameTable = {
     **_HF_COMMON,
     "qformer.embedding_norm": "qformer.layernorm",
     "language_projection": "language_projection",
 }
-# No entry for the temperature and the ITG head: they have no place in this layout and travel in the side file.
-HF_RETRIEVAL: Table = {
+# No entry for the temperature and the ITG head: they go into the side file.
+HF_RETRIEVAL: NameTable = {
     **_HF_COMMON,
     "qformer.embedding_norm": "qformer.layernorm",
     "qformer.word_embeddings": "embeddings.word_embeddings",
@@ -78,7 +78,7 @@ HF_RETRIEVAL: Table = {
     "text_projection": "text_projection",
     "itm_head": "itm_head",
 }
-HF_INSTRUCT: Table = {
+HF_INSTRUCT: NameTable = {
     **_HF_COMMON,
     "qformer.embedding_norm": "qformer.embeddings.layernorm",
     "qformer.word_embeddings": "qformer.embeddings.word_embeddings",
@@ -86,7 +86,7 @@ HF_INSTRUCT: Table = {
     "language_projection": "language_projection",
 }
 
-TIMM_VIT_TO_HF: Table = {
+TIMM_VIT_TO_HF: NameTable = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
     "patch_embed.proj": "embeddings.patch_embedding",
@@ -99,8 +99,8 @@ TIMM_VIT_TO_HF: Table = {
 }
 
 
-def peer_name(name: str, table: Table) -> str | None:
-    """The peer's name of one of our tensors, or None where its layout has no place for it."""
+def layout_name(name: str, table: NameTable) -> str | None:
+    """A tensor's name in a layout; None where the layout has no place for it."""
     number = re.search(r"\.(\d+)\.", name)
     pattern = name if number is None else f"{name[: number.start()]}.N.{name[number.end() :]}"
     suffix = ""
@@ -112,29 +112,34 @@ def peer_name(name: str, table: Table) -> str | None:
     return (table[pattern] if number is None else table[pattern].replace(".N.", f".{number[1]}.")) + suffix
 
 
-def to_peer(weights: Mapping[str, Tensor], table: Table) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Rename our tensors.
+def to_layout(weights: Mapping[str, Tensor], table: NameTable) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Rename this package's tensors.
 
     Returns:
-        Tensors under the peer's names, and under our own names those that its layout has no place for.
+        Tensors under the layout's names, and those without a place in it under their own names.
     """
-    named = {name: peer_name(name, table) for name in weights}
-    placed = {theirs: weights[ours] for ours, theirs in named.items() if theirs is not None}
-    return placed, {ours: weights[ours] for ours, theirs in named.items() if theirs is None}
+    named = {name: layout_name(name, table) for name in weights}
+    placed = {other: weights[own] for own, other in named.items() if other is not None}
+    return placed, {own: weights[own] for own, other in named.items() if other is None}
 
 
-def from_peer(
-    weights: Mapping[str, Tensor], names: Iterable[str], table: Table
+def from_layout(
+    weights: Mapping[str, Tensor], names: Iterable[str], table: NameTable
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Take the tensors called `names` (ours) out of a peer's.
+    """Take tensors out of a layout's.
+
+    Args:
+        weights: Tensors under the layout's names.
+        names: Wanted tensors, by this package's names.
+        table: Names of the layout.
 
     Returns:
-        What was found, under our names, and the peer's remaining tensors under theirs.
+        Tensors found, under this package's names, and the remaining ones under the layout's.
     """
     rest = dict(weights)
     found = {}
     for name in names:
-        theirs = peer_name(name, table)
-        if theirs in rest:
-            found[name] = rest.pop(theirs)
+        other = layout_name(name, table)
+        if other in rest:
+            found[name] = rest.pop(other)
     return found, rest

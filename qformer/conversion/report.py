@@ -1,4 +1,4 @@
-"""What became of every tensor when weights moved from one model into another."""
+"""Report of a load: which tensors of a source and of a model were loaded, initialised or skipped."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -12,16 +12,16 @@ class LoadReport:
     """Every tensor of a source and of the model it was loaded into."""
 
     source: str
-    """What it is called."""
+    """Name of the source."""
     loaded: Sequence[str]
     reinitialised: Sequence[str] = ()
-    """In the model only, as the change of model implies: initialised anew."""
+    """Names in the model only, as the change of model implies; initialised."""
     missing: Sequence[str] = ()
-    """In the model only though the source should have them, or of another shape: initialised anew on request."""
+    """Names that the source should have but lacks or has in another shape; initialised on request."""
     left_out: Sequence[str] = ()
-    """In the source only, as the change of model implies: another stage's heads, tied copies, named backbones."""
+    """Names in the source only, as the change of model implies: another stage's heads, tied copies, backbones."""
     unexpected: Sequence[str] = ()
-    """In the source only, and unknown: left out on request."""
+    """Unknown names in the source only; skipped on request."""
     notes: Sequence[str] = field(default=())
 
     def lines(self) -> list[str]:
@@ -39,8 +39,8 @@ class LoadReport:
         return f"from {self.source}: {'; '.join(self.lines())}"
 
 
-def shown(names: Iterable[str]) -> str:
-    """A list of names for people: the number and the first few."""
+def format_names(names: Iterable[str]) -> str:
+    """The number of names and the first few, for messages."""
     names = sorted(names)
     if not names:
         return "none"
@@ -49,7 +49,7 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _groups(names: Iterable[str]) -> str:
-    """What the names belong to, layers folded together: " (qformer.layers.attention, vision_norm)"."""
+    """Modules of the names, with layers merged: " (qformer.layers.attention, vision_norm)"."""
     groups = sorted({re.sub(r"\.\d+(?=\.|$)", "", name).rpartition(".")[0] or name for name in names})
     short = sorted({".".join(group.split(".")[:3]) for group in groups})
     return f" ({', '.join(short)})" if short else ""

@@ -1,8 +1,7 @@
-"""The frozen vision tower: a timm ViT or EVA on our side, `Blip2VisionModel` on Hugging Face's.
+"""The frozen vision tower: a timm ViT or EVA in this package, `Blip2VisionModel` in Hugging Face's layout.
 
-Hugging Face has no "layer to read": its tower ends with the block that the bridge reads (39 of ViT-g's 40), and what
-it calls post_layernorm is our trained vision norm. The two towers compute the same where every tensor has a place and
-the numbers agree on a picture; anything else is refused by name.
+Hugging Face's tower ends with the block that the bridge reads (39 of ViT-g's 40), and its post_layernorm is the trained
+vision norm. An export is refused unless every tensor has a place and both towers agree on one picture.
 
 Dimensions: P image tokens, V encoder width.
 """
@@ -19,13 +18,13 @@ from torch.nn import functional as F
 
 from qformer.backbones import VisionEncoder
 from qformer.conversion.bundle import read_tensors
-from qformer.conversion.names import TIMM_VIT_TO_HF, from_peer, to_peer
+from qformer.conversion.names import TIMM_VIT_TO_HF, from_layout, to_layout
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 from qformer.torch_build.torchvision import import_torchvision
 
 TIMM_NORM_EPS = 1e-6
-"""Layer-norm eps of timm's plain ViT; a timm folder cannot say another."""
+"""Layer-norm eps of timm's plain ViT; a timm folder cannot set another."""
 TOWER_TOLERANCE = 2e-5
 """Largest difference of the two towers' tokens, as a share of the largest token value. Equal towers run the same
 operations (measured 0 in fp32 on CPU); in three blocks the tanh GELU gives 1e-4, the quick GELU 5e-3, rotary positions
@@ -37,41 +36,41 @@ def export_tower(encoder: VisionEncoder, name: str) -> tuple[dict[str, Any], dic
     """Translate an encoder, up to the block that is read.
 
     Args:
-        encoder: Loaded as `name`.
-        name: For messages; where it is a local folder, tensors keep its files' dtypes.
+        encoder: Encoder that was loaded as `name`.
+        name: Name for messages; for a local folder, tensors keep its files' dtypes.
 
     Returns:
-        Fields of Hugging Face's vision config, and the tower's tensors under its names.
+        Fields of Hugging Face's vision config, and the tower's tensors under Hugging Face's names.
 
     Raises:
-        UserError: If the encoder does not fit Hugging Face's ViT, naming what does not.
+        UserError: If the encoder does not fit Hugging Face's ViT; the message names the part.
     """
     model = cast(Any, encoder.model)
     state = dict(model.state_dict())
     if Path(name).is_dir():
-        # Loaded in fp32 whatever the files hold.
+        # The encoder is in fp32; the export keeps the files' dtypes.
         files = read_tensors(Path(name))
         state = {k: v.to(files[k].dtype) if k in files else v for k, v in state.items()}
     if not hasattr(model, "blocks"):
         raise _refusal(name, f"it is a {type(model).__name__} without transformer blocks")
     depth = len(model.blocks)
-    kept = range(encoder.layer % depth + 1)
-    state = {k: v for k, v in state.items() if _is_read(k, kept)}
-    placed, foreign = to_peer(_with_fused_bias(state), TIMM_VIT_TO_HF)
+    read_blocks = range(encoder.layer % depth + 1)
+    state = {k: v for k, v in state.items() if _is_read(k, read_blocks)}
+    placed, foreign = to_layout(_with_fused_bias(state), TIMM_VIT_TO_HF)
     if foreign:
         raise _refusal(name, f"it has {sorted(foreign)[0]!r} ({type(model).__name__})")
-    contract, weight = encoder.preprocessing, placed.get("embeddings.patch_embedding.weight")
-    if contract.height != contract.width:
-        raise _refusal(name, f"its pictures are {contract.height}x{contract.width}, not square")
+    preprocessing, weight = encoder.preprocessing, placed.get("embeddings.patch_embedding.weight")
+    if preprocessing.height != preprocessing.width:
+        raise _refusal(name, f"its pictures are {preprocessing.height}x{preprocessing.width}, not square")
     if weight is None or weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise _refusal(name, "it has no square patch embedding")
     first = model.blocks[0]
     config = {
         "hidden_size": encoder.width,
         "intermediate_size": first.mlp.fc1.out_features,
-        "num_hidden_layers": len(kept),
+        "num_hidden_layers": len(read_blocks),
         "num_attention_heads": first.attn.num_heads,
-        "image_size": contract.height,
+        "image_size": preprocessing.height,
         "patch_size": weight.shape[2],
         "hidden_act": "gelu",
         "layer_norm_eps": first.norm1.eps,
@@ -87,16 +86,16 @@ def import_tower(
     """Write a Hugging Face tower as a timm folder whose last block is the one to read.
 
     Args:
-        config: Its vision config.
-        weights: Its tensors without the `vision_model.` prefix and without post_layernorm.
-        preprocessing: Written into the folder as timm's data configuration.
-        folder: Made anew.
+        config: Vision config of the tower.
+        weights: Tensors of the tower without the `vision_model.` prefix and without post_layernorm.
+        preprocessing: Preprocessing, which becomes timm's data configuration.
+        folder: Output folder, which must not exist.
 
     Returns:
-        Tensors that the tower has no place for, under their own names.
+        Tensors without a place in the timm ViT, under their own names.
 
     Raises:
-        UserError: If the config asks for what a timm ViT folder cannot say, or a tensor is missing.
+        UserError: If a timm ViT folder cannot express the config, or a tensor is missing.
     """
     for field, wanted in (("hidden_act", "gelu"), ("layer_norm_eps", TIMM_NORM_EPS)):
         if getattr(config, field) != wanted:
@@ -105,7 +104,7 @@ def import_tower(
                 "import the bridge alone from a LAVIS file and name a timm encoder"
             )
     names = _tower_names(config.num_hidden_layers, has_bias=config.qkv_bias)
-    found, rest = from_peer(weights, names, TIMM_VIT_TO_HF)
+    found, rest = from_layout(weights, names, TIMM_VIT_TO_HF)
     missing = sorted(set(names) - found.keys())
     if missing:
         raise UserError(f"source: the vision tower lacks {missing[0]!r} (timm's name); the folder is damaged")
@@ -160,12 +159,12 @@ def write_timm_vit(
 
 
 def norm_eps_effect(encoder: VisionEncoder, norm: nn.LayerNorm, eps: float) -> float:
-    """How far another eps moves the vision norm's output on a picture of noise, as a share of its largest value."""
+    """Change of the vision norm's output with another eps on a noise picture, as a share of its largest value."""
     tokens_PV = encoder(_noise(encoder))[0, 0].float()
-    arguments = (norm.weight.shape, norm.weight.float(), norm.bias.float())
-    ours_PV = F.layer_norm(tokens_PV, list(arguments[0]), arguments[1], arguments[2], norm.eps)
-    theirs_PV = F.layer_norm(tokens_PV, list(arguments[0]), arguments[1], arguments[2], eps)
-    return float((ours_PV - theirs_PV).abs().max() / ours_PV.abs().max())
+    shape, weight, bias = list(norm.weight.shape), norm.weight.float(), norm.bias.float()
+    own_PV = F.layer_norm(tokens_PV, shape, weight, bias, norm.eps)
+    other_PV = F.layer_norm(tokens_PV, shape, weight, bias, eps)
+    return float((own_PV - other_PV).abs().max() / own_PV.abs().max())
 
 
 def _check_tower(encoder: VisionEncoder, name: str, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -187,9 +186,9 @@ def _check_tower(encoder: VisionEncoder, name: str, config: dict[str, Any], weig
     noise = _noise(encoder)
     pixels = (noise[0].float() / 255.0 - encoder.mean_1C11) / encoder.std_1C11
     with torch.no_grad():
-        ours_PV = encoder(noise)[0, 0].float()
-        theirs_PV = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state[0]
-    difference = float((ours_PV - theirs_PV).abs().max() / ours_PV.abs().max())
+        timm_PV = encoder(noise)[0, 0].float()
+        hf_PV = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state[0]
+    difference = float((timm_PV - hf_PV).abs().max() / timm_PV.abs().max())
     if not difference <= TOWER_TOLERANCE:
         raise _refusal(name, f"it computes otherwise: tokens of one picture differ by {difference:.1e}")
 
@@ -199,15 +198,15 @@ def _noise(encoder: VisionEncoder) -> Tensor:
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def _is_read(name: str, kept: range) -> bool:
-    """Whether a tensor takes part in the tokens of the block that is read."""
+def _is_read(name: str, read_blocks: range) -> bool:
+    """Whether a tensor affects the tokens of the last block that is read."""
     if name.startswith("blocks."):
-        return int(name.split(".")[1]) in kept
+        return int(name.split(".")[1]) in read_blocks
     return not name.startswith(_AFTER_THE_BLOCKS)
 
 
 def _with_fused_bias(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """EVA keeps the query's and value's bias apart and the key's at zero; both ViTs keep one vector (q, k, v)."""
+    """Fuse EVA's separate query and value biases (the key's is zero) into the one vector (q, k, v) of both ViTs."""
     fused = dict(weights)
     for name in [k for k in weights if k.endswith(".q_bias")]:
         block = name.removesuffix("q_bias")

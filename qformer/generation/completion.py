@@ -1,4 +1,4 @@
-"""Whole answers from an engine, for those who have all requests at hand."""
+"""Whole answers from an engine, for offline use with all requests at hand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +25,17 @@ class Completion:
 
 
 def complete(engine: Engine, requests: Sequence[EngineRequest]) -> list[Completion | Exception]:
-    """Run requests to their ends on an engine that nobody else uses.
+    """Complete all requests on an engine without other callers.
 
     Returns:
-        One entry for each request, in order: its answer, or why there is none (`RequestError`,
-        `GenerationFailedError`).
+        One entry for each request, in order: its answer, or its error (`RequestError`, `GenerationFailedError`).
     """
     results: list[Completion | Exception] = [QueueFullError("not run")] * len(requests)
     places: dict[int, int] = {}
-    left = list(range(len(requests)))[::-1]
-    while left or places:
-        while left and engine.has_room:
-            place = left.pop()
+    remaining = list(range(len(requests)))[::-1]
+    while remaining or places:
+        while remaining and engine.has_room:
+            place = remaining.pop()
             try:
                 places[engine.add(replace(requests[place], is_streamed=False))] = place
             except (RequestError, GenerationFailedError) as error:
@@ -46,6 +45,6 @@ def complete(engine: Engine, requests: Sequence[EngineRequest]) -> list[Completi
             if isinstance(outcome, Exception):
                 results[place] = outcome
             else:
-                assert outcome.finish_reason is not None, "a request that is not streamed tells of its end alone"
+                assert outcome.finish_reason is not None, "a request that is not streamed has one outcome"
                 results[place] = Completion(outcome.text, outcome.token_ids, outcome.finish_reason, outcome.usage)
     return results

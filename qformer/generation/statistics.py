@@ -1,4 +1,4 @@
-"""What an engine does and did, in figures."""
+"""Statistics of an engine."""
 
 import collections
 import threading
@@ -6,22 +6,22 @@ import time
 from dataclasses import dataclass
 
 _RECENT_S = 10.0
-"""Rates and batch sizes are of so many seconds."""
+"""Time window of rates and batch sizes."""
 _RECENT_REQUESTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """One look at an engine; totals count from its start."""
+    """Snapshot of an engine; totals count from its start."""
 
     queued: int
     running: int
     kv_tokens: int
-    """The budget."""
+    """Budget of tokens with stored keys and values."""
     kv_tokens_reserved: int
-    """Of it, what the running requests hold."""
+    """Part of the budget that running requests use."""
     kv_bytes: int
-    """What the whole budget takes in memory; 0 before the first request."""
+    """Memory of the whole budget; 0 before the first request."""
     steps_total: int
     prompt_tokens_total: int
     completion_tokens_total: int
@@ -29,18 +29,18 @@ class EngineStats:
     failed_total: int
     cancelled_total: int
     refused_total: int
-    """For a full queue."""
+    """Requests refused because the queue was full."""
     tokens_per_s: float
-    """Generated, of the last seconds; 0 when idle."""
+    """Generated tokens per second in the last seconds; 0 when idle."""
     mean_batch_size: float
-    """Requests of a step, of the last seconds."""
+    """Mean number of requests in a step in the last seconds."""
     time_to_first_token_p50_s: float
-    """From queuing to the first token, of the last 1,024 requests."""
+    """Median time from queuing to the first token, over the last 1,024 requests."""
     time_to_first_token_p95_s: float
 
 
-class Meter:
-    """Counts as an engine works; another thread may look."""
+class EngineMeter:
+    """Counters of a running engine; another thread may read them."""
 
     def __init__(self) -> None:
         self.steps = self.prompt_tokens = self.completion_tokens = 0
@@ -61,14 +61,14 @@ class Meter:
         self.completion_tokens += num_tokens
         with self._lock:
             self._steps.append((time.monotonic(), num_tokens))
-            self._forget()
+            self._drop_old_steps()
 
     def stats(
         self, *, queued: int, running: int, kv_tokens: int, kv_tokens_reserved: int, kv_bytes: int
     ) -> EngineStats:
-        """Look at it."""
+        """Take a snapshot."""
         with self._lock:
-            self._forget()
+            self._drop_old_steps()
             steps, waits = list(self._steps), sorted(self._first_token_s)
         tokens = sum(count for _, count in steps)
         busy_s = steps[-1][0] - steps[0][0] if len(steps) > 1 else 0.0
@@ -91,7 +91,7 @@ class Meter:
             time_to_first_token_p95_s=waits[int(len(waits) * 0.95)] if waits else 0.0,
         )
 
-    def _forget(self) -> None:
+    def _drop_old_steps(self) -> None:
         oldest_s = time.monotonic() - _RECENT_S
         while self._steps and self._steps[0][0] < oldest_s:
             self._steps.popleft()

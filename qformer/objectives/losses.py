@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LABEL_SMOOTHING = 0.1
+DIVERSITY = "diversity"
+"""Term of every stage: mean squared cosine between a sample's query outputs (`qformer.analysis.queries`)."""
 
 
 def similarity(queries_BQE: Tensor, text_NE: Tensor) -> Tensor:

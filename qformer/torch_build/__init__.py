@@ -1,1 +1,1 @@
-"""What builds of torch do wrong by themselves, each in a module of its own."""
+"""Workarounds for faults of torch builds, one module each."""

@@ -1,4 +1,4 @@
-"""torchvision, and timm which imports it, beside a CPU build of torch."""
+"""Imports of torchvision, and of timm, which needs it, with a CPU build of torch."""
 
 import functools
 from types import ModuleType
@@ -8,7 +8,7 @@ import torch
 
 
 def import_timm() -> ModuleType:
-    """Import timm, also beside a CPU build of torch (see `import_torchvision`)."""
+    """Import timm, also with a CPU build of torch (see `import_torchvision`)."""
     import_torchvision()
     import timm
 
@@ -18,9 +18,9 @@ def import_timm() -> ModuleType:
 def import_torchvision() -> ModuleType:
     """Import torchvision even where its compiled operators cannot load.
 
-    The registry's torchvision is compiled for CUDA. Beside a CPU-only torch its operator library does not load, and
-    its import then fails on describing two operators that nobody declared. We use none of them, but timm imports
-    torchvision; declaring the two signatures lets the import pass.
+    The registry's torchvision is compiled for CUDA. With a CPU-only torch its operator library does not load, and the
+    import fails because two operators are not declared. We use neither, but timm imports torchvision; declaring the two
+    signatures makes the import succeed.
     """
     try:
         import torchvision
@@ -32,7 +32,7 @@ def import_torchvision() -> ModuleType:
     return cast(ModuleType, torchvision)
 
 
-@functools.cache  # a declaration lives as long as its library object does
+@functools.cache  # a declaration ends with its library object
 def _declare_operators() -> torch.library.Library:
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -21,7 +21,7 @@ from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.storage.checkpoint_folders import COMPLETE_MARKER, write_marker
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.flops import StepFlops
-from pipelines.training.records.health import QueryWatch
+from pipelines.training.records.health import QueryCollapseMonitor
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import Training, TrainingRun
 from pipelines.training.run.model_choice import choice_from
@@ -147,7 +147,7 @@ def train_run(world, settings, captions=None):
             max_quarantine_share=0.05,
         ),
         guard=StepGuard(3, print, print),
-        queries=QueryWatch(print),
+        queries=QueryCollapseMonitor(print),
         flops=StepFlops(CPU),
         hooks=Hooks(log=lambda values: _append(output / "metrics.jsonl", values), save=save),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 300

@@ -1,1 +1,1 @@
-"""Makes the demo's small frozen models, which lie in `jobs/demo/models`."""
+"""Training of the small frozen models of the demo (`python -m jobs.demo.backbones`, into `jobs/demo/models`)."""

@@ -1,6 +1,6 @@
 """`python -m jobs.demo.backbones` makes the models anew."""
 
-from jobs.demo.backbones.make import main
+from jobs.demo.make_backbones import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Decoded micro-batches, and how they travel through Arrow tables."""
+"""Decoded micro-batches, and their form as Arrow tables."""
 
 import itertools
 import math
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pipelines.data import schema
 from pipelines.data.batches.audio_rows import AudioRows, unpack_audio
 from pipelines.data.batches.token_codec import RAW_DTYPES, TokenDtype, decode_tokens
-from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, cost_columns, summed
+from pipelines.data.failures import Failure
+from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, cost_columns, sum_costs
 
 STEP, RANK, IMAGE_ID, AUGMENTATION_SEED = "step", "rank", "image_id", "augmentation_seed"
 _VALUES, _SHAPE, _CODEC, _FRAME_VALID = "values", "shape", "codec", "frame_valid"
@@ -21,22 +22,10 @@ PIXELS: Final = "pixels"
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """One sample that could not be decoded; a future quarantine row."""
-
-    sample_id: str
-    media: str | None
-    stage: str
-    error_class: str
-    message: str
-    tries: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """What one rank gets in one step. B samples, T frames, C channels, H height, W width, P tokens.
+    """The samples of one rank in one step. B samples, T frames, C channels, H height, W width, P tokens.
 
-    Of sound: A segments a sample, N samples a segment, V width of the frozen audio encoder.
+    For sound: A segments a sample, N samples a segment, V width of the frozen audio encoder.
     """
 
     step: int
@@ -46,34 +35,34 @@ class SampleBatch:
     captions: list[str]
     """The caption chosen for this epoch; "" for padding."""
     image_ids: NDArray[np.int64]
-    """[B] equal where two samples show the same media (and the same part of it)."""
+    """[B] equal where two samples have the same media and the same part of it."""
     is_valid: NDArray[np.bool_]
     """[B] False for padding and for failed samples, whose images are zero."""
     images: NDArray[Any]
-    """uint8 pixels [B, T, C, H, W]; or, out of a feature cache, the frozen encoder's tokens [B, T, P, V] in float16 or
-    float32. T is 1 for images. A batch holds one kind."""
+    """uint8 pixels [B, T, C, H, W]; or, from a feature cache, the frozen encoder's tokens [B, T, P, V] in float16 or
+    float32. T is 1 for images. A batch has one kind of media."""
     failures: list[Failure]
     frame_valid: NDArray[np.bool_]
-    """[B, T] False where a frame only repeats another of its clip; all True where `is_valid` is False."""
+    """[B, T] False where a frame repeats another of its clip; all True where `is_valid` is False."""
     instructions: Sequence[str] = ()
-    """What each caption answers; "" where the run's own prompt serves, () where it serves all."""
+    """Question or prompt of each caption; "" to use the run's own prompt, () to use it for all."""
     audio: NDArray[Any] | None = None
-    """Waveforms [B, A, N], float32 mono within [-1, 1]; or, out of a feature cache, the frozen audio encoder's vectors
-    [B, A, V] in float16 or float32. Zero where not valid; None where no sound was asked for."""
+    """Waveforms [B, A, N], float32 mono within [-1, 1]; or, from a feature cache, the frozen audio encoder's vectors
+    [B, A, V] in float16 or float32. Zero where not valid; None without sound."""
     audio_valid: NDArray[np.bool_] | None = None
-    """[B, A] see `Clip.audio_valid`; all False where `is_valid` is."""
+    """[B, A] as `Clip.audio_valid`; all False where `is_valid` is False."""
     costs: StageCosts = field(default_factory=StageCosts)
-    """Of these rows together."""
+    """Costs summed over these rows."""
     queue_depth: int = 0
-    """Batches that were ready behind this one when the training worker took it."""
+    """Number of batches ready after this one when the training worker took it."""
 
 
 class ImageRows:
-    """Zeroed memory for a table's images, pixels or encoded tokens; the rows may differ in their number of frames.
+    """Zeroed memory for a table's images, pixels or encoded tokens; rows may differ in their number of frames.
 
     Args:
-        shapes: Of each row's array, [T, ...].
-        codec: `PIXELS`, or how cached tokens are stored.
+        shapes: Shape of each row's array, [T, ...].
+        codec: `PIXELS`, or the storage type of cached tokens.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], codec: Literal["pixels"] | TokenDtype = PIXELS) -> None:
@@ -83,7 +72,7 @@ class ImageRows:
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])
         self.flat = np.zeros(int(self.offsets[-1]), dtype=np.uint8)
         self.frame_valid = [[True] * shape[0] for shape in shapes]
-        """Of each row, which of its frames are no repetitions."""
+        """[rows][T] False where a frame repeats another."""
 
     def __setitem__(self, row: int, values: NDArray[Any]) -> None:
         assert list(values.shape) == self.shapes[row], f"row {row}: {values.shape}, not {self.shapes[row]}"
@@ -102,15 +91,15 @@ def pack(
 
     Args:
         rows: Columns `STEP`, `RANK`, `IMAGE_ID`, sample id, media, caption and instruction.
-        images: Of these rows.
+        images: Images of these rows.
         failures: One entry a row, None where it was decoded (or is padding).
         costs: One entry a row.
-        audio: Of these rows; None: no sound was asked for.
+        audio: Sound of these rows; None: no sound.
     """
     buffers = [None, pa.py_buffer(images.offsets), pa.py_buffer(images.flat)]
     packed = pa.table(
         {
-            **{name: rows[name] for name in _CARRIED},
+            **{name: rows[name] for name in _PASSED_COLUMNS},
             schema.STAGE: [failure and failure.stage for failure in failures],
             schema.ERROR_CLASS: [failure and failure.error_class for failure in failures],
             schema.MESSAGE: [failure and failure.message for failure in failures],
@@ -129,7 +118,7 @@ def pack(
 
 
 def split_steps(table: pa.Table) -> Iterator[pa.Table]:
-    """Cut a packed table where the step changes."""
+    """Split a packed table where the step changes."""
     steps = table[STEP].to_numpy()
     edges = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
     for start, end in itertools.pairwise(edges):
@@ -165,7 +154,7 @@ def unpack(table: pa.Table) -> SampleBatch:
         failures=failures,
         audio=audio,
         audio_valid=audio_valid,
-        costs=summed(table),
+        costs=sum_costs(table),
     )
 
 
@@ -184,7 +173,7 @@ def _raw_dtype(codec: Literal["pixels"] | TokenDtype) -> np.dtype[Any]:
     return np.dtype(np.uint8) if codec == PIXELS else RAW_DTYPES[codec]
 
 
-_CARRIED = (STEP, RANK, schema.SAMPLE_ID, schema.MEDIA, schema.CAPTION, schema.INSTRUCTION, IMAGE_ID)
+_PASSED_COLUMNS = (STEP, RANK, schema.SAMPLE_ID, schema.MEDIA, schema.CAPTION, schema.INSTRUCTION, IMAGE_ID)
 _PACKED_SCHEMA = pa.schema(
     [
         (STEP, pa.int64()),

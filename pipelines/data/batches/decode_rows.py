@@ -1,4 +1,4 @@
-"""Decode one block of rows; the operator that Ray Data runs, itself free of Ray."""
+"""Decode or check one block of rows: the operators that Ray Data runs, without Ray themselves."""
 
 import contextlib
 import dataclasses
@@ -9,10 +9,10 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.batches.audio_rows import AudioRows
-from pipelines.data.batches.batch import AUGMENTATION_SEED, Failure, ImageRows, pack
-from pipelines.data.failures import MediaError
-from pipelines.data.media.checked import Checked
-from pipelines.data.media.crash_mark import CrashMark
+from pipelines.data.batches.batch import AUGMENTATION_SEED, ImageRows, pack
+from pipelines.data.failures import Failure, MediaError
+from pipelines.data.media.check_result import CheckResult
+from pipelines.data.media.crash_marker import CrashMarker
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.media.stage_costs import StageCosts, cost_columns
 
@@ -20,26 +20,26 @@ _COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.MEDIA_BYTES, schema.KIND, sch
 
 
 class DecodeRows:
-    """Turns a block of rows into `batch.pack`'s table.
+    """Decodes a block of rows to `batch.pack`'s table.
 
-    Rows that fail stay, with zero pixels; nothing raises. Where an image crashes the process, as damaged files can,
-    the next one decodes images in children: there it costs its row alone.
+    Rows that fail stay in the table with zero pixels; nothing is raised. If an image crashes the process, as damaged
+    files can, its successor decodes images in child processes, where a crash fails one row alone.
 
     Args:
-        settings: How files become pixels.
+        settings: Decode settings.
     """
 
     def __init__(self, settings: DecodeSettings) -> None:
         self._settings = settings
-        self._mark = CrashMark()
-        # This process replaces one that died at an image: whoever asks for its block again gets it, but for that one.
-        self._decoder = SampleDecoder(settings, isolates_images=self._mark.is_inherited)
+        self._marker = CrashMarker()
+        # After a crash the block is tried again; in children, the image that caused it fails alone.
+        self._decoder = SampleDecoder(settings, isolates_images=self._marker.follows_crash)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Decode a block.
 
         Args:
-            rows: Columns of the manifest, and those that `batch.pack` carries.
+            rows: Rows with the manifest's columns and those that `batch.pack` needs.
         """
         geometry = self._settings.preprocessing
         kinds = rows[schema.KIND].to_pylist()
@@ -52,7 +52,7 @@ class DecodeRows:
     def fill(
         self, rows: pa.Table, images: ImageRows, audio: AudioRows | None = None
     ) -> tuple[list[Failure | None], list[StageCosts]]:
-        """Decode rows into `images` and `audio`; say which failed, and what each cost."""
+        """Decode rows into `images` and `audio`; return the failure and the costs of each."""
         has_seeds = AUGMENTATION_SEED in rows.column_names
         seeds = rows[AUGMENTATION_SEED].to_pylist() if has_seeds else [None] * len(rows)
         failures: list[Failure | None] = []
@@ -61,7 +61,7 @@ class DecodeRows:
             failure = None
             if sample.sample_id:
                 try:
-                    with self._mark if sample.kind == schema.IMAGE else contextlib.nullcontext():
+                    with self._marker if sample.kind == schema.IMAGE else contextlib.nullcontext():
                         clip = self._decoder.decode(**sample.arguments, seed=seeds[row], costs=costs[row])
                     images[row] = clip.pixels
                     images.frame_valid[row] = clip.frame_valid.tolist()
@@ -77,14 +77,14 @@ class DecodeRows:
     def close(self) -> None:
         """End the video children."""
         self._decoder.close()
-        self._mark.close()
+        self._marker.close()
 
 
 class CheckRows:
-    """Decodes a block of rows and tells what each file is, and why it cannot be used where it cannot.
+    """Decodes a block of rows to find the facts of each file, or why it cannot be used.
 
     Args:
-        settings: How files become pixels.
+        settings: Decode settings.
     """
 
     def __init__(self, settings: DecodeSettings) -> None:
@@ -93,42 +93,42 @@ class CheckRows:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return one row for each input row, in order.
 
-        Columns: the sample id; `stage`, `error_class`, `message` and `tries` of what went wrong, or nulls; and those
-        of `schema.FACTS_SCHEMA`. Of them `size_bytes` and `content_hash` (blake2b of the file's bytes, 128 bits,
-        hexadecimal) are there as soon as the file could be read, also when it could not be decoded; the others
-        (`facts.MediaFacts`: codec, size as shown, duration, frame rate, frames, rotation, whether it has sound) only
-        when it was. `duration_s` and `fps` are null for images. They tell of the whole file, also where the row is a
-        part of it. Then `stage_costs.COST_COLUMNS`.
+        Columns: the sample id; `stage`, `error_class`, `message` and `tries` of a failure, or nulls; those of
+        `schema.FACTS_SCHEMA`; and `stage_costs.COST_COLUMNS`. Among the facts, `size_bytes` and `content_hash` (blake2b
+        of the file's bytes, 128 bits, hexadecimal) are set whenever the file could be read; the others
+        (`facts.MediaFacts`: codec, display size, duration, frame rate, frames, rotation, sound) only when it could be
+        decoded. `duration_s` and `fps` are null for images. Facts describe the whole file, also where the
+        row is a part of it.
         """
-        found: dict[Any, Checked] = {}
-        return told(rows, [self._check(sample, found) for sample in _samples(rows)])
+        found: dict[Any, CheckResult] = {}
+        return make_check_table(rows, [self._check(sample, found) for sample in _samples(rows)])
 
-    def _check(self, sample: "_Sample", found: dict[Any, Checked]) -> Checked:
-        """Check a sample, or take what was found of the same part of the same file earlier in the block."""
+    def _check(self, sample: "_Sample", found: dict[Any, CheckResult]) -> CheckResult:
+        """Check a sample, or reuse the result of the same part of the same file earlier in the block."""
         part = (sample.media, sample.kind, sample.start_s, sample.end_s)
         if sample.data is None and part in found:
             return dataclasses.replace(found[part], costs=StageCosts())
-        checked = self._decoder.check(**sample.arguments)
+        result = self._decoder.check(**sample.arguments)
         if sample.data is None:
-            found[part] = checked
-        return checked
+            found[part] = result
+        return result
 
 
-def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:
+def make_check_table(rows: pa.Table, results: Sequence[CheckResult]) -> pa.Table:
     """Make the table that `CheckRows` returns.
 
     Args:
-        rows: What was checked.
-        checked: What was found of each.
+        rows: Checked rows.
+        results: Result of each row.
     """
-    errors = [one.error for one in checked]
+    errors = [one.error for one in results]
     facts = [
         {
             schema.SIZE_BYTES: one.size_bytes,
             schema.CONTENT_HASH: one.content_hash,
             **(one.facts.to_dict() if one.facts else {}),
         }
-        for one in checked
+        for one in results
     ]
     columns = pa.Table.from_pylist(facts, schema=schema.FACTS_SCHEMA)
     return pa.table(
@@ -139,7 +139,7 @@ def told(rows: pa.Table, checked: Sequence[Checked]) -> pa.Table:
             schema.MESSAGE: pa.array([e and e.message for e in errors], pa.string()),
             schema.TRIES: pa.array([e and e.tries for e in errors], pa.int32()),
             **{name: columns[name] for name in columns.column_names},
-            **cost_columns(one.costs for one in checked),
+            **cost_columns(one.costs for one in results),
         }
     )
 
@@ -154,7 +154,7 @@ class _Sample(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of `SampleDecoder.decode` and `check`."""
+        """Arguments of `SampleDecoder.decode` and `check`."""
         return {name: value for name, value in self._asdict().items() if name != "sample_id"}
 
 

@@ -1,6 +1,6 @@
-"""How the frozen encoder's tokens are stored: fp16, bf16, or int8 with one scale a token.
+"""Storage types of the frozen encoder's tokens: fp16, bf16, or int8 with one scale a token.
 
-Dimensions: T frames, P tokens, V encoder width; `...` whatever leads.
+Dimensions: T frames, P tokens, V encoder width; `...` any leading dimensions.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,7 @@ TokenDtype = Literal["fp16", "bf16", "int8"]
 
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(np.uint16),  # NumPy has no bfloat16: its upper 16 bits of a float32
+    "bf16": np.dtype(np.uint16),  # NumPy has no bfloat16: the upper 16 bits of a float32
     "int8": np.dtype(np.uint8),
 }
 _SCALE_BYTES = 4
@@ -20,7 +20,7 @@ _MAX_INT8 = 127
 
 
 def raw_width(width: int, dtype: TokenDtype) -> int:
-    """Items that a token of `width` values takes; int8 keeps its float32 scale behind the values."""
+    """Number of stored items of a token of `width` values; int8 has its float32 scale after the values."""
     return width + _SCALE_BYTES if dtype == "int8" else width
 
 
@@ -33,7 +33,7 @@ def encode_tokens(tokens: NDArray[np.float32], dtype: TokenDtype) -> NDArray[Any
         ValueError: If a value is not finite, or too large for fp16.
     """
     if not np.isfinite(tokens).all():
-        raise ValueError("the encoder's output is not finite; run it in fp32, or look at its weights")
+        raise ValueError("the encoder's output is not finite; run it in fp32, or check its weights")
     if dtype == "fp16":
         if np.abs(tokens).max(initial=0) > np.finfo(np.float16).max:
             raise ValueError(f"a token reaches {np.abs(tokens).max():.0f}, more than fp16 holds; store bf16")

@@ -1,4 +1,4 @@
-"""Files with the same bytes: within a split, and (worse) in training and in evaluation."""
+"""Files with the same bytes: within a split, or (worse) in both training and evaluation."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ COLUMNS = (
 )
 _FILE_COLUMNS = (schema.SAMPLE_ID, schema.MEDIA, schema.SPLIT, schema.CONTENT_HASH)
 _COMPARED_ROWS = 1_000_000
-"""As Python objects about 1 GB; what is more takes another pass over the rows."""
+"""Rows compared at the same time, about 1 GB as Python objects; more rows take another pass."""
 Row = Mapping[str, Any]
 
 
@@ -28,38 +28,38 @@ def find_duplicates(read: Callable[[list[str]], Iterable[pa.Table]]) -> pa.Table
     (several captions, several parts of a video) do not. A training row counts when an evaluation row shows the same
     bytes and, of a video, a part in common, whether by another file or the same.
 
-    Takes 8 bytes a row, 17 for each content that several rows share, and beside the duplicates themselves at most
-    `_COMPARED_ROWS` rows at a time, or all those of one content. Rows that share one file of one split are never held.
+    Memory: 8 bytes a row, 17 for each content that several rows share, the duplicates, and at most `_COMPARED_ROWS`
+    rows at a time, or all those of one content. Rows that share one file of one split are never held.
 
     Args:
-        read: Yields all rows with the columns it is asked for, in the same order each time.
+        read: Function that yields all rows with the given columns, in the same order each time.
 
     Returns:
-        In `schema.DUPLICATES_SCHEMA`, sorted by content; a training row that is in evaluation too is there once, as
-        that.
+        Table in `schema.DUPLICATES_SCHEMA`, sorted by content. A training row that evaluation shows, too, is listed
+        once, with the evaluation row.
     """
     found = [schema.DUPLICATES_SCHEMA.empty_table()]
-    for wanted in _portions(*_suspects(read)):
+    for wanted in _portions(*_repeated_keys(read)):
         rows: list[Row] = []
         for block in read(list(COLUMNS)):
             is_wanted = _places(_keys(block), wanted) >= 0
             rows += block.filter(pa.array(is_wanted)).to_pylist() if is_wanted.any() else []
         rows.sort(key=lambda row: row[schema.CONTENT_HASH])  # stable: the rows of a group stay in order
         groups = itertools.groupby(rows, key=lambda row: row[schema.CONTENT_HASH])
-        duplicates = [row for _, group in groups for row in _of_group(list(group))]
+        duplicates = [row for _, group in groups for row in _duplicates_of_group(list(group))]
         found.append(pa.Table.from_pylist(duplicates, schema=schema.DUPLICATES_SCHEMA))
     return pa.concat_tables(found)
 
 
 def is_leak(duplicates: pa.Table) -> NDArray[np.bool_]:
-    """[rows of `find_duplicates`] whether it is a training row that evaluation shows, too."""
+    """[rows of `find_duplicates`] True for training rows whose media is in evaluation, too."""
     splits = duplicates[schema.SPLIT].to_pylist()
     others = duplicates[schema.DUPLICATE_OF_SPLIT].to_pylist()
     return np.array([one != other for one, other in zip(splits, others, strict=True)], dtype=np.bool_)
 
 
-def _suspects(read: Callable[[list[str]], Iterable[pa.Table]]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Keys of contents that more than one file of a split shows, or files of several splits; and how many rows do."""
+def _repeated_keys(read: Callable[[list[str]], Iterable[pa.Table]]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Keys of contents with several files in a split, or files in several splits; and the number of rows of each."""
     keys = np.concatenate(
         [np.empty(0, np.uint64), *(_keys(block) for block in read([schema.CONTENT_HASH]))], dtype=np.uint64
     )
@@ -77,14 +77,14 @@ def _suspects(read: Callable[[list[str]], Iterable[pa.Table]]) -> tuple[NDArray[
         rows = block.select([schema.SAMPLE_ID, schema.MEDIA, schema.SPLIT]).take(pa.array(chosen)).to_pylist()
         shown = np.fromiter((hash((row[schema.SPLIT], _file(row))) or 1 for row in rows), np.int64, len(rows))
         is_new = files[places] == 0
-        files[places[is_new]] = shown[is_new]  # of several the last; the others differ from it below
+        files[places[is_new]] = shown[is_new]  # of several files the last one; the others differ from it below
         is_mixed[places[files[places] != shown]] = True
         np.add.at(counts, places, 1)
     return repeated[is_mixed], counts[is_mixed]
 
 
 def _portions(keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
-    """Runs of keys that at most `_COMPARED_ROWS` rows have, or of one key."""
+    """Split the keys into ranges of at most `_COMPARED_ROWS` rows, or of one key."""
     start = rows = 0
     for place, count in enumerate(counts.tolist()):
         if rows and rows + count > _COMPARED_ROWS:
@@ -96,12 +96,12 @@ def _portions(keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> Iterator[N
 
 
 def _places(keys: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where each key stands among the wanted ones, which are sorted; -1 where it is none of them."""
+    """Index of each key among the wanted keys, which are sorted; -1 where it is none of them."""
     places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
     return np.where(wanted[places] == keys, places, -1)
 
 
-def _of_group(group: list[Row]) -> list[dict[str, Any]]:
+def _duplicates_of_group(group: list[Row]) -> list[dict[str, Any]]:
     evaluation = [row for row in group if row[schema.SPLIT] != schema.TRAIN]
     first: dict[str, Row] = {}
     found = []
@@ -122,7 +122,7 @@ def _of_group(group: list[Row]) -> list[dict[str, Any]]:
 
 
 def _file(row: Row) -> str:
-    """What tells files apart; content that stands in the row is a file of its own."""
+    """Identity of a row's file; bytes inside a row are a file of their own."""
     return row[schema.MEDIA] or f"row {row[schema.SAMPLE_ID]}"
 
 
@@ -133,6 +133,6 @@ def _overlap(one: Row, other: Row) -> bool:
 
 
 def _keys(block: pa.Table) -> NDArray[np.uint64]:
-    """The first 64 bits of each hash, in the order of the hashes."""
+    """The first 64 bits of each hash; their order is that of the hashes."""
     digits = "".join(text[:16] for text in block[schema.CONTENT_HASH].to_pylist())
     return np.frombuffer(bytes.fromhex(digits), dtype=">u8").astype(np.uint64)

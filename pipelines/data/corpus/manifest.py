@@ -1,4 +1,4 @@
-"""Manifests as jobs read them: what `prepare` wrote, or any table with its columns."""
+"""Reading of manifests: the output of `prepare`, or any table with its columns."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data import schema, storage
 from pipelines.data.corpus.manifest_files import is_marked, manifest_files
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import read_source
 from qformer.errors import UserError
@@ -17,13 +17,13 @@ from qformer.errors import UserError
 def read_manifest(
     path: str, split: str | None = None, needs_captions: bool = False, kind: str | None = None
 ) -> pa.Table:
-    """Read a manifest, or the folder that `prepare` wrote it into, as a whole.
+    """Read a manifest, or the output folder of `prepare`, as a whole.
 
     Args:
-        path: That folder, or any source that `read_source` reads, with our column names.
-        split: Keep only this split's rows; None keeps all.
-        needs_captions: Require at least one caption of every row.
-        kind: Keep only "image" or "video" rows; None keeps both.
+        path: Output folder of `prepare`, or any source of `read_source` with the manifest's column names.
+        split: Split of the rows to return; None returns all.
+        needs_captions: Whether every row must have a caption.
+        kind: Kind of the rows to return, "image" or "video"; None returns both.
 
     Returns:
         Rows in `schema.MANIFEST_SCHEMA`.
@@ -56,10 +56,10 @@ def write_table(table: pa.Table, uri: str) -> None:
 
 def _read_rows(path: str) -> pa.Table:
     if not is_marked(path):
-        return _read_unchecked(path)
+        return _read_strictly(path)
     with storage.open_regular(path) as file:
         table = pq.read_table(file)
-    # Written by a version that had fewer columns.
+    # Files of earlier versions have fewer columns.
     for field in schema.MANIFEST_SCHEMA:
         if field.name not in table.column_names:
             empty: list[Any] = [None if field.nullable else []] * len(table)
@@ -67,27 +67,27 @@ def _read_rows(path: str) -> pa.Table:
     return table.select(schema.MANIFEST_SCHEMA.names).cast(schema.MANIFEST_SCHEMA)
 
 
-def _read_unchecked(path: str) -> pa.Table:
-    """Rows of a table that `prepare` has not seen: nothing may be wrong with any of them."""
+def _read_strictly(path: str) -> pa.Table:
+    """Read a table that `prepare` has not checked; any wrong row is an error."""
     tables = [schema.MANIFEST_SCHEMA.empty_table()]
     for block in read_source(Source(path=path)):
         if block.failures:
-            raise UserError(f"{block.failures[0].message}; mend it, or run `qformer prepare` on {path} first")
+            raise UserError(f"{block.failures[0].message}; correct it, or run `qformer prepare` on {path} first")
         tables.append(block.rows)
     return pa.concat_tables(tables)
 
 
 def _one_split(table: pa.Table, split: str, path: str) -> pa.Table:
-    kept = table.filter(pc.equal(table[schema.SPLIT], split))
-    if not len(kept):
-        there = sorted(pc.unique(table[schema.SPLIT]).to_pylist())
-        raise UserError(f"split {split!r} of {path} is empty; it has {', '.join(there) or 'no rows'}")
-    return kept
+    rows = table.filter(pc.equal(table[schema.SPLIT], split))
+    if not len(rows):
+        splits = sorted(pc.unique(table[schema.SPLIT]).to_pylist())
+        raise UserError(f"split {split!r} of {path} is empty; it has {', '.join(splits) or 'no rows'}")
+    return rows
 
 
 def _require_unique(table: pa.Table, path: str) -> None:
     names = table[schema.SAMPLE_ID].to_pylist()
-    is_new = SeenNames().add(names)
+    is_new = NameSet().add(names)
     if not is_new.all():
         twice = names[int((~is_new).argmax())]
         raise UserError(f"{path}: sample_id {twice!r} occurs more than once; run `qformer prepare` on it first")

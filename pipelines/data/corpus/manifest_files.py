@@ -1,7 +1,7 @@
-"""The files of a manifest: one Parquet file, or a folder of parts that each hold one kind and split.
+"""The files of a manifest: one Parquet file, or a folder of parts with one kind and split each.
 
-A part's row groups hold 1,024 rows each, fewer where the rows hold their media's bytes, so that any row is reached by
-reading little else. The index is written last: a folder without it is not finished.
+A row group has 1,024 rows, or fewer where rows contain their media's bytes, so that reading any row reads little else.
+The index is written last: a folder without it is not finished.
 """
 
 import contextlib
@@ -18,25 +18,25 @@ from numpy.typing import NDArray
 from pipelines.data import schema, storage
 
 MANIFEST_FILE = "manifest.parquet"
-"""Name of the manifest in a folder that `prepare` wrote."""
+"""Name of the manifest in an output folder of `prepare`."""
 MANIFEST_FOLDER, INDEX_FILE = "manifest", "index.parquet"
-"""In place of it where there are more rows."""
+"""Folder and index that replace `MANIFEST_FILE` where there are more rows."""
 MAX_FILE_ROWS = 1_000_000
-"""As many rows, and more, go into parts."""
+"""Number of rows from which a manifest is written in parts."""
 MAX_FILE_MEDIA_BYTES = 64 * 1024**2
-"""Rows that hold more bytes of media than that together do, too: a single file is read as a whole."""
+"""Bytes of media inside the rows above which a manifest is written in parts: a single file is read as a whole."""
 PART_ROWS = 131_072
-"""Whoever wants a row anywhere reads its part's whole footer first: 128 row groups tell about themselves in 100 KB."""
+"""Rows of a part. To read any row, its part's footer is read first: 128 row groups take 100 KB."""
 PART_MEDIA_BYTES = 1024**3
-"""Parts of rows that hold their media end sooner, lest the footer tell of too many row groups."""
+"""Bytes of media that end a part sooner, so that its footer stays small."""
 ROW_GROUP_ROWS, ROW_GROUP_MEDIA_BYTES = 1024, 4 * 1024**2
-"""Most rows of a row group, and about how many bytes of media."""
+"""Largest number of rows of a row group, and approximate limit of its bytes of media."""
 _MARK = {b"qformer": b"manifest"}
 _MARKED_SCHEMA = schema.MANIFEST_SCHEMA.with_metadata(_MARK)
 
 
 def manifest_files(output: str) -> list[str]:
-    """The manifest files in a folder that `prepare` wrote, in order; none when it is no such folder."""
+    """The manifest files in an output folder of `prepare`, in order; none in any other folder."""
     if not storage.is_folder(output):
         return []
     if storage.exists(single := storage.join(output, MANIFEST_FILE)):
@@ -54,24 +54,24 @@ def read_index(folder: str) -> pa.Table:
 
 
 def is_marked(path: str) -> bool:
-    """Whether a Parquet file says that its rows were checked by `prepare`."""
+    """Whether a Parquet file is marked as checked by `prepare`."""
     if not path.lower().endswith(".parquet") or not storage.exists(path) or storage.is_folder(path):
         return False
     try:
         with storage.open_regular(path) as file:
             metadata = pq.read_schema(file).metadata or {}
     except (OSError, pa.ArrowException):
-        return False  # whoever reads it tells what is wrong
+        return False  # the reader reports the error
     return all(metadata.get(key) == value for key, value in _MARK.items())
 
 
 def iterate_rows(output: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yield all rows of a written manifest, in order and a piece at a time; only `columns` where given."""
+    """Yield all rows of a written manifest in order, in chunks; only `columns` where given."""
     names = columns if columns is not None else schema.MANIFEST_SCHEMA.names
     for path in manifest_files(output):
         with storage.open_regular(path) as file:
             parquet = pq.ParquetFile(file)
-            # A group at a time: of rows that hold their media it has few.
+            # One row group at a time: where rows contain their media, groups are small.
             for group in range(parquet.num_row_groups):
                 batches = parquet.iter_batches(batch_size=ROW_GROUP_ROWS, row_groups=[group], columns=names)
                 for batch in batches:
@@ -81,10 +81,11 @@ def iterate_rows(output: str, columns: list[str] | None = None) -> Iterator[pa.T
 def write_manifest(blocks: Iterable[pa.Table], num_rows: int, output: str) -> None:
     """Write a manifest into a folder that has none.
 
+    It is written in parts if it has `MAX_FILE_ROWS` rows or more, or more than `MAX_FILE_MEDIA_BYTES` of media.
+
     Args:
-        blocks: Its rows.
-        num_rows: How many they are; `MAX_FILE_ROWS` and more, or such as hold more than `MAX_FILE_MEDIA_BYTES` of
-            media, go into a folder of parts.
+        blocks: Rows of the manifest.
+        num_rows: Number of these rows.
         output: Folder.
     """
     single, folder = storage.join(output, MANIFEST_FILE), storage.join(output, MANIFEST_FOLDER)
@@ -96,7 +97,7 @@ def write_manifest(blocks: Iterable[pa.Table], num_rows: int, output: str) -> No
 
 
 def append_rows(rows: pa.Table, output: str) -> None:
-    """Add rows behind those of a written manifest. A reader sees either the old rows or all."""
+    """Append rows to a written manifest. A reader sees either the old rows or all."""
     folder = storage.join(output, MANIFEST_FOLDER)
     if storage.exists(storage.join(folder, INDEX_FILE)):
         _write_parts([rows], folder, read_index(folder).to_pylist())
@@ -109,7 +110,7 @@ def append_rows(rows: pa.Table, output: str) -> None:
         _write_parts(blocks, folder, [])
         storage.remove_file(single)
         return
-    # Not over the file that is being read: some stores empty it at once.
+    # A new file, because some stores would empty the one that is being read.
     fresh = f"{single}.new"
     media_bytes = _write_file(blocks, fresh)
     storage.move_file(fresh, single)
@@ -119,8 +120,8 @@ def append_rows(rows: pa.Table, output: str) -> None:
 
 
 def _write_file(blocks: Iterable[pa.Table], uri: str) -> int:
-    """Write one file; return the bytes of media that its rows hold."""
-    with _Part(uri) as part:
+    """Write one file; return the bytes of media in its rows."""
+    with _PartWriter(uri) as part:
         for block in blocks:
             part.append(block)
     return part.media_bytes
@@ -128,7 +129,7 @@ def _write_file(blocks: Iterable[pa.Table], uri: str) -> int:
 
 def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, Any]]) -> None:
     with contextlib.ExitStack() as open_parts:
-        parts: dict[tuple[str, str], _Part] = {}
+        parts: dict[tuple[str, str], _PartWriter] = {}
         for block in blocks:
             for kind, split in _groups(block):
                 is_member = pc.and_(pc.equal(block[schema.KIND], kind), pc.equal(block[schema.SPLIT], split))
@@ -139,7 +140,7 @@ def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, 
                         stem = f"part-{kind}-{_file_name(split)}"
                         number = sum(row["file"].startswith(f"{stem}-") for row in index)
                         name = f"{stem}-{number:05d}.parquet"
-                        part = parts[kind, split] = open_parts.enter_context(_Part(storage.join(folder, name)))
+                        part = parts[kind, split] = open_parts.enter_context(_PartWriter(storage.join(folder, name)))
                         index.append({"file": name, schema.KIND: kind, schema.SPLIT: split, "rows": 0, "part": part})
                     fitting = rows.slice(0, PART_ROWS - part.num_rows)
                     part.append(fitting)
@@ -151,13 +152,13 @@ def _write_parts(blocks: Iterable[pa.Table], folder: str, index: list[dict[str, 
         pq.write_table(pa.Table.from_pylist(rows_of_parts, schema=schema.INDEX_SCHEMA), file)
 
 
-class _Part(contextlib.AbstractContextManager["_Part"]):
-    """One Parquet file that grows by row groups of equal size."""
+class _PartWriter(contextlib.AbstractContextManager["_PartWriter"]):
+    """Writes one Parquet file in row groups of equal size."""
 
     def __init__(self, uri: str) -> None:
         self.num_rows = self.media_bytes = 0
-        self._waiting: list[pa.Table] = []
-        self._num_waiting = self._waiting_bytes = 0
+        self._buffer: list[pa.Table] = []
+        self._num_buffered = self._buffered_bytes = 0
         self._stack = contextlib.ExitStack()
         file = self._stack.enter_context(storage.open_output(uri))
         self._writer = self._stack.enter_context(
@@ -166,22 +167,22 @@ class _Part(contextlib.AbstractContextManager["_Part"]):
 
     @property
     def is_full(self) -> bool:
-        """Whether further rows belong into another part."""
+        """Whether further rows need another part."""
         return self.num_rows >= PART_ROWS or self.media_bytes >= PART_MEDIA_BYTES
 
     def append(self, rows: pa.Table) -> None:
         added_bytes = int(_media_bytes(rows).sum())
         self.num_rows += len(rows)
         self.media_bytes += added_bytes
-        self._num_waiting += len(rows)
-        self._waiting_bytes += added_bytes
-        self._waiting.append(rows.select(schema.MANIFEST_SCHEMA.names))
-        if self._num_waiting >= ROW_GROUP_ROWS or self._waiting_bytes >= ROW_GROUP_MEDIA_BYTES:
+        self._num_buffered += len(rows)
+        self._buffered_bytes += added_bytes
+        self._buffer.append(rows.select(schema.MANIFEST_SCHEMA.names))
+        if self._num_buffered >= ROW_GROUP_ROWS or self._buffered_bytes >= ROW_GROUP_MEDIA_BYTES:
             self._flush(is_last=False)
 
     def close(self) -> None:
         """Finish the file; more rows are an error."""
-        if self._num_waiting:
+        if self._num_buffered:
             self._flush(is_last=True)
         self._stack.close()
 
@@ -192,7 +193,7 @@ class _Part(contextlib.AbstractContextManager["_Part"]):
             self._stack.__exit__(kind, error, trace)
 
     def _flush(self, *, is_last: bool) -> None:
-        joined = pa.concat_tables(self._waiting)
+        joined = pa.concat_tables(self._buffer)
         sizes, start = _media_bytes(joined), 0
         ends = np.cumsum(sizes)
         while start < len(joined):
@@ -206,13 +207,13 @@ class _Part(contextlib.AbstractContextManager["_Part"]):
             group = joined.slice(start, end - start).cast(_MARKED_SCHEMA)
             self._writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
             start = end
-        self._waiting = [joined.slice(start)]
-        self._num_waiting = len(joined) - start
-        self._waiting_bytes = int(sizes[start:].sum())
+        self._buffer = [joined.slice(start)]
+        self._num_buffered = len(joined) - start
+        self._buffered_bytes = int(sizes[start:].sum())
 
 
 def _media_bytes(rows: pa.Table) -> NDArray[np.int64]:
-    """Bytes of media that each row holds itself."""
+    """Bytes of media inside each row."""
     lengths = pc.fill_null(pc.binary_length(rows[schema.MEDIA_BYTES]), 0)
     return np.asarray(lengths.to_numpy(), dtype=np.int64)
 
@@ -223,5 +224,5 @@ def _groups(block: pa.Table) -> list[tuple[str, str]]:
 
 
 def _file_name(split: str) -> str:
-    """A split's name with what file names cannot hold replaced; the index has the true one."""
+    """A split's name with characters that file names allow; the index has the original name."""
     return "".join(letter if letter.isalnum() or letter in "_." else "_" for letter in split)

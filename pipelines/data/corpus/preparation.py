@@ -1,4 +1,4 @@
-"""A corpus while it is prepared: usable and quarantined rows set aside on disk, then written as the job's files."""
+"""Preparation of a corpus: usable and quarantined rows are collected on disk, then written as the job's files."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -8,16 +8,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.duplicates import find_duplicates, is_leak
 from pipelines.data.corpus.manifest_files import append_rows, iterate_rows, write_manifest
-from pipelines.data.corpus.spool import Spool
 from pipelines.data.corpus.summary import CorpusSummary
+from pipelines.data.corpus.temporary_table import TemporaryTable
+from pipelines.data.failures import Failure
 
 QUARANTINE_FILE = "quarantine.parquet"
 QUARANTINED_ROWS_FILE = "quarantined_rows.parquet"
-"""The manifest rows of files that failed, to try them again."""
+"""Manifest rows of failed files, for another try."""
 PROBE_FILE = "probe.parquet"
 DUPLICATES_FILE = "duplicates.parquet"
 _USED_SCHEMA = pa.schema([*schema.MANIFEST_SCHEMA, *schema.FACTS_SCHEMA])
@@ -25,33 +25,33 @@ _COUNTED = [schema.KIND, schema.SPLIT, schema.SOURCE, schema.CAPTIONS]
 
 
 class Preparation:
-    """Takes checked rows and keeps them on disk; `write` or `append` makes files of them."""
+    """Collects checked rows on disk; `write` or `append` makes files of them."""
 
     def __init__(self) -> None:
-        self._used, self._failed = Spool(_USED_SCHEMA), Spool(schema.MANIFEST_SCHEMA)
-        self._quarantine = Spool(schema.QUARANTINE_SCHEMA)
+        self._used, self._failed = TemporaryTable(_USED_SCHEMA), TemporaryTable(schema.MANIFEST_SCHEMA)
+        self._quarantine = TemporaryTable(schema.QUARANTINE_SCHEMA)
 
     @property
     def num_rows(self) -> int:
-        """Rows taken, of both kinds."""
+        """Number of collected rows, usable and quarantined."""
         return self._used.num_rows + self._quarantine.num_rows
 
     @property
     def num_quarantined(self) -> int:
-        """Rows that cannot be used."""
+        """Number of rows that cannot be used."""
         return self._quarantine.num_rows
 
     def add_failures(self, failures: Iterable[Failure]) -> None:
-        """Take rows that are no rows of a manifest."""
+        """Add rows that failed before they became manifest rows."""
         self._quarantine.append(quarantine.to_table(failures))
 
     def add(self, rows: pa.Table, checked: pa.Table) -> None:
-        """Take manifest rows and what `decode_rows.CheckRows` told of them, which says whether they can be used.
+        """Add manifest rows, split into usable and failed ones by their results of `decode_rows.CheckRows`.
 
         Raises:
-            UserError: If storage refuses to be read.
+            UserError: If the storage cannot be read at all.
         """
-        assert rows[schema.SAMPLE_ID].equals(checked[schema.SAMPLE_ID]), "checks of other rows"
+        assert rows[schema.SAMPLE_ID].equals(checked[schema.SAMPLE_ID]), "results of other rows"
         is_used = pc.is_null(checked[schema.STAGE])
         used, facts = rows.filter(is_used), checked.filter(is_used)
         for field in schema.FACTS_SCHEMA:
@@ -72,7 +72,7 @@ class Preparation:
 
         Args:
             output: Folder.
-            drop_leaks: Quarantine training rows that evaluation shows, too.
+            drop_leaks: Whether to quarantine training rows whose media is in evaluation, too.
 
         Returns:
             The duplicates, in `schema.DUPLICATES_SCHEMA`.
@@ -80,15 +80,15 @@ class Preparation:
         duplicates = find_duplicates(self._used.read)
         dropped = self._dropped(duplicates) if drop_leaks else {}
         self.add_failures(dropped.values())
-        write_manifest(self._kept(schema.MANIFEST_SCHEMA.names, dropped), self._used.num_rows - len(dropped), output)
-        _write(self._kept(schema.PROBE_SCHEMA.names, dropped), schema.PROBE_SCHEMA, output, PROBE_FILE)
+        write_manifest(self._usable(schema.MANIFEST_SCHEMA.names, dropped), self._used.num_rows - len(dropped), output)
+        _write(self._usable(schema.PROBE_SCHEMA.names, dropped), schema.PROBE_SCHEMA, output, PROBE_FILE)
         self._write_rest(duplicates, output)
         return duplicates
 
     def append(self, output: str, *, drop_leaks: bool) -> pa.Table:
-        """Add the usable rows to the corpus in `output`, and make the others its quarantine.
+        """Add the usable rows to the corpus in `output`; the failed rows replace its quarantine.
 
-        Rows of it that were usable before stay, also when one of the new rows shows that they leak.
+        Rows that were usable before stay, also when a new row shows that they leak.
 
         Returns:
             The duplicates of old and new rows together.
@@ -103,10 +103,10 @@ class Preparation:
         dropped = self._dropped(duplicates) if drop_leaks else {}
         self.add_failures(dropped.values())
         rows = pa.concat_tables(
-            [schema.MANIFEST_SCHEMA.empty_table(), *self._kept(schema.MANIFEST_SCHEMA.names, dropped)]
+            [schema.MANIFEST_SCHEMA.empty_table(), *self._usable(schema.MANIFEST_SCHEMA.names, dropped)]
         )
-        facts = pa.concat_tables([schema.PROBE_SCHEMA.empty_table(), *self._kept(schema.PROBE_SCHEMA.names, dropped)])
-        # A run that was killed here may have added them already.
+        facts = pa.concat_tables([schema.PROBE_SCHEMA.empty_table(), *self._usable(schema.PROBE_SCHEMA.names, dropped)])
+        # An earlier run that was killed here may have added them already.
         rows = _without(rows, iterate_rows(output, [schema.SAMPLE_ID]))
         facts = _without(facts, _read(old, [schema.SAMPLE_ID]))
         if len(rows):
@@ -119,9 +119,9 @@ class Preparation:
         return duplicates
 
     def close(self) -> None:
-        """Free the disk."""
-        for spool in (self._used, self._failed, self._quarantine):
-            spool.close()
+        """Delete the temporary files."""
+        for table in (self._used, self._failed, self._quarantine):
+            table.close()
 
     def _dropped(self, duplicates: pa.Table) -> dict[str, Failure]:
         leaks = duplicates.filter(pa.array(is_leak(duplicates), pa.bool_()))
@@ -136,7 +136,7 @@ class Preparation:
                 failures[name] = Failure(name, row[schema.MEDIA], "manifest", "config", message)
         return failures
 
-    def _kept(self, columns: list[str], dropped: dict[str, Failure]) -> Iterator[pa.Table]:
+    def _usable(self, columns: list[str], dropped: dict[str, Failure]) -> Iterator[pa.Table]:
         wanted = columns if schema.SAMPLE_ID in columns else [*columns, schema.SAMPLE_ID]
         names = pa.array(list(dropped), pa.string())
         for block in self._used.read(wanted):
@@ -148,8 +148,8 @@ class Preparation:
         _write(self._quarantine.read(), schema.QUARANTINE_SCHEMA, output, QUARANTINE_FILE)
 
 
-def summarise(output: str) -> CorpusSummary:
-    """Count what lies in a written corpus."""
+def count_corpus(output: str) -> CorpusSummary:
+    """Count the rows, captions and files of a written corpus."""
     summary = CorpusSummary()
     for block in iterate_rows(output, _COUNTED):
         summary.add_rows(block)
@@ -161,7 +161,7 @@ def summarise(output: str) -> CorpusSummary:
 
 
 def quarantined_rows(output: str) -> Iterator[tuple[pa.Table, list[int]]]:
-    """Yield the manifest rows of a written corpus' quarantined files, with how often each was tried."""
+    """Yield the manifest rows of a written corpus' quarantined files, with the number of tries of each."""
     tries = {
         row[schema.SAMPLE_ID]: row[schema.TRIES]
         for block in _read(storage.join(output, QUARANTINE_FILE))
@@ -171,20 +171,20 @@ def quarantined_rows(output: str) -> Iterator[tuple[pa.Table, list[int]]]:
         yield block, [tries[name] for name in block[schema.SAMPLE_ID].to_pylist()]
 
 
-def unread_failures(output: str) -> list[Failure]:
-    """What was quarantined in a written corpus before any file was read: only a change of the source can mend it."""
+def failures_before_reading(output: str) -> list[Failure]:
+    """Failures of a written corpus from before any file was read; only a change of the source can fix them."""
     failures: list[Failure] = []
     for block in _read(storage.join(output, QUARANTINE_FILE)):
         names = block[schema.SAMPLE_ID]
-        # A run that was killed while it moved rows may have left them in more than one place.
+        # A run that was killed while it moved rows may have left them in more than one table.
         elsewhere = _found(names, _read(storage.join(output, QUARANTINED_ROWS_FILE), [schema.SAMPLE_ID]))
         elsewhere |= _found(names, iterate_rows(output, [schema.SAMPLE_ID]))
         failures += [failure for failure in quarantine.from_table(block) if failure.sample_id not in elsewhere]
     return failures
 
 
-def with_tries(checked: pa.Table, tries: list[int]) -> pa.Table:
-    """Add earlier tries to those of `CheckRows`."""
+def add_tries(checked: pa.Table, tries: list[int]) -> pa.Table:
+    """Add earlier tries to those of a `CheckRows` table."""
     column = checked.column_names.index(schema.TRIES)
     return checked.set_column(column, schema.TRIES, pc.add(checked[schema.TRIES], pa.array(tries, pa.int32())))
 
@@ -196,7 +196,7 @@ def _without(rows: pa.Table, others: Iterable[pa.Table]) -> pa.Table:
 
 
 def _found(names: pa.ChunkedArray, blocks: Iterable[pa.Table]) -> set[str]:
-    """Those of a few names that are among very many."""
+    """The names that occur in the blocks."""
     wanted, found = pa.array(names.to_pylist(), pa.string()), set[str]()
     for block in blocks if len(wanted) else ():
         there = block[schema.SAMPLE_ID]

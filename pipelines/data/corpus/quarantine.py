@@ -1,11 +1,11 @@
-"""Rows that could not be used: why, where, how often."""
+"""The quarantine table: which rows cannot be used, why, at which stage, and after how many tries."""
 
 from collections.abc import Iterable
 
 import pyarrow as pa
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure
+from pipelines.data.failures import Failure
 from qformer.errors import UserError
 
 
@@ -13,8 +13,8 @@ def to_table(failures: Iterable[Failure], epoch: int = 0) -> pa.Table:
     """Make quarantine rows.
 
     Args:
-        failures: What happened.
-        epoch: 0-based epoch it happened in.
+        failures: Failed samples.
+        epoch: 0-based epoch of the failures.
     """
     rows = [
         {
@@ -38,12 +38,12 @@ def from_table(table: pa.Table) -> list[Failure]:
 
 
 def require_readable(failures: Iterable[Failure]) -> None:
-    """Stop the run where storage refuses to be read: a mistake in permissions or settings, which every row shares.
+    """Stop the run if the storage refuses access: a wrong permission or setting, which affects every row.
 
     Rows that are wrong themselves (class "config" at another stage) do not stop it.
 
     Raises:
-        UserError: With what was refused and what to do.
+        UserError: If a failure has class "config" at stage "read"; the message says what to change.
     """
     for failure in failures:
         if failure.error_class == "config" and failure.stage == "read":
@@ -51,10 +51,10 @@ def require_readable(failures: Iterable[Failure]) -> None:
 
 
 def accounting_line(rows_in: int, used: int, quarantined: int) -> str:
-    """State that no row was lost.
+    """One line that states that no row was lost.
 
     Raises:
-        AssertionError: If one was.
+        AssertionError: If a row was lost.
     """
     assert rows_in == used + quarantined, f"rows were lost: {rows_in} in, {used} used, {quarantined} quarantined"
     return f"rows in {rows_in} = rows used {used} + rows quarantined {quarantined}"

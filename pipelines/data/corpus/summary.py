@@ -1,4 +1,4 @@
-"""What a prepared corpus holds, counted a piece at a time."""
+"""Counts over a prepared corpus, added up block by block."""
 
 import bisect
 import collections
@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from pipelines.data import schema
 
 CAPTION_WORDS = (0, 4, 8, 16, 32, 64, 128)
-"""Upper ends of the classes of the histogram of caption lengths."""
-_KEPT_VALUES = 65_536
-_SPREADS = (schema.WIDTH, schema.HEIGHT, schema.DURATION_S, schema.FPS, schema.SIZE_BYTES)
+"""Upper bounds of the bins of the histogram of caption lengths."""
+_SAMPLED_VALUES = 65_536
+_NUMERIC_COLUMNS = (schema.WIDTH, schema.HEIGHT, schema.DURATION_S, schema.FPS, schema.SIZE_BYTES)
 
 
 class CorpusSummary:
@@ -23,7 +23,7 @@ class CorpusSummary:
     def __init__(self) -> None:
         self._counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self._words = [0] * (len(CAPTION_WORDS) + 1)
-        self._spreads: dict[tuple[str, str], _Spread] = collections.defaultdict(_Spread)
+        self._ranges: dict[tuple[str, str], _ValueRange] = collections.defaultdict(_ValueRange)
         self.num_used = self.num_quarantined = 0
         self._num_captions = self._num_without = 0
 
@@ -43,8 +43,8 @@ class CorpusSummary:
         for kind in pc.unique(rows[schema.KIND]).to_pylist():
             of_kind = rows.filter(pc.equal(rows[schema.KIND], kind))
             self._counts[f"{kind}_codecs"].update(_counted(of_kind[schema.CODEC]))
-            for name in _SPREADS:
-                self._spreads[kind, name].add(of_kind[name].drop_null().to_numpy())
+            for name in _NUMERIC_COLUMNS:
+                self._ranges[kind, name].add(of_kind[name].drop_null().to_numpy())
             self._counts["rotated"][kind] += pc.sum(pc.not_equal(of_kind[schema.ROTATION_DEG], 0)).as_py() or 0
             self._counts["with_sound"][kind] += pc.sum(of_kind[schema.HAS_AUDIO]).as_py() or 0
 
@@ -73,40 +73,40 @@ class CorpusSummary:
                     "codecs": dict(self._counts[f"{kind}_codecs"].most_common()),
                     "rotated": self._counts["rotated"][kind],
                     "with_sound": self._counts["with_sound"][kind],
-                    **{name: spread for name in _SPREADS if (spread := self._spreads[kind, name].to_dict())},
+                    **{name: values for name in _NUMERIC_COLUMNS if (values := self._ranges[kind, name].to_dict())},
                 }
                 for kind in kinds
             },
         }
 
 
-class _Spread:
-    """Smallest, middle and largest of many numbers; the middle of a sample of them where they are very many."""
+class _ValueRange:
+    """Minimum, median and maximum of many numbers; the median is that of a random sample of very many."""
 
     def __init__(self) -> None:
-        self._chance = np.random.default_rng(0)
-        self._kept = np.empty(0)
-        self._num_seen = 0
+        self._rng = np.random.default_rng(0)
+        self._sample = np.empty(0)
+        self._num_values = 0
         self._ends: list[float] = []
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
         if not len(values):
             return
         self._ends = [min([*self._ends, float(values.min())]), max([*self._ends, float(values.max())])]
-        self._num_seen += len(values)
-        joined = np.concatenate([self._kept, values])
-        if len(joined) > _KEPT_VALUES:
-            # So many of the new ones as there are of them among all seen.
-            num_new = round(_KEPT_VALUES * len(values) / self._num_seen)
-            old = self._chance.choice(self._kept, min(_KEPT_VALUES - num_new, len(self._kept)), replace=False)
-            joined = np.concatenate([old, self._chance.choice(values, min(num_new, len(values)), replace=False)])
-        self._kept = joined
+        self._num_values += len(values)
+        joined = np.concatenate([self._sample, values])
+        if len(joined) > _SAMPLED_VALUES:
+            # The share of new values in the sample is their share of all values.
+            num_new = round(_SAMPLED_VALUES * len(values) / self._num_values)
+            old = self._rng.choice(self._sample, min(_SAMPLED_VALUES - num_new, len(self._sample)), replace=False)
+            joined = np.concatenate([old, self._rng.choice(values, min(num_new, len(values)), replace=False)])
+        self._sample = joined
 
     def to_dict(self) -> dict[str, float]:
-        if not self._num_seen:
+        if not self._num_values:
             return {}
         low, high = self._ends
-        return {"min": round(low, 3), "median": round(float(np.median(self._kept)), 3), "max": round(high, 3)}
+        return {"min": round(low, 3), "median": round(float(np.median(self._sample)), 3), "max": round(high, 3)}
 
 
 def _counted(column: pa.ChunkedArray) -> dict[str, int]:

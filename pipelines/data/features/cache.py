@@ -1,4 +1,4 @@
-"""Reading a feature cache in the place of pixels; see `feature_files` for what lies where."""
+"""Reading of a feature cache in place of pixels; `files` describes its layout."""
 
 import dataclasses
 import functools
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from pipelines.data import schema, storage
 from pipelines.data.batches.audio_rows import AudioRows
-from pipelines.data.batches.batch import IMAGE_ID, Failure, ImageRows, pack
+from pipelines.data.batches.batch import IMAGE_ID, ImageRows, pack
 from pipelines.data.batches.plan import image_ids
 from pipelines.data.batches.token_codec import RAW_DTYPES
-from pipelines.data.failures import MediaError
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.features.files import (
     AUDIO,
     AUDIO_VALID,
@@ -31,24 +31,24 @@ from pipelines.data.storage.retries import with_retries
 from qformer.errors import UserError
 
 _OPEN_SHARDS = 64
-_ENCODED = "only the shards whose rows changed or moved"
+_REENCODED = "only the shards whose rows changed or moved"
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureCache:
-    """A finished cache, ready to be read."""
+    """A finished cache that can be read."""
 
     folder: str
     spec: FeatureSpec
     is_random: bool = False
-    """Never: cached features are of the plain picture and of frames chosen without chance."""
+    """False: cached features are of images without augmentation and of frames chosen without a seed."""
 
     def row_bytes(self, kind: str) -> int:
         """Bytes of one sample."""
         return self.spec.row_bytes(kind)
 
     def without_audio(self) -> "FeatureCache":
-        """The same cache for those who do not listen."""
+        """The same cache without its audio vectors."""
         return dataclasses.replace(self, spec=self.spec.without_audio())
 
 
@@ -66,14 +66,14 @@ def open_cache(folder: str) -> FeatureCache:
 
 
 def locate(manifest: pa.Table, cache: FeatureCache) -> pa.Table:
-    """Add to each manifest row where its features lie.
+    """Add the location of its features to each manifest row.
 
     Raises:
-        UserError: If the cache lacks a row, or was made when the row meant another file or clip.
+        UserError: If the cache lacks a row, or has it for another file or clip.
     """
     index = read_table(storage.join(cache.folder, INDEX_FILE))
     places = pc.index_in(manifest[schema.SAMPLE_ID], value_set=index[schema.SAMPLE_ID])
-    advice = f"run `qformer features --set output={cache.folder}` over this manifest; it encodes {_ENCODED}"
+    advice = f"run `qformer features --set output={cache.folder}` over this manifest; it encodes {_REENCODED}"
     if places.null_count:
         missing = manifest.filter(pc.is_null(places))[schema.SAMPLE_ID]
         raise UserError(
@@ -92,10 +92,10 @@ def locate(manifest: pa.Table, cache: FeatureCache) -> pa.Table:
 
 
 class ReadFeatures:
-    """Turns a block of located rows into `batch.pack`'s table; the cache's twin of `DecodeRows`.
+    """Reads a block of located rows into `batch.pack`'s table; replaces `DecodeRows` for a cache.
 
     Args:
-        cache: Where to read.
+        cache: Cache to read.
     """
 
     def __init__(self, cache: FeatureCache) -> None:
@@ -142,27 +142,27 @@ class ReadFeatures:
         except (FileNotFoundError, ValueError, IndexError) as error:
             raise MediaError("missing", str(error), stage="read") from error
         except Exception:
-            self._shard.cache_clear()  # nobody knows what state the file is in
+            self._shard.cache_clear()  # the state of the file is unknown
             raise
 
     def _stored(self, name: str, source: int, shard: int, place: int) -> pa.RecordBatch:
         """The record batch of a row.
 
         Raises:
-            UserError: If it is not there, or of another row: the cache was changed since the training began.
+            UserError: If it is missing, or belongs to another row: the cache was changed after the start of training.
         """
-        told = f"feature cache {self._folder}, shard {shard}, row {place}"
+        location = f"feature cache {self._folder}, shard {shard}, row {place}"
         advice = (
-            "the cache was changed or damaged; stop what writes into it, run `qformer features "
+            "the cache was changed or damaged; stop the process that writes it, run `qformer features "
             f"--set output={self._folder}` over this manifest, and resume"
         )
         try:
             stored = with_retries(self._folder, lambda: self._batch(shard, place))
         except MediaError as error:
-            what = "is not there" if error.error_class == "missing" else "cannot be read"
-            raise UserError(f"{told}: sample {name!r} {what} ({error.message[:100]}); {advice}") from error
-        # The rows of a mixture have their source's name in front.
+            what = "is missing" if error.error_class == "missing" else "cannot be read"
+            raise UserError(f"{location}: sample {name!r} {what} ({error.message[:100]}); {advice}") from error
+        # In a mixture, sample ids have the source's name as a prefix.
         own = stored[schema.SAMPLE_ID][0].as_py()
         if stored[SOURCE][0].as_py() != source or not (name == own or name.endswith(f"/{own}")):
-            raise UserError(f"{told} is {own!r} of other media, not sample {name!r}; {advice}")
+            raise UserError(f"{location} is {own!r} of other media, not sample {name!r}; {advice}")
         return stored

@@ -1,19 +1,19 @@
-"""The files of a feature cache: names, columns, and how they are read and written.
+"""The files of a feature cache: names, columns, reading and writing.
 
 CACHE/
-    features.json            what made it (`FeatureSpec`), and its fingerprint
-    shard-00000000.arrow     Arrow IPC, one record batch a row, so that any row is one read away
-    shard-00000000.parquet   which rows the shard holds; written after it, so a shard without it is unfinished
+    features.json            its `FeatureSpec` and fingerprint
+    shard-00000000.arrow     Arrow IPC, one record batch a row, so that any row takes one read
+    shard-00000000.parquet   the rows of the shard; written after it, so a shard without it is unfinished
     index.parquet            all shards' rows; written last, and removed before a finished cache is changed
-    quarantine.parquet       rows without features, and why
+    quarantine.parquet       rows without features, and the reasons
 
-A shard is a block of consecutive manifest rows of one kind; its bytes follow from manifest and spec alone. Rows that
-cannot be decoded keep their place, with the reason, so that training on the cache quarantines what pixels would have.
-Where the reason may pass (`PASSING`), the next run of the job makes the shard anew.
+A shard is a block of consecutive manifest rows of one kind; its bytes depend on manifest and spec alone. Rows that
+cannot be decoded keep their place, with the reason, so that training on the cache quarantines the same rows as on
+pixels. If another try may succeed (`shards.RETRYABLE_ERRORS`), the next run of the job writes the shard again.
 
-A row is known by its id, its media and its clip bounds, and a local file also by its size and time of change: one that
-was replaced in place is encoded anew when the job runs again. A remote file that was replaced under its name goes
-unnoticed, for asking a store about every file may take hours; give it another name.
+A row is identified by its id, its media and its clip bounds, and a local file also by its size and modification time: a
+replaced local file is encoded again when the job runs again. A remote file that was replaced under the same name is not
+noticed, because a request for every file may take hours; give it another name.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ ROWS_SCHEMA = pa.schema(
         (schema.TRIES, pa.int32()),
     ]
 )
-"""Of a shard's list of rows; media and what follows only of those that failed."""
+"""Schema of a shard's list of rows; the columns from media on are set only for failed rows."""
 SHARD_SCHEMA = pa.schema(
     [
         (schema.SAMPLE_ID, pa.string()),
@@ -63,24 +63,24 @@ SHARD_SCHEMA = pa.schema(
 
 
 AUDIO, AUDIO_VALID = "audio", "audio_valid"
-SOUNDING_SHARD_SCHEMA = pa.schema([*SHARD_SCHEMA, (AUDIO, pa.large_binary()), (AUDIO_VALID, pa.list_(pa.bool_()))])
-"""Of a cache with sound: the vectors of a row's valid segments, one after the other, and which of all those are."""
+AUDIO_SHARD_SCHEMA = pa.schema([*SHARD_SCHEMA, (AUDIO, pa.large_binary()), (AUDIO_VALID, pa.list_(pa.bool_()))])
+"""Schema of a cache with sound: the concatenated vectors of a row's valid segments, and the mask of valid ones."""
 
 
 def open_shard(folder: str, shard: int) -> Any:
-    """An Arrow file of one record batch a row, mapped into memory where the disk is local."""
+    """Open an Arrow file of one record batch a row; a local file is memory-mapped."""
     path = storage.join(folder, f"{shard_name(shard)}.arrow")
     source = pa.memory_map(storage.local_path(path)) if storage.is_local(path) else storage.open_input(path)
     return pa.ipc.open_file(source)
 
 
 def shard_name(shard: int) -> str:
-    """Of a shard's files, without their endings."""
+    """Name of a shard's files without their extensions."""
     return f"shard-{shard:08d}"
 
 
 def rows_file(shard: int) -> str:
-    """Of a shard's list of rows."""
+    """Name of a shard's list of rows."""
     return f"{shard_name(shard)}.parquet"
 
 
@@ -91,18 +91,18 @@ def read_table(path: str) -> pa.Table:
 
 
 def write_table(table: pa.Table, path: str) -> None:
-    """Write a Parquet file in one piece."""
+    """Write a Parquet file at once."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     write_file(path, sink.getvalue())
 
 
 def write_file(path: str, content: pa.Buffer) -> None:
-    """Write a file in one piece; to a store again where it has trouble that may pass.
+    """Write a file at once; remote stores are retried after transient failures.
 
     Raises:
-        OSError: If a local disk does not take it.
-        MediaError: If a store does not.
+        OSError: If a local disk cannot be written.
+        MediaError: If a remote store cannot be written.
     """
     if storage.is_local(path):
         storage.write_bytes(path, content)

@@ -1,4 +1,4 @@
-"""The actor that runs the frozen encoders over decoded blocks and writes the feature cache; itself free of Ray."""
+"""The actors that decode shards, run the frozen encoders and write the feature cache, without Ray themselves."""
 
 import dataclasses
 import time
@@ -33,7 +33,7 @@ _DONE_AT_S = "done_at_s"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderChoice:
-    """Which frozen encoders, how they are run, and how what they make is stored."""
+    """The frozen encoders, their settings, and the storage type of their outputs."""
 
     vision: VisionSpec
     precision: Literal["fp32", "bf16"]
@@ -41,21 +41,21 @@ class EncoderChoice:
     dtype: TokenDtype
     sampling: Sampling = Sampling()
     audio: AudioSpec | None = None
-    """Encoder of the videos' sound; None: their sound is left out."""
+    """Audio encoder for the sound of videos; None: no sound."""
     num_segments: int = 8
     segment_s: float = 2.0
-    """Of sound: see `AudioSampling`."""
+    """Length of a segment of sound; see `AudioSampling`."""
 
     def load(self) -> tuple[VisionEncoder, FeatureSpec]:
-        """Load the encoders; return the one that sees, and a description of the features.
+        """Load the encoders; return the vision encoder and the spec of the features.
 
         Raises:
-            UserError: As `load_vision` and `load_audio`.
+            UserError: If an encoder cannot be loaded; see `load_vision` and `load_audio`.
         """
         return self.load_all()[::2]
 
     def load_all(self) -> tuple[VisionEncoder, AudioEncoder | None, FeatureSpec]:
-        """Load the encoders and describe the features they make; see `load`."""
+        """Load both encoders and the spec of their features; see `load`."""
         weights_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         encoder = load_vision(self.vision, dtype=weights_dtype)
         spec = FeatureSpec(
@@ -72,27 +72,27 @@ class EncoderChoice:
         )
         if self.audio is None:
             return encoder, None, spec
-        ears = load_audio(self.audio, dtype=weights_dtype)
+        audio_encoder = load_audio(self.audio, dtype=weights_dtype)
         sampling = AudioSampling(
-            sample_rate_hz=ears.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
+            sample_rate_hz=audio_encoder.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
         )
-        ears.require_fit(sampling.segment_samples)
-        heard = dataclasses.replace(
+        audio_encoder.require_fit(sampling.segment_samples)
+        spec_with_audio = dataclasses.replace(
             spec,
             audio=sampling,
             audio_encoder=self.audio.name,
-            audio_weights=weights_fingerprint(ears),
-            audio_extractor=ears.extractor_fingerprint,
-            audio_width=ears.width,
+            audio_weights=weights_fingerprint(audio_encoder),
+            audio_extractor=audio_encoder.extractor_fingerprint,
+            audio_width=audio_encoder.width,
         )
-        return encoder, ears, heard
+        return encoder, audio_encoder, spec_with_audio
 
 
 class DecodeShards:
-    """`DecodeRows` for shards: notes how each file was before it was read, and when the block was done.
+    """`DecodeRows` for shards: records the state of each file before it is read, and the time when a block is done.
 
     Args:
-        decode: How files become pixels.
+        decode: Decode settings.
     """
 
     def __init__(self, decode: DecodeSettings) -> None:
@@ -110,7 +110,7 @@ class DecodeShards:
 
 
 def queued_seconds(block: pa.Table) -> float:
-    """How long a block of `DecodeShards` has waited; clocks of two machines may differ."""
+    """Time that a block of `DecodeShards` has waited; clocks of two machines may differ."""
     return max(0.0, time.time() - float(block[_DONE_AT_S][0].as_py()))
 
 
@@ -118,25 +118,25 @@ class EncodeShards:
     """Encodes one decoded block and writes it as one shard.
 
     Args:
-        choice: The encoders.
-        folder: Of the cache.
-        frames_per_pass: Frames that go through the vision encoder at a time; bounds its memory.
+        choice: Frozen encoders.
+        folder: Folder of the cache.
+        frames_per_pass: Number of frames in one pass of the vision encoder; bounds its memory.
         device: "cpu" or "cuda".
     """
 
     def __init__(self, choice: EncoderChoice, folder: str, frames_per_pass: int, device: str) -> None:
-        encoder, ears, self._spec = choice.load_all()
-        self._encoder, self._ears = encoder.to(device), ears and ears.to(device)
+        encoder, audio_encoder, self._spec = choice.load_all()
+        self._encoder, self._audio_encoder = encoder.to(device), audio_encoder and audio_encoder.to(device)
         self._folder, self._frames_per_pass, self._device = folder, frames_per_pass, device
         self._idle_since_s = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Write a shard, out of `DecodeShards`.
+        """Encode and write a shard from `DecodeShards`.
 
         Returns:
-            One row about it: rows, failed, bytes; wait_s that this actor waited for it; queued_s that it waited for
-            an actor (of all blocks together divided by the time they took: the mean length of the queue); and the
-            costs of all stages.
+            One row about it: rows, failed, bytes; wait_s, the time this actor waited for it; queued_s, the time it
+            waited for an actor (their sum divided by the wall time is the mean queue length); and the costs of all
+            stages.
         """
         wait_s, queued_s = time.perf_counter() - self._idle_since_s, queued_seconds(block)
         batch, states = unpack(block), block[STATE].to_pylist()
@@ -155,7 +155,7 @@ class EncodeShards:
 
     @torch.inference_mode()
     def tokens(self, batch: SampleBatch) -> list[NDArray[np.float32] | None]:
-        """Encode a batch: [T, P, V] of each row, None where it failed."""
+        """Encode a batch: tokens [T, P, V] of each row, None where it failed."""
         tokens: list[NDArray[np.float32] | None] = [None] * len(batch.sample_ids)
         valid = np.flatnonzero(batch.is_valid)
         samples_per_pass = max(1, self._frames_per_pass // batch.images.shape[1])
@@ -168,28 +168,28 @@ class EncodeShards:
 
     @torch.inference_mode()
     def vectors(self, batch: SampleBatch) -> list[NDArray[np.float32]] | None:
-        """Encode the batch's sound: [valid, V] of each row's valid segments; None without audio encoder."""
-        if self._ears is None or batch.audio is None or batch.audio_valid is None:
+        """Encode the batch's sound: vectors [valid, V] of each row's valid segments; None without audio encoder."""
+        if self._audio_encoder is None or batch.audio is None or batch.audio_valid is None:
             return None
         found = []
         for waveforms, is_valid in zip(batch.audio, batch.audio_valid, strict=True):
-            heard_BAN = torch.from_numpy(waveforms[is_valid])[None]
-            is_audio_BA = torch.ones(heard_BAN.shape[:2], dtype=torch.bool)
-            found.append(self._ears.features(heard_BAN, is_audio_BA)[0].cpu().numpy())
+            waveforms_BAN = torch.from_numpy(waveforms[is_valid])[None]
+            is_audio_BA = torch.ones(waveforms_BAN.shape[:2], dtype=torch.bool)
+            found.append(self._audio_encoder.features(waveforms_BAN, is_audio_BA)[0].cpu().numpy())
         return found
 
 
 def measure_rows(
     choice: EncoderChoice, decode: DecodeSettings, frames_per_pass: int, device: str, blocks: Sequence[pa.Table]
 ) -> list[StageCosts]:
-    """Decode and encode blocks once, writing nothing, to learn what the others will cost.
+    """Decode and encode blocks once, writing nothing, to measure the costs.
 
     Args:
-        choice: The encoder.
-        decode: How files become pixels.
-        frames_per_pass: See `EncodeShards`.
+        choice: Frozen encoders.
+        decode: Decode settings.
+        frames_per_pass: Number of frames in one pass of the vision encoder.
         device: "cpu" or "cuda".
-        blocks: Rows as `plan.evaluation_blocks` gives them; the first of each is done twice, to warm up.
+        blocks: Blocks of `plan.evaluation_blocks`; the first row of each is run twice, to warm up.
 
     Returns:
         Costs of each block.

@@ -1,4 +1,4 @@
-"""What made a feature cache: encoders, preprocessing, sampling and storage, and the fingerprint of them all."""
+"""Everything that decides the content of a feature cache: encoders, preprocessing, sampling, storage; and its hash."""
 
 import dataclasses
 import hashlib
@@ -17,10 +17,10 @@ from qformer.preprocessing import Preprocessing
 
 SPEC_FILE = "features.json"
 FORMAT_VERSION = 3
-_WITHOUT_EFFECT = ("limits", "augmentation", "has_chance")
-"""Of `DecodeSettings`: limits decide which rows fail, not what the others look like; nothing in a cache is random."""
+_WITHOUT_EFFECT = ("limits", "augmentation", "uses_seeds")
+"""Fields of `DecodeSettings` without effect on features: limits only fail rows, and nothing in a cache is random."""
 _NAMES = ("vision", "audio_encoder")
-"""For people; weights are what counts."""
+"""Fields for people, outside the fingerprint; weights count instead."""
 _OF_AUDIO = ("audio", "audio_encoder", "audio_weights", "audio_extractor", "audio_width")
 
 
@@ -29,9 +29,9 @@ class FeatureSpec:
     """Everything that decides the features of a sample."""
 
     vision: str
-    """Name or folder of the encoder, for people; its weights are what counts."""
+    """Name or folder of the encoder, for people; its weights count instead."""
     weights: str
-    """SHA-256 of the frozen weights as they were run."""
+    """SHA-256 of the frozen weights in the dtype in which they run."""
     layer: int
     precision: Literal["fp32", "bf16"]
     preprocessing: Preprocessing
@@ -41,15 +41,15 @@ class FeatureSpec:
     width: int
     dtype: TokenDtype
     audio: AudioSampling | None = None
-    """Segments of sound whose vectors lie beside the tokens; None: no sound."""
+    """Segments of sound with cached vectors; None: no sound."""
     audio_encoder: str | None = None
     """Name or folder of the audio encoder, for people."""
     audio_weights: str | None = None
-    """SHA-256 of its weights as they were run."""
+    """SHA-256 of the audio encoder's weights in the dtype in which they run."""
     audio_extractor: str | None = None
-    """SHA-256 of the settings of its feature extractor."""
+    """SHA-256 of the settings of the audio encoder's feature extractor."""
     audio_width: int = 0
-    """Of its vectors."""
+    """Width of the audio encoder's vectors."""
 
     @property
     def fingerprint(self) -> str:
@@ -58,12 +58,12 @@ class FeatureSpec:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values, the inverse of `from_dict`; what tells of sound is left out where there is none."""
+        """Plain JSON-ready values, the inverse of `from_dict`; without sound, its fields are left out."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in _OF_AUDIO or self.audio is not None}
 
     def without_audio(self) -> "FeatureSpec":
-        """The same cache for those who do not listen."""
+        """The spec of the same cache without its audio vectors."""
         return dataclasses.replace(
             self, audio=None, audio_encoder=None, audio_weights=None, audio_extractor=None, audio_width=0
         )
@@ -84,34 +84,34 @@ class FeatureSpec:
         return (math.prod(self.raw_shape(kind)) + sound) * RAW_DTYPES[self.dtype].itemsize
 
     def require_same(self, cached: "FeatureSpec") -> None:
-        """Refuse a cache that another encoder, preprocessing or sampling made.
+        """Reject a cache of another encoder, preprocessing or sampling.
 
         Args:
-            cached: What made the cache.
+            cached: Spec of the cache.
 
         Raises:
-            UserError: Naming what differs.
+            UserError: If they differ; the message names the differences.
         """
         if self.fingerprint == cached.fingerprint:
             return
         mine, theirs = self.to_dict(), cached.to_dict()
         names = [name for name in {**mine, **theirs} if name not in _NAMES]
-        told = ", ".join(
+        differences = ", ".join(
             f"{name}: {_short(getattr(cached, name))} in the cache, {_short(getattr(self, name))} here"
             for name in names
             if mine.get(name) != theirs.get(name)
         )
-        raise UserError(f"the feature cache does not fit ({told}); run `qformer features` into another folder")
+        raise UserError(f"the feature cache does not fit ({differences}); run `qformer features` into another folder")
 
     def require_decoding(self, decode: DecodeSettings) -> None:
-        """Hold that the fingerprint covers how files become pixels.
+        """Check that the fingerprint covers all decode settings that decide pixels.
 
         Args:
-            decode: What the rows are decoded with, or would be.
+            decode: Decode settings of the rows.
 
         Raises:
-            TypeError: If `DecodeSettings` has a field that decides pixels and is no field here.
-            UserError: If one differs, or frames would be drawn anew in every epoch.
+            TypeError: If `DecodeSettings` has a field that decides pixels and is missing here.
+            UserError: If a value differs, or frames are drawn at random in every epoch.
         """
         if decode.sampling.is_random:
             raise UserError(
@@ -133,21 +133,21 @@ class FeatureSpec:
                 )
 
     def raw_shape(self, kind: str) -> tuple[int, int, int]:
-        """[frames, tokens, items a token] as stored."""
+        """Stored shape: [frames, tokens, items a token]."""
         frames = self.num_frames if kind == schema.VIDEO else 1
         return frames, self.num_tokens, raw_width(self.width, self.dtype)
 
     @property
     def raw_audio_width(self) -> int:
-        """Items a segment's vector as stored."""
+        """Number of stored items of a segment's vector."""
         return raw_width(self.audio_width, self.dtype)
 
 
 def read_spec(folder: str) -> FeatureSpec | None:
-    """What made the cache in `folder`; None when there is none.
+    """Read the spec of the cache in `folder`; None when there is none.
 
     Raises:
-        UserError: If it is of a format that this version does not read.
+        UserError: If its format has another version.
     """
     path = storage.join(folder, SPEC_FILE)
     if not storage.exists(path):
@@ -163,7 +163,7 @@ def read_spec(folder: str) -> FeatureSpec | None:
 
 
 def write_spec(folder: str, spec: FeatureSpec) -> None:
-    """Write down what makes the cache, before its first shard."""
+    """Write the spec of a cache, before its first shard."""
     values = {"format_version": FORMAT_VERSION, "fingerprint": spec.fingerprint, "spec": spec.to_dict()}
     storage.write_text(storage.join(folder, SPEC_FILE), json.dumps(values, indent=2) + "\n")
 

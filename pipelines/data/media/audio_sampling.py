@@ -1,4 +1,4 @@
-"""Which parts of a clip's sound are listened to."""
+"""Which segments of a clip's sound are encoded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAX_SAMPLES = 50_000_000
-"""Of all segments of one clip together: 200 MB."""
+"""Samples of all segments of a clip together: 200 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,16 +16,16 @@ class AudioSampling:
     """Equally long segments of a clip's sound, evenly spread over it."""
 
     sample_rate_hz: int
-    """That the audio encoder was trained with; sound of another rate is resampled."""
+    """Sample rate of the audio encoder; other sound is resampled to it."""
     num_segments: int = 8
     segment_s: float = 2.0
-    """Length of each; 8 segments of 2 s are Video-LLaMA's."""
+    """Length of a segment; Video-LLaMA takes 8 segments of 2 s."""
 
     def __post_init__(self) -> None:
-        """Check.
+        """Validate.
 
         Raises:
-            ValueError: If there would be no sound, or more than fits into memory.
+            ValueError: If the segments would hold no sound, or more than fits into memory.
         """
         if self.sample_rate_hz < 1 or self.num_segments < 1 or self.segment_samples < 1:
             raise ValueError(f"audio of {self} holds nothing; give positive num_segments, segment_s and rate")
@@ -48,15 +48,15 @@ class AudioSampling:
         return self.num_segments, self.segment_samples
 
     def starts_s(self, start_s: float, end_s: float) -> NDArray[np.float64]:
-        """Beginnings of the segments of a clip.
+        """Start times of the segments of a clip.
 
-        The first begins with the clip, the last ends with it, the others lie at equal distances between, as ImageBind
-        cuts sound for Video-LLaMA: they overlap where the clip is shorter than all of them together. A single one
-        begins with the clip. In a clip that is shorter than a segment all begin with it.
+        The first segment starts with the clip, the last ends with it, and the others are evenly spaced between, as
+        ImageBind cuts sound for Video-LLaMA. They overlap where the clip is shorter than their total length. A single
+        segment starts with the clip. In a clip shorter than a segment, all segments start with it.
 
         Args:
-            start_s: Beginning of the clip.
-            end_s: Its exclusive end.
+            start_s: Start of the clip.
+            end_s: Exclusive end of the clip.
 
         Returns:
             Ascending seconds [segments].
@@ -65,7 +65,7 @@ class AudioSampling:
         return np.linspace(start_s, last_s, self.num_segments, dtype=np.float64)
 
     def silence(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Waveforms of a sample without sound, and that none of them is valid."""
+        """Waveforms of a sample without sound, and a mask that marks all as not valid."""
         return np.zeros(self.shape, dtype=np.float32), np.zeros(self.num_segments, dtype=np.bool_)
 
     @classmethod

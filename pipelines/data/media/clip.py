@@ -1,4 +1,4 @@
-"""What is asked of one media file, and what comes back."""
+"""Decoding requests for one media file, and the decoded clip."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from pipelines.data.media.transforms import Augmentation
 from qformer.preprocessing import Preprocessing
 
 BACKEND_NAMES = ("pyav", "decord", "torchcodec")
-"""Libraries that decode videos, in the order in which they are tried; see `video_backends`."""
+"""Libraries that decode videos, in the order in which they are tried; see `video.backends`."""
 MAX_DURATION_S = 7 * 24 * 3600.0
-"""Of a video, unless told otherwise: frames that claim to last longer are damaged more often than not."""
+"""Default limit for a video: longer claimed durations are mostly damage."""
 SizeOf = Callable[[int, int], tuple[int, int]]
-"""From a frame's shown width and height in pixels to those it is scaled to."""
+"""Maps a frame's display width and height in pixels to the size it is scaled to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +29,25 @@ class Clip:
     pixels: NDArray[np.uint8]
     """[T, C, H, W]; T is 1 for an image."""
     frame_valid: NDArray[np.bool_]
-    """[T] False where a frame only repeats another, because the clip has fewer than were asked for."""
+    """[T] False where a frame repeats another because the clip has fewer than requested."""
     facts: MediaFacts | None = None
-    """Only where they were asked for."""
+    """Facts of the file; None unless requested."""
     waveforms: NDArray[np.float32] | None = None
-    """[A, N] mono sound within [-1, 1], zero where it is not valid; None where none was asked for."""
+    """[A, N] mono sound within [-1, 1], zero where not valid; None unless requested."""
     audio_valid: NDArray[np.bool_] | None = None
-    """[A] False where there is no sound: an image, a file without audio track, a segment before the sound begins or
-    behind its end; and where a segment only repeats another, for the clip is no longer than one."""
+    """[A] False where there is no sound: an image, a file without audio track, a segment before the start or after the
+    end of the sound. Also False where a segment repeats another because the clip is no longer than one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipRequest:
-    """What to make of one video."""
+    """How to decode one clip."""
 
     preprocessing: Preprocessing
     num_frames: int
     max_pixels: int
     max_duration_s: float = MAX_DURATION_S
-    """Of the whole file, whatever part of it is wanted."""
+    """Limit for the whole file, also where only a part is decoded."""
     sampling: Sampling = Sampling()
     start_s: float | None = None
     """Seconds after the first frame; None: the beginning."""
@@ -55,10 +55,10 @@ class ClipRequest:
     """Exclusive, seconds after the first frame; None: the end."""
     augmentation: Augmentation = Augmentation()
     seed: int | None = None
-    """Draws frames and augmentation, one draw for all frames of the clip. None: nothing is left to chance."""
+    """Seed for frames and augmentation, drawn once for the whole clip. None: nothing is random."""
     wants_facts: bool = False
     audio: AudioSampling | None = None
-    """Sound to decode with the pictures; None: none."""
+    """Segments of sound to decode with the frames; None: no sound."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, the inverse of `from_dict`."""
@@ -81,11 +81,11 @@ class ClipRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaveformRequest:
-    """What to make of a file's sound."""
+    """How to decode the sound of a file."""
 
     sample_rate_hz: int
     max_duration_s: float = MAX_DURATION_S
-    """Of the whole file's pictures."""
+    """Limit for the video stream of the whole file."""
     start_s: float | None = None
     """Seconds after the first video frame; None: the beginning."""
     end_s: float | None = None

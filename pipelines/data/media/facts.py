@@ -1,4 +1,4 @@
-"""What a probe tells of a media file besides its pixels."""
+"""Facts about a media file besides its pixels, and the hash of its bytes."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,12 @@ class MediaFacts:
     codec: str
     """"jpeg", "png", "h264", "vp9", ..."""
     width: int
-    """As shown: after the EXIF orientation or the container's rotation; pixel aspect ratios do not count."""
+    """Display size: after the EXIF orientation or the container's rotation; pixel aspect ratios do not count."""
     height: int
     num_frames: int = 1
-    """Frames that are shown, counted in packets, not taken from the header; 1 for an image, also an animated one."""
+    """Displayed frames, counted from packets, not from the header; 1 for an image, also an animated one."""
     duration_s: float | None = None
-    """From the first frame to the end of the last; None for an image."""
+    """Time from the first frame to the end of the last; None for an image."""
     fps: float | None = None
     """Mean over the clip; None for an image and for a single frame."""
     rotation_deg: int = 0
@@ -34,10 +34,10 @@ class MediaFacts:
 
 
 def content_hash(content: bytes | BinaryIO) -> str:
-    """Fingerprint of a file's bytes, equal for equal files: blake2b, 128 bits, in hexadecimal.
+    """Hash of a file's bytes: blake2b, 128 bits, hexadecimal.
 
     Args:
-        content: The bytes, or an open file that is read to its end in pieces.
+        content: The bytes, or an open file, which is read to its end in pieces.
     """
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     if isinstance(content, bytes):

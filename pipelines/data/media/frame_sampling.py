@@ -1,4 +1,4 @@
-"""Which moments of a clip are looked at."""
+"""Which frames of a clip are decoded."""
 
 import random
 from collections.abc import Mapping
@@ -11,28 +11,28 @@ from numpy.typing import NDArray
 Strategy = Literal["uniform", "random_segment", "head_tail", "fps", "key_frames", "times"]
 
 _ROUNDING_S = 1e-6
-"""A time that falls on a frame's start shows that frame, also when a division rounded it down."""
+"""Tolerance: a time on a frame's start selects that frame, also when a division rounded it down."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the frames of a clip are chosen. What is random is so in training alone, where there is a seed."""
+    """How the frames of a clip are chosen. Random strategies are random in training alone, where there is a seed."""
 
     strategy: Strategy = "uniform"
-    """uniform: centres of equal segments. random_segment: a random moment of each (TSN); without seed uniform.
-    head_tail: half of the frames at random moments of the clip's first half, the others of the second (Video-LLaMA);
-    without seed the centres of equal segments of each. fps: uniform, at most `fps` a second. key_frames: those of the
-    codec, which are cheapest to decode. times: at `times_s`."""
+    """uniform: centres of equal segments. random_segment: a random time in each (TSN); without seed uniform.
+    head_tail: half of the frames at random times in the clip's first half, the others in the second (Video-LLaMA);
+    without seed the centres of equal segments of each. fps: uniform, at most `fps` a second. key_frames: the codec's
+    key frames, which are cheapest to decode. times: at `times_s`."""
     fps: float | None = None
-    """Of the strategy "fps"."""
+    """Frame rate of the strategy "fps"."""
     times_s: tuple[float, ...] = ()
-    """Of the strategy "times": ascending seconds after the clip's start."""
+    """Times of the strategy "times": ascending seconds after the clip's start."""
 
     def __post_init__(self) -> None:
-        """Check.
+        """Validate.
 
         Raises:
-            ValueError: If strategy and values do not go together.
+            ValueError: If strategy and values contradict each other.
         """
         if (self.strategy == "fps") != (self.fps is not None) or (self.fps is not None and not self.fps > 0):
             raise ValueError(f"sampling.strategy={self.strategy!r} with fps={self.fps}; give fps > 0 with 'fps' alone")
@@ -50,22 +50,22 @@ class Sampling:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sampling":
-        """Rebuild from `dataclasses.asdict` output or its JSON; what is absent has its default."""
+        """Rebuild from `dataclasses.asdict` output or its JSON; absent values have their defaults."""
         return cls(**{**values, "times_s": tuple(values.get("times_s", ()))})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipFrames:
-    """The frames there are to choose from."""
+    """The frames of a file, and the part of it that is the clip."""
 
     starts_s: NDArray[np.float64]
     """Ascending presentation times of all frames of the file, the first at 0; gaps may vary."""
     is_key: NDArray[np.bool_]
-    """Of each frame, whether it is a key frame."""
+    """[frames] True at key frames."""
     start_s: float
-    """Beginning of the clip."""
+    """Start of the clip."""
     end_s: float
-    """Its exclusive end."""
+    """Exclusive end of the clip."""
 
 
 def choose_frames(
@@ -73,19 +73,19 @@ def choose_frames(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Choose `count` frames.
 
-    Where there are fewer, frames are repeated; a repeated frame counts as valid once.
+    Where the clip has fewer, frames are repeated; a repeated frame is valid once.
 
     Args:
-        sampling: How.
-        frames: Of the file.
-        count: How many.
-        seed: The draw is a function of it alone; None draws nothing.
+        sampling: Strategy.
+        frames: Frames of the file.
+        count: Number of frames to choose.
+        seed: Seed that decides all random choices; None makes none.
 
     Returns:
         Ascending frame indexes [count], and which of them are valid.
 
     Raises:
-        ValueError: If the clip is empty, or no moment that was asked for lies in it.
+        ValueError: If the clip is empty, or none of the requested times lies in it.
     """
     times_s = _times(sampling, frames, count, seed)
     indexes = frames_at(times_s, frames.starts_s)
@@ -127,7 +127,7 @@ def uniform_times(start_s: float, end_s: float, count: int) -> NDArray[np.float6
 
 
 def segment_times(start_s: float, end_s: float, count: int, rng: random.Random | None) -> NDArray[np.float64]:
-    """A random moment of each of `count` equal segments (TSN, arXiv:1608.00859); their centres without `rng`."""
+    """A random time in each of `count` equal segments (TSN, arXiv:1608.00859); their centres without `rng`."""
     centres_s = uniform_times(start_s, end_s, count)
     if rng is None:
         return centres_s
@@ -136,7 +136,7 @@ def segment_times(start_s: float, end_s: float, count: int, rng: random.Random |
 
 
 def head_tail_times(start_s: float, end_s: float, count: int, rng: random.Random | None) -> NDArray[np.float64]:
-    """Half of the times from the first half, the rest from the second; an odd one goes to the first."""
+    """Half of the times from the first half of the clip, the rest from the second; an odd one belongs to the first."""
     middle_s, num_head = (start_s + end_s) / 2, (count + 1) // 2
     parts = [(start_s, middle_s, num_head), (middle_s, end_s, count - num_head)]
     if rng is None:
@@ -177,11 +177,11 @@ def frames_at(times_s: NDArray[np.float64], frame_starts_s: NDArray[np.float64])
     """Index of the frame that a player shows at each time.
 
     Args:
-        times_s: Wanted moments.
+        times_s: Requested times.
         frame_starts_s: Ascending presentation times; gaps may vary (variable frame rate).
 
     Returns:
-        For each time the last frame that has started; the first frame before any has.
+        For each time the last frame that has started, or the first frame.
     """
     shown = np.searchsorted(frame_starts_s, times_s + _ROUNDING_S, side="right") - 1
     return np.maximum(shown, 0).astype(np.int64)

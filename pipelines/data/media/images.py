@@ -1,4 +1,4 @@
-"""Image bytes to an upright RGB picture, by Pillow."""
+"""Image bytes to an upright RGB image, by Pillow."""
 
 import contextlib
 import functools
@@ -11,30 +11,31 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipelines.data.failures import HEIC_BRANDS, SNIFFED_BYTES, MediaError, sniff_kind
+from pipelines.data.failures import MediaError
 from pipelines.data.media.facts import MediaFacts
+from pipelines.data.media.kinds import HEIC_BRANDS, SNIFFED_BYTES, sniff_kind
 from pipelines.data.schema import IMAGE, VIDEO
 
 # Closed list: Pillow's other plugins run programs (EPS) or read formats that no corpus has.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "MPO", "ICO", "AVIF", "HEIF", "PPM")
 _WHITE = (255, 255, 255, 255)
-_LYING_ORIENTATIONS = (5, 6, 7, 8)
+_TURNED_ORIENTATIONS = (5, 6, 7, 8)
 _CLOCKWISE_DEG = {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}
-"""By EXIF orientation; 4, 5 and 7 are mirrored besides."""
+"""Clockwise turn of each EXIF orientation; 4, 5 and 7 are also mirrored."""
 
 
 def decode_image(data: bytes, max_pixels: int, min_side: int | None = None) -> Image.Image:
-    """Decode a picture: first frame, EXIF orientation applied, RGB.
+    """Decode an image: first frame, EXIF orientation applied, RGB.
 
-    Transparent parts show white, as on a page (dropping alpha would show colours that no viewer ever saw). 16-bit
+    Transparent parts become white (without alpha they would have colours that no viewer shows). 16-bit
     channels are scaled to 8; colour profiles are ignored.
 
     Args:
         data: The file's content.
-        max_pixels: Limit of width x height, checked before any pixel is decoded. Pillow's own ceiling (about 179
-            million pixels) holds as well.
-        min_side: Let JPEG decode straight to a smaller size (1/2, 1/4, 1/8) whose sides are at least this many
-            pixels; several times faster for large photographs. None decodes at full size.
+        max_pixels: Limit of width x height, checked before any pixel is decoded. Pillow's own limit (about 179
+            million pixels) applies as well.
+        min_side: Smallest side in pixels that JPEG may decode to (1/2, 1/4 or 1/8 of the full size), which is several
+            times faster for large photographs. None decodes at full size.
 
     Raises:
         MediaError: "corrupt", "unsupported" or "too_large".
@@ -43,32 +44,32 @@ def decode_image(data: bytes, max_pixels: int, min_side: int | None = None) -> I
         if min_side is not None:
             image.draft(None, (min_side, min_side))
         image.load()
-        # A malformed EXIF block says nothing about the pixels: the picture stays as it is.
+        # A malformed EXIF block does not affect the pixels: the image stays as it is.
         with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
 
 
 def image_facts(data: bytes, max_pixels: int) -> MediaFacts:
-    """Tell what a picture's header says, without decoding pixels.
+    """Read facts from an image's header, without decoding pixels.
 
     Raises:
-        MediaError: As `decode_image`.
+        MediaError: "corrupt", "unsupported" or "too_large".
     """
     with _opened(data, max_pixels) as image:
         orientation = 1
         with contextlib.suppress(Exception):
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        # Of a TIFF, Pillow tells the upright size, and turns it when it loads the pixels.
-        is_lying = orientation in _LYING_ORIENTATIONS and image.format != "TIFF"
-        width, height = image.size[::-1] if is_lying else image.size
+        # For a TIFF, Pillow reports the upright size and rotates when it loads the pixels.
+        is_turned = orientation in _TURNED_ORIENTATIONS and image.format != "TIFF"
+        width, height = image.size[::-1] if is_turned else image.size
         turn = _CLOCKWISE_DEG.get(orientation, 0)
         return MediaFacts(codec=str(image.format).lower(), width=width, height=height, rotation_deg=turn)
 
 
 @contextlib.contextmanager
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """An opened picture of at most `max_pixels`; all that goes wrong with it becomes a MediaError."""
+    """Open an image of at most `max_pixels`; every failure becomes a MediaError."""
     try:
         with Image.open(io.BytesIO(data), formats=_available_formats()) as image:
             if image.width * image.height > max_pixels:
@@ -90,7 +91,7 @@ def _unidentified(data: bytes) -> MediaError:
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
         return MediaError("unsupported", "HEIC needs the package pillow-heif, which is not installed")
     kind = sniff_kind(head)
-    is_gif = head.startswith(b"GIF8")  # a clip elsewhere, but an image can be made of it
+    is_gif = head.startswith(b"GIF8")  # a video elsewhere, but Pillow can decode its first frame
     if kind == VIDEO and not is_gif:
         return MediaError("unsupported", "the content is a video, not an image")
     if kind == IMAGE or is_gif or not data:

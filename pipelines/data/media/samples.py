@@ -1,4 +1,4 @@
-"""One sample's bytes to pixels; training, evaluation, the caption job and serving all decode by this class."""
+"""One sample's bytes to pixels and sound; training, evaluation, captioning and serving all decode by this class."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pipelines.data import storage
 from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.checked import Checked
+from pipelines.data.media.check_result import CheckResult
 from pipelines.data.media.clip import MAX_DURATION_S, Clip, ClipRequest, WaveformRequest
 from pipelines.data.media.facts import content_hash
 from pipelines.data.media.frame_sampling import Sampling
-from pipelines.data.media.picture import read_picture
+from pipelines.data.media.image_clip import decode_image_clip
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.media.transforms import Augmentation
 from pipelines.data.media.video.pool import VideoPool
@@ -32,44 +32,44 @@ ValueT = TypeVar("ValueT")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one media file may cost."""
+    """Limits for one media file."""
 
     max_bytes: int = 2 * 1024**3
-    """Of a file that is held in memory: all but local videos."""
+    """Size of a file that is held in memory: every file but local videos."""
     max_video_bytes: int = 1024**4
-    """Of a local video, which is read in place: ten hours may well have tens of gigabytes."""
+    """Size of a local video, which is read in place: ten hours may have tens of gigabytes."""
     max_pixels: int = 90_000_000
     """Width x height of an image or frame."""
     max_duration_s: float = MAX_DURATION_S
-    """Of a video."""
+    """Duration of a video."""
     video_timeout_s: float = 30.0
     video_memory_bytes: int = 4 * 1024**3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
-    """How files become pixels and, where that is wanted, sound."""
+    """How files are decoded to pixels and, if requested, sound."""
 
     preprocessing: Preprocessing
     num_frames: int = 8
-    """Frames sampled from a video; an image is one frame."""
+    """Number of frames sampled from a video; an image has one."""
     sampling: Sampling = Sampling()
     """How the frames are chosen; random only for samples decoded with a seed."""
     limits: Limits = Limits()
     augmentation: Augmentation = Augmentation()
     """Applied only to samples decoded with a seed."""
-    has_chance: bool = True
-    """False: no sample gets a seed."""
+    uses_seeds: bool = True
+    """Whether samples get seeds; False makes decoding deterministic."""
     audio: AudioSampling | None = None
-    """Which segments of a video's sound are decoded with its frames; None: none. An image has no sound."""
+    """Segments of sound decoded with a video's frames; None: no sound. An image has none."""
 
     @property
     def is_random(self) -> bool:
-        """Whether a seed changes what a sample decodes to."""
-        return self.has_chance and (self.augmentation.is_active or self.sampling.is_random)
+        """Whether a seed changes the decoded sample."""
+        return self.uses_seeds and (self.augmentation.is_active or self.sampling.is_random)
 
     def num_frames_of(self, kind: str) -> int:
-        """Frames that `kind` decodes to."""
+        """Number of frames of a sample of this kind."""
         return self.num_frames if kind == VIDEO else 1
 
     def row_bytes(self, kind: str) -> int:
@@ -80,19 +80,19 @@ class DecodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A local file that a child may read itself, or a file's content."""
+    """A local file that a child process reads itself, or a file's content."""
 
     path: str | None
     data: bytes
 
 
 class SampleDecoder:
-    """Decodes images in this process (unless told otherwise) and videos in killable children.
+    """Decodes images in this process (by default) and videos in child processes that can be killed.
 
     Args:
-        settings: How files become pixels.
-        num_video_children: Videos that can be decoded at a time; for callers with threads.
-        isolates_images: Decode images in the children, too: slower, but a crash of their decoder costs one sample.
+        settings: Decode settings.
+        num_video_children: Number of videos decoded at the same time, for callers with threads.
+        isolates_images: Whether children decode images, too: slower, but a decoder crash loses one sample only.
     """
 
     def __init__(self, settings: DecodeSettings, num_video_children: int = 1, *, isolates_images: bool = False) -> None:
@@ -121,13 +121,13 @@ class SampleDecoder:
             kind: "image" or "video".
             media: Path or URI; not read when `data` is given.
             data: The file's content.
-            start_s: Beginning of the clip in seconds after the video's first frame; None: the beginning.
+            start_s: Start of the clip in seconds after the video's first frame; None: the start of the video.
             end_s: Exclusive end of the clip in the same seconds; None: the end.
-            seed: Draws frames, crop and flip; None leaves nothing to chance.
-            costs: Gets what this sample took added; None: nobody wants to know.
+            seed: Seed for frames, crop and flip; None makes nothing random.
+            costs: Costs to which this sample's are added; None: not measured.
 
         Raises:
-            MediaError: If the sample cannot be used. Nothing else, whatever the file holds.
+            MediaError: If the sample cannot be used. No other error is raised, whatever the file contains.
         """
         costs = StageCosts() if costs is None else costs
         with _only_media_errors():
@@ -142,8 +142,8 @@ class SampleDecoder:
         data: bytes | None = None,
         start_s: float | None = None,
         end_s: float | None = None,
-    ) -> Checked:
-        """Decode one sample, as `decode` without seed does, to learn whether it can be used and what it is."""
+    ) -> CheckResult:
+        """Decode one sample without seed to find out whether it can be used, and the facts of its file."""
         size_bytes = fingerprint = None
         costs = StageCosts()
         try:
@@ -152,9 +152,9 @@ class SampleDecoder:
                 with costs.measure("fetch"):
                     size_bytes, fingerprint = self._fingerprint(media, source)
                 clip = self._decode(kind, media, source, start_s, end_s, None, costs, wants_facts=True)
-            return Checked(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
+            return CheckResult(size_bytes=size_bytes, content_hash=fingerprint, facts=clip.facts, costs=costs)
         except MediaError as error:
-            return Checked(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
+            return CheckResult(error=error, size_bytes=size_bytes, content_hash=fingerprint, costs=costs)
 
     def waveform(
         self,
@@ -168,10 +168,10 @@ class SampleDecoder:
         """Fetch a video and decode its first audio track to mono.
 
         Args:
-            sample_rate_hz: Of the result.
+            sample_rate_hz: Sample rate of the result.
             media: Path or URI; not read when `data` is given.
             data: The file's content.
-            start_s: Beginning in seconds after the first video frame; None: the beginning.
+            start_s: Start in seconds after the first video frame; None: the start of the video.
             end_s: Exclusive end in the same seconds; None: the end.
 
         Returns:
@@ -225,19 +225,19 @@ class SampleDecoder:
             audio=settings.audio if kind == VIDEO else None,
         )
         if kind == IMAGE:
-            return self._without_sound(self._picture(source, request, costs))
+            return self._with_silence(self._decode_image(source, request, costs))
         with costs.measure("decode"):
             return self._retried(
                 media, source, lambda: self.videos.read_clip(request, path=source.path, data=source.data)
             )
 
-    def _picture(self, source: _Source, request: ClipRequest, costs: StageCosts) -> Clip:
+    def _decode_image(self, source: _Source, request: ClipRequest, costs: StageCosts) -> Clip:
         if not self._isolates_images:
-            return read_picture(source.data, request, costs)
+            return decode_image_clip(source.data, request, costs)
         with costs.measure("decode"):
-            return self.videos.read_picture(source.data, request)
+            return self.videos.read_image(source.data, request)
 
-    def _without_sound(self, clip: Clip) -> Clip:
+    def _with_silence(self, clip: Clip) -> Clip:
         if self.settings.audio is None:
             return clip
         waveforms, audio_valid = self.settings.audio.silence()
@@ -259,7 +259,7 @@ class SampleDecoder:
         except storage.IndirectUriError as error:
             raise MediaError("config", str(error), stage="manifest") from error
         if kind == VIDEO and storage.is_local(media) and members.parse(media) is None:
-            # The child reads local files itself: large ones are never copied through memory.
+            # The child reads local files itself, so large ones are not copied through memory.
             return _Source(self._checked_path(media, costs), b"")
         with costs.measure("fetch"):
             content = with_retries(media, lambda: storage.read_bytes(media, max_bytes))
@@ -289,20 +289,20 @@ class SampleDecoder:
         return with_retries(str(media), read)
 
     def _retried(self, media: str | None, source: _Source, read: Callable[[], ValueT]) -> ValueT:
-        """Call `read`, again while the child has transient trouble with a local file."""
+        """Call `read`, with retries while a child has transient failures with a local file."""
         return read() if source.path is None else with_retries(str(media), read)
 
 
 @contextlib.contextmanager
 def _only_media_errors() -> Iterator[None]:
-    """Let nothing but a MediaError out: whatever one sample does, it costs that sample alone."""
+    """Turn every error into a MediaError, so that a sample can fail only itself."""
     try:
         yield
     except MediaError:
         raise
     except MemoryError as error:
         raise MediaError("too_large", f"not enough memory: {error}") from error
-    except OSError as error:  # of this machine, such as no more processes: files have told theirs before
+    except OSError as error:  # a failure of this machine, such as no more processes; file errors were classified before
         raise MediaError("transient", f"{type(error).__name__}: {error}") from error
     except Exception as error:
         raise MediaError("corrupt", f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""What rows cost on their way: seconds of each stage and bytes fetched, measured where the work is done."""
+"""Costs of decoding and encoding rows: seconds of each stage and bytes fetched, measured where the work is done."""
 
 import contextlib
 import dataclasses
@@ -15,21 +15,21 @@ Stage = Literal["fetch", "decode", "transform", "encode", "generate", "write"]
 
 @dataclass(slots=True)
 class StageCosts:
-    """Seconds of work, summed over whatever was measured: one row, a batch, a run. Not for several threads."""
+    """Seconds of work, summed over the measured rows: one, a batch, or a run. Not thread-safe."""
 
     fetch_s: float = 0.0
-    """Reading the file, or the stored features. A child that decodes a local video reads it while decoding."""
+    """Time to read the file or the stored features. A child that decodes a local video reads it while decoding."""
     decode_s: float = 0.0
     transform_s: float = 0.0
-    """Resize, crop, flip."""
+    """Time to resize, crop and flip."""
     encode_s: float = 0.0
-    """The frozen encoder."""
+    """Time of the frozen encoders."""
     generate_s: float = 0.0
-    """The frozen language model's texts."""
+    """Time of the frozen language model to generate texts."""
     write_s: float = 0.0
-    """Storing features or texts."""
+    """Time to store features or texts."""
     fetched_bytes: int = 0
-    """Sizes of the files (or stored features) that were read."""
+    """Bytes of the files or stored features that were read."""
 
     @contextlib.contextmanager
     def measure(self, stage: Stage) -> Iterator[None]:
@@ -42,23 +42,23 @@ class StageCosts:
             setattr(self, name, getattr(self, name) + time.perf_counter() - begun_s)
 
     def add(self, other: "StageCosts") -> None:
-        """Count another's costs in."""
+        """Add other costs to these."""
         for name in COST_COLUMNS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def seconds(self) -> dict[str, float]:
-        """Stage -> seconds, of the stages that took any."""
+        """Seconds by stage, without stages that took none."""
         values = {name.removesuffix("_s"): getattr(self, name) for name in COST_COLUMNS if name.endswith("_s")}
         return {stage: value for stage, value in values.items() if value}
 
 
 def cost_columns(costs: Iterable[StageCosts]) -> dict[str, pa.Array]:
-    """Arrow columns of one entry a row, the inverse of `summed`."""
+    """Arrow columns with one entry a row; `sum_costs` adds them up."""
     rows = list(costs)
     return {name: pa.array([getattr(row, name) for row in rows], COST_COLUMNS[name]) for name in COST_COLUMNS}
 
 
-def summed(table: pa.Table) -> StageCosts:
+def sum_costs(table: pa.Table) -> StageCosts:
     """Add up a table's cost columns."""
     values: dict[str, Any] = {name: pc.sum(table[name]).as_py() for name in COST_COLUMNS}
     return StageCosts(**{name: value or 0 for name, value in values.items()})

@@ -1,4 +1,4 @@
-"""Geometry from a decoded RGB picture to the encoder's input size, on uint8; images and video frames alike."""
+"""Resize, crop and augmentation of decoded RGB images and video frames, on uint8."""
 
 import math
 import random
@@ -21,40 +21,40 @@ _RESAMPLING = {
 }
 _CROP_TRIES = 10
 _THIN_ASPECT = 32
-"""Pictures longer than so many times their short side are cut before they are enlarged: 60,000x1 pixels would become
-13,440,000x224. The others come to a few megapixels at most, and keep Pillow's own pixels bit by bit."""
+"""Aspect ratio above which an image is cropped before it is enlarged: 60,000x1 pixels would become 13,440,000x224.
+Other images become a few megapixels at most, and keep Pillow's own pixels bit for bit."""
 _FILTER_REACH = 3
-"""Pixels on each side that the widest filter (Lanczos) looks at."""
+"""Reach of the widest filter (Lanczos) in pixels on each side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Random changes of training pictures."""
+    """Random changes of training images."""
 
     random_resized_crop: bool = False
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Smallest and largest share of the picture's area kept by the crop."""
+    """Smallest and largest share of the image's area that a crop keeps."""
     horizontal_flip: bool = False
-    """Half of the pictures are mirrored. Falsifies "left" and "right" in captions."""
+    """Whether half of the images are mirrored. Makes "left" and "right" in captions wrong."""
 
     @property
     def is_active(self) -> bool:
-        """Whether any change is asked for."""
+        """Whether any change is enabled."""
         return self.random_resized_crop or self.horizontal_flip
 
 
-def fit(
+def resize_and_crop(
     image: Image.Image, preprocessing: Preprocessing, crop_box: Box | None = None, flip: bool = False
 ) -> NDArray[np.uint8]:
     """Resize and crop to the encoder's input.
 
-    The sizes are rounded as torchvision's Resize and CenterCrop round them, so that pictures are the encoder's own.
+    Sizes are rounded as torchvision's Resize and CenterCrop round them, as the encoders were trained.
 
     Args:
-        image: RGB.
+        image: RGB image.
         preprocessing: Target geometry.
-        crop_box: Part of the picture to resize straight to the target (random resized crop); None fits the whole.
-        flip: Mirror left and right.
+        crop_box: Part of the image that is resized to the target (random resized crop); None: the whole image.
+        flip: Whether to mirror left and right.
 
     Returns:
         uint8 [3, height, width].
@@ -72,24 +72,29 @@ def fit(
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def cut(frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool = False) -> NDArray[np.uint8]:
-    """What `fit` makes of a picture that has been resized already: the middle, [3, height, width].
+def center_crop_resized(
+    frame_HWC: NDArray[np.uint8], preprocessing: Preprocessing, flip: bool = False
+) -> NDArray[np.uint8]:
+    """Crop the middle of a frame that has been resized already; equal to `resize_and_crop` without the resize.
 
     Args:
-        frame_HWC: RGB in any memory layout, of `resized_size`.
+        frame_HWC: RGB frame of `resized_size` in any memory layout.
         preprocessing: Target geometry.
-        flip: Mirror left and right.
+        flip: Whether to mirror left and right.
+
+    Returns:
+        uint8 [3, height, width].
     """
     height, width = frame_HWC.shape[:2]
     left, top = round((width - preprocessing.width) / 2), round((height - preprocessing.height) / 2)
     if left < 0 or top < 0:
-        return fit(Image.fromarray(np.ascontiguousarray(frame_HWC)), preprocessing, flip=flip)
+        return resize_and_crop(Image.fromarray(np.ascontiguousarray(frame_HWC)), preprocessing, flip=flip)
     part = frame_HWC[top : top + preprocessing.height, left : left + preprocessing.width]
     return np.ascontiguousarray((part[:, ::-1] if flip else part).transpose(2, 0, 1))
 
 
 def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height of the whole picture after the resize, before the crop."""
+    """Width and height of the whole image after the resize, before the crop."""
     if preprocessing.crop == "squash":
         return preprocessing.width, preprocessing.height
     short, long = sorted((width, height))
@@ -98,14 +103,14 @@ def resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple
     return (side, longer) if width <= height else (longer, side)
 
 
-def augment(width: int, height: int, augmentation: Augmentation, seed: int) -> tuple[Box | None, bool]:
-    """Draw one picture's (or one whole clip's) crop and flip.
+def draw_augmentation(width: int, height: int, augmentation: Augmentation, seed: int) -> tuple[Box | None, bool]:
+    """Draw the crop and flip of one image or one whole clip.
 
     Args:
-        width: Of the decoded picture, in pixels.
-        height: Of the decoded picture, in pixels.
-        augmentation: What to draw.
-        seed: The draw is a function of it alone.
+        width: Width of the decoded image in pixels.
+        height: Height of the decoded image in pixels.
+        augmentation: Enabled changes.
+        seed: Seed that decides all random choices.
 
     Returns:
         Crop box or None, and whether to mirror.
@@ -121,10 +126,10 @@ def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: ra
     """Draw a crop of random area and of an aspect ratio between 3:4 and 4:3 (Inception's random resized crop).
 
     Args:
-        width: Of the picture, in pixels.
-        height: Of the picture, in pixels.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
         scale: Smallest and largest share of the area.
-        rng: Source of chance.
+        rng: Random generator.
     """
     for _ in range(_CROP_TRIES):
         area = width * height * rng.uniform(*scale)
@@ -141,11 +146,11 @@ def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: ra
 def _center_crop(
     image: Image.Image, size: tuple[int, int], target: tuple[int, int], resampling: Image.Resampling
 ) -> Image.Image:
-    """Resize to `size`, then cut the middle out to `target`.
+    """Resize to `size`, then crop the middle to `target`.
 
-    Where that makes the picture smaller, only the pixels that stay are computed: measured to save a fifth of a 1080p
-    JPEG's time. They are the same but for rounding: one level in one of a thousand pixels. (Pillow treats the edges
-    of the part differently when it enlarges.) So it is with thin pictures, which as a whole would take gigabytes.
+    Where that makes the image smaller, only the remaining pixels are computed, which was measured to save a fifth of a
+    1080p JPEG's time. They are equal but for rounding: one level in one of a thousand pixels. (When Pillow enlarges, it
+    treats the edges of a part differently.) Thin images are also cropped first; as a whole they would take gigabytes.
     """
     left, top = round((size[0] - target[0]) / 2), round((size[1] - target[1]) / 2)
     box = (left, top, left + target[0], top + target[1])
@@ -161,14 +166,14 @@ def _center_crop(
 
 
 def _thin_crop(image: Image.Image, size: tuple[int, int], box: Box, resampling: Image.Resampling) -> Image.Image:
-    """`image.resize(size).crop(box)`, made of those pixels alone that `box` shows."""
+    """Compute `image.resize(size).crop(box)` from the pixels inside `box` alone."""
     shown: list[float] = [0.0] * 4
-    cut = [0, 0, image.width, image.height]
+    part_box = [0, 0, image.width, image.height]
     for low, high, scale in ((0, 2, image.width / size[0]), (1, 3, image.height / size[1])):
-        # The source is cut first: Pillow keeps places as 32-bit floats, which are too coarse far from the origin.
+        # The source is cropped first: Pillow stores positions as 32-bit floats, too coarse far from the origin.
         reach = math.ceil(_FILTER_REACH * max(1.0, scale)) + 1
-        begin, end = box[low] * scale, min(box[high] * scale, float(cut[high]))
-        cut[low], cut[high] = max(0, math.floor(begin) - reach), min(cut[high], math.ceil(end) + reach)
-        shown[low], shown[high] = begin - cut[low], end - cut[low]
-    part = image.crop((cut[0], cut[1], cut[2], cut[3]))
+        begin, end = box[low] * scale, min(box[high] * scale, float(part_box[high]))
+        part_box[low], part_box[high] = max(0, math.floor(begin) - reach), min(part_box[high], math.ceil(end) + reach)
+        shown[low], shown[high] = begin - part_box[low], end - part_box[low]
+    part = image.crop((part_box[0], part_box[1], part_box[2], part_box[3]))
     return part.resize((box[2] - box[0], box[3] - box[1]), resampling, box=(shown[0], shown[1], shown[2], shown[3]))

@@ -1,9 +1,9 @@
-"""Which row goes into which global batch: a pure function of manifest, mixture, seed and step, whoever asks.
+"""Which row goes into which global batch: a pure function of manifest, mixture, seed and step.
 
-An epoch is never listed. Every step of every epoch is computed on its own, in time and memory that depend on the size
-of its batch alone: `epoch = step // steps_per_epoch`, a permutation of the epoch's batches says which batch the step
-is, that batch is a run of places among the epoch's draws of one kind, a permutation of these draws mixes the sources,
-and a permutation of the source's rows says which row each draw is.
+An epoch is never listed. Every step of every epoch is computed on its own, in time and memory that depend on the batch
+size alone: `epoch = step // steps_per_epoch`; a permutation of the epoch's batches gives the batch of the step; that
+batch is a range of the epoch's draws of one kind; a permutation of these draws mixes the sources; and a permutation of
+the source's rows gives the row of each draw.
 """
 
 import dataclasses
@@ -14,60 +14,60 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.order.permutation import derived_keys, permuted
+from pipelines.data.order.permutation import derive_keys, permute
 
 PADDING = -1
-"""Row number where the last batch of a kind is not full."""
+"""Row number of the unused places in the last batch of a kind."""
 
 _FORMAT = "order-2"
-"""Changes with the code below, for a resumed run must not go on in another order."""
+"""Version of the code below: a resumed run must not continue in another order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stream:
-    """The rows of one kind of one source, and how many of them an epoch takes."""
+class SampleStream:
+    """The rows of one kind in one source, and how many of them an epoch takes."""
 
     source: int
-    """Place of the source in the mixture."""
+    """Index of the source in the mixture."""
     kind: str
     first_row: int
-    """Number of its first row among all rows of the mixture; the others follow."""
+    """Number of the first row among all rows of the mixture; the others follow."""
     num_rows: int
     draws: int
-    """An epoch takes so many rows. The stream is permuted over and over; each epoch goes on where the last one ended,
-    so that no row comes again before all others came."""
+    """Rows that an epoch takes. The stream is an endless sequence of permutations, and each epoch continues where the
+    last one ended, so that no row repeats before all others were drawn."""
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
-    """Rows of some steps. S steps, G rows of a global batch."""
+class StepRows:
+    """The rows of some steps. S steps, G rows of a global batch."""
 
     rows_SG: NDArray[np.int64]
-    """Row numbers; `PADDING` fills what is not full, at the end."""
+    """Row numbers; `PADDING` fills the end of a batch that is not full."""
     visits_SG: NDArray[np.int64]
-    """How often the row was drawn before. Without weights that is the epoch."""
+    """Number of earlier draws of the row. Without weights that is the epoch."""
     kinds: list[str]
-    """[S] what all rows of the step are."""
+    """[S] the kind of all rows of each step."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """The sequence of global batches of a run. Small, whatever the corpus: hand it to any process.
+    """The sequence of global batches of a run. A small object whatever the corpus, cheap to send to any process.
 
     Args:
-        streams: What is drawn from.
-        seed: Of the run.
-        global_batch: Rows of one step over all workers.
+        streams: Streams of rows to draw from.
+        seed: Seed of the run.
+        global_batch: Number of rows of one step over all workers.
 
     Raises:
-        ValueError: If there is nothing to draw, or `global_batch` is not positive.
+        ValueError: If there are no rows to draw, or `global_batch` is not positive.
     """
 
-    streams: tuple[Stream, ...]
+    streams: tuple[SampleStream, ...]
     seed: int
     global_batch: int
     kinds: tuple[str, ...] = field(init=False)
-    """Kinds that are drawn, sorted."""
+    """Kinds of the streams, sorted."""
     _last_batches: NDArray[np.int64] = field(init=False, repr=False, compare=False)
     """[kinds] exclusive end of each kind's batches, before they are permuted."""
 
@@ -82,29 +82,29 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of an epoch."""
+        """Number of global batches of an epoch."""
         return int(self._last_batches[-1])
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that an epoch draws."""
+        """Number of rows that an epoch draws."""
         return sum(stream.draws for stream in self.streams)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that decides the sequence of row numbers."""
+        """Digest of everything that decides the sequence of row numbers."""
         values = (_FORMAT, self.seed, self.global_batch, *map(dataclasses.astuple, self.streams))
         return hashlib.sha256(repr(values).encode()).hexdigest()
 
-    def at(self, steps: NDArray[np.int64]) -> Batches:
-        """Say what is in the batches of some steps, in any order.
+    def at(self, steps: NDArray[np.int64]) -> StepRows:
+        """Compute the batches of some steps, in any order.
 
         Args:
-            steps: [S] numbers of steps in the run, 0-based.
+            steps: [S] 0-based numbers of steps in the run.
         """
         steps = np.asarray(steps, dtype=np.int64)
         epochs, offsets = np.divmod(steps, self.steps_per_epoch)
-        numbers = permuted(offsets, self.steps_per_epoch, self._keys(epochs, "batches"))
+        numbers = permute(offsets, self.steps_per_epoch, self._keys(epochs, "batches"))
         kind_codes = np.searchsorted(self._last_batches, numbers, side="right")
         rows = np.full((len(steps), self.global_batch), PADDING, dtype=np.int64)
         visits = np.zeros_like(rows)
@@ -116,53 +116,53 @@ class Order:
             row, column = np.nonzero(places < sum(stream.draws for stream in streams))
             at = (chosen[row], column)
             rows[at], visits[at] = self._drawn(kind, streams, places[row, column], epochs[at[0]])
-        return Batches(rows, visits, [self.kinds[code] for code in kind_codes])
+        return StepRows(rows, visits, [self.kinds[code] for code in kind_codes])
 
     def _drawn(
-        self, kind: str, streams: Sequence[Stream], places: NDArray[np.int64], epochs: NDArray[np.int64]
+        self, kind: str, streams: Sequence[SampleStream], places: NDArray[np.int64], epochs: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows and visits of places among the epoch's draws of a kind; all [N]."""
+        """Rows and visits at places among the epoch's draws of a kind; all [N]."""
         last_draws = np.cumsum([stream.draws for stream in streams])
-        draws = permuted(places, int(last_draws[-1]), self._keys(epochs, f"draws/{kind}"))
+        draws = permute(places, int(last_draws[-1]), self._keys(epochs, f"draws/{kind}"))
         stream_codes = np.searchsorted(last_draws, draws, side="right")
         rows, visits = np.empty_like(draws), np.empty_like(draws)
         for code, stream in enumerate(streams):
             chosen = np.flatnonzero(stream_codes == code)
-            # Where the source's endless sequence of permutations stands.
+            # Position in the source's endless sequence of permutations.
             positions = epochs[chosen] * stream.draws + draws[chosen] - (last_draws[code] - stream.draws)
             visits[chosen], indexes = np.divmod(positions, stream.num_rows)
             keys = self._keys(visits[chosen], f"rows/{stream.source}/{kind}")
-            rows[chosen] = stream.first_row + permuted(indexes, stream.num_rows, keys)
+            rows[chosen] = stream.first_row + permute(indexes, stream.num_rows, keys)
         return rows, visits
 
     def _keys(self, counters: NDArray[np.int64], purpose: str) -> NDArray[np.uint64]:
-        return derived_keys(keyed_hash("order", self.seed, purpose), counters)
+        return derive_keys(keyed_hash("order", self.seed, purpose), counters)
 
-    def _streams_of(self, kind: str) -> list[Stream]:
+    def _streams_of(self, kind: str) -> list[SampleStream]:
         return [stream for stream in self.streams if stream.kind == kind]
 
 
 def rank_columns(global_batch: int, world_size: int) -> NDArray[np.int64]:
-    """Deal the columns of a global batch to the ranks: equal runs, padded to one length.
+    """Split the columns of a global batch over the ranks: consecutive ranges, padded to one length.
 
     Args:
-        global_batch: G.
+        global_batch: Number of rows G.
         world_size: Number of ranks.
 
     Returns:
-        [world_size, ceil(G / world_size)], `PADDING` where a rank has a column less than others.
+        [world_size, ceil(G / world_size)], `PADDING` where a rank has one column less than others.
     """
-    dealt = np.full((world_size, -(-global_batch // world_size)), PADDING, dtype=np.int64)
+    columns = np.full((world_size, -(-global_batch // world_size)), PADDING, dtype=np.int64)
     for rank, part in enumerate(np.array_split(np.arange(global_batch), world_size)):
-        dealt[rank, : len(part)] = part
-    return dealt
+        columns[rank, : len(part)] = part
+    return columns
 
 
 def caption_index(seed: int, visit: int, sample_id: str, num_captions: int) -> int:
-    """Which of a sample's captions a visit uses.
+    """Index of the caption that a visit of a sample uses.
 
     Raises:
-        ValueError: If there is none to choose.
+        ValueError: If the sample has none.
     """
     if num_captions < 1:
         raise ValueError(f"sample {sample_id!r} has no caption")

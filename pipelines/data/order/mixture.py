@@ -1,4 +1,4 @@
-"""Several manifests as one corpus: whose rows an epoch takes, how many, and under which sample ids."""
+"""Several manifests as one corpus: how many rows of each an epoch takes, and their sample ids."""
 
 import hashlib
 import itertools
@@ -15,56 +15,56 @@ from numpy.typing import NDArray
 from pipelines.data import schema, storage
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.data.corpus.manifest_files import INDEX_FILE, MANIFEST_FOLDER
-from pipelines.data.order.global_batches import Stream
-from pipelines.data.order.row_index import PartRows, Rows, TableRows, streamed, total
+from pipelines.data.order.global_batches import SampleStream
+from pipelines.data.order.row_index import ManifestRows, PartRows, TableRows, count_rows, stream_rows
 from qformer.errors import UserError
 
 Mixing = Literal["proportional", "sqrt", "explicit"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MixtureSource:
     """One manifest of a mixture."""
 
     name: str
-    """Put before its sample ids where there are several sources, so that no two rows share an id."""
-    rows: Rows
+    """Prefix of its sample ids where there are several sources, so that no two rows share an id."""
+    rows: ManifestRows
     weight: float | None = None
-    """Its share of an epoch relative to the others', under "explicit"."""
+    """Relative share of an epoch, for the mixture "explicit"."""
 
 
 class Corpus:
-    """Sources with their rows numbered through: all of the first source, then all of the second.
+    """Sources with consecutively numbered rows: all of the first source, then all of the second.
 
     Args:
-        sources: At least one.
+        sources: One source or more.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[MixtureSource]) -> None:
         self.sources = tuple(sources)
-        self._ends = np.cumsum([total(source.rows) for source in self.sources])
+        self._ends = np.cumsum([count_rows(source.rows) for source in self.sources])
 
     @property
     def num_rows(self) -> int:
-        """Rows of all sources."""
+        """Number of rows of all sources."""
         return int(self._ends[-1])
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what decides which row a number means."""
+        """Digest of everything that decides which row a number means."""
         parts = [(source.name, source.rows.fingerprint) for source in self.sources]
         return hashlib.sha256(repr(parts if len(parts) > 1 else parts[0][1]).encode()).hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """The rows of these numbers, in this order."""
+        """Rows by number, in the given order."""
         if len(self.sources) == 1:
             return self.sources[0].rows.take(rows)
         codes = np.searchsorted(self._ends, rows, side="right")
         pieces, places = [], []
-        # At least one piece, though no row be asked for.
+        # At least one piece, also when no row is requested.
         for code in np.unique(codes) if len(codes) else [0]:
             source, chosen = self.sources[code], np.flatnonzero(codes == code)
-            first = int(self._ends[code]) - total(source.rows)
+            first = int(self._ends[code]) - count_rows(source.rows)
             pieces.append(_prefixed(source.rows.take(rows[chosen] - first), source.name))
             places.append(chosen)
         back = np.empty(len(rows), dtype=np.int64)
@@ -72,29 +72,29 @@ class Corpus:
         return pa.concat_tables(pieces, promote_options="default").take(pa.array(back))
 
     def in_memory(self, change: Callable[[pa.Table], pa.Table]) -> "Corpus":
-        """Read all sources and put what `change` makes of them in their place; it must keep the rows' order."""
-        tables = [pa.concat_tables(streamed(source.rows)) for source in self.sources]
+        """Read all sources into memory and apply `change` to each table; it must keep the rows' order."""
+        tables = [pa.concat_tables(stream_rows(source.rows)) for source in self.sources]
         pairs = zip(self.sources, tables, strict=True)
-        return Corpus([Source(source.name, TableRows(change(table)), source.weight) for source, table in pairs])
+        return Corpus([MixtureSource(source.name, TableRows(change(table)), source.weight) for source, table in pairs])
 
-    def streams(self, mixing: Mixing) -> tuple[Stream, ...]:
-        """What `order.Order` draws from.
+    def streams(self, mixing: Mixing) -> tuple[SampleStream, ...]:
+        """The streams for `global_batches.Order`.
 
         Args:
-            mixing: See `epoch_draws`.
+            mixing: Mixture as in `epoch_draws`.
 
         Raises:
-            UserError: As `epoch_draws`.
+            UserError: If weights and mixture contradict each other.
         """
-        sizes = [total(source.rows) for source in self.sources]
+        sizes = [count_rows(source.rows) for source in self.sources]
         draws = epoch_draws(sizes, mixing, [source.weight for source in self.sources])
         streams = []
         for place, source in enumerate(self.sources):
             first = int(self._ends[place]) - sizes[place]
-            shares = _shared(draws[place], list(source.rows.counts.values()))
+            shares = _split_draws(draws[place], list(source.rows.counts.values()))
             for (kind, count), share in zip(source.rows.counts.items(), shares, strict=True):
                 streams.append(
-                    Stream(source=place, kind=kind, first_row=first, num_rows=count, draws=share),
+                    SampleStream(source=place, kind=kind, first_row=first, num_rows=count, draws=share),
                 )
                 first += count
         return tuple(streams)
@@ -106,22 +106,22 @@ def open_corpus(
     split: str,
     kind: str | None,
 ) -> Corpus:
-    """Open the manifests of a training run; those in parts stay where they are.
+    """Open the manifests of a training run; those in parts are not read into memory.
 
     Args:
         manifests: Path and weight of each.
-        split: Whose rows are trained on.
-        kind: Take only "image" or "video" rows; None takes both.
+        split: Split to train on.
+        kind: Kind of rows to take, "image" or "video"; None takes both.
 
     Raises:
-        UserError: If one cannot be read, has no rows to train on, or is there twice.
+        UserError: If one cannot be read, has no rows to train on, or is listed twice.
     """
     names = source_names([path for path, _ in manifests])
     pairs = zip(names, manifests, strict=True)
-    return Corpus([Source(name, _opened(path, split, kind), weight) for name, (path, weight) in pairs])
+    return Corpus([MixtureSource(name, _opened(path, split, kind), weight) for name, (path, weight) in pairs])
 
 
-def _opened(path: str, split: str, kind: str | None) -> Rows:
+def _opened(path: str, split: str, kind: str | None) -> ManifestRows:
     if storage.is_folder(path):
         for folder in (storage.join(path, MANIFEST_FOLDER), path):
             if storage.exists(storage.join(folder, INDEX_FILE)):
@@ -130,15 +130,15 @@ def _opened(path: str, split: str, kind: str | None) -> Rows:
 
 
 def epoch_draws(sizes: Sequence[int], mixing: Mixing, weights: Sequence[float | None]) -> list[int]:
-    """How many rows each source gives to an epoch.
+    """Number of rows that each source gives to an epoch.
 
     An epoch has as many rows as all sources together. "proportional": every row of every source, once. "sqrt": in
     proportion to the square root of the source's rows. "explicit": in proportion to its weight.
 
     Args:
-        sizes: Rows of each source.
-        mixing: Which of them.
-        weights: Of each source; used, and wanted, by "explicit" alone.
+        sizes: Number of rows of each source.
+        mixing: One of the three mixtures.
+        weights: Weight of each source, required by "explicit" and forbidden otherwise.
 
     Returns:
         round(total x share) of each source, at least one.
@@ -157,16 +157,16 @@ def epoch_draws(sizes: Sequence[int], mixing: Mixing, weights: Sequence[float | 
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """Short names of manifests: the last parts of their paths, as many as tell them apart.
+    """Short names of manifests: as many last parts of their paths as make them unique.
 
     Raises:
-        UserError: If a manifest is there twice.
+        UserError: If a manifest is listed twice.
     """
     parts = [storage.local_path(path) if storage.is_local(path) else path.rstrip("/") for path in paths]
     split = [[piece for piece in path.split("/") if piece] for path in parts]
     if len(set(parts)) < len(parts):
         twice = next(path for path in parts if parts.count(path) > 1)
-        raise UserError(f"data.manifest names {twice} twice; name it once, with a larger weight if it shall count more")
+        raise UserError(f"data.manifest names {twice} twice; name it once, and give it a larger weight to count more")
     for depth in itertools.count(1):
         names = ["/".join(pieces[-depth:]) for pieces in split]
         if len(set(names)) == len(names):
@@ -174,8 +174,8 @@ def source_names(paths: Sequence[str]) -> list[str]:
     raise AssertionError("unreachable: different paths differ somewhere")
 
 
-def _shared(draws: int, counts: Sequence[int]) -> list[int]:
-    """Split a source's draws over its kinds by their rows, at least one each."""
+def _split_draws(draws: int, counts: Sequence[int]) -> list[int]:
+    """Split a source's draws over its kinds in proportion to their rows, at least one each."""
     ends = [round(draws * end / sum(counts)) for end in itertools.accumulate(counts)]
     return [max(1, end - start) for start, end in itertools.pairwise([0, *ends])]
 

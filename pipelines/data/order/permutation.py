@@ -1,8 +1,8 @@
-"""Pseudo-random permutations of [0, n) that answer for one index at a time, whatever n is.
+"""Pseudo-random permutations of [0, n), computed for single indexes, whatever n is.
 
-A Feistel network on a rectangle of about sqrt(n) x sqrt(n) cells permutes a domain a little larger than [0, n); an
-index that leaves [0, n) is sent through again until it is back ("cycle walking"), which keeps the map one to one.
-Memory and time depend on the number of indexes asked for alone. Not for secrets.
+A Feistel network on a rectangle of about sqrt(n) x sqrt(n) cells permutes a domain slightly larger than [0, n). An
+index that leaves [0, n) is permuted again until it returns ("cycle walking"), which keeps the map one to one. Memory
+and time depend on the number of requested indexes alone. Not for cryptography.
 """
 
 import math
@@ -11,24 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 _HALF_BITS = np.uint64(32)
 MAX_SIZE = 2**62
-"""Sides of the rectangle then fit 32 bits."""
+"""Largest n for which the sides of the rectangle fit into 32 bits."""
 
 
-def permuted(indexes: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where permutations of range(size) send indexes.
+def permute(indexes: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Images of indexes under permutations of range(size).
 
-    Not numpy's Generator: its streams may change between numpy versions, and a resumed run must see the same order.
+    This does not use numpy's Generator, whose streams may change between versions: a resumed run must see the same
+    order.
 
     Args:
-        indexes: Any shape; each in [0, size).
-        size: n.
-        keys: Which permutation; one for all indexes, or of a shape that broadcasts to theirs.
+        indexes: Indexes in [0, size), in any shape.
+        size: Size n of the domain.
+        keys: Keys of the permutations: one for all indexes, or a shape that broadcasts to theirs.
 
     Returns:
-        Of the shape of `indexes`. For one key the map is a bijection of range(size).
+        Permuted indexes in the same shape. For one key the map is a bijection of range(size).
 
     Raises:
         ValueError: If `size` is not in [1, MAX_SIZE], or an index lies outside.
@@ -49,38 +50,38 @@ def permuted(indexes: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) ->
     return values.astype(np.int64).reshape(indexes.shape)
 
 
-def derived_keys(key: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One key for each counter (an epoch, say), all from one 64-bit key."""
-    with np.errstate(over="ignore"):  # of a single counter numpy would warn, of many it does not
-        return _mixed(np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+def derive_keys(key: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Derive one key for each counter (such as an epoch) from one 64-bit key."""
+    with np.errstate(over="ignore"):  # numpy warns for a single counter, not for many
+        return _mix(np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN_RATIO)
 
 
 def _network(
     values: NDArray[np.uint64], num_rows: np.uint64, num_columns: np.uint64, keys: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    """Permute [0, num_rows * num_columns) once."""
+    """Permute [0, num_rows * num_columns) once by the Feistel network."""
     row, column = np.divmod(values, num_columns)
-    for turn in range(0, _ROUNDS, 2):
-        row = _shifted(row, column, num_rows, keys, turn)
-        column = _shifted(column, row, num_columns, keys, turn + 1)
+    for network_round in range(0, _ROUNDS, 2):
+        row = _shift(row, column, num_rows, keys, network_round)
+        column = _shift(column, row, num_columns, keys, network_round + 1)
     return row * num_columns + column
 
 
-def _shifted(
-    moved: NDArray[np.uint64], by: NDArray[np.uint64], size: np.uint64, keys: NDArray[np.uint64], turn: int
+def _shift(
+    values: NDArray[np.uint64], by: NDArray[np.uint64], size: np.uint64, keys: NDArray[np.uint64], network_round: int
 ) -> NDArray[np.uint64]:
     """Add a hash of the other coordinate, modulo `size`."""
-    hashed = _mixed((keys ^ _TURNS[turn]) + by * _GOLDEN) >> _HALF_BITS
-    moved = moved + ((hashed * size) >> _HALF_BITS)
-    return np.where(moved >= size, moved - size, moved)
+    hashed = _mix((keys ^ _ROUND_KEYS[network_round]) + by * _GOLDEN_RATIO) >> _HALF_BITS
+    values = values + ((hashed * size) >> _HALF_BITS)
+    return np.where(values >= size, values - size, values)
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser; arithmetic is modulo 2^64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-_TURNS = derived_keys(0, np.arange(_ROUNDS))
-"""Makes the rounds differ."""
+_ROUND_KEYS = derive_keys(0, np.arange(_ROUNDS))
+"""Keys that make the rounds differ."""

@@ -1,10 +1,15 @@
-"""Files on local disks and object stores: URIs in, bytes out, and which failures are tried again."""
+"""Paths and URIs in, bytes out: files on local disks and on every store that fsspec has.
+
+Import the file functions from this package. `retries` decides which failures are tried again and which stop a run,
+`members` names a member of a tar shard, `checkpoint_folders` finds and prunes checkpoints, `local_copies` fetches
+folders.
+"""
 
 from pipelines.data.storage.files import (
-    CutFileError,
     FileTooLargeError,
     IndirectUriError,
     NotRegularFileError,
+    TruncatedFileError,
     exists,
     fetch_folder,
     folder_names,
@@ -30,10 +35,10 @@ from pipelines.data.storage.files import (
 )
 
 __all__ = [
-    "CutFileError",
     "FileTooLargeError",
     "IndirectUriError",
     "NotRegularFileError",
+    "TruncatedFileError",
     "exists",
     "fetch_folder",
     "folder_names",

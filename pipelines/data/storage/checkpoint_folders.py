@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: which are finished, whether they are whole, and which may go.
+"""Checkpoint folders of a run: which are finished, intact, or old enough to remove.
 
 RUN/checkpoints/step-00000500/complete.json is written last: a folder without it is an unfinished copy. It holds the
 size and SHA-256 of every other file.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data import storage
-from pipelines.data.storage.local_copies import drop_copy, local_folder
+from pipelines.data.storage.local_copies import local_folder, remove_copy
 from qformer.errors import UserError
 
 CHECKPOINTS_FOLDER, COMPLETE_MARKER = "checkpoints", "complete.json"
@@ -29,7 +29,7 @@ def checkpoint_uri(run: str, step: int) -> str:
 
 
 def finished_checkpoints(run: str) -> list[str]:
-    """Folders of the finished checkpoints of a run, the newest first."""
+    """Folders of the finished checkpoints of a run, newest first."""
     folder = storage.join(run, CHECKPOINTS_FOLDER)
     names = sorted(filter(_NAME.fullmatch, storage.folder_names(folder)), reverse=True)
     return [uri for uri in (storage.join(folder, name) for name in names) if _is_finished(uri)]
@@ -57,7 +57,7 @@ def newest_checkpoint(run_or_checkpoint: str) -> str:
 
 
 def whole_checkpoint(run_or_checkpoint: str) -> Path:
-    """`newest_checkpoint` as a local folder whose files are as they were written.
+    """`newest_checkpoint` as a local folder with verified files.
 
     Raises:
         UserError: If there is none, or it is damaged.
@@ -69,10 +69,12 @@ def whole_checkpoint(run_or_checkpoint: str) -> Path:
     return folder
 
 
-def newest_whole_checkpoint(run: str, tell: Callable[[str], object] = logger.warning) -> Path | None:
-    """The newest checkpoint whose files are as they were written, local or fetched; None before the first.
+def newest_whole_checkpoint(run: str, warn: Callable[[str], object] = logger.warning) -> Path | None:
+    """The newest checkpoint with verified files, local or fetched; None before the first.
 
-    Newer ones that are damaged are told.
+    Args:
+        run: Run folder.
+        warn: Receiver of one message for each newer checkpoint that is damaged.
 
     Raises:
         UserError: If there are checkpoints, and all are damaged.
@@ -83,15 +85,15 @@ def newest_whole_checkpoint(run: str, tell: Callable[[str], object] = logger.war
         problem = damage(folder)
         if problem is None:
             return folder
-        drop_copy(uri, folder)
-        tell(f"checkpoint {uri} is damaged ({problem}); the one before is used")
+        remove_copy(uri, folder)
+        warn(f"checkpoint {uri} is damaged ({problem}); the one before is used")
     if finished:
-        raise UserError(f"every checkpoint of {run} is damaged; start anew in another output")
+        raise UserError(f"every checkpoint of {run} is damaged; start a new run in another output")
     return None
 
 
 def write_marker(folder: Path, values: dict[str, Any]) -> None:
-    """Finish a checkpoint folder: `values`, and what its files are now."""
+    """Finish a checkpoint folder: write `values` and the size and hash of every file."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -101,7 +103,7 @@ def write_marker(folder: Path, values: dict[str, Any]) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a finished local checkpoint; None when it is whole."""
+    """Describe the damage of a finished local checkpoint; None when it is intact."""
     try:
         files = json.loads((folder / COMPLETE_MARKER).read_text())["files"]
         for name, expected in files.items():
@@ -122,16 +124,16 @@ def prune(run: str, keep: int, always: Collection[int] = ()) -> list[str]:
 
     Args:
         run: Run folder.
-        keep: How many stay.
-        always: Steps whose checkpoints stay besides.
+        keep: Number of the newest checkpoints to keep.
+        always: Steps whose checkpoints are kept in addition.
 
     Returns:
-        Folders that were removed.
+        The removed folders.
     """
     removed = []
     for uri in finished_checkpoints(run)[keep:]:
         if step_of(uri) not in always:
-            # Without its marker first, so that a removal cut short leaves nothing that looks finished.
+            # The marker goes first, so that an interrupted removal leaves nothing that looks finished.
             storage.remove_file(storage.join(uri, COMPLETE_MARKER))
             storage.remove_folder(uri)
             removed.append(uri)
@@ -139,7 +141,7 @@ def prune(run: str, keep: int, always: Collection[int] = ()) -> list[str]:
 
 
 def step_of(checkpoint: str) -> int:
-    """Steps done at a checkpoint of a run."""
+    """Optimizer steps before a checkpoint."""
     return int(checkpoint.rstrip("/")[-8:])
 
 

@@ -1,4 +1,4 @@
-"""Files on local disks and on anything fsspec speaks (s3://, gs://, memory:// ...)."""
+"""Files on local disks and on every file system of fsspec (s3://, gs://, memory:// ...)."""
 
 import contextlib
 import os
@@ -25,20 +25,20 @@ class FileTooLargeError(OSError):
     """The file exceeds the caller's byte limit."""
 
 
-class CutFileError(OSError):
-    """The file ends before the bytes that were asked for."""
+class TruncatedFileError(OSError):
+    """The file ends before the requested bytes."""
 
 
 class NotRegularFileError(OSError):
-    """A folder, pipe, socket or device, where a file is wanted."""
+    """A folder, pipe, socket or device instead of a file."""
 
 
 class IndirectUriError(ValueError):
-    """A file system within another or within a file, which could be another way to this machine's own files."""
+    """A file system inside another one or inside a file, which could reach this machine's own files."""
 
 
 def is_local(uri: str) -> bool:
-    """Whether `uri` is a path of this machine: plain, or under any name that fsspec has for local files."""
+    """Whether `uri` is a path of this machine: plain, or with any protocol that fsspec has for local files."""
     protocol, separator, _ = uri.partition("://")
     return not separator or _is_local_protocol(protocol)
 
@@ -49,7 +49,7 @@ def local_path(uri: str) -> str:
 
 
 def require_direct(uri: str) -> None:
-    """Check that `uri` is a local path, or names a store itself.
+    """Check that `uri` is a local path or names a store directly.
 
     Raises:
         IndirectUriError: If it chains file systems ("simplecache::s3://bucket/a.jpg") or looks into a file ("zip://").
@@ -71,14 +71,14 @@ def parent(uri: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
     return _info(uri) is not None
 
 
 def is_folder(uri: str) -> bool:
-    """Whether a folder (or key prefix) is there."""
+    """Whether a folder (or key prefix) exists."""
     if is_local(uri):
         return os.path.isdir(local_path(uri))
     info = _info(uri)
@@ -109,7 +109,7 @@ def open_input(uri: str) -> BinaryIO:
 
 
 def read_bytes(uri: str, max_bytes: int) -> bytes:
-    """Read a whole file, or the member of a tar shard that `members` spells.
+    """Read a whole file, or a member of a tar shard (see `members`).
 
     Raises:
         FileTooLargeError: If it holds more than `max_bytes`; nothing is read then.
@@ -122,13 +122,13 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
             raise FileTooLargeError(f"{member.length} bytes exceed the limit of {max_bytes}")
         content = read_range(member.shard, member.offset, member.length)
         if len(content) < member.length:
-            raise CutFileError(f"the shard ends {member.length - len(content)} bytes before its member does")
+            raise TruncatedFileError(f"the shard ends {member.length - len(content)} bytes before its member does")
         return content
     with open_regular(uri) as file:
         size_bytes = os.fstat(file.fileno()).st_size if is_local(uri) else _size_bytes(uri)
         if size_bytes > max_bytes:
             raise FileTooLargeError(f"{size_bytes} bytes exceed the limit of {max_bytes}")
-        # The size may be unknown or grow while we read: the limit holds all the same.
+        # The size may be unknown, or the file may grow during the read: the limit still holds.
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise FileTooLargeError(f"more than the limit of {max_bytes} bytes")
@@ -136,7 +136,7 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
-    """Read `length` bytes from `offset` on; fewer where the file ends sooner, none behind its end.
+    """Read `length` bytes from `offset`; fewer where the file ends sooner, none beyond its end.
 
     Raises:
         OSError: If it is missing, unreadable or (locally) not a regular file.
@@ -148,7 +148,7 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
     filesystem, path = _filesystem(uri)
     try:
         return bytes(filesystem.cat_file(path, start=offset, end=offset + length))
-    except Exception:  # stores have their own errors for a range behind the end
+    except Exception:  # each store has its own error for a range beyond the end
         if offset >= int(filesystem.size(path) or 0):
             return b""
         raise
@@ -185,14 +185,14 @@ def require_regular(path: str) -> os.stat_result:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file; on local disks a reader sees either the old content or the new, never a part."""
+    """Write a file; on local disks a reader sees either the old or the new content, never a part."""
     with open_output(uri) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def open_output(uri: str) -> Iterator[BinaryIO]:
-    """Open a file for writing piece by piece; on local disks it appears under its name only when it is whole."""
+    """Open a file for writing in pieces; on local disks it gets its name only when it is complete."""
     if not is_local(uri):
         with fsspec.open(uri, "wb") as file:
             yield cast(BinaryIO, file)
@@ -212,7 +212,7 @@ def open_output(uri: str) -> Iterator[BinaryIO]:
 
 
 def move_file(uri: str, target: str) -> None:
-    """Give a file another name of the same file system, replacing what has that name."""
+    """Rename a file within its file system, replacing a file of that name."""
     if is_local(uri):
         os.replace(local_path(uri), local_path(target))
     else:
@@ -221,7 +221,7 @@ def move_file(uri: str, target: str) -> None:
 
 
 def remove_file(uri: str) -> None:
-    """Delete a file that is there."""
+    """Delete an existing file."""
     if is_local(uri):
         os.unlink(local_path(uri))
     else:
@@ -230,13 +230,13 @@ def remove_file(uri: str) -> None:
 
 
 def fetch_folder(uri: str, target: str) -> None:
-    """Copy what a remote folder holds into a local one that is there."""
+    """Copy the content of a remote folder into an existing local one."""
     filesystem, path = _filesystem(uri)
     filesystem.get(path.rstrip("/") + "/", f"{target}/", recursive=True)
 
 
 def remove_folder(uri: str) -> None:
-    """Delete a folder that is there, with all it holds."""
+    """Delete an existing folder with its content."""
     if is_local(uri):
         shutil.rmtree(local_path(uri))
     else:
@@ -250,13 +250,13 @@ def write_text(uri: str, text: str) -> None:
 
 
 def folder_names(uri: str) -> list[str]:
-    """What a folder holds; nothing where there is none."""
+    """Names in a folder; none where it does not exist."""
     if not is_folder(uri):
         return []
     if is_local(uri):
         return os.listdir(local_path(uri))
     filesystem, path = _filesystem(uri)
-    # Listings are cached by some filesystems; a checkpoint may be newer than the cache.
+    # Some file systems cache listings; a checkpoint may be newer than the cache.
     filesystem.invalidate_cache()
     return [posixpath.basename(name.rstrip("/")) for name in filesystem.ls(path, detail=False)]
 
@@ -267,7 +267,7 @@ def _size_bytes(uri: str) -> int:
 
 
 def _info(uri: str) -> dict[str, Any] | None:
-    """What a file system tells of a path, None where nothing is. Its own `exists` may take any trouble for a no."""
+    """A file system's information about a path; None where nothing exists. Its own `exists` may hide other errors."""
     filesystem, path = _filesystem(uri)
     try:
         return dict(filesystem.info(path))
@@ -279,7 +279,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     require_direct(uri)
     filesystem, path = fsspec.core.url_to_fs(uri)
     if isinstance(filesystem, LocalFileSystem):
-        # What is not local by its protocol (fsspec takes "c://" for a drive) has passed no check of pipes and devices.
+        # fsspec takes "c://" for a drive. Such a path has not passed the checks for pipes and devices.
         raise ValueError(f"Protocol not known: {uri.partition('://')[0]}")
     return filesystem, str(path)
 
@@ -292,7 +292,7 @@ def _plain(uri: str) -> str:
 
 def _is_local_protocol(protocol: str) -> bool:
     if protocol in ("s3", "gs"):
-        return False  # without loading their drivers
+        return False  # avoids loading their drivers
     try:
         return issubclass(fsspec.get_filesystem_class(protocol), LocalFileSystem)
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""Folders as paths of this machine: where they lie, or fetched into a temporary folder."""
+"""Local paths of folders; remote ones are copied into a temporary folder."""
 
 import atexit
 import shutil
@@ -9,7 +9,7 @@ from pipelines.data import storage
 
 
 def local_folder(uri: str) -> Path:
-    """Return a folder's local path. One of a store is fetched; the copy goes with this process, or by `drop_copy`."""
+    """Return a folder's local path; a remote folder is copied until this process ends or `remove_copy` is called."""
     if storage.is_local(uri):
         return Path(storage.local_path(uri))
     target = tempfile.mkdtemp(prefix="qformer-")
@@ -18,12 +18,12 @@ def local_folder(uri: str) -> Path:
     return Path(target)
 
 
-def drop_copy(uri: str, folder: Path) -> None:
-    """Remove what `local_folder` fetched; a folder that lies on this machine by itself stays.
+def remove_copy(uri: str, folder: Path) -> None:
+    """Remove a copy that `local_folder` made; a folder that is local itself stays.
 
     Args:
-        uri: Of the folder, or of one that holds it.
-        folder: As `local_folder` returned it.
+        uri: URI of the folder, or of one that contains it.
+        folder: Path that `local_folder` returned.
     """
     if not storage.is_local(uri):
         shutil.rmtree(folder, ignore_errors=True)

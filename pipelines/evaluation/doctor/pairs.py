@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure, SampleBatch, unpack
+from pipelines.data.batches.batch import SampleBatch, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import RowLookup, training_blocks
+from pipelines.data.failures import Failure
 from pipelines.data.media.samples import DecodeSettings
-from pipelines.data.order.global_batches import Batches
+from pipelines.data.order.global_batches import StepRows
 from pipelines.data.order.mixture import Corpus
 from pipelines.inference.decoding import waveforms_of
 from pipelines.inference.models import Waveforms
@@ -64,7 +65,7 @@ class PairSample:
         rows = DecodeRows(self.decode)
         try:
             for kind, numbers in self._groups():
-                batches = Batches(numbers[None], np.zeros((1, len(numbers)), np.int64), [kind])
+                batches = StepRows(numbers[None], np.zeros((1, len(numbers)), np.int64), [kind])
                 (plan,) = training_blocks(batches, first_step=0, world_size=1, steps_per_block=1)
                 batch = unpack(rows(lookup(plan)))
                 self.failures += batch.failures

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.evaluation.doctor.pairs import PairBatch
 from pipelines.inference.models import Captioner, Retriever
-from qformer.analysis.image_use import USED_GAIN_NATS, PairedFigures, answer_losses, compare_pairs, partners
+from qformer.analysis.image_use import USED_GAIN_NATS, PairedFigures, answer_losses, compare_pairs, permute_images
 from qformer.analysis.query_use import QueryFigures, QueryStatistics
 from qformer.bridges.audio_branch import Sound
 from qformer.objectives import similarity
@@ -158,6 +158,6 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
 
 def _swapped(batch: PairBatch, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which texts meet a wrong image, and which image that is."""
-    image_B = partners(batch.may_swap_BB, generator)
+    image_B = permute_images(batch.may_swap_BB, generator)
     text_K = (image_B >= 0).nonzero().flatten()
     return text_K.to(device), image_B[text_K].to(device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipelines.evaluation.doctor.findings import Finding, Status, listed, not_recorded
-from qformer.analysis.movement import moved
+from qformer.analysis.weight_changes import changed_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ def unmoved(starts: Sequence[Trainables], own: Sequence[Weights]) -> Finding:
         return Finding(topic=topic, status="unknown", text="there is only one checkpoint to look at")
     oldest, newest = own[0], own[-1]
     names = [name for name in starts[-1].names if name in oldest.tensors and name in newest.tensors]
-    still = sorted(set(names) - set(moved(oldest.tensors, newest.tensors, names)))
+    still = sorted(set(names) - set(changed_tensors(oldest.tensors, newest.tensors, names)))
     between = f"between {oldest.place} and {newest.place}"
     if not still:
         return Finding(topic=topic, status="ok", text=f"all {len(names)} moved {between}")
@@ -109,7 +109,7 @@ def frozen_tensors(starts: Sequence[Trainables], weights: Sequence[Weights]) -> 
     if len(weights) < 2:
         text = f"{len(names)} tensors are not trained; one checkpoint alone does not tell whether they moved"
         return Finding(topic=topic, status="unknown", text=text)
-    found = {one.place: moved(one.tensors, newest.tensors, names) for one in weights[:-1]}
+    found = {one.place: changed_tensors(one.tensors, newest.tensors, names) for one in weights[:-1]}
     found = {place: changed for place, changed in found.items() if changed}
     others = ", ".join(one.place for one in weights[:-1])
     if not found:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure, SampleBatch, unpack
+from pipelines.data.batches.batch import SampleBatch, unpack
 from pipelines.data.corpus.quarantine import require_readable
+from pipelines.data.failures import Failure
 from pipelines.data.features.files import FAILURE_COLUMNS, SOURCE, STATE, read_table, rows_file, write_table
 from pipelines.data.features.shard_encoder import queued_seconds
 from pipelines.data.features.shards import is_current, shard_blocks

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.corpus.quarantine import require_readable
+from pipelines.data.failures import Failure
 
 logger = logging.getLogger(__name__)
 

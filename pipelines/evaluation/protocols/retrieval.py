@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure
 from pipelines.data.dataset import evaluation_datasets, map_blocks, to_batch
+from pipelines.data.failures import Failure
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage.local_copies import local_folder

@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from pipelines.data.failures import SNIFFED_BYTES, sniff_kind
+from pipelines.data.media.kinds import SNIFFED_BYTES, sniff_kind
 
 
 class ServiceError(RuntimeError):

@@ -26,7 +26,7 @@ from pipelines.serving.workers.encoder import EncoderWorker, encoder_class
 from pipelines.serving.workers.generator import GeneratorWorker, generator_options
 from pipelines.serving.workers.graph import SharedQuotas, accepted
 from pipelines.serving.workers.media import MediaWorker
-from qformer.generation.turns import Turns
+from qformer.generation.fair_lock import FairLock
 
 
 class LocalModels(SharedQuotas):
@@ -91,7 +91,7 @@ class FusedService:
         # Passes of encoder and language model take turns more often than not: threads for one of them.
         torch.set_num_threads(max(1, int(max(config.encoder.num_cpus, config.generator.num_cpus))))
         media = MediaWorker(config.media_limits, config.fetch, config.decode_children)
-        turn = None if config.use_gpu else Turns()
+        turn = None if config.use_gpu else FairLock()
         encoder = encoder_class(config.max_loaded_adapters)
         self._encoder = encoder(config.backbones.encoder, config.max_batch_frames, config.use_gpu, turn)
         options = generator_options(config)

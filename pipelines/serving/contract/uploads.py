@@ -10,7 +10,7 @@ import binascii
 import re
 from dataclasses import dataclass
 
-from pipelines.data.failures import SNIFFED_BYTES, sniff_kind
+from pipelines.data.media.kinds import SNIFFED_BYTES, sniff_kind
 from pipelines.data.schema import IMAGE, VIDEO
 from pipelines.serving.contract.errors import ApiError
 

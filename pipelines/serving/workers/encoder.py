@@ -68,7 +68,7 @@ class EncoderWorker:
         backbone: Frozen encoder of all adapters.
         max_batch_frames: Images and frames of one pass, of the Q-Former's with texts: once for each text.
         use_gpu: Run on CUDA.
-        turn: Held for every pass; see `Turns`.
+        turn: Held for every pass; see `FairLock`.
     """
 
     def __init__(

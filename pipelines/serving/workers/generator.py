@@ -86,7 +86,7 @@ class GeneratorWorker:
         max_sequences: Answers at a time.
         max_prompt_tokens: Text tokens of one prompt, with the tokenizer's leading one.
         use_gpu: Run on CUDA.
-        turn: Held for every step; see `Turns`.
+        turn: Held for every step; see `FairLock`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GeneratorWorker:
         self._language = source.load("cuda" if use_gpu else "cpu")
         self._max_prompt_tokens = max_prompt_tokens
         engine = Engine(self._language, kv_tokens=kv_tokens, max_requests=max_sequences)
-        self._engine = AsyncEngine(engine, STREAM_EVERY_S, turn)
+        self._engine = AsyncEngine(engine, STREAM_EVERY_S, step_lock=turn)
         self._gauges = {name: Gauge(f"qformer_serve_{name}", text) for name, text in _GAUGES.items()}
         self._reporting: asyncio.Task[None] | None = None
 

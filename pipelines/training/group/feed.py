@@ -1,4 +1,4 @@
-"""Batches of a run in their fixed order: planned in segments, decoded by Ray Data, handed to the ranks in turn."""
+"""Batches of a run in a fixed order: planned in segments, decoded by Ray Data, read ahead on every rank."""
 
 import dataclasses
 import math
@@ -21,23 +21,24 @@ SEGMENT_STEPS = 512
 """Most steps planned as one dataset: enough to hide its start, few enough that planning takes a second or two."""
 PREFETCHED_BATCHES = 4
 _LEAD_STEPS, _LEAD_STARTS = 64, 2.0
-"""The next segment starts when so few steps are left, or no more than will take twice the time that this one took to
-start. A short segment therefore has its successor beside it all the time."""
-_KEPT_SEGMENTS = 2
-"""Of one attempt: who asks for the next has batches of this one, so that every rank has asked for this one. Each costs
-a process, also when all of it was read."""
+"""The next segment starts when at most this many steps are left, or when the steps left take at most this many times
+the start of the current segment. Short segments therefore always overlap with their successors."""
+_OPEN_SEGMENTS = 2
+"""Most segments of one attempt that the feed holds. A rank that asks for the next segment has read batches of the
+current one, so every rank has its stream of the current one. Each held segment costs a process, even when fully read.
+"""
 
 
 class BatchFeed:
     """Plans segments and starts their datasets; one actor a run, so that all ranks share each dataset.
 
     Args:
-        order: Of the run.
-        rows: A list of one reference to the run's `mixture.Corpus` in Ray's object store; bare, Ray would resolve it.
-        total_steps: Of the run.
-        decode_workers: Decoding actors. Where one segment hands over to the next there may be twice as many, as far as
-            the cluster has CPUs for them.
-        reserves_cpus: See `build_segment`.
+        order: Order of the rows.
+        rows: A list of one reference to the run's `mixture.Corpus` in Ray's object store; Ray would resolve a bare one.
+        total_steps: Steps of the whole run.
+        decode_workers: Number of decoding actors. Where two segments overlap there may be twice as many, as far as the
+            cluster has CPUs for them.
+        reserves_cpus: Whether each decoding actor reserves a CPU; see `build_segment`.
         segment_steps: Most steps of a segment.
     """
 
@@ -60,12 +61,18 @@ class BatchFeed:
     def segment(
         self, attempt: str, first_step: int, world_size: int, source: DecodeSettings | FeatureCache
     ) -> list[RankStream]:
-        """One iterator a rank over the segment's steps; the same objects for every rank of an attempt that asks.
+        """One iterator for each rank over a segment's steps; the same objects for every rank of an attempt.
 
-        A new attempt ends what the one before left: its datasets are part-consumed, and wait for ranks that are dead.
+        A new attempt closes the segments of the one before, whose datasets wait for ranks that are dead.
+
+        Args:
+            attempt: Name of this start of the worker group.
+            first_step: First step of the segment.
+            world_size: Number of ranks.
+            source: How files become pixels, or the feature cache to read instead.
 
         Raises:
-            RuntimeError: If a newer attempt has begun: whoever asks should be dead.
+            RuntimeError: If a newer attempt has begun, which means that the calling rank is left over.
         """
         if attempt not in self._attempts:
             for streams in self._segments.values():
@@ -86,8 +93,8 @@ class BatchFeed:
                 decode_workers=self.decode_workers,
                 reserves_cpus=self.reserves_cpus,
             )
-            # Only ours of the references: a rank that still reads has its own.
-            for old in sorted(self._segments)[:-_KEPT_SEGMENTS]:
+            # Ranks that still read an old segment hold references of their own.
+            for old in sorted(self._segments)[:-_OPEN_SEGMENTS]:
                 del self._segments[old]
         return self._segments[key]
 
@@ -96,10 +103,15 @@ class _SegmentReader:
     """Reads one rank's part of a segment ahead of the training, in a thread.
 
     Args:
-        open_stream: Gives the stream that begins at a step.
-        first_step: Of the segment.
+        open_stream: Function from a first step to this rank's stream.
+        first_step: First step of the segment.
         rank: This rank.
-        is_pinned: Put pixels or features into memory that a GPU copies from while it computes.
+        is_pinned: Whether pixels or features go into page-locked memory, from which a GPU copies while it computes.
+
+    Attributes:
+        end_step: Exclusive end of the segment; equal to `first_step` until the stream is open.
+        start_s: Seconds from the start of the thread to the first batch.
+        ready: Batches read ahead, then None; or the error that ended the reading.
     """
 
     def __init__(
@@ -107,18 +119,16 @@ class _SegmentReader:
     ) -> None:
         self._open_stream, self._first_step, self._rank, self._is_pinned = open_stream, first_step, rank, is_pinned
         self.end_step = first_step
-        """Exclusive end; known as soon as there is a batch."""
         self.start_s = 0.0
-        """From the beginning to the first batch."""
         self.ready: queue.Queue[SampleBatch | BaseException | None] = queue.Queue(maxsize=PREFETCHED_BATCHES)
         threading.Thread(target=self._read, name=f"segment-{first_step}", daemon=True).start()
 
     def is_near_end(self, step: int, taken_s: float) -> bool:
-        """Whether the next segment should be under way.
+        """Whether the next segment should start now.
 
         Args:
-            step: That the training is about to do.
-            taken_s: For the steps of the segment before it.
+            step: Next step of the training.
+            taken_s: Seconds since the segment's first batch.
         """
         num_left, num_done = self.end_step - step, step - self._first_step
         left_s = num_left * taken_s / num_done if num_done else math.inf
@@ -133,18 +143,18 @@ class _SegmentReader:
                 if (batch.step, batch.rank) != (step, self._rank):
                     raise RuntimeError(f"rank {self._rank} at step {step} was given ({batch.step}, {batch.rank})")
                 self.start_s = self.start_s or time.perf_counter() - begun_s
-                self.ready.put(_pinned(batch) if self._is_pinned else batch)
+                self.ready.put(_pin(batch) if self._is_pinned else batch)
                 step += 1
             if step != self.end_step:
                 raise RuntimeError(f"rank {self._rank}'s segment ended before step {step}, not {self.end_step}")
             self.ready.put(None)
-        except BaseException as error:  # handed to the training thread, which raises it
+        except BaseException as error:  # raised in the training thread
             self.ready.put(error)
 
 
-def _pinned(batch: SampleBatch) -> SampleBatch:
-    """The same arrays; what they lie in is a tensor's page-locked memory."""
-    import torch  # the feed's own actor does without
+def _pin(batch: SampleBatch) -> SampleBatch:
+    """Copy a batch's pixels or features into page-locked memory."""
+    import torch  # not needed in the feed's own actor
 
     return dataclasses.replace(batch, images=torch.from_numpy(batch.images).pin_memory().numpy())
 
@@ -164,15 +174,15 @@ def rank_batches(
     """This rank's batches from `start_step` to the end, fetched ahead by threads.
 
     Args:
-        feed: Handle of a `BatchFeed` actor.
-        attempt: Names this start of the worker group: the same for all its ranks, another one after every restart.
-        start_step: First step wanted.
-        total_steps: End of the run.
+        feed: Handle of a `BatchFeed` or `RunCoordinator` actor.
+        attempt: Name of this start of the worker group: the same on all its ranks, a new one after every restart.
+        start_step: First step.
+        total_steps: Exclusive end.
         rank: This rank.
         world_size: Number of ranks.
         source: How files become pixels, or the feature cache to read instead.
-        is_pinned: For a GPU: see `_SegmentReader`.
-        job: Of the figures for Prometheus.
+        is_pinned: Whether batches go into page-locked memory, for a GPU.
+        job: Job label of the Prometheus metrics.
     """
     metrics = DataMetrics(job, rank)
 
@@ -188,9 +198,9 @@ def rank_batches(
             if isinstance(item, BaseException):
                 raise item
             depth = reader.ready.qsize()
-            metrics.waited(time.perf_counter() - begun_s, queue_depth=depth)
-            metrics.count(item.costs, rows_used=int(item.is_valid.sum()), rows_quarantined=len(item.failures))
-            # By the training's own step, so that never more than two segments are under way.
+            metrics.observe_wait(time.perf_counter() - begun_s, queue_depth=depth)
+            metrics.count_batch(item.costs, rows_used=int(item.is_valid.sum()), rows_quarantined=len(item.failures))
+            # The step of the training, not of the reader, decides: so at most two segments are open.
             first_at_s = first_at_s or time.perf_counter()
             is_near_end = reader.is_near_end(step, time.perf_counter() - first_at_s)
             if following is None and is_near_end and reader.end_step < total_steps:

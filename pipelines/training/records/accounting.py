@@ -1,4 +1,4 @@
-"""Which rows a run used and which it quarantined: rows in = rows used + rows quarantined, for the surviving steps."""
+"""Accounting of a run's rows over the surviving steps: rows in = rows used + rows quarantined."""
 
 import dataclasses
 import math
@@ -9,17 +9,18 @@ import pyarrow as pa
 from torch import distributed
 
 from pipelines.data import schema
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.corpus.quarantine import accounting_line
+from pipelines.data.failures import Failure
 from qformer.distributed import rank, world_size
 from qformer.errors import UserError
 
 _SIGMAS, _MIN_FAILURES = 3.0, 4
-"""How far beyond the allowed share the rows seen so far must be, so that a corpus just below it is not stopped."""
+"""Margin above the allowed count at which a run stops early, so that a corpus just below the share passes."""
 
 
 class TooManyQuarantinedError(UserError):
-    """The run's data is going bad; every rank raises it at the same step."""
+    """More rows are quarantined than the run allows; every rank raises it at the same step."""
 
 
 @dataclass(slots=True)
@@ -33,25 +34,26 @@ class Accounting:
     rows_used: int = 0
     rows_quarantined: int = 0
     quarantined: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """On the first rank, which writes them: failures of all ranks so far, keyed by epoch and sample id. A row that
-    fails at two visits of an epoch is one entry, and counts twice in `rows_quarantined`."""
+    """Failures of all ranks so far, keyed by epoch and sample id; on the first rank alone, which writes them. A row
+    that fails at two visits of an epoch is one entry, and counts twice in `rows_quarantined`."""
     reasons: set[str] = field(default_factory=set)
-    """Classes of the failures so far, on every rank."""
+    """Error classes of the failures so far, on every rank."""
     _failed: dict[int, set[int]] = field(default_factory=dict)
-    """Epoch -> hashes of the sample ids that failed in it, on every rank; of the two newest epochs alone."""
-    _fresh: list[tuple[int, Failure]] = field(default_factory=list)
-    _fresh_in: int = 0
-    _fresh_used: int = 0
+    """Hashes of the failed sample ids by epoch, on every rank; the two newest epochs alone."""
+    _own_failures: list[tuple[int, Failure]] = field(default_factory=list)
+    """Epoch and failure of this rank's rows since the last `combine`."""
+    _own_in: int = 0
+    _own_used: int = 0
 
     def add(self, batch: SampleBatch, epoch: int) -> None:
         """Count one batch of this rank."""
-        self._fresh_in += sum(1 for sample_id in batch.sample_ids if sample_id)
-        self._fresh_used += int(batch.is_valid.sum())
-        self._fresh.extend((epoch, failure) for failure in batch.failures)
+        self._own_in += sum(1 for sample_id in batch.sample_ids if sample_id)
+        self._own_used += int(batch.is_valid.sum())
+        self._own_failures.extend((epoch, failure) for failure in batch.failures)
 
     def combine(self) -> None:
-        """Bring all ranks' counts together; every rank must call it at the same step."""
-        parts: list[Any] = [(self._fresh_in, self._fresh_used, self._fresh)]
+        """Add the new counts of all ranks; every rank must call it at the same step."""
+        parts: list[Any] = [(self._own_in, self._own_used, self._own_failures)]
         if world_size() > 1:
             own, parts = parts[0], [None] * world_size()
             distributed.all_gather_object(parts, own)
@@ -60,17 +62,22 @@ class Accounting:
             self.rows_used += rows_used
             self.rows_quarantined += len(failures)
             for epoch, failure in failures:
-                self._note(epoch, failure.sample_id, failure.error_class)
+                self._add_failure(epoch, failure.sample_id, failure.error_class)
                 if rank() == 0:
                     self.quarantined[f"{epoch}/{failure.sample_id}"] = {"epoch": epoch, **dataclasses.asdict(failure)}
-        self._fresh, self._fresh_in, self._fresh_used = [], 0, 0
+        self._own_failures, self._own_in, self._own_used = [], 0, 0
 
     def check(self, *, epoch: int, rows_per_epoch: int, max_share: float) -> None:
-        """Stop a run whose data is going bad.
+        """Stop a run that quarantines too many rows.
+
+        Args:
+            epoch: Current epoch.
+            rows_per_epoch: Rows of an epoch.
+            max_share: Largest share of an epoch's rows that may be quarantined.
 
         Raises:
             TooManyQuarantinedError: If more than `max_share` of the epoch's rows are quarantined already, if the rows
-                seen so far tell that it will come to that, or if no row at all could be used.
+                so far show that the epoch will exceed it, or if no row could be used.
         """
         count = len(self._failed.get(epoch, ()))
         expected = max_share * self.rows_in
@@ -91,23 +98,23 @@ class Accounting:
         return pa.table(columns, schema=schema.QUARANTINE_SCHEMA)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, which the first rank writes."""
+        """Counts and failures for the checkpoint, which the first rank writes."""
         counts = {"rows_in": self.rows_in, "rows_used": self.rows_used, "rows_quarantined": self.rows_quarantined}
         return {**counts, "quarantined": self.quarantined}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Accounting":
-        """Inverse of `state`."""
+        """Restore an accounting from its `state`."""
         accounting = cls(**{**state, "quarantined": dict(state["quarantined"]) if rank() == 0 else {}})
         for values in state["quarantined"].values():
-            accounting._note(values["epoch"], values["sample_id"], values["error_class"])
+            accounting._add_failure(values["epoch"], values["sample_id"], values["error_class"])
         return accounting
 
-    def _note(self, epoch: int, sample_id: str, error_class: str) -> None:
+    def _add_failure(self, epoch: int, sample_id: str, error_class: str) -> None:
         self.reasons.add(error_class)
         self._failed.setdefault(epoch, set()).add(hash(sample_id))
-        for old in sorted(self._failed)[:-2]:
-            del self._failed[old]
+        for past_epoch in sorted(self._failed)[:-2]:
+            del self._failed[past_epoch]
 
     @property
     def line(self) -> str:

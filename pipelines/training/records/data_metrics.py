@@ -1,4 +1,4 @@
-"""The data plane's figures as Ray metrics: Prometheus finds them at every node's port as `ray_qformer_data_*`."""
+"""Metrics of the data pipeline for Prometheus, which reads them at every node's port as `ray_qformer_data_*`."""
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -8,11 +8,11 @@ _WAIT_BOUNDS_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 class DataMetrics:
-    """Figures of one job's process; Prometheus adds those of all ranks up.
+    """Counters of one process of a job; Prometheus sums them over the ranks.
 
     Args:
-        job: "train", "features" or "prepare".
-        rank: Of the training worker.
+        job: Job label: "train", "validation", "features", "prepare" or "caption".
+        rank: Rank of the training worker; 0 in other jobs.
     """
 
     def __init__(self, job: str, rank: int = 0) -> None:
@@ -40,8 +40,8 @@ class DataMetrics:
         self._wait.set_default_tags(tags)
         self._num_used = self._num_quarantined = 0
 
-    def count(self, costs: StageCosts, *, rows_used: int, rows_quarantined: int) -> None:
-        """Add a batch's rows and what they took."""
+    def count_batch(self, costs: StageCosts, *, rows_used: int, rows_quarantined: int) -> None:
+        """Add a batch's rows, bytes and seconds of work."""
         for stage, seconds in costs.seconds().items():
             self._stage_seconds.inc(seconds, {"stage": stage})
         self._num_used += rows_used
@@ -53,7 +53,7 @@ class DataMetrics:
             self._bytes.inc(costs.fetched_bytes)
         self._share.set(self._num_quarantined / max(1, self._num_used + self._num_quarantined))
 
-    def waited(self, seconds: float, queue_depth: float) -> None:
-        """Record one wait of the model, and how many batches are ready for it."""
+    def observe_wait(self, seconds: float, queue_depth: float) -> None:
+        """Record one wait for a batch, and the number of batches that are ready."""
         self._wait.observe(seconds)
         self._depth.set(queue_depth)

@@ -1,4 +1,4 @@
-"""How many floating-point operations training does, and what share of the device's peak that is (MFU)."""
+"""Floating-point operations of the training, and their share of the device's peak (MFU)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,17 +18,17 @@ PEAK_TFLOPS = {
     "A10G": 70,
     "T4": 65,
 }
-"""Dense 16-bit tensor-core peak by a part of the device's name, as its makers state it; longer names first."""
+"""Dense 16-bit tensor-core peak as the vendor states it, by a part of the device's name; longer names first."""
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class _Counter(TorchDispatchMode):
-    """Adds operations up as they run.
+class _FlopCounter(TorchDispatchMode):
+    """Sums the operations that run inside its context.
 
-    Torch's own `FlopCounterMode` also follows modules, which several backward passes in one step confuse, and it passes
-    attention on the CPU by.
+    Torch's own `FlopCounterMode` also tracks modules, which fails with several backward passes in one step, and it does
+    not count attention on the CPU.
     """
 
     def __init__(self) -> None:
@@ -50,16 +50,16 @@ class _Counter(TorchDispatchMode):
 
 
 class StepFlops:
-    """Counts the operations of a rank's steps: frozen encoder, backward pass, and what saving memory computes twice.
+    """Counts the operations of a rank's steps: frozen encoder, backward pass, and recomputation that saves memory.
 
-    Steps of one shape are taken as equal. For each shape a step is done once more for the count alone: operations are
-    counted where they are taken apart, which rounds otherwise than a training step does.
+    Steps of one shape count alike. Each shape is counted in one additional step: counting decomposes operations, which
+    rounds differently from a training step.
 
     Args:
-        device: That computes.
+        device: Device of the training.
 
     Attributes:
-        total: Operations so far, a multiply-add as two.
+        total: Operations so far; a multiply-add counts as two.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,15 +69,20 @@ class StepFlops:
         self.total = 0.0
 
     def add(self, shape: tuple[int, ...], step: Callable[[], object]) -> None:
-        """Count a step over pixels or features of this shape; `step` does one like it, without consequences."""
+        """Count one step.
+
+        Args:
+            shape: Shape of the step's pixels or features.
+            step: Function that computes a step of this shape and changes nothing; called once a shape.
+        """
         if shape not in self._by_shape:
-            # Compiled layers show no operations; for this step they run as they were written.
-            with torch.compiler.set_stance("force_eager"), _Counter() as counter:
+            # Compiled layers hide their operations; for this step they run eagerly.
+            with torch.compiler.set_stance("force_eager"), _FlopCounter() as counter:
                 step()
             self._by_shape[shape] = counter.total
         self.total += self._by_shape[shape]
 
     def figures(self, flops: float, elapsed_s: float) -> dict[str, float]:
-        """Rate of `flops` operations, and MFU where the device's peak is known."""
+        """Metrics of `flops` operations in `elapsed_s`: their rate, and the MFU where the device's peak is known."""
         rate = flops / elapsed_s
         return {"tflops_per_s": rate / 1e12} | ({} if self._peak is None else {"mfu": rate / self._peak})

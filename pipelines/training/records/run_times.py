@@ -1,4 +1,4 @@
-"""Where the training workers' time goes: waiting for batches, encoding, the rest of the step."""
+"""Time of the training workers by cause: waiting for batches, encoding, the rest of the step."""
 
 import time
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.media.stage_costs import StageCosts
 from qformer.distributed import mean_of_ranks, world_size
 
-_KEPT_EVENTS = 64
+_MAX_PENDING_EVENTS = 64
 
 
 @dataclass(slots=True)
 class RunTimes:
-    """One rank's loop since it began; `combined` adds all ranks up."""
+    """Times and counts of one rank's loop since it began; `combined` sums them over the ranks."""
 
     wall_s: float = 0.0
     wait_s: float = 0.0
-    """For the next batch."""
+    """Seconds spent waiting for the next batch."""
     rows: int = 0
     rows_quarantined: int = 0
     steps: int = 0
     queued: int = 0
-    """Batches that were ready when one was taken, summed over the steps."""
+    """Number of batches that were ready when the next was taken, summed over the steps."""
     costs: StageCosts = field(default_factory=StageCosts)
-    """What the batches took the data plane's workers, which work at the same time."""
+    """Work of the data pipeline's workers on the batches; it runs at the same time as the training."""
     _window: StageCosts = field(default_factory=StageCosts)
 
     def add(self, batch: SampleBatch, wait_s: float) -> None:
@@ -42,17 +42,19 @@ class RunTimes:
         self._window.add(batch.costs)
 
     def window(self) -> dict[str, float]:
-        """What the batches since the last call took the data plane, for the log; all ranks must call."""
+        """Work of the data pipeline on the batches since the last call, for the log; all ranks must call."""
         own, self._window = _data_costs(self._window), StageCosts()
         return {f"data/{name}": mean_of_ranks(value) * world_size() for name, value in own.items()}
 
     def combined(self, encode_s: float) -> dict[str, float]:
-        """Sums over all ranks, which must all call: wait_s, encode_s, rows, and the data plane's costs.
-
-        And two shares: queue_depth, batches ready for a rank on average, and quarantine_rate, of the rows.
+        """Times and counts of all ranks, which must all call.
 
         Args:
             encode_s: Seconds that this rank spent in the frozen encoder.
+
+        Returns:
+            wall_s of this rank; sums of wait_s, encode_s, rows and the data pipeline's costs; queue_depth, the mean
+            number of batches ready for a rank; quarantine_rate, the share of rows that are quarantined.
         """
         own = {"wait_s": self.wait_s, "encode_s": encode_s, "rows": self.rows, **_data_costs(self.costs)}
         sums = {name: mean_of_ranks(value) * world_size() for name, value in own.items()}
@@ -62,12 +64,12 @@ class RunTimes:
         return {"wall_s": self.wall_s, **sums, **shares}
 
 
-class TimedEncode:
-    """Adds up the seconds that encoding takes; on a GPU by events, without waiting for it.
+class EncodeTimer:
+    """Sums the seconds that encoding takes; on a GPU with events, without synchronising after each batch.
 
     Args:
-        encode: Batch to tokens.
-        device: Where it runs.
+        encode: Function from a batch to its tokens.
+        device: Device of the encoder.
     """
 
     def __init__(self, encode: Callable[[SampleBatch], Tensor], device: torch.device) -> None:
@@ -87,13 +89,13 @@ class TimedEncode:
         tokens = self._encode(batch)
         end.record()
         self._events.append((begin, end))
-        if len(self._events) > _KEPT_EVENTS:
+        if len(self._events) > _MAX_PENDING_EVENTS:
             self._collect()
         return tokens
 
     @property
     def seconds(self) -> float:
-        """So far."""
+        """Seconds of encoding so far."""
         self._collect()
         return self._seconds
 

@@ -1,4 +1,4 @@
-"""The training's figures as Ray metrics: Prometheus finds them at every node's port as `ray_qformer_train_*`."""
+"""Metrics of the training for Prometheus, which reads them at every node's port as `ray_qformer_train_*`."""
 
 from collections.abc import Mapping
 
@@ -6,10 +6,10 @@ from ray.util.metrics import Gauge
 
 
 class TrainMetrics:
-    """Figures of the last logged step, set by the first rank.
+    """Gauges of the last logged step; used by the first rank alone.
 
     Args:
-        run: Name of the run, to tell several apart.
+        run: Run label, which distinguishes runs of one cluster.
     """
 
     def __init__(self, run: str) -> None:
@@ -17,7 +17,7 @@ class TrainMetrics:
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Show a logged step's figures; "loss/itc" becomes qformer_train_loss_itc."""
+        """Set the gauges of a logged step; "loss/itc" becomes qformer_train_loss_itc."""
         for name, value in values.items():
             if name not in self._gauges:
                 title = f"qformer_train_{name.replace('/', '_')}"

@@ -1,4 +1,4 @@
-"""Checkpoints on any filesystem: taken between two steps, written aside, then complete at once or not at all.
+"""Checkpoints on any filesystem: a copy of the run between two steps, written completely or not at all.
 
 RUN/checkpoints/step-00000500/
     bridge.json, bridge.safetensors, tokenizer/   the model (`qformer.conversion.checkpoint`)
@@ -31,12 +31,12 @@ _UNFINISHED = ".unfinished-"
 
 
 _BACKBONES = ("vision", "language", "audio")
-_MODEL_FIELDS = tuple(one.name for one in fields(BridgeInfo) if one.name not in ("step", "format_version"))
+_MODEL_FIELDS = tuple(entry.name for entry in fields(BridgeInfo) if entry.name not in ("step", "format_version"))
 
 
 @dataclass(slots=True)
 class TrainingState:
-    """What resuming needs beside the trainables."""
+    """State that a run needs in order to resume, except its trainables."""
 
     step: int
     """Optimizer steps done; the position in the data is a function of it."""
@@ -46,49 +46,49 @@ class TrainingState:
     order: str
     """Fingerprint of what decides the order of samples."""
     raw_weights: dict[str, Tensor] | None = None
-    """Trainables as training left them, where the checkpoint's weights are their moving average."""
+    """Trainables of the last step, where the checkpoint's weights are their moving average."""
     log_variances: Tensor | None = None
-    """Of the objective, where it learns its weights."""
+    """Learned weights of the objective; None where its weights are fixed."""
     frozen: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the backbones' weights, by name; empty where an older version did not say."""
+    """SHA-256 of the backbones' weights, by name; empty in checkpoints of older versions."""
     workers: int = 0
-    """Ranks that took the step; 0 where an older version did not say."""
+    """Number of ranks at that step; 0 in checkpoints of older versions."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """State of the fp16 loss scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A run as it stood between two steps; nothing in it changes when training goes on."""
+    """Copy of a run between two steps, independent of further training."""
 
     info: BridgeInfo
     weights: dict[str, Tensor]
-    """Those to use: the trainables', or their moving average where there is one."""
+    """The trainables, or their moving average where there is one."""
     tokenizer: TextTokenizer | None
     state: TrainingState
     settings_yaml: str
 
 
-def copied(value: Any) -> Any:
-    """The same nest of dicts and lists with every tensor copied to the CPU."""
+def copy_to_cpu(value: Any) -> Any:
+    """Copy nested dicts and lists, with every tensor on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: copied(one) for key, one in value.items()}
+        return {key: copy_to_cpu(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copied(one) for one in value)
+        return type(value)(copy_to_cpu(item) for item in value)
     return value
 
 
 def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
     """Write one checkpoint and return its folder.
 
-    A local checkpoint is renamed into place when whole. On an object store the marker is uploaded last, and an upload
-    that fails for a while is tried again.
+    A local checkpoint is renamed into place when complete. On an object store the marker is uploaded last; failed
+    uploads are retried.
 
     Raises:
-        OSError: If there is no room for it.
-        MediaError: If the object store does not take it.
+        OSError: If the disk is full.
+        MediaError: If the object store refuses an upload.
     """
     state = checkpoint.state
     target = checkpoint_uri(output, state.step)
@@ -98,7 +98,7 @@ def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
     folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
     try:
         save_bridge(folder, checkpoint.info, checkpoint.weights, checkpoint.tokenizer)
-        torch.save({one.name: getattr(state, one.name) for one in fields(state)}, folder / TRAINING_FILE)
+        torch.save({entry.name: getattr(state, entry.name) for entry in fields(state)}, folder / TRAINING_FILE)
         (folder / SETTINGS_FILE).write_text(checkpoint.settings_yaml)
         write_marker(folder, {"format_version": FORMAT_VERSION, "step": state.step})
         if local:
@@ -111,10 +111,10 @@ def write_checkpoint(output: str, checkpoint: Checkpoint) -> str:
 
 
 def remove_unfinished(output: str) -> None:
-    """Remove what writers that were killed have left in a local run folder."""
+    """Remove the unfinished checkpoints of killed writers from a local run folder."""
     folder = Path(storage.local_path(storage.join(output, CHECKPOINTS_FOLDER))) if storage.is_local(output) else None
-    for left in folder.glob(f"{_UNFINISHED}*") if folder is not None else ():
-        shutil.rmtree(left, ignore_errors=True)
+    for unfinished in folder.glob(f"{_UNFINISHED}*") if folder is not None else ():
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -122,16 +122,25 @@ def load_checkpoint(
 ) -> TrainingState:
     """Load trainables in place and return the rest.
 
+    Args:
+        folder: Folder of a complete checkpoint.
+        trainables: Module whose weights are replaced.
+        expected: Model that the settings describe.
+        order: Fingerprint of the order of samples that the settings give.
+        frozen: SHA-256 of the backbones' weights, by name.
+
     Raises:
-        UserError: If the checkpoint is of another model, or the data or seed changed under the run.
+        UserError: If the checkpoint has another model, other backbones or another order of samples.
     """
     info = read_info(folder)
     if info.stage != expected.stage:
         raise UserError(f"resume: {str(folder)!r} is of stage {info.stage}, the settings say stage={expected.stage}")
     for name in _MODEL_FIELDS:
-        theirs, ours = (_unnamed(one, name) for one in (info, expected))
-        if theirs != ours and name != "qformer":  # whose shapes the weights tell
-            raise UserError(f"resume: {name} is {theirs!r} in {str(folder)!r} and {ours!r} in the settings; restore it")
+        saved, wanted = _comparable(info, name), _comparable(expected, name)
+        if saved != wanted and name != "qformer":  # `load_weights` checks its shapes
+            raise UserError(
+                f"resume: {name} is {saved!r} in {str(folder)!r} and {wanted!r} in the settings; restore it"
+            )
     load_weights(trainables, folder)
     values = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
     if values["order"] != order:
@@ -149,15 +158,16 @@ def load_checkpoint(
     return state
 
 
-def _unnamed(info: BridgeInfo, field_name: str) -> Any:
-    """Value of a field, without the name of a backbone: that may change with its place, and weights tell what it is."""
-    value = getattr(info, field_name)
-    is_named = field_name in _BACKBONES and value is not None
-    return {key: one for key, one in asdict(value).items() if key != "name"} if is_named else value
+def _comparable(info: BridgeInfo, name: str) -> Any:
+    """A field's value; of a backbone without its name, which changes with its folder (its weights identify it)."""
+    value = getattr(info, name)
+    if name not in _BACKBONES or value is None:
+        return value
+    return {part: found for part, found in asdict(value).items() if part != "name"}
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    """Rename into place; a step redone after a crash replaces its older twin."""
+    """Rename into place; replaces an older checkpoint of a step that was done again after a crash."""
     if target.exists():
         shutil.rmtree(target)
     os.chmod(source, 0o755)  # mkdtemp makes folders private; a run is shared like any other output

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints in a thread while training goes on, and keeps the newest few."""
+"""Writes a run's checkpoints in a thread while training goes on, and deletes old ones."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pipelines.training.run.checkpoint import Checkpoint, remove_unfinished, wri
 from qformer.errors import UserError
 
 _LAST_TRIES = 3
-"""For the checkpoint that nothing comes after."""
+"""Further attempts at the last checkpoint of a run."""
 
 
 class CheckpointError(UserError):
@@ -16,29 +16,29 @@ class CheckpointError(UserError):
 
 
 class CheckpointWriter:
-    """One checkpoint at a time; used by the first rank alone.
+    """Writes one checkpoint at a time; used by the first rank alone.
 
-    A checkpoint that cannot be written (a full disk, a store that stays away) is told, and training goes on: the next
-    one is the next try. Only the last has to succeed.
+    A checkpoint that cannot be written (a full disk, an unreachable store) is a warning, and training goes on: the
+    next checkpoint is the next try. Only the last has to succeed.
 
     Args:
         output: Run folder.
-        keep: How many of the newest stay.
-        alarm: Called from the thread with a line for the user.
+        num_newest: Number of newest checkpoints that are not deleted.
+        warn: Callback that takes a warning for the user; called from the thread.
 
     Attributes:
-        best_step: Of a checkpoint that stays besides; 0 for none.
+        best_step: Step of a further checkpoint that is not deleted; 0 for none.
     """
 
-    def __init__(self, output: str, *, keep: int, alarm: Callable[[str], None]) -> None:
-        self._output, self._keep, self._alarm = output, keep, alarm
+    def __init__(self, output: str, *, num_newest: int, warn: Callable[[str], None]) -> None:
+        self._output, self._num_newest, self._warn = output, num_newest, warn
         self.best_step = 0
         remove_unfinished(output)
         self._thread: threading.Thread | None = None
         self._failed: tuple[Checkpoint, Exception] | None = None
 
     def submit(self, checkpoint: Checkpoint) -> None:
-        """Start writing; waits first for the one before, so that at most one copy of the weights is held."""
+        """Start writing, after the checkpoint before is written: memory holds at most one copy of the weights."""
         self._wait()
         self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint")
         self._thread.start()
@@ -47,7 +47,7 @@ class CheckpointWriter:
         """Wait for the last checkpoint.
 
         Raises:
-            CheckpointError: If it could not be written after some tries more.
+            CheckpointError: If it could not be written after some further attempts.
         """
         self._wait()
         for _ in range(_LAST_TRIES):
@@ -58,7 +58,7 @@ class CheckpointWriter:
             checkpoint, error = self._failed
             raise CheckpointError(
                 f"the last checkpoint (step {checkpoint.state.step}) cannot be written to {self._output}: "
-                f"{_told(error)}; make room there, and run again with --resume"
+                f"{_one_line(error)}; make room there, and run again with --resume"
             ) from error
 
     def _wait(self) -> None:
@@ -72,16 +72,17 @@ class CheckpointWriter:
             self._failed = None
         except Exception as error:  # whatever a file system raises
             self._failed = (checkpoint, error)
-            self._alarm(
-                f"ALARM checkpoint of step {checkpoint.state.step} is not written: {_told(error)}; training goes on, "
-                "and the next checkpoint is the next try"
+            self._warn(
+                f"ALARM checkpoint of step {checkpoint.state.step} is not written: {_one_line(error)}; "
+                "training goes on, and the next checkpoint is the next try"
             )
             return
         try:
-            prune(self._output, self._keep, always=(self.best_step,))
+            prune(self._output, self._num_newest, always=(self.best_step,))
         except Exception as error:
-            self._alarm(f"older checkpoints of {self._output} cannot be removed: {_told(error)}")
+            self._warn(f"older checkpoints of {self._output} cannot be removed: {_one_line(error)}")
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
+    """Class and message of an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -9,8 +9,8 @@ import torch
 from pipelines.data.features.spec import FeatureSpec
 from pipelines.data.storage import checkpoint_folders
 from pipelines.training.records.accounting import Accounting
-from pipelines.training.records.run_times import TimedEncode
-from pipelines.training.run.checkpoint import Checkpoint, TrainingState, copied, load_checkpoint
+from pipelines.training.records.run_times import EncodeTimer
+from pipelines.training.run.checkpoint import Checkpoint, TrainingState, copy_to_cpu, load_checkpoint
 from pipelines.training.run.frozen_encoders import FrozenEncoders
 from pipelines.training.run.model_choice import ModelChoice
 from pipelines.training.step.ema import Ema
@@ -80,7 +80,7 @@ class TrainingRun:
         self.encoders = encoders = FrozenEncoders(choice, device, frozen_dtype, features)
         self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
-        self.encode, self._hear = TimedEncode(encoders.see, device), encoders.hear
+        self.encode, self._hear = EncodeTimer(encoders.see, device), encoders.hear
         self.audio_sampling = encoders.audio_sampling
         self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
         self.tokenizer: TextTokenizer | None = None
@@ -135,22 +135,22 @@ class TrainingRun:
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
         """The run as it stands after `step` steps, in copies."""
-        raw, ema = copied(self.stage.trainables.state_dict()), training.ema
+        raw, ema = copy_to_cpu(self.stage.trainables.state_dict()), training.ema
         log_variances = training.objective.log_variances
         state = TrainingState(
             step=step,
-            optimizer=copied(training.optimizer.state_dict()),
+            optimizer=copy_to_cpu(training.optimizer.state_dict()),
             accounting=accounting.state(),
             order=training.order,
             raw_weights=raw if ema else None,
-            log_variances=None if log_variances is None else copied(log_variances),
+            log_variances=None if log_variances is None else copy_to_cpu(log_variances),
             frozen={name: digest for name, digest in self.fingerprints.items() if name != "qformer"},
             workers=world_size(),
-            loss_scale=copied(training.precision.state()),
+            loss_scale=copy_to_cpu(training.precision.state()),
         )
         return Checkpoint(
             info=self.info(step),
-            weights=copied(ema.over(raw)) if ema else raw,
+            weights=copy_to_cpu(ema.over(raw)) if ema else raw,
             tokenizer=self.tokenizer,
             state=state,
             settings_yaml=settings,

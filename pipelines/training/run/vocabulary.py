@@ -1,4 +1,4 @@
-"""A vocabulary of one's own: WordPiece learned from a run's captions."""
+"""A WordPiece vocabulary that is learned from a run's captions."""
 
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,8 +18,8 @@ def learn_text_tokenizer(captions: Callable[[], Iterable[str]], folder: Path) ->
     The same captions, in any order, give the same vocabulary with the same numbers.
 
     Args:
-        captions: Called twice; every call gives all of them.
-        folder: For the tokenizer's files.
+        captions: Function that returns all captions; called twice.
+        folder: Folder for the tokenizer's files.
 
     Raises:
         UserError: If there is no text to learn from.
@@ -28,14 +28,14 @@ def learn_text_tokenizer(captions: Callable[[], Iterable[str]], folder: Path) ->
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 
-    # The learner decides between equally frequent pairs by their numbers, and numbers letters in the order that a
-    # randomly seeded table holds them in. So it is given the letters, numbered.
+    # The learner breaks ties between pairs by token number, and numbers the letters in the order of a randomly seeded
+    # hash table. So a first pass finds the letters, and the second gets them as numbered special tokens.
     letters = sorted(_learn(captions(), _SPECIAL, size=0).keys() - {*_SPECIAL})
     if not letters:
         raise UserError("model.tokenizer: 'corpus' found no words in the captions; check data.manifest")
     vocabulary = _learn(captions(), (*_SPECIAL, *letters), size=CORPUS_VOCABULARY)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: a resumed run uses the folder that is there.
+    # Complete or absent: a resumed run uses the folder that exists.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         saved = Path(unfinished) / folder.name
         saved.mkdir()
@@ -45,7 +45,7 @@ def learn_text_tokenizer(captions: Callable[[], Iterable[str]], folder: Path) ->
 
 
 def _learn(captions: Iterable[str], first: Iterable[str], size: int) -> dict[str, int]:
-    """Tokens by number: `first`, every letter, at the beginning of a word and within, and more up to `size`."""
+    """Learn the number of each token: `first`, then each letter (alone and as "##" suffix), then pairs up to `size`."""
     from tokenizers import BertWordPieceTokenizer
 
     learner: Any = BertWordPieceTokenizer(lowercase=True)
@@ -53,9 +53,9 @@ def _learn(captions: Iterable[str], first: Iterable[str], size: int) -> dict[str
         captions,
         vocab_size=size,
         min_frequency=1,
-        limit_alphabet=CORPUS_VOCABULARY,  # by default the rarest are dropped, and of equally rare ones any
+        limit_alphabet=CORPUS_VOCABULARY,  # the default drops rare letters, with ties broken at random
         special_tokens=list(first),
         show_progress=False,
     )
-    found: dict[str, int] = learner.get_vocab()
-    return found
+    vocabulary: dict[str, int] = learner.get_vocab()
+    return vocabulary

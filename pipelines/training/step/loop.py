@@ -14,7 +14,7 @@ from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.order.global_batches import keyed_hash
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.flops import StepFlops
-from pipelines.training.records.health import QueryWatch, chance_levels
+from pipelines.training.records.health import QueryCollapseMonitor, chance_levels
 from pipelines.training.records.run_times import RunTimes
 from pipelines.training.step.ema import Ema
 from pipelines.training.step.guard import StepGuard
@@ -93,7 +93,7 @@ class Loop:
     accounting: Accounting
     settings: LoopSettings
     guard: StepGuard
-    queries: QueryWatch
+    queries: QueryCollapseMonitor
     flops: StepFlops
     hooks: Hooks = Hooks()
     ema: Ema | None = None
@@ -222,7 +222,7 @@ class Loop:
     ) -> dict[str, float]:
         """Loss terms as means over ranks beside chance, and how fast the last window went."""
         means, cosine = _means(outcome), mean_of_ranks(float(outcome.query_cosine))
-        self.queries.see(cosine, done)
+        self.queries.update(cosine, done)
         elapsed_s = window.elapsed_s
         rate = mean_of_ranks(window.samples) * world_size() / elapsed_s
         return {

@@ -1,9 +1,9 @@
 """Passes of a decoder-only model over slots: rows of any lengths, each at its own position.
 
-Every pass gives the model embeddings or ids, positions, an additive mask and a `Window` in place of a cache, which is
-all that Hugging Face's decoder-only models need.
+Every pass gives the model embeddings or ids, positions, an additive mask, and a `CacheWindow` in place of a cache. That
+is all that Hugging Face's decoder-only models need.
 
-Dimensions: B rows of the pass, S new tokens, T tokens seen, L width, V vocabulary.
+Dimensions: B rows of the pass, S new tokens, T attended tokens, L width, V vocabulary.
 """
 
 import inspect
@@ -16,27 +16,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qformer.errors import UserError
 from qformer.generation.passes.graphs import DecodeGraphs
-from qformer.generation.passes.slots import Slots, Window
+from qformer.generation.passes.slots import CacheWindow, Slots
+from qformer.generation.requests.active_request import ActiveRequest
 from qformer.generation.requests.request import TooLongError
-from qformer.generation.requests.running import Running
 from qformer.language import LanguageModel
 
 _ATTENTIONS = ("sdpa", "eager")
-"""Those that take an additive mask."""
+"""Attention implementations that take an additive mask."""
 
 
 class DecoderPasses:
     """Prefill and decode passes of one decoder-only model.
 
     Args:
-        language: The model.
+        language: Decoder-only model.
 
     Raises:
-        UserError: If the model keeps something else than keys and values of all positions, or takes no positions.
+        UserError: If the model's state is not keys and values of all positions, or it takes no positions.
     """
 
     is_chunked = True
-    """A prompt may be read in several passes."""
+    """True: a prompt may be read in several passes."""
 
     def __init__(self, language: LanguageModel) -> None:
         model: Any = language.model
@@ -57,16 +57,16 @@ class DecoderPasses:
         if getattr(config, "use_sliding_window", True) is False:
             windows.pop()
         self.max_tokens = min((int(size) for size in windows if size), default=None)
-        """Positions of one request; None: no limit of the model's own."""
+        """Largest number of positions of a request; None: the model has no limit."""
         self._weight: Tensor = model.get_input_embeddings().weight
         device = self._weight.device
         self._graphs = DecodeGraphs(self.slots, device) if device.type == "cuda" else None
 
     def tokens_needed(self, num_inputs: int, max_new_tokens: int) -> int:
-        """Positions of a request at its longest; its last token is never read.
+        """Number of positions of a request at its longest; its last token is never read.
 
         Raises:
-            TooLongError: If the model has fewer.
+            TooLongError: If the model has fewer positions.
         """
         needed = num_inputs + max_new_tokens - 1
         if self.max_tokens is not None and needed > self.max_tokens:
@@ -77,12 +77,12 @@ class DecoderPasses:
             )
         return needed
 
-    def prefill(self, first: int, rows: Sequence[Running]) -> Tensor:
+    def prefill(self, first: int, rows: Sequence[ActiveRequest]) -> Tensor:
         """Read `num_reading` more input rows of some prompts.
 
         Args:
             first: Slot of `rows[0]`; the others follow.
-            rows: Of any lengths; each goes on where its slot ends.
+            rows: Requests of any lengths; each continues at the end of its slot.
 
         Returns:
             Logits [B, V] after the last of them.
@@ -102,21 +102,21 @@ class DecoderPasses:
         position_BS = start_B1 + step_S
         target, source = (origin_B1 + position_BS).flatten(), None
         if len({row.num_reading for row in rows}) > 1:
-            # Padding is written nowhere.
+            # Padding is not written.
             source = (step_S < count_B1).flatten().nonzero()[:, 0]
             target = target[source]
         length = max(row.num_cached + row.num_reading for row in rows)
-        window = Window(self.slots, slice(first, first + len(rows)), slice(length), target, source)
-        # Nor may it count past the last position that the model has.
+        window = CacheWindow(self.slots, slice(first, first + len(rows)), slice(length), target, source)
+        # The positions of padding must not exceed the model's last position.
         position_BS = position_BS.minimum(start_B1 + count_B1 - 1)
         return self._forward(window, position_BS, count_B1[:, 0] - 1, inputs_embeds=inputs_BSL)
 
-    def decode(self, first: int, rows: Sequence[Running]) -> Tensor:
+    def decode(self, first: int, rows: Sequence[ActiveRequest]) -> Tensor:
         """Read the last token of each row.
 
         Args:
             first: Slot of `rows[0]`; the others follow.
-            rows: Whose prompts are read.
+            rows: Requests with fully read prompts.
 
         Returns:
             Logits [B, V].
@@ -131,19 +131,19 @@ class DecoderPasses:
         return self._read(packed_3B.to(self._weight.device), slice(first, first + len(rows)), columns)
 
     def _read(self, packed_3B: Tensor, rows: slice, columns: int) -> Tensor:
-        """See `Read`."""
+        """See `DecodePass`."""
         ids_B, position_B, target_B = packed_3B
-        window = Window(self.slots, rows, slice(columns), target_B)
+        window = CacheWindow(self.slots, rows, slice(columns), target_B)
         return self._forward(window, position_B[:, None], None, input_ids=ids_B[:, None])
 
-    def _forward(self, window: Window, position_BS: Tensor, last_B: Tensor | None, **inputs: Tensor) -> Tensor:
-        """Logits [B, V] of the new token `last_B` of each row; None: the only one."""
+    def _forward(self, window: CacheWindow, position_BS: Tensor, last_B: Tensor | None, **inputs: Tensor) -> Tensor:
+        """Logits [B, V] of each row's new token `last_B`; None: each row has one new token."""
         is_hidden_BST = torch.arange(window.columns.stop, device=position_BS.device) > position_BS[:, :, None]
         mask_BST = torch.zeros(is_hidden_BST.shape, dtype=self._weight.dtype, device=position_BS.device)
         mask_BST.masked_fill_(is_hidden_BST, torch.finfo(mask_BST.dtype).min)
         options: dict[str, Any] = {}
         if last_B is not None and self._picks_logits:
-            # Not the logits of every prompt token, which no one reads.
+            # The logits of other prompt tokens are not needed.
             options["logits_to_keep"], last_B = last_B.unique(return_inverse=True)
         logits_BSV: Tensor = self._model(
             **inputs,

@@ -1,6 +1,6 @@
-"""Keys and values of running requests in one block of memory a layer, a row each, written in place.
+"""Keys and values of running requests: one block of memory a layer, one row a request, written in place.
 
-Tokens come first and heads second, as the projections give them, so that writing is one copy and no transposition.
+Tokens come before heads, as in the projections' outputs, so that writing is one copy without a transposition.
 
 Dimensions: R rows, T tokens of a row, B rows of a pass, S new tokens of a pass, H heads, K head width.
 """
@@ -11,47 +11,47 @@ import torch
 from torch import Tensor
 
 
-class Memory(Protocol):
-    """What a batch does with slots, be they of one kind or two."""
+class SlotMemory(Protocol):
+    """Interface of slots for a batch: those of a decoder, or of an encoder-decoder."""
 
     @property
     def num_rows(self) -> int:
-        """Requests that there is memory for."""
+        """Number of requests that the memory holds."""
 
     @property
     def capacity(self) -> int:
-        """Tokens of each."""
+        """Number of tokens of each request."""
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers; 0 before the first pass."""
+        """Bytes of a token in all layers; 0 before the first pass."""
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
-        """Take other memory and copy the first `num_used` rows into it.
+        """Allocate new memory and copy the first `num_used` rows into it.
 
-        Where there is not enough of it, some layers have their new size and others not: only `reset` helps then.
+        If memory runs out, some layers have the new size and others not; the caller must then `reset`.
         """
 
     def reset(self) -> None:
-        """Give all memory back, as at the beginning."""
+        """Free all memory, as at the start."""
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row over another row's."""
 
     def clear(self, row: int) -> None:
-        """Forget the values of a row: what is masked is multiplied by zero, and NaN stays NaN then."""
+        """Zero the values of a row: masked values are multiplied by zero, which leaves NaN."""
 
 
 class Slots:
-    """Memory for `num_rows` requests of `capacity` tokens; it is taken when the model's first pass tells the shapes."""
+    """Memory for `num_rows` requests of `capacity` tokens, allocated in the first pass, which gives the shapes."""
 
     def __init__(self) -> None:
         self.version = 0
-        """Changes whenever the memory is another."""
+        """Changes with every new allocation."""
         self.reset()
 
     def reset(self) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         self.version += 1
         self.num_rows = self.capacity = 0
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -59,11 +59,11 @@ class Slots:
 
     @property
     def bytes_per_token(self) -> int:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         return sum(t.shape[2:].numel() * t.element_size() for pair in self.layers for t in pair)
 
     def resize(self, num_rows: int, capacity: int, num_used: int) -> None:
-        """See `Memory`; layer by layer."""
+        """See `SlotMemory`; layer by layer."""
         self.version += 1
         tokens = min(capacity, self.capacity)
         for layer, pair in enumerate(self.layers):
@@ -75,20 +75,20 @@ class Slots:
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         for pair in self.layers:
             for tensor in pair:
                 tensor[target, :length] = tensor[source, :length]
 
     def shift(self, columns: int) -> None:
-        """Move the tokens of all rows so many columns to the front, over the first ones."""
+        """Move the tokens of all rows to the front by a number of columns, over the first ones."""
         for pair in self.layers:
             for tensor in pair:
                 tensor[:, : self.capacity - columns] = tensor[:, columns:].clone()
 
     @torch.inference_mode()
     def clear(self, row: int) -> None:
-        """See `Memory`."""
+        """See `SlotMemory`."""
         for pair in self.layers:
             for tensor in pair:
                 tensor[row].zero_()
@@ -102,36 +102,36 @@ class Slots:
         return self.layers[index]
 
 
-class Window:
-    """What one pass sees of the slots, in the place of a Hugging Face cache.
+class CacheWindow:
+    """The part of the slots that one pass reads and writes, in place of a Hugging Face cache.
 
     Args:
-        slots: The memory.
-        rows: Of the pass.
-        columns: Tokens of each row that the pass may look at, the new ones with them.
-        target: Where the new tokens go: row * capacity + column.
-        source: Which of the pass's B * S tokens these are; None: all.
-        num_seen: Tokens before the new ones, for models that ask.
+        slots: Memory of keys and values.
+        rows: Rows of the pass.
+        columns: Tokens of each row that the pass attends to, including the new ones.
+        target: Positions of the new tokens: row * capacity + column.
+        source: Indexes of the new tokens among the pass's B * S tokens; None: all.
+        num_past: Number of earlier tokens, for models that ask.
     """
 
     def __init__(
-        self, slots: Slots, rows: slice, columns: slice, target: Tensor, source: Tensor | None = None, num_seen: int = 0
+        self, slots: Slots, rows: slice, columns: slice, target: Tensor, source: Tensor | None = None, num_past: int = 0
     ) -> None:
         self._slots, self._rows, self.columns = slots, rows, columns
-        self._target, self._source, self._num_seen = target, source, num_seen
+        self._target, self._source, self._num_past = target, source, num_past
 
     def update(
         self, keys_BHSK: Tensor, values_BHSK: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values, and return all that the pass may look at."""
+        """Write a layer's new keys and values, and return all that the pass attends to."""
         memory = self._slots.layer(layer_idx, keys_BHSK)
         for whole_RTHK, new_BHSK in zip(memory, (keys_BHSK, values_BHSK), strict=True):
             new = new_BHSK.transpose(1, 2).flatten(0, 1)
             whole_RTHK.flatten(0, 1).index_copy_(0, self._target, new if self._source is None else new[self._source])
-        return self.seen(layer_idx)
+        return self.read(layer_idx)
 
-    def seen(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, K] of a layer that was written before."""
+    def read(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Stored keys and values [B, H, T, K] of a layer."""
         keys_RTHK, values_RTHK = self._slots.layers[layer_idx]
         return (
             keys_RTHK[self._rows, self.columns].transpose(1, 2),
@@ -139,5 +139,5 @@ class Window:
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before those of the pass."""
-        return self._num_seen
+        """Number of tokens before those of the pass."""
+        return self._num_past

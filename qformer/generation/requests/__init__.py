@@ -1,1 +1,1 @@
-"""One request of the engine: its inputs, its running state, its next token, its text."""
+"""One request of the engine: its inputs, its state while it runs, the choice of its next token, and its text."""

@@ -15,7 +15,7 @@ from qformer.language import LanguageModel
 
 @torch.no_grad()
 def prompt_inputs(language: LanguageModel, prefix_NL: Tensor, prompt: str) -> Tensor:
-    """Soft prompts and one prompt, as `LanguageModel.generate` puts them together (cut to its `max_prompt_tokens`).
+    """Join soft prompts and one prompt as `LanguageModel.generate` does (truncated to its `max_prompt_tokens`).
 
     Returns:
         inputs_SL, in the type of the language model's embeddings.
@@ -24,7 +24,7 @@ def prompt_inputs(language: LanguageModel, prefix_NL: Tensor, prompt: str) -> Te
 
 
 def text_ids(language: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of a prompt's texts; the tokenizer's leading token, if any, comes once, in front of the first."""
+    """Tokens of a prompt's texts; the tokenizer's leading token, if any, comes once, before the first text."""
     later = (list(language.tokenizer.encode(text, add_special_tokens=False)) for text in texts[1:])
     return [*map(language._text_ids, texts[:1]), *later]
 
@@ -33,14 +33,14 @@ def text_ids(language: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
 def segment_inputs(
     language: LanguageModel, segments: Sequence[str | Tensor], ids: Sequence[list[int]] | None = None
 ) -> Tensor:
-    """Texts and soft prompts in any order, for several media and turns; nothing is cut.
+    """Join texts and soft prompts in any order, for several media and turns, without truncation.
 
-    An encoder's end token comes once, at the end: `[prefix_NL, prompt]` gives what `prompt_inputs` does.
+    An encoder's end token comes once, at the end: `[prefix_NL, prompt]` gives the same as `prompt_inputs`.
 
     Args:
-        language: The model that will read them.
+        language: Model that reads them.
         segments: Texts, and soft prompts [N, L] of any bridge.
-        ids: The texts' `text_ids`, from a caller that has counted them; None: they are tokenised here.
+        ids: Tokens of the texts from `text_ids`; None: they are tokenised here.
 
     Returns:
         inputs_SL, in the type of the language model's embeddings.
@@ -54,10 +54,10 @@ def segment_inputs(
     if language.is_encoder_decoder:
         end = [int(language.tokenizer.eos_token_id)]
         segments, ids = ([*segments, ""], [*ids, end])
-    rows, ids_left = [], iter(ids)
+    rows, remaining_ids = [], iter(ids)
     for segment in segments:
         if isinstance(segment, str):
-            ids_T = torch.tensor(next(ids_left), dtype=torch.long, device=weight.device)
+            ids_T = torch.tensor(next(remaining_ids), dtype=torch.long, device=weight.device)
             rows.append(language._embed(ids_T))
         elif segment.ndim != 2 or segment.shape[1] != language.width:
             raise ValueError(
@@ -71,13 +71,13 @@ def segment_inputs(
 
 
 def require_shareable(language: LanguageModel, num_bridges: int) -> None:
-    """See that several bridges may share a language model: low-rank updates belong to one bridge alone.
+    """Check that several bridges may share a language model: low-rank updates belong to one bridge.
 
     Raises:
-        UserError: If the model carries updates and is to be shared.
+        UserError: If the model has updates and several bridges.
     """
     if num_bridges > 1 and any(hasattr(module, "lora_A") for module in language.model.modules()):
         raise UserError(
-            f"the language model carries low-rank updates (model.lora) of one bridge but {num_bridges} bridges would "
+            f"the language model has low-rank updates (model.lora) of one bridge but {num_bridges} bridges would "
             "share it; serve that bridge by itself, or merge its updates with `qformer export`"
         )

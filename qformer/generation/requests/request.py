@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back.
+"""Requests to the engine, and its outcomes.
 
 Dimensions: S rows of input, L language-model width.
 """
@@ -12,33 +12,33 @@ from qformer.config import GenerationSettings
 from qformer.errors import UserError
 
 FinishReason = Literal["stop", "length"]
-"""An end id or a stop string came; or `max_new_tokens` were generated."""
+""""stop": an end id or a stop string was generated. "length": `max_new_tokens` were generated."""
 
 MAX_STOPS = 16
-"""Stop strings of one request."""
+"""Largest number of stop strings of one request."""
 MAX_STOP_CHARACTERS = 256
-"""Of one stop string; so much text may be held back."""
+"""Largest length of a stop string; up to this much text may be delayed."""
 
 
 class RequestError(ValueError):
-    """A request that the engine cannot run as it is; the message says what to change."""
+    """A request that the engine cannot run; the message says what to change."""
 
 
 class TooLongError(RequestError):
-    """A prompt and the answer asked for do not fit."""
+    """A prompt and the requested answer are too long."""
 
     def __init__(self, message: str, max_tokens: int) -> None:
         super().__init__(message)
         self.max_tokens = max_tokens
-        """That there is place for."""
+        """Largest number of tokens that fit."""
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may; try again later."""
+    """The largest allowed number of requests wait; try again later."""
 
 
 class GenerationFailedError(RuntimeError):
-    """The model failed on this request; the engine goes on."""
+    """The model failed on this request; the engine continues."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +51,14 @@ class RequestSettings:
 
     max_new_tokens: int = 32
     temperature: float = 0.0
-    """Divides the logits before sampling; 0 takes the likeliest token."""
+    """Divisor of the logits before sampling; 0 takes the most likely token."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probabilities sum to this."""
+    """Probability mass of the smallest set of tokens to sample from."""
     repetition_penalty: float = 1.0
     seed: int = 0
-    """Of the sampling; the request's neighbours change nothing."""
+    """Seed of the sampling; other requests in the batch have no effect."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
+    """Strings before which the text ends."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -79,15 +79,15 @@ class RequestSettings:
 
     @classmethod
     def of(cls, settings: GenerationSettings) -> "RequestSettings":
-        """The same generation as `LanguageModel.generate` does with `settings`.
+        """The settings for the same generation as `LanguageModel.generate`.
 
         Raises:
-            UserError: If they search with beams, which share no step with other requests.
+            UserError: If they use beam search, which the engine does not support.
         """
         if settings.num_beams > 1:
             raise UserError(
                 f"generation.num_beams={settings.num_beams}: the engine generates greedily or samples; use num_beams=1 "
-                "here, or `qformer evaluate`, which searches with beams"
+                "here, or `qformer evaluate`, which supports beam search"
             )
         return cls(
             max_new_tokens=settings.max_new_tokens,
@@ -103,10 +103,10 @@ class EngineRequest:
     """One text to generate."""
 
     inputs_SL: Tensor
-    """Soft prompts and embedded text, in order; see `inputs`."""
+    """Soft prompts and embedded text in order; see `inputs`."""
     settings: RequestSettings = field(default_factory=RequestSettings)
     is_streamed: bool = True
-    """Text as it comes to be; False gives one delta at the end, which costs less."""
+    """Whether text is delivered as it is generated; False gives one delta at the end, which costs less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +114,23 @@ class Usage:
     """Counts of one request so far."""
 
     prompt_tokens: int
-    """Rows of its input: soft prompts and text tokens."""
+    """Number of input rows: soft prompts and text tokens."""
     completion_tokens: int
-    """Tokens generated, with the one that ended it."""
+    """Number of generated tokens, including the end token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a request's text grew by. Joined, the deltas' texts are what `LanguageModel.generate` returns."""
+    """New text of a request. Joined, the deltas' texts equal the result of `LanguageModel.generate`."""
 
     text: str
-    """Whole characters; never a part of a stop string, nor space that may turn out to be the last."""
+    """Whole characters, without any part of a stop string or space that may be trailing."""
     token_ids: tuple[int, ...]
-    """Generated since the last delta; their text may come in a later one."""
+    """Tokens since the last delta; their text may be in a later one."""
     finish_reason: FinishReason | None
-    """Of the last delta."""
+    """Reason of the end; None except in the last delta."""
     usage: Usage
 
     def followed_by(self, later: "Delta") -> "Delta":
-        """Both as one."""
+        """Join this delta with the next one."""
         return replace(later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids)

@@ -12,6 +12,7 @@ from jobs.bench import data, data_media, data_peers
 from jobs.bench.data_memory import PeakMemory, tree_bytes
 from jobs.bench.data_peers import VIDEO_READS, Window
 from pipelines.data.media.samples import SampleDecoder
+from tests.memory_holders import hold_in_child
 
 TINY = data.Case(
     batch_size=2,
@@ -98,25 +99,12 @@ def test_a_window_is_the_time_between_its_batches():
         window.seconds_per_batch(range(4))
 
 
-def _hold(num_bytes, ready, done):
-    held = np.ones(num_bytes, dtype=np.uint8)
-    ready.set()
-    done.wait()
-    assert held[-1] == 1
-
-
-def _parent(num_bytes, ready, done):
-    child = multiprocessing.get_context("spawn").Process(target=_hold, args=(num_bytes, ready, done))
-    child.start()
-    child.join()
-
-
 def test_memory_counts_children():
     # A tree of its own: other tests' processes may end under this one meanwhile.
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
     size = 200 * 2**20
-    parent = context.Process(target=_parent, args=(size, ready, done))
+    parent = context.Process(target=hold_in_child, args=(size, ready, done))
     parent.start()
     memory, before = PeakMemory(parent.pid), tree_bytes(parent.pid)
     with memory.watch():

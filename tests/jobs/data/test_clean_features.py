@@ -110,7 +110,7 @@ def test_the_folder_itself_may_be_the_cache(tmp_path):
 def test_unreadable_settings_of_a_run_stop_it(world):
     _run(world / "runs" / "three", "x")
     (world / "runs" / "three" / "settings.yaml").write_text("data: [")
-    with pytest.raises(UserError, match="may name a cache; mend or remove it"):
+    with pytest.raises(UserError, match="may name a cache; fix or remove it"):
         main(_settings(world, confirm=True))
     assert (world / "deep/unused").exists()
 

@@ -14,6 +14,7 @@ from pipelines.data.corpus.manifest import write_table
 from pipelines.data.features.cache import open_cache
 from qformer.config import VisionSpec
 from qformer.errors import UserError
+from tests.local_data import local_data
 from tests.metrics_endpoint import scraped
 from tests.pipelines.data.builders import image_manifest
 
@@ -74,13 +75,15 @@ def test_too_many_bad_rows_stop_the_job_and_what_is_encoded_stays(ray_local, set
         open_cache(settings.output)
     written = {path: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
     assert written
-    features.main(settings.model_copy(update={"max_quarantine_share": 0.2}))
+    with local_data():
+        features.main(settings.model_copy(update={"max_quarantine_share": 0.2}))
     assert {path: path.stat().st_mtime_ns for path in cache.glob("shard-*")} == written
     open_cache(settings.output)
 
 
 def test_a_finished_cache_is_unfinished_while_it_is_changed(ray_local, settings, tmp_path, monkeypatch):
-    features.main(settings)
+    with local_data():
+        features.main(settings)
     (tmp_path / "5.jpg").write_bytes((tmp_path / "6.jpg").read_bytes())
 
     def killed(*_):

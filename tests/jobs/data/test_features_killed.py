@@ -67,7 +67,7 @@ def test_a_cache_killed_and_resumed_is_bit_equal_to_one_written_in_one_go(ray_lo
     # The forecast came first, with a time: these rows are worth measuring.
     lines = [record.getMessage() for record in caplog.records]
     (place,) = (number for number, line in enumerate(lines) if line.startswith(f"forecast: {NUM_ROWS} rows, "))
-    assert " rows/s, held up by " in lines[place]
+    assert " rows/s, limited by " in lines[place]
     assert place < min(number for number, line in enumerate(lines) if line.startswith("encoded "))
 
     killed = _settings(tmp_path, "killed")

@@ -26,6 +26,7 @@ from pipelines.evaluation.protocols.caption_shards import CaptionShards, caption
 from pipelines.inference.models import Captioner
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
+from tests.local_data import local_data
 from tests.pipelines.data.builders import image_manifest
 from tests.tiny_checkpoints import write_stage2
 
@@ -86,7 +87,14 @@ def test_every_row_has_its_text_or_its_failure(ray_local, tmp_path, checkpoint, 
     assert summary["tokens"] == sum(row["num_tokens"] or 0 for row in rows) and summary["stages"]["generate"] > 0
 
 
-def test_a_second_run_does_what_changed_and_nothing_else(ray_local, tmp_path, checkpoint, caplog):
+@pytest.fixture
+def _here(ray_local):
+    with local_data():
+        yield
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_second_run_does_what_changed_and_nothing_else(tmp_path, checkpoint, caplog):
     caplog.set_level("INFO")
     corpus(tmp_path, NUM_ROWS)
     settings = settings_of(tmp_path, checkpoint)
@@ -94,7 +102,7 @@ def test_a_second_run_does_what_changed_and_nothing_else(ray_local, tmp_path, ch
     rows, times = written(settings)
     assert "captioned 12 of 12 rows" in caplog.text and "next: read" in caplog.text
     caption.main(settings)
-    assert written(settings) == (rows, times) and "12 of 12 rows were there already" in caplog.text
+    assert written(settings) == (rows, times) and "12 of 12 rows exist already" in caplog.text
     # Another question and a shorter manifest: no row of before is left.
     (Path(settings.output) / "shard-00000009.parquet").write_bytes(b"of a longer manifest")
     corpus(tmp_path, NUM_ROWS - 2)

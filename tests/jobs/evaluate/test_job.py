@@ -14,6 +14,7 @@ from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.inference.models import load_captioner, load_retriever
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
+from tests.local_data import local_data
 from tests.media_files import jpeg_bytes, mp4_bytes
 from tests.tiny_checkpoints import NUM_FRAMES, write_stage1, write_stage2
 
@@ -112,7 +113,8 @@ def test_texts_that_were_cut_are_counted(ray_local, corpus, tmp_path, caplog, st
     key = {1: "captions", 2: "instruction"}[stage]
     rows = [{"sample_id": f"s{i}", "captions": ["red"], **media, key: [text]} for i, text in enumerate(texts)]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = evaluate((tmp_path / "manifest.jsonl", None), checkpoint, tmp_path / "out")
+    with local_data():
+        summary = evaluate((tmp_path / "manifest.jsonl", None), checkpoint, tmp_path / "out")
     assert summary["texts_truncated"] == 1 and summary["rows_used"] == 3
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["texts_truncated"] == 1
     assert "1 texts cut to max_text_tokens=16" in caplog.text
@@ -148,13 +150,10 @@ def test_retrieval_by_kind(ray_local, corpus, tmp_path, top_k):
 def text_to_image_recall(retriever, rows, top_k):
     """Recall at 1 for one kind, written as plain loops over single images and texts."""
     texts = [(text, owner) for owner, (row, _) in enumerate(rows) for text in row["captions"]]
-    hits = 0
+    hits, images = 0, [retriever.embed_image(sample[None]) for _, sample in rows]
     for text, owner in texts:
         embed = retriever.embed_text([text])[0]
-        scores = []
-        for _, sample in rows:
-            queries, tokens = retriever.embed_image(sample[None])
-            scores.append((float((queries[0] @ embed).max()), tokens))
+        scores = [(float((queries[0] @ embed).max()), tokens) for queries, tokens in images]
         order = np.argsort([-similarity for similarity, _ in scores], kind="stable")
         if top_k:
             best = {i: scores[i][0] + float(retriever.match(scores[i][1], [text])[0]) for i in order[:top_k]}

@@ -36,7 +36,7 @@ def message(model, config=None, *overrides):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_in_the_repository_loads_by_the_command_in_its_first_line(path):
     line = path.read_text().splitlines()[0]
     job = re.search(r"# (?:qformer|`make) (\w+)", line)[1]

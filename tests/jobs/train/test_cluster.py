@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jobs.settings.data import RaySettings
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from tests.jobs.train.test_trajectory import OTHER_WORLD, STEPS, assert_same_trajectory, chosen, uninterrupted, world  # noqa: F401
 from tests.jobs.train_jobs import REPOSITORY, Job
 

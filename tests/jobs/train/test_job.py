@@ -23,10 +23,11 @@ from jobs.train import job as train
 from jobs.train.rows import training_rows
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.retries import with_retries
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from qformer.config import VisionSpec
 from qformer.errors import UserError
 from tests.jobs.train_jobs import Job
+from tests.local_data import local_data, local_training
 
 MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
 TINY = QFormerSettings(
@@ -80,7 +81,8 @@ def cache(ray_local, world, tmp_path_factory):
         vision=str(MODELS / "vision"),
         data=DataSettings(manifest=str(world / "manifest.jsonl"), num_frames=2),
     )
-    summary = features.main(chosen)
+    with local_data():
+        summary = features.main(chosen)
     assert (summary["rows_in"], summary["rows_quarantined"]) == (150, 3)
     return chosen
 
@@ -201,7 +203,18 @@ def test_media_whose_store_does_not_answer_end_before_any_worker_starts(media, e
         training_rows(chosen)
 
 
-def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(ray_local, world, tmp_path, caplog):
+@pytest.fixture(params=["here", pytest.param("workers", marks=pytest.mark.slow)])
+def _trainer(request, ray_local):
+    """A training in this process, or in workers whose start takes most of a test's time."""
+    if request.param == "workers":
+        yield
+        return
+    with local_training(), local_data():
+        yield
+
+
+@pytest.mark.usefixtures("_trainer")
+def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(world, tmp_path, caplog):
     caplog.set_level("INFO")
     model = settings(world, "x").model.model_copy(
         update={"vision": VisionSpec("vit_tiny_patch16_22", pretrained=False)}
@@ -211,7 +224,8 @@ def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(ray
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(ray_local, tmp_path):
+@pytest.mark.usefixtures("_trainer")
+def test_a_run_whose_files_are_all_broken_stops_and_keeps_its_quarantine_table(tmp_path):
     rows = [{"media": f"gone/{index}.jpg", "caption": "a red circle"} for index in range(1000)]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))

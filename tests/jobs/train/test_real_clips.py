@@ -19,7 +19,7 @@ from jobs.settings.jobs import (
 from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
 from jobs.train import job as train
 from pipelines.data.corpus.manifest import read_manifest
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from qformer.config import GenerationSettings
 from tests.jobs.train_jobs import REPOSITORY
 from tests.tiny_audio import write_encoder

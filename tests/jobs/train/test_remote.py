@@ -10,7 +10,7 @@ from jobs.settings.data import TrainDataSettings
 from jobs.settings.jobs import ValidationSettings
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from pipelines.training.run.vocabulary import learn_text_tokenizer
 from tests.jobs.train.test_job import settings
 from tests.jobs.train_jobs import Job

@@ -12,18 +12,19 @@ from jobs.settings.data import TrainDataSettings
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import ModelSettings
 from jobs.train import reporter as train_reporter
-from jobs.train.reporter import Reporter, keep_events
+from jobs.train.reporter import RunReporter, append_events
 from jobs.train.worker import _PreemptionNotice, _stuck, train_worker
 from pipelines.data import storage
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.training.records.accounting import Accounting
-from pipelines.training.records.telemetry import ProgressBoard
+from pipelines.training.records.run_status import RunStatus
 from tests.actors import kill_actor
 
 
 @pytest.fixture
-def board(ray_local):
-    actor = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+def status(ray_local):
+    actor = ray.remote(RunStatus).options(num_cpus=0).remote()
     yield actor
     ray.kill(actor)
 
@@ -35,55 +36,57 @@ def settings(output):
     )
 
 
-def reporter(board, output, start_step=0):
-    return Reporter(board, settings(output), start_step)
+def reporter(status, output, start_step=0):
+    return RunReporter(status, settings(output), start_step)
 
 
-def said(board):
-    return ray.get(board.read.remote())[1]
+def messages(status):
+    return ray.get(status.read.remote())[1]
 
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_start_after_the_desk_died_ends_the_run_in_a_line(ray_local, tmp_path):
-    desk = ray.remote(ProgressBoard).options(num_cpus=0).remote()
-    ray.get(desk.mistake.remote())
-    kill_actor(desk)
-    mistake = train_worker({"settings": settings(tmp_path).model_dump(mode="json"), "board": desk})["mistake"]
+def test_a_start_after_the_coordinator_died_ends_the_run_in_a_line(ray_local, tmp_path):
+    coordinator = ray.remote(RunStatus).options(num_cpus=0).remote()
+    ray.get(coordinator.user_error.remote())
+    kill_actor(coordinator)
+    mistake = train_worker({"settings": settings(tmp_path).model_dump(mode="json"), "coordinator": coordinator})[
+        "mistake"
+    ]
     assert "hands out the batches died" in mistake and "--resume" in mistake
 
 
-def test_lines_of_an_earlier_start_stay_and_the_user_is_told(board, tmp_path):
-    first = reporter(board, tmp_path)
-    first.started({"step": 0, "workers": 2})
-    first.say("hello")
-    second = reporter(board, tmp_path, start_step=4)
-    second.started({"step": 4, "workers": 1})
-    second.bad_step({"step": 5, "sample_ids": ["a"]})
-    assert said(board) == ["hello"]
+def test_lines_of_an_earlier_start_stay_and_the_user_is_told(status, tmp_path):
+    first = reporter(status, tmp_path)
+    first.record_start({"step": 0, "workers": 2})
+    first.log_event("hello")
+    second = reporter(status, tmp_path, start_step=4)
+    second.record_start({"step": 4, "workers": 1})
+    second.record_bad_step({"step": 5, "sample_ids": ["a"]})
+    assert messages(status) == ["hello"]
     assert [(start["step"], start["workers"]) for start in lines(tmp_path / "starts.jsonl")] == [(0, 2), (4, 1)]
     assert all(start["versions"]["torch"] and start["hardware"] for start in lines(tmp_path / "starts.jsonl"))
     assert [event["text"] for event in lines(tmp_path / "events.jsonl")] == ["hello"]
     assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 5, "sample_ids": ["a"]}]
 
 
-def test_bad_steps_that_are_done_again_are_forgotten(board, tmp_path):
-    first = reporter(board, tmp_path)
+def test_bad_steps_that_are_done_again_are_forgotten(status, tmp_path):
+    first = reporter(status, tmp_path)
     for step in (3, 4, 7):
-        first.bad_step({"step": step})
+        first.record_bad_step({"step": step})
     with open(tmp_path / "bad_steps.jsonl", "a") as file:
         file.write('{"step": 2, "rea')  # as its writer died
-    second = reporter(board, tmp_path, start_step=4)  # steps 0 to 3 are in the checkpoint
+    second = reporter(status, tmp_path, start_step=4)  # steps 0 to 3 are in the checkpoint
     assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 3}]
-    second.bad_step({"step": 4})
+    second.record_bad_step({"step": 4})
     assert lines(tmp_path / "bad_steps.jsonl") == [{"step": 3}, {"step": 4}]
 
 
-def test_the_quarantine_table_is_written_as_training_goes_on(board, tmp_path, monkeypatch):
+def test_the_quarantine_table_is_written_as_training_goes_on(status, tmp_path, monkeypatch):
     """Not only at checkpoints; and not at every log line, for it is written whole."""
-    one, accounting = reporter(board, tmp_path), Accounting()
+    one, accounting = reporter(status, tmp_path), Accounting()
     figures = {"step": 1, "epoch": 0, "learning_rate": 1.0, "samples_per_s": 1.0, "data_wait_share": 0.0}
 
     def fails(name):
@@ -93,16 +96,16 @@ def test_the_quarantine_table_is_written_as_training_goes_on(board, tmp_path, mo
     def written():
         return pq.read_table(tmp_path / "quarantine.parquet")["sample_id"].to_pylist()
 
-    one.logged(figures, accounting)
+    one.record_step(figures, accounting)
     assert not (tmp_path / "quarantine.parquet").exists()
     fails("a")
-    one.logged(figures, accounting)
+    one.record_step(figures, accounting)
     assert written() == ["a"]
     fails("b")
-    one.logged(figures, accounting)
+    one.record_step(figures, accounting)
     assert written() == ["a"]
     monkeypatch.setattr(train_reporter, "_QUARANTINE_PAUSE_S", 0.0)
-    one.logged(figures, accounting)
+    one.record_step(figures, accounting)
     assert written() == ["a", "b"]
 
 
@@ -121,41 +124,41 @@ def batch_of(name):
     )
 
 
-def test_a_full_disk_ends_nothing_and_the_next_line_brings_the_lost_one(board, tmp_path):
-    one = reporter(board, tmp_path)
+def test_a_full_disk_ends_nothing_and_the_next_line_brings_the_lost_one(status, tmp_path):
+    one = reporter(status, tmp_path)
     with mock.patch.object(storage, "write_text", side_effect=OSError(28, "No space left on device")):
-        one.say("lost?")
+        one.log_event("lost?")
     with mock.patch.object(storage, "open_output", side_effect=OSError(28, "No space left on device")):
         one.write_quarantine(Accounting())
-    one.say("room again")
+    one.log_event("room again")
     texts = [event["text"][:20] for event in lines(tmp_path / "events.jsonl")]
     assert texts == ["lost?", "ALARM quarantine.par", "room again"]
-    assert any("ALARM events.jsonl is not written" in text for text in said(board))
+    assert any("ALARM events.jsonl is not written" in text for text in messages(status))
     one.write_quarantine(Accounting())
     assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 0
 
 
-def test_what_workers_died_of_is_kept_by_those_that_come_after(board, tmp_path):
-    ray.get(board.died.remote("ALARM worker 1 died: no more memory"))
-    one = reporter(board, tmp_path)
-    one.keep(ray.get(board.take_deaths.remote()))
-    keep_events(str(tmp_path), ["ALARM worker 0 died, and nobody came after"])
-    keep_events(str(tmp_path), ray.get(board.take_deaths.remote()))
+def test_what_workers_died_of_is_kept_by_those_that_come_after(status, tmp_path):
+    ray.get(status.record_failure.remote("ALARM worker 1 died: no more memory"))
+    one = reporter(status, tmp_path)
+    one.save_events(ray.get(status.take_failures.remote()))
+    append_events(str(tmp_path), ["ALARM worker 0 died, and nobody came after"])
+    append_events(str(tmp_path), ray.get(status.take_failures.remote()))
     texts = [event["text"] for event in lines(tmp_path / "events.jsonl")]
     assert texts == ["ALARM worker 1 died: no more memory", "ALARM worker 0 died, and nobody came after"]
-    assert said(board) == texts[:1]  # once
+    assert messages(status) == texts[:1]  # once
 
 
-def test_a_run_that_never_reaches_its_next_checkpoint_is_given_up(board, tmp_path):
+def test_a_run_that_never_reaches_its_next_checkpoint_is_given_up(status, tmp_path):
     data = TrainDataSettings(manifest="m")
     elastic = TrainSettings(
         output=str(tmp_path), stage=1, model=ModelSettings(vision="v"), data=data, steps=9, batch_size=2, min_workers=1
     )
-    assert [_stuck(board, elastic, 0) for _ in range(10)] == [None] * 10
-    assert [_stuck(board, elastic, 5) for _ in range(10)] == [None] * 10  # it got on
+    assert [_stuck(status, elastic, 0) for _ in range(10)] == [None] * 10
+    assert [_stuck(status, elastic, 5) for _ in range(10)] == [None] * 10  # it got on
     limited = elastic.model_copy(update={"max_failures": 1000})
-    assert _stuck(board, limited, 5) is None
-    assert "started 12 times from step 5 and never reached the next checkpoint" in _stuck(board, elastic, 5)
+    assert _stuck(status, limited, 5) is None
+    assert "started 12 times from step 5 and never reached the next checkpoint" in _stuck(status, elastic, 5)
 
 
 def test_a_notice_of_preemption_counts_once():

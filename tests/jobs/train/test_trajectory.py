@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from jobs.demo.world.corpus import write_world
 from jobs.settings.model import OptimSettings
 from pipelines.data.storage import checkpoint_folders
-from pipelines.training.records.telemetry import read_metrics
+from pipelines.training.records.metrics_log import read_metrics
 from tests.jobs.train.test_job import TINY, settings
 from tests.jobs.train_jobs import Job
 
@@ -125,12 +125,12 @@ def test_losses_are_not_the_same_by_accident(uninterrupted):
 
 
 @pytest.mark.parametrize("max_failures", [0, 1])
-def test_the_desk_is_killed(max_failures, world, tmp_path):
+def test_the_coordinator_is_killed(max_failures, world, tmp_path):
     """What was handed out is trained on; then the run ends with what to do."""
     run = chosen(world, tmp_path / "run", max_failures=max_failures, steps=100_000, checkpoint_every=100)
     with Job(run, tmp_path / "log") as job:
         job.wait_for_step(3)
-        job.kill_one("RunDesk")
+        job.kill_one("RunCoordinator")
         status = job.process.wait(300)
     log = job.log.read_text()
     assert status != 0 and "run the same command with --resume" in log and "Traceback" not in log

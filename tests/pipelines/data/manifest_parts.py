@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data import schema
 from pipelines.data.corpus.manifest_files import INDEX_FILE
-from pipelines.data.order.permutation import derived_keys
+from pipelines.data.order.permutation import derive_keys
 
 _WORDS = ("black", "small", "green", "large", "happy", "quiet", "sunny", "empty") + (
     *("horse", "train", "house", "beach", "plate", "skier", "clock", "child"),
@@ -19,7 +19,7 @@ _DIGITS = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 
 def row_contents(row: int) -> dict:
     """What `write_parts` puts into the sample id, media and captions of a row."""
-    number = f"{int(derived_keys(0, np.array([row]))[0]):016x}"
+    number = f"{int(derive_keys(0, np.array([row]))[0]):016x}"
     words = [_WORDS[int(digit, 16)] for digit in number[:_CAPTION_WORDS]]
     return {
         schema.SAMPLE_ID: f"id-{number}",
@@ -65,7 +65,7 @@ def cut_into_parts(folder: Path, table: pa.Table, *, rows_per_part: int) -> Path
 def _part(rows: np.ndarray, kind: str, split: str) -> pa.Table:
     count = len(rows)
     columns = {name: pa.nulls(count, schema.MANIFEST_SCHEMA.field(name).type) for name in schema.MANIFEST_SCHEMA.names}
-    keys = derived_keys(0, rows)
+    keys = derive_keys(0, rows)
     digits = ((keys[:, None] >> np.arange(60, -4, -4, dtype=np.uint64)) & np.uint64(15)).astype(np.uint8)
     spaced = np.frombuffer(b"".join(f"{word} ".encode() for word in _WORDS), dtype=np.uint8).reshape(len(_WORDS), -1)
     texts = spaced[digits[:, :_CAPTION_WORDS]].reshape(count, -1)

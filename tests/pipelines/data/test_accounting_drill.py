@@ -223,8 +223,8 @@ def test_no_row_is_lost_and_no_healthy_file_is_blamed(stores, tmp_path):
     used = pq.read_table(tmp_path / "prepared" / "manifest.parquet")
     quarantined = pq.read_table(tmp_path / "prepared" / "quarantine.parquet").to_pylist()
     num_rows = 41 + 12 + 30 + 30 + 68 + 6 * 6 + 6
-    told = f"rows in {num_rows} = rows used {num_rows - num_bad} + rows quarantined {num_bad}"
-    assert done.stdout.splitlines()[-1] == told, [(row["sample_id"], row["message"]) for row in quarantined]
+    line = f"rows in {num_rows} = rows used {num_rows - num_bad} + rows quarantined {num_bad}"
+    assert done.stdout.splitlines()[-1] == line, [(row["sample_id"], row["message"]) for row in quarantined]
     assert {row["error_class"] for row in quarantined} <= {"corrupt", "unsupported", "missing"}
 
     # Between prepare and training files go bad: one local, one clip, one on S3.

@@ -16,7 +16,7 @@ from pipelines.data.dataset import RankStream, build_segment, evaluation_dataset
 from pipelines.data.media.samples import SampleDecoder
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.order.global_batches import PADDING, Order, rank_columns
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
@@ -44,7 +44,7 @@ def test_every_rank_gets_its_rows_in_order(tmp_path, ray_local):
     table = image_manifest(tmp_path, 45)
     (tmp_path / "7.jpg").unlink()
     (tmp_path / "9.jpg").write_bytes(b"no picture")
-    corpus = Corpus([Source("", TableRows(table))])
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     order = Order(corpus.streams("proportional"), 1, 4)
     streams = build_segment(
         order,
@@ -85,7 +85,7 @@ def test_evaluation_sees_every_row_once(tmp_path):
 def test_training_evaluation_and_serving_see_the_same_pixels(tmp_path, ray_local):
     """The preprocessing contract: one decoder, one geometry, whoever asks."""
     table = image_manifest(tmp_path, 4)
-    corpus = Corpus([Source("", TableRows(table))])
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     (stream,) = build_segment(
         Order(corpus.streams("proportional"), 0, 4),
         ray_local.put(corpus),

@@ -4,7 +4,7 @@ import torch
 
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.flops import StepFlops
-from pipelines.training.records.health import QueryWatch
+from pipelines.training.records.health import QueryCollapseMonitor
 from pipelines.training.run.model import Training
 from pipelines.training.step.guard import StepGuard
 from pipelines.training.step.loop import Hooks, Loop
@@ -38,7 +38,7 @@ def make_loop(run, settings, *, training=None, call=None, accounting=None, guard
         accounting=accounting or Accounting(),
         settings=settings,
         guard=guard or StepGuard(1, print, print),
-        queries=QueryWatch(alarm),
+        queries=QueryCollapseMonitor(alarm),
         flops=StepFlops(CPU),
         hooks=Hooks(**hooks),
         ema=training.ema,

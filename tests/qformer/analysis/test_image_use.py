@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qformer.analysis.image_use import answer_losses, compare_pairs, partners
+from qformer.analysis.image_use import answer_losses, compare_pairs, permute_images
 from qformer.backbones import load_language
 from qformer.config import LanguageSpec
 from qformer.language import IGNORED, build_language_model
@@ -62,7 +62,7 @@ def test_no_text_meets_an_image_it_may_not_meet():
         generator = torch.Generator().manual_seed(seed)
         may_swap = torch.rand(12, 12, generator=generator) < 0.4
         may_swap.fill_diagonal_(False)
-        image_B = partners(may_swap, generator)
+        image_B = permute_images(may_swap, generator)
         met = [(text, int(image)) for text, image in enumerate(image_B) if image >= 0]
         assert len({image for _, image in met}) == len(met) >= 10
         assert all(may_swap[pair] for pair in met)
@@ -71,13 +71,13 @@ def test_no_text_meets_an_image_it_may_not_meet():
 def test_every_text_that_can_be_served_is():
     """Text 0 may meet only image 2: whoever took that first has to give it up."""
     may_swap = torch.tensor([[0, 0, 1], [1, 0, 1], [1, 1, 0]], dtype=torch.bool)
-    found = {tuple(partners(may_swap, torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)}
+    found = {tuple(permute_images(may_swap, torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)}
     assert found == {(2, 0, 1)}
 
 
 def test_texts_that_no_image_is_left_for_are_left_out():
     may_swap = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
-    assert partners(may_swap, torch.Generator()).tolist() == [1, 0, -1]
+    assert permute_images(may_swap, torch.Generator()).tolist() == [1, 0, -1]
 
 
 def test_losses_of_samples_make_up_the_loss_of_the_batch():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qformer.analysis.movement import moved
 from qformer.analysis.query_use import QueryStatistics
+from qformer.analysis.weight_changes import changed_tensors
 
 
 def figures(own_GQD, other_GQD):
@@ -61,6 +61,6 @@ def test_nothing_to_look_at():
 def test_moved_tensors_are_named():
     before = {"a": torch.ones(3), "b": torch.ones(2), "c": torch.ones(4), "d": torch.tensor([float("nan"), 1.0])}
     after = {"a": torch.ones(3), "b": torch.tensor([1.0, 1.0 + 2**-20]), "c": torch.ones(5), "d": before["d"].clone()}
-    assert moved(before, after, [*before, "e"]) == ["b"]  # c has another shape, e is nowhere
-    assert moved({"a": torch.tensor([0.1]).half()}, {"a": torch.tensor([0.1]).half().float()}, ["a"]) == []
-    assert moved({"a": torch.tensor([0.1]).half()}, {"a": torch.tensor([0.1])}, ["a"]) == ["a"]
+    assert changed_tensors(before, after, [*before, "e"]) == ["b"]  # c has another shape, e is nowhere
+    assert changed_tensors({"a": torch.tensor([0.1]).half()}, {"a": torch.tensor([0.1]).half().float()}, ["a"]) == []
+    assert changed_tensors({"a": torch.tensor([0.1]).half()}, {"a": torch.tensor([0.1])}, ["a"]) == ["a"]

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipelines.data.media.transforms import fit
+from pipelines.data.media.transforms import resize_and_crop
 from qformer.backbones import load_vision
 from qformer.config import LanguageSpec
-from qformer.conversion.lavis import MEAN, STD, VISION_NAME, import_lavis
+from qformer.conversion.lavis import DEFAULT_VISION, MEAN, STD, import_lavis
 from qformer.errors import UserError
 from qformer.torch_build.torchvision import import_timm, import_torchvision
 from tests.qformer.lavis import facts, write_encoder, write_tokenizer
@@ -21,7 +21,7 @@ from tests.qformer.lavis import facts, write_encoder, write_tokenizer
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("nothing", f"add --set vision={VISION_NAME}"),
+        ("nothing", f"add --set vision={DEFAULT_VISION}"),
         ("vision", "{encoder} wide but .* trained on {width}; name the encoder"),
         ("tokenizer", r"has {vocab} ids with \[DEC\] but the Q-Former vocab_size={more}; give the tokenizer"),
         ("heads", r"num_heads: {heads} do not divide the Q-Former's width of {hidden}; add --set num_heads=N"),
@@ -94,7 +94,7 @@ def test_pictures_are_prepared_as_lavis_does(goldens_dir, tmp_path, options):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8))
     size, mode = (contract.height, contract.width), torchvision.transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose([transforms.Resize(size, interpolation=mode), transforms.ToTensor()])(image)
-    assert torch.equal(torch.from_numpy(fit(image, contract)), (expected * 255).round().to(torch.uint8))
+    assert torch.equal(torch.from_numpy(resize_and_crop(image, contract)), (expected * 255).round().to(torch.uint8))
     notes = "; ".join(bundle.report.notes)
     assert "resized straight to 42x42, bicubic, as LAVIS evaluates" in notes and "by itself has crop=center" in notes
     # The named encoder was trained on another normalisation, and keeps it.
@@ -104,6 +104,6 @@ def test_pictures_are_prepared_as_lavis_does(goldens_dir, tmp_path, options):
 def test_the_encoder_that_is_suggested_is_lavis_own():
     """EVA-CLIP, of whose names timm's first is the tuned one; its size and normalisation are LAVIS'."""
     timm = import_timm()
-    assert f"{VISION_NAME}.laion400m" in timm.list_pretrained("eva_giant*")
-    config = timm.get_pretrained_cfg(VISION_NAME)
+    assert f"{DEFAULT_VISION}.laion400m" in timm.list_pretrained("eva_giant*")
+    config = timm.get_pretrained_cfg(DEFAULT_VISION)
     assert (config.tag, config.mean, config.std, config.input_size) == ("laion400m", MEAN, STD, (3, 224, 224))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
-from pipelines.data.media.transforms import fit
+from pipelines.data.media.transforms import resize_and_crop
 from pipelines.inference.models import load_captioner
 from qformer.config import GenerationSettings
 from qformer.conversion.frozen import image_processor_for
@@ -75,5 +75,5 @@ def test_stock_cuts_a_centre_crop_up_to_a_pixel_aside(width, shift):
     assert isinstance(processor, CLIPImageProcessor)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, width, 3), dtype=np.uint8))
     stock = (processor(image, return_tensors="pt")["pixel_values"][0] * 255).round().to(torch.uint8)
-    ours = torch.from_numpy(fit(image, contract))
+    ours = torch.from_numpy(resize_and_crop(image, contract))
     assert torch.equal(ours[..., : 56 - shift], stock[..., shift:])

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from pipelines.data.media.transforms import fit
+from pipelines.data.media.transforms import resize_and_crop
 from pipelines.inference.models import load_captioner, load_retriever
 from qformer.backbones import load_vision
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.conversion.bundle import ImportOptions
 from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.conversion.huggingface import export_huggingface
-from qformer.conversion.names import HF_RETRIEVAL, peer_name
+from qformer.conversion.names import HF_RETRIEVAL, layout_name
 from qformer.objectives import similarity
 from qformer.objectives.stage2 import Stage2
 from tests.qformer.folders import (
@@ -176,7 +176,7 @@ def assert_same_gradients(stage1, model):
     """
     theirs, compared = dict(model.named_parameters()), 0
     for name, parameter in stage1.named_parameters():
-        other = peer_name(name, HF_RETRIEVAL)
+        other = layout_name(name, HF_RETRIEVAL)
         expected = None if other is None else theirs[other].grad
         ours = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         expected = torch.zeros_like(parameter) if expected is None else expected
@@ -202,7 +202,9 @@ def test_a_checkpoint_of_ours_runs_in_stock(tmp_path, lora):
     report = export_huggingface(folder, tmp_path / "exported")
     captioner, side = load_captioner(folder), captioner.preprocessing.resize_short_side
     pictures = pixels(6, side)
-    batch = torch.stack([torch.from_numpy(fit(image, captioner.preprocessing))[None] for image in as_images(pictures)])
+    batch = torch.stack(
+        [torch.from_numpy(resize_and_crop(image, captioner.preprocessing))[None] for image in as_images(pictures)]
+    )
     assert batch.shape[-1] < side  # a centre crop
     model, loading = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]

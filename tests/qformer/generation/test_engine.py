@@ -123,11 +123,11 @@ def test_a_sampled_answer_depends_on_its_seed_alone(language):
 
 def test_sampling_follows_the_probabilities():
     """4,000 requests draw with seeds of their own; the nucleus leaves out exactly the tail, as transformers cuts it."""
-    from qformer.generation.requests.choice import Rules, choose
+    from qformer.generation.requests.token_selection import GenerationRules, select_tokens
 
     logits_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
     probability_V = (logits_V / 0.8).softmax(0)
-    rules = Rules((), (), (), 0, 0, False, None)
+    rules = GenerationRules((), (), (), 0, 0, False, None)
 
     class Drawing:
         def __init__(self, top_p, seed):
@@ -136,7 +136,7 @@ def test_sampling_follows_the_probabilities():
 
     for top_p, kept in ((1.0, 5), (0.8, 2), (0.2, 1)):  # cumulated: 0.65, 0.83, ...
         rows = [Drawing(top_p, seed) for seed in range(4000)]
-        drawn = torch.tensor(choose(logits_V.repeat(len(rows), 1), rows, rules))
+        drawn = torch.tensor(select_tokens(logits_V.repeat(len(rows), 1), rows, rules))
         share = torch.bincount(drawn, minlength=5) / len(drawn)
         wanted = torch.where(torch.arange(5) < kept, probability_V, 0.0)
         torch.testing.assert_close(share, wanted / wanted.sum(), atol=0.03, rtol=0)  # 4 standard deviations: 0.031

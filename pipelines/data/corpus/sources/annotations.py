@@ -1,4 +1,4 @@
-"""Annotation files: one JSON document that is COCO captions, a Karpathy split, or a LAVIS list."""
+"""Annotation files: one JSON document with COCO captions, a Karpathy split, or a LAVIS list."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from pipelines.data.corpus.sources.files import open_source
 from pipelines.data.corpus.sources.karpathy import is_karpathy, read_karpathy
 from pipelines.data.corpus.sources.lavis import is_lavis, read_lavis
 from pipelines.data.corpus.sources.raw import BadRow, RawRow
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from qformer.errors import UserError
 
 _Reader = tuple[Callable[[Any], bool], Callable[[Any, str], Iterator[RawRow | BadRow]]]
@@ -21,22 +21,22 @@ READERS: dict[str, _Reader] = {
 
 
 def read_annotations(path: str, format: str) -> Iterator[RawRow | BadRow]:  # noqa: A002 - as in the settings
-    """Yield the rows of an annotation file, which is held in memory as a whole.
+    """Yield the rows of an annotation file, which is read into memory as a whole.
 
     Args:
-        path: File.
-        format: A key of `READERS`, or "auto" to tell by what the document holds.
+        path: Annotation file.
+        format: Key of `READERS`, or "auto" to detect the format from the content.
 
     Raises:
-        UserError: If it is no JSON, or not of this format.
+        UserError: If it is not JSON, or not of this format.
         MediaError: If it cannot be read.
     """
     with open_source(path) as file:
-        text = decoded(file.read())
+        text = decode_text(file.read())
     try:
         document: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}; mend the file") from None
+        raise UserError(f"cannot read {path} as JSON: {error}; correct the file") from None
     names = list(READERS) if format == "auto" else [format]
     for name in names:
         is_format, read = READERS[name]

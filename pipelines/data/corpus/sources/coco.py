@@ -14,9 +14,9 @@ def is_coco(document: Any) -> bool:
 
 
 def read_coco(document: dict[str, Any], path: str) -> Iterator[RawRow | BadRow]:
-    """Yield one row an image with all its captions; images without captions stay, for evaluation sets have none.
+    """Yield one row an image with all its captions, or none, as in evaluation sets.
 
-    Annotations that name no image, or hold no caption, are bad rows.
+    Annotations without a known image or without a caption are bad rows.
     """
     captions: dict[Any, list[Any]] = {}
     for image in document["images"]:
@@ -47,7 +47,7 @@ def read_coco(document: dict[str, Any], path: str) -> Iterator[RawRow | BadRow]:
 
 
 def _has(record: Any, identity: str, text: str) -> bool:
-    """Whether a record has an id that can be looked up, and the text."""
+    """Whether a record has an id and a text."""
     return (
         isinstance(record, dict) and isinstance(record.get(identity), str | int) and isinstance(record.get(text), str)
     )

@@ -22,7 +22,7 @@ def read_csv(path: str) -> Iterator[RawRow | BadRow]:
         MediaError: If the file cannot be read.
     """
     with open_source(path) as file:
-        # Strict: else an unclosed quote would swallow the rest of the file without a word.
+        # Strict, because otherwise an unclosed quote would silently consume the rest of the file.
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", errors=ERRORS, newline=""), strict=True)
         try:
             names = next(reader, None)
@@ -67,7 +67,7 @@ def _row(number: int, place: str, names: list[str], cells: list[str]) -> RawRow 
     for name in (schema.CAPTIONS, schema.INSTRUCTIONS):
         text = values.get(name)
         if text and text.replace(" ", "").startswith('["'):
-            # A JSON list: a cell has no other way to hold several texts.
+            # A cell contains several texts as a JSON list.
             try:
                 values[name] = json.loads(text)
             except (ValueError, RecursionError):

@@ -1,10 +1,10 @@
-"""What format a source is of, by its name and its first bytes."""
+"""The format of a source, by its name and content."""
 
 from pipelines.data.corpus.sources import parquet
 from pipelines.data.corpus.sources.delimited import header
 from pipelines.data.corpus.sources.files import is_source_folder, list_source
 from pipelines.data.corpus.sources.webvid import is_webvid
-from pipelines.data.failures import kind_of_name
+from pipelines.data.media.kinds import kind_of_name
 from qformer.errors import UserError
 
 FORMATS = ("parquet", "jsonl", "csv", "folder", "coco", "karpathy", "lavis", "webvid", "webdataset")
@@ -21,10 +21,10 @@ _PACKED_EXTENSIONS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
 
 def format_of(path: str) -> str:
-    """One of `FORMATS`, or "annotations" for a JSON document, whose format shows when it is read.
+    """One of `FORMATS`, or "annotations" for a JSON document, whose format is detected when it is read.
 
     Raises:
-        UserError: If it cannot be told.
+        UserError: If the name does not show the format.
         MediaError: If a table cannot be read.
     """
     if is_source_folder(path):

@@ -1,4 +1,4 @@
-"""A source's files: what may pass in their storage is waited out; what does not stops the run, and blames no row."""
+"""Reading of a source's files with retries; a persistent storage failure stops the run and fails no row."""
 
 import contextlib
 import io
@@ -11,40 +11,40 @@ _BUFFER_BYTES = 1024**2
 
 
 def open_source(uri: str) -> BinaryIO:
-    """Open a file for reading; where a read fails in passing, it is opened again and read on.
+    """Open a file for reading; after a transient failure it is opened again and read from the same position.
 
     Raises:
-        MediaError: Here or from a read, as `retries.with_retries`.
+        MediaError: If the retries fail, here or in a later read.
     """
-    return cast(BinaryIO, io.BufferedReader(_RetriedFile(uri), _BUFFER_BYTES))
+    return cast(BinaryIO, io.BufferedReader(_RetryingFile(uri), _BUFFER_BYTES))
 
 
 def read_source_bytes(uri: str, max_bytes: int) -> bytes:
     """Read a small file, or a member of a tar shard.
 
     Raises:
-        MediaError: As `retries.with_retries`; "too_large" if it holds more than `max_bytes`.
+        MediaError: If the retries fail; "too_large" if it has more than `max_bytes`.
     """
     return with_retries(uri, lambda: storage.read_bytes(uri, max_bytes))
 
 
 def list_source(uri: str) -> list[str]:
-    """As `storage.list_files`, with retries."""
+    """`storage.list_files` with retries."""
     return with_retries(uri, lambda: storage.list_files(uri))
 
 
 def is_source_folder(uri: str) -> bool:
-    """As `storage.is_folder`, with retries."""
+    """`storage.is_folder` with retries."""
     return with_retries(uri, lambda: storage.is_folder(uri))
 
 
 def source_exists(uri: str) -> bool:
-    """As `storage.exists`, with retries."""
+    """`storage.exists` with retries."""
     return with_retries(uri, lambda: storage.exists(uri))
 
 
-class _RetriedFile(io.RawIOBase):
-    """A file by position, each piece of it read with retries."""
+class _RetryingFile(io.RawIOBase):
+    """A file whose reads are retried."""
 
     def __init__(self, uri: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _RetriedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        content = with_retries(self._uri, lambda: self._piece(len(buffer)))
+        content = with_retries(self._uri, lambda: self._read_piece(len(buffer)))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -78,29 +78,29 @@ class _RetriedFile(io.RawIOBase):
         return b"".join(iter(lambda: self.read(_BUFFER_BYTES) or b"", b""))
 
     def close(self) -> None:
-        self._forget()
+        self._drop_file()
         super().close()
 
-    def _piece(self, length: int) -> bytes:
+    def _read_piece(self, length: int) -> bytes:
         try:
             file = self._opened()
             file.seek(self._position)
             return file.read(length)
         except BaseException:
-            self._forget()  # nobody knows what state it is in
+            self._drop_file()  # its state is unknown
             raise
 
     def _opened(self) -> BinaryIO:
         if self._file is None:
             self._file = storage.open_regular(self._uri)
-            with contextlib.suppress(ValueError):  # a stream without an end to go to
+            with contextlib.suppress(ValueError):  # a stream that cannot seek to its end
                 size_bytes = self._file.seek(0, io.SEEK_END)
                 if self._size_bytes not in (None, size_bytes):
-                    raise storage.CutFileError(f"{self._uri} changed while it was read; run again")
+                    raise storage.TruncatedFileError(f"{self._uri} changed while it was read; run again")
                 self._size_bytes = size_bytes
         return self._file
 
-    def _forget(self) -> None:
+    def _drop_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()

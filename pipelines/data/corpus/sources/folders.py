@@ -1,4 +1,4 @@
-"""Folders of media files, with captions beside them in NAME.txt or NAME.json."""
+"""Folders of media files with captions in sidecar files NAME.txt or NAME.json."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from typing import Any
 from pipelines.data import schema, storage
 from pipelines.data.corpus.sources.files import list_source, read_source_bytes
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
-from pipelines.data.corpus.sources.text import decoded
-from pipelines.data.failures import MediaError, kind_of_name
+from pipelines.data.corpus.sources.text import decode_text
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import kind_of_name
 from qformer.errors import UserError
 
 SIDECARS = (".json", ".txt")
@@ -17,24 +18,24 @@ _MAX_SIDECAR_BYTES = 16 * 1024**2
 
 
 def read_folder(path: str) -> Iterator[RawRow | BadRow]:
-    """Yield one row a media file, by name; its id is its path below the folder.
+    """Yield one row a media file, sorted by name; its id is its path below the folder.
 
-    A file NAME.txt beside it holds one caption a line, a file NAME.json an object with `captions` or `caption` and
-    any other column of ours.
+    A sidecar NAME.txt has one caption a line, a sidecar NAME.json an object with `captions` or `caption` and any other
+    column of the manifest.
 
     Raises:
         UserError: If there are no media files.
-        MediaError: If the storage refuses to be read, or does not answer.
+        MediaError: If the storage cannot be read.
     """
     names = list_source(path)
-    there = set(names)
+    all_names = set(names)
     number = 0
     for name in names:
         if kind_of_name(name) is None:
             continue
         number += 1
         place = storage.join(path, name)
-        sidecar = next((found for found in _sidecars(name) if found in there), None)
+        sidecar = next((found for found in _sidecars(name) if found in all_names), None)
         try:
             values = {} if sidecar is None else sidecar_values(sidecar, _content(storage.join(path, sidecar)))
         except BadRowError as error:
@@ -46,16 +47,16 @@ def read_folder(path: str) -> Iterator[RawRow | BadRow]:
 
 
 def sidecar_values(name: str, content: bytes) -> dict[str, Any]:
-    """What a text or JSON file beside a media file says about it.
+    """Column values from a text or JSON sidecar file.
 
     Args:
         name: File name, for its extension and for messages.
-        content: Of the file.
+        content: Content of the file.
 
     Raises:
-        BadRowError: "corrupt", if it is no JSON object.
+        BadRowError: "corrupt", if it is not a JSON object.
     """
-    text = decoded(content)
+    text = decode_text(content)
     if not name.lower().endswith(".json"):
         return {schema.CAPTIONS: text.splitlines()}
     try:
@@ -71,7 +72,7 @@ def sidecar_values(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _sidecars(name: str) -> Iterator[str]:
-    """Where captions of a file may lie: photo.txt, or photo.jpg.txt."""
+    """Possible names of a sidecar file: photo.txt, or photo.jpg.txt."""
     for stem in (os.path.splitext(name)[0], name):
         yield from (stem + extension for extension in SIDECARS)
 
@@ -81,5 +82,5 @@ def _content(uri: str) -> bytes:
         return read_source_bytes(uri, _MAX_SIDECAR_BYTES)
     except MediaError as error:
         if error.error_class in ("transient", "config"):
-            raise  # the storage's fault, which no row may suffer for
+            raise  # a fault of the storage must not fail a row
         raise BadRowError(error.error_class, f"{uri}: {error.message}") from error

@@ -9,7 +9,7 @@ from pipelines.data.corpus.sources.text import lines
 
 
 def read_jsonl(path: str) -> Iterator[RawRow | BadRow]:
-    """Yield the rows; a line that is no JSON object is a bad row.
+    """Yield the rows; a line that is not a JSON object is a bad row.
 
     Raises:
         MediaError: If the file cannot be read.

@@ -1,4 +1,4 @@
-"""Karpathy's splits: {"images": [{filepath, filename, split, sentences: [{raw}]}]}."""
+"""Karpathy splits: {"images": [{filepath, filename, split, sentences: [{raw}]}]}."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +7,11 @@ from pipelines.data import schema
 from pipelines.data.corpus.sources.raw import BadRow, RawRow
 
 _SPLITS = {"restval": schema.TRAIN}
-"""The part of COCO's validation set that everyone trains on."""
+"""The part of COCO's validation set that is used for training."""
 
 
 def is_karpathy(document: Any) -> bool:
-    """Whether the document lists images that carry their sentences."""
+    """Whether the document lists images with their sentences."""
     images = document.get("images") if isinstance(document, dict) else None
     return isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images[:10])
 

@@ -15,7 +15,7 @@ def is_lavis(document: Any) -> bool:
 
 
 def read_lavis(document: list[Any], path: str) -> Iterator[RawRow | BadRow]:
-    """Yield one row a record: as LAVIS counts samples, an image with five captions may be five of them.
+    """Yield one row a record, as LAVIS counts samples: an image with five captions may be five of them.
 
     A question becomes the instruction and its answers the captions.
     """
@@ -37,7 +37,7 @@ def read_lavis(document: list[Any], path: str) -> Iterator[RawRow | BadRow]:
 
 
 def _texts(record: dict[str, Any]) -> Any:
-    """The texts to learn; equal answers of several annotators once, the most frequent first."""
+    """The caption, or the unique answers of all annotators, the most frequent first."""
     if "caption" in record:
         return record["caption"]
     answers = record.get("answer")

@@ -10,12 +10,12 @@ from pipelines.data import storage
 from pipelines.data.corpus.manifest_files import manifest_files
 from pipelines.data.corpus.sources.files import is_source_folder, list_source, open_source
 from pipelines.data.corpus.sources.raw import RawRow
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from pipelines.data.storage.retries import with_retries
 from qformer.errors import UserError
 
 _BATCH_ROWS = 256
-"""Rows may carry whole files."""
+"""Rows of a batch; small, because rows may contain whole files."""
 EXTENSIONS = (".parquet", ".pq")
 
 
@@ -23,7 +23,7 @@ def read_parquet(path: str) -> Iterator[RawRow]:
     """Yield the rows of a Parquet file, or of all Parquet files of a folder by name.
 
     Raises:
-        UserError: If a file is no Parquet.
+        UserError: If a file is not Parquet.
         MediaError: If it cannot be read.
     """
     number = 0
@@ -35,20 +35,20 @@ def read_parquet(path: str) -> Iterator[RawRow]:
 
 
 def part_files(path: str) -> list[str]:
-    """The Parquet files of a source; names that begin with "_" or "." are other programs' notes."""
+    """The Parquet files of a source, without names that begin with "_" or ".", which other programs write."""
     if not is_source_folder(path):
         return [path]
     if written := with_retries(path, lambda: manifest_files(path)):
-        return written  # and not the quarantine table beside it
+        return written  # without the quarantine table in the same folder
     names = [name for name in list_source(path) if name.lower().endswith(EXTENSIONS)]
-    kept = [name for name in names if not name.rpartition("/")[2].startswith(("_", "."))]
-    if not kept:
+    parts = [name for name in names if not name.rpartition("/")[2].startswith(("_", "."))]
+    if not parts:
         raise UserError(f"folder {path} holds no Parquet files; check the path or set format")
-    return [storage.join(path, name) for name in kept]
+    return [storage.join(path, name) for name in parts]
 
 
 def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """Plain rows of a batch; text that is no UTF-8 is marked as `text.require_unicode` knows it."""
+    """Yield the rows of a batch as dicts; text that is not UTF-8 is marked for `text.require_unicode`."""
     columns = [_values(column) for column in batch.columns]
     for cells in zip(*columns, strict=True):
         yield dict(zip(batch.schema.names, cells, strict=True))
@@ -67,8 +67,8 @@ def _values(column: pa.Array) -> list[Any]:
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        # Arrow does not check on reading: only these columns take the slow way.
-        return [_marked(value) for value in column.cast(_as_binary(column.type)).to_pylist()]
+        # Arrow does not validate text when it reads; only these columns need the slow conversion.
+        return [_decode_values(value) for value in column.cast(_as_binary(column.type)).to_pylist()]
 
 
 def _as_binary(kind: pa.DataType) -> pa.DataType:
@@ -83,7 +83,7 @@ def _as_binary(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _marked(value: Any) -> Any:
+def _decode_values(value: Any) -> Any:
     if isinstance(value, list):
-        return [_marked(item) for item in value]
-    return decoded(value) if isinstance(value, bytes) else value
+        return [_decode_values(item) for item in value]
+    return decode_text(value) if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""What readers yield: rows as their files have them, and rows that cannot be read."""
+"""Results of the readers: raw rows with unchecked values, and rows that cannot be read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,35 +9,35 @@ from pipelines.data.failures import ErrorClass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One place rows come from."""
+    """Location and settings of one source of rows."""
 
     path: str
     """File or folder, local or fsspec URI; of tar shards also a pattern such as shard-{000..127}.tar."""
     format: str = "auto"
     """One of `detect.FORMATS`."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Our column name -> the source's own."""
+    """Manifest column -> the source's own column."""
     media_root: str = ""
-    """Where relative media paths start; "" for the folder of the table."""
+    """Folder of relative media paths; "" for the folder of the table."""
     kind: str = "auto"
     """"image", "video", or "auto" to take the row's own, else the file name, else the first bytes."""
     split: str = "train"
-    """Of rows that name none."""
+    """Split of rows without one."""
     name: str = ""
-    """Told apart by it in mixtures and reports; "" keeps the rows' own names."""
+    """Source name in mixtures and reports; "" keeps the rows' own names."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row under our column names, its values unchecked."""
+    """One row under the manifest's column names, with unchecked values."""
 
     number: int
-    """Counted from 1 within the source; of lines where the source has lines."""
+    """Number of the row within the source, from 1; the line number where the source has lines."""
     place: str
-    """For a person: "captions.jsonl, line 3"."""
+    """Location for messages: "captions.jsonl, line 3"."""
     values: Mapping[str, Any]
     sample_id: str | None = None
-    """What to call a row without a sample id of its own; None: its media path."""
+    """Sample id of a row that has none itself; None: its media path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class BadRow:
 
 
 class BadRowError(Exception):
-    """Raised inside readers and builders for the row at hand.
+    """Raised inside readers and builders for the current row.
 
     Attributes:
-        error_class: As in the quarantine table.
-        message: One line for a person.
+        error_class: Error class of the quarantine table.
+        message: Explanation in one line.
     """
 
     def __init__(self, error_class: ErrorClass, message: str) -> None:

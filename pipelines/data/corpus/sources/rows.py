@@ -1,4 +1,4 @@
-"""From what readers yield to checked rows of the manifest; what fails the check becomes a failure."""
+"""Raw rows of the readers to checked rows of the manifest."""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +6,10 @@ from typing import Any
 
 from pipelines.data import schema, storage
 from pipelines.data.corpus.sources.raw import BadRowError, RawRow
-from pipelines.data.corpus.sources.text import require_unicode, text_of
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
-from pipelines.data.names import nearest
+from pipelines.data.corpus.sources.text import cell_text, require_unicode
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import SNIFFED_BYTES, kind_of_name, sniff_kind
+from pipelines.data.names import suggest
 from pipelines.data.storage import members
 from pipelines.data.storage.retries import with_retries
 
@@ -17,13 +18,13 @@ _MAX_MEDIA_CHARS = 4096
 
 
 class RowBuilder:
-    """Checks and completes one row after the other.
+    """Checks and completes single rows.
 
     Args:
-        media_root: Where relative media paths start.
+        media_root: Folder of relative media paths.
         kind: "image", "video" or "auto".
-        split: Of rows that name none.
-        source: Name of the source; "" keeps the rows' own.
+        split: Split of rows without one.
+        source: Name of the source; "" keeps the rows' own names.
     """
 
     def __init__(self, *, media_root: str, kind: str, split: str, source: str) -> None:
@@ -33,7 +34,7 @@ class RowBuilder:
         """Make a manifest row.
 
         Returns:
-            The row, and the name that stands in for its sample id where it has none.
+            The row, and the sample id to use where it has none.
 
         Raises:
             BadRowError: If it cannot be used.
@@ -62,9 +63,9 @@ class RowBuilder:
         return row, raw.sample_id or given or f"row-{raw.number}"
 
     def _complete(self, media: str) -> str:
-        """An absolute path or URI; relative paths stay below the media root."""
+        """Make an absolute path or URI; relative paths must stay below the media root."""
         if len(media) > _MAX_MEDIA_CHARS or "\0" in media:
-            raise BadRowError("config", f"media {media[:60]!r}… is no path")
+            raise BadRowError("config", f"media {media[:60]!r}… is not a path")
         try:
             storage.require_direct(media)
         except storage.IndirectUriError as error:
@@ -86,10 +87,10 @@ class RowBuilder:
     def _kind_of(self, values: Mapping[str, Any], media: str | None, data: bytes | None) -> str:
         found = self._kind if self._kind != "auto" else _text(values, schema.KIND)
         if found is None:
-            # What nothing identifies is tried as an image, and quarantined as unsupported.
+            # An unidentified file is decoded as an image, and quarantined as unsupported.
             found = kind_of_name(media or "") or _sniffed(media, data) or schema.IMAGE
         if found not in schema.KINDS:
-            raise BadRowError("config", f"column {schema.KIND!r} holds {found!r}{nearest(found, schema.KINDS)}")
+            raise BadRowError("config", f"column {schema.KIND!r} holds {found!r}{suggest(found, schema.KINDS)}")
         return found
 
 
@@ -113,12 +114,12 @@ def _media(values: Mapping[str, Any]) -> tuple[str | None, bytes | None]:
 
 
 def _text(values: Mapping[str, Any], column: str) -> str | None:
-    text = text_of(values.get(column))
+    text = cell_text(values.get(column))
     return None if text is None else require_unicode(text, f"column {column!r}")
 
 
 def _paired(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Captions that say something, and the instruction of each; one instruction serves all, none is no text."""
+    """Non-empty captions and their instructions; one instruction may serve all captions."""
     captions, instructions = _texts(values, schema.CAPTIONS), _texts(values, schema.INSTRUCTIONS)
     if len(instructions) > 1:
         if len(instructions) != len(captions):
@@ -132,7 +133,7 @@ def _texts(values: Mapping[str, Any], column: str) -> list[str]:
     value = values.get(column)
     texts = [value] if isinstance(value, str | bytes) else value or []
     if isinstance(texts, list):
-        texts = [text_of(text) or "" if isinstance(text, bytes) else text for text in texts]
+        texts = [cell_text(text) or "" if isinstance(text, bytes) else text for text in texts]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadRowError("config", f"column {column!r} holds {str(value)[:60]!r}; give a text or a list of texts")
     return [require_unicode(text, f"column {column!r}").strip() for text in texts]
@@ -160,5 +161,5 @@ def _sniffed(media: str | None, data: bytes | None) -> str | None:
         return sniff_kind(with_retries(media, lambda: storage.read_range(media, 0, SNIFFED_BYTES)))
     except MediaError as error:
         if error.error_class == "transient":
-            raise  # an image it would be called, by mistake
-        return None  # the probe reports the file
+            raise  # otherwise it would wrongly be called an image
+        return None  # the later check of the file reports the error

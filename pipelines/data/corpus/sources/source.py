@@ -1,4 +1,4 @@
-"""Read any source as blocks of manifest rows, with what is wrong in it told row by row."""
+"""Read any source as blocks of manifest rows and failures of single rows."""
 
 import contextlib
 import csv
@@ -10,22 +10,21 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.sources import annotations, delimited, folders, jsonl, parquet, webdataset, webvid
 from pipelines.data.corpus.sources.detect import FORMATS, format_of
 from pipelines.data.corpus.sources.files import is_source_folder, source_exists
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow, Source
 from pipelines.data.corpus.sources.rows import Row, RowBuilder
-from pipelines.data.failures import MediaError
-from pipelines.data.names import nearest
+from pipelines.data.failures import Failure, MediaError
+from pipelines.data.names import suggest
 from qformer.errors import UserError
 
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 64 * 1024**2
-"""Of files that stand in the rows themselves."""
-_SURVEYED_ROWS = 1000
-"""So many rows tell which columns a table has."""
+"""Limit for the bytes of files inside the rows of a block."""
+_SCHEMA_ROWS = 1000
+"""Number of first rows that decide which columns a table has."""
 _TABLES = ("parquet", "jsonl", "csv")
 _COLUMNS = (*schema.MANIFEST_SCHEMA.names, *schema.SINGULAR)
 
@@ -35,30 +34,30 @@ class SourceBlock:
     """Some consecutive rows of a source."""
 
     rows: pa.Table
-    """In `schema.MANIFEST_SCHEMA`."""
+    """Rows in `schema.MANIFEST_SCHEMA`."""
     failures: list[Failure]
-    """Rows that are no rows of the manifest; their sample ids tell source and row number."""
+    """Rows that cannot become manifest rows; their sample ids are source and row number."""
 
 
-def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[SourceBlock]:
+def read_source(source: Source, used_ids: NameSet | None = None) -> Iterator[SourceBlock]:
     """Read a source block by block.
 
-    Rows without a sample id get their media path as one; with #NUMBER of the row behind it where the path was an id
-    before, and with the source's name before it where that was one, too.
+    Rows without a sample id get their media path as one. If that id is used already, #NUMBER of the row is appended;
+    if that is used, too, the source's name is prepended.
 
     Args:
-        source: Where and how.
-        seen: Sample ids of sources read before, to which this one's are added; repeated ids are failures.
+        source: Source to read.
+        used_ids: Sample ids of earlier sources, to which this source's are added; repeated ids are failures.
 
     Yields:
         Blocks of at most 1,024 rows.
 
     Raises:
-        UserError: If the source cannot be read as a whole. What is wrong with single rows raises nothing.
+        UserError: If the source cannot be read as a whole. Wrong single rows raise nothing.
     """
     check_source(source)
-    seen = seen if seen is not None else SeenNames()
-    with _told(source):
+    used_ids = used_ids if used_ids is not None else NameSet()
+    with _user_errors(source):
         root = source.media_root or _own_folder(source)
     builder = RowBuilder(media_root=root, kind=source.kind, split=source.split, source=source.name)
     rows: list[tuple[RawRow, Row, str | None]] = []
@@ -69,7 +68,7 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
             failures.append(_failure(source, raw, raw.error_class, raw.message, raw.media))
             continue
         try:
-            with _told(source):
+            with _user_errors(source):
                 row, name = builder.build(raw)
         except BadRowError as error:
             failures.append(_failure(source, raw, error.error_class, error.message, raw.values.get(schema.MEDIA)))
@@ -77,26 +76,26 @@ def read_source(source: Source, seen: SeenNames | None = None) -> Iterator[Sourc
         rows.append((raw, row, name))
         num_bytes += len(row[schema.MEDIA_BYTES] or b"")
         if len(rows) == _BLOCK_ROWS or num_bytes > _BLOCK_BYTES:
-            yield _block(source, rows, failures, seen)
+            yield _block(source, rows, failures, used_ids)
             rows, failures, num_bytes = [], [], 0
     if rows or failures:
-        yield _block(source, rows, failures, seen)
+        yield _block(source, rows, failures, used_ids)
 
 
 def check_source(source: Source) -> None:
-    """Look at what can be wrong with a source before a row of it is read.
+    """Check a source before any row of it is read.
 
     Raises:
-        UserError: If it does not exist, its format is unknown, or `columns` names none of ours.
+        UserError: If it does not exist, its format is unknown, or `columns` names an unknown column.
     """
     if source.format not in ("auto", *FORMATS):
-        raise UserError(f"format {source.format!r} of {source.path} is unknown{nearest(source.format, FORMATS)}")
+        raise UserError(f"format {source.format!r} of {source.path} is unknown{suggest(source.format, FORMATS)}")
     for name in source.columns:
         if name not in _COLUMNS:
             raise UserError(
-                f"source {source.path}: columns maps {name!r}, which is no column of ours{nearest(name, _COLUMNS)}"
+                f"source {source.path}: columns maps {name!r}, which is not a manifest column{suggest(name, _COLUMNS)}"
             )
-    with _told(source):
+    with _user_errors(source):
         is_pattern = "{" in source.path and source.format in ("auto", "webdataset")
         if not is_pattern and not source_exists(source.path):
             raise UserError(f"source {source.path} does not exist; check the path")
@@ -108,27 +107,27 @@ def _own_folder(source: Source) -> str:
 
 
 def _raw_rows(source: Source) -> Iterator[RawRow | BadRow]:
-    """All rows, under our column names."""
-    with _told(source):
-        known = source.format if source.format != "auto" else format_of(source.path)
-        reader = _reader(source, known)
-        yield from _renamed(reader, source) if known in _TABLES else reader
+    """Yield all rows under the manifest's column names."""
+    with _user_errors(source):
+        format_name = source.format if source.format != "auto" else format_of(source.path)
+        reader = _reader(source, format_name)
+        yield from _renamed(reader, source) if format_name in _TABLES else reader
 
 
 @contextlib.contextmanager
-def _told(source: Source) -> Iterator[None]:
-    """Whatever stops the reading of a source is the user's to mend."""
+def _user_errors(source: Source) -> Iterator[None]:
+    """Turn the errors that stop the reading of a source into UserErrors."""
     try:
         yield
     except (UserError, BadRowError):
         raise
     except MediaError as error:
-        # "config" tells what to mend; the others passed all tries.
+        # A "config" message says what to change; the others failed in all tries.
         raise UserError(
             f"cannot read source {source.path}: {error.message.removeprefix(f'{source.path}: ')}"
         ) from error
     except Exception as error:
-        # Remote file systems raise their own types; on local disks anything but these is a fault of ours.
+        # Remote file systems raise their own types; on local disks any other error is a bug.
         if storage.is_local(source.path) and not isinstance(error, OSError | UnicodeError | csv.Error):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -137,9 +136,9 @@ def _told(source: Source) -> Iterator[None]:
         ) from error
 
 
-def _reader(source: Source, known: str) -> Iterator[RawRow | BadRow]:
+def _reader(source: Source, format_name: str) -> Iterator[RawRow | BadRow]:
     path = source.path
-    match known:
+    match format_name:
         case "parquet":
             return parquet.read_parquet(path)
         case "jsonl":
@@ -150,23 +149,23 @@ def _reader(source: Source, known: str) -> Iterator[RawRow | BadRow]:
             return webdataset.read_webdataset(path, dict(source.columns))
         case "folder":
             if not is_source_folder(path):
-                raise UserError(f"source {path} is a file; format=folder wants a folder")
+                raise UserError(f"source {path} is a file; format=folder needs a folder")
             return folders.read_folder(path)
     if source.columns:
-        raise UserError(f"source {path}: columns says nothing about format {known}, whose names are fixed; remove it")
-    if known == "webvid":
+        raise UserError(f"source {path}: format {format_name} has fixed names, so columns has no effect; remove it")
+    if format_name == "webvid":
         return webvid.read_webvid(path)
-    return annotations.read_annotations(path, "auto" if known == "annotations" else known)
+    return annotations.read_annotations(path, "auto" if format_name == "annotations" else format_name)
 
 
 def _renamed(rows: Iterator[RawRow | BadRow], source: Source) -> Iterator[RawRow | BadRow]:
-    """A table's rows under our names; the first ones tell whether it has the columns at all."""
-    first = list(itertools.islice(rows, _SURVEYED_ROWS))
+    """Rename the columns of a table's rows; the first rows show whether the columns exist."""
+    first = list(itertools.islice(rows, _SCHEMA_ROWS))
     found = dict.fromkeys(name for row in first if isinstance(row, RawRow) for name in row.values)
     names = {ours: source.columns.get(ours, ours) for ours in _COLUMNS}
     for ours in source.columns:
         if found and names[ours] not in found:
-            raise UserError(f"{source.path} has no column {names[ours]!r}{nearest(names[ours], found)}")
+            raise UserError(f"{source.path} has no column {names[ours]!r}{suggest(names[ours], found)}")
     if found and names[schema.MEDIA] not in found and names[schema.MEDIA_BYTES] not in found:
         raise UserError(
             f"{source.path} has no column {schema.MEDIA!r} (or {schema.MEDIA_BYTES!r}) but {', '.join(sorted(found))}; "
@@ -185,23 +184,23 @@ def _ours(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 
 def _block(
-    source: Source, rows: list[tuple[RawRow, Row, str | None]], failures: list[Failure], seen: SeenNames
+    source: Source, rows: list[tuple[RawRow, Row, str | None]], failures: list[Failure], used_ids: NameSet
 ) -> SourceBlock:
-    """Give every row an id that no other has, and fail those whose own id is another's."""
+    """Give every row a unique id; rows whose own id is used already fail."""
     ids = [row[schema.SAMPLE_ID] or name or f"row-{raw.number}" for raw, row, name in rows]
-    is_new = seen.add(ids)
-    kept: list[Row] = []
+    is_new = used_ids.add(ids)
+    unique_rows: list[Row] = []
     for (raw, row, _), sample_id, is_first in zip(rows, ids, is_new.tolist(), strict=True):
         if not is_first and row[schema.SAMPLE_ID] is None:
             numbered = (f"{sample_id}#{raw.number}", f"{source.name}/{sample_id}#{raw.number}")
-            sample_id = next((name for name in numbered if seen.add([name])[0]), sample_id)
+            sample_id = next((name for name in numbered if used_ids.add([name])[0]), sample_id)
             is_first = sample_id in numbered
         if is_first:
-            kept.append({**row, schema.SAMPLE_ID: sample_id})
+            unique_rows.append({**row, schema.SAMPLE_ID: sample_id})
         else:
             message = f"sample_id {sample_id!r} was used by an earlier row"
             failures.append(_failure(source, raw, "config", message, row[schema.MEDIA]))
-    columns = {name: [row[name] for row in kept] for name in schema.MANIFEST_SCHEMA.names}
+    columns = {name: [row[name] for row in unique_rows] for name in schema.MANIFEST_SCHEMA.names}
     return SourceBlock(pa.table(columns, schema=schema.MANIFEST_SCHEMA), failures)
 
 

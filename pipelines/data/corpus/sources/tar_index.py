@@ -1,11 +1,11 @@
-"""Where the members of an uncompressed tar lie, found by walking its headers; nothing is unpacked."""
+"""Positions of the members of an uncompressed tar, from its headers; nothing is unpacked."""
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipelines.data import storage
-from pipelines.data.corpus.sources.text import decoded
+from pipelines.data.corpus.sources.text import decode_text
 from pipelines.data.failures import ErrorClass
 from pipelines.data.storage.retries import with_retries
 from qformer.errors import UserError
@@ -13,12 +13,12 @@ from qformer.errors import UserError
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 512
-_LOCAL_WINDOW_BYTES = 64 * 1024
-"""Read at a time. Small on local disks, where skipping over a large member costs nothing; from a store a request
-costs more than the bytes of most images."""
-_REMOTE_WINDOW_BYTES = 8 * 1024**2
+_LOCAL_READ_BYTES = 64 * 1024
+"""Bytes per read. Small on local disks, where skipping a large member costs nothing; a request to a remote store costs
+more than the bytes of most images."""
+_REMOTE_READ_BYTES = 8 * 1024**2
 _MAX_NAME_BYTES = 64 * 1024
-"""Of a long name or a pax record: their sizes come out of the file, and must not be believed."""
+"""Limit for a long name or a pax record: their sizes come from the file and cannot be trusted."""
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 _REGULAR, _FOLDER = (b"0", b"\0", b"7"), b"5"
 _KINDS = {b"1": "a hard link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "sparse"}
@@ -26,10 +26,10 @@ _KINDS = {b"1": "a hard link", b"2": "a link", b"3": "a device", b"4": "a device
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One regular file in a tar, or what is wrong with an entry."""
+    """One regular file in a tar, or the error of an entry."""
 
     name: str
-    """As the tar has it: never a path to open."""
+    """Name inside the tar; never opened as a path."""
     offset: int
     length: int
     error_class: ErrorClass | None = None
@@ -37,50 +37,50 @@ class TarMember:
 
 
 class _DamageError(Exception):
-    """The walk cannot go on."""
+    """The tar cannot be read beyond this point."""
 
 
 def walk_tar(uri: str) -> Iterator[TarMember]:
-    """Yield the entries of a tar in their order, folders left out; reads little more than the headers.
+    """Yield the entries of a tar in order, without folders; reads little more than the headers.
 
-    Entries that are no regular files, or whose names leave the tar, come with an error class; so does the member
-    that the end of a truncated tar cuts, and a damaged header, after which nothing more is found.
+    Entries that are not regular files, or whose names leave the tar, have an error class. So do a truncated member at
+    the end of the tar, and a damaged header, after which nothing more is found.
 
     Raises:
         UserError: If the tar is compressed.
         MediaError: If it cannot be read.
     """
-    window = _Window(uri)
-    _require_plain(uri, window.at(0, _BLOCK_BYTES))
-    walk = _Walk(window)
+    file = _BufferedFile(uri)
+    _require_plain(uri, file.at(0, _BLOCK_BYTES))
+    reader = _EntryReader(file)
     position = 0
     while True:
         try:
-            found = walk.entry(position)
+            found = reader.entry(position)
         except _DamageError as error:
             yield TarMember(f"byte {position}", position, 0, "corrupt", f"{error}; what follows cannot be found")
             return
         if found is None:
-            if position == window.size_bytes:
-                logger.warning("%s has no end marker: it may have been cut between two members", uri)
+            if position == file.size_bytes:
+                logger.warning("%s has no end marker: it may have been truncated between two members", uri)
             return
         member, position = found
         if member is not None:
             yield member
 
 
-class _Walk:
-    """Reads one entry with the extended headers before it."""
+class _EntryReader:
+    """Reads an entry together with the extended headers before it."""
 
-    def __init__(self, window: "_Window") -> None:
-        self._window = window
+    def __init__(self, file: "_BufferedFile") -> None:
+        self._file = file
 
     def entry(self, position: int) -> tuple[TarMember | None, int] | None:
-        """The entry at `position` and where the next begins; None at the end."""
+        """The entry at `position` and the position of the next; None at the end."""
         long_name: str | None = None
         long_size: int | None = None
         while True:
-            header = self._window.at(position, _BLOCK_BYTES)
+            header = self._file.at(position, _BLOCK_BYTES)
             if not header.strip(b"\0"):
                 return None  # the end marker, or the end of a tar without one
             if len(header) < _BLOCK_BYTES:
@@ -95,10 +95,10 @@ class _Walk:
                 break
             record = self._record(content, length)
             if kind == b"L":
-                long_name = decoded(record.rstrip(b"\0"))
+                long_name = decode_text(record.rstrip(b"\0"))
             elif kind == b"x":
                 values = _pax(record)
-                long_name = decoded(values[b"path"]) if b"path" in values else long_name
+                long_name = decode_text(values[b"path"]) if b"path" in values else long_name
                 long_size = int(values[b"size"]) if values.get(b"size", b"").isdigit() else long_size
             position = content + _padded(length)
         name = long_name if long_name is not None else _name(header)
@@ -114,33 +114,33 @@ class _Walk:
             return TarMember(name, offset, 0, "unsupported", f"member {name!r} is {what}; only files are read")
         if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
             return TarMember(name, offset, length, "unsupported", f"member {name!r} leaves the tar; rename it")
-        missing = offset + length - self._window.size_bytes
+        missing = offset + length - self._file.size_bytes
         if missing > 0:
             return TarMember(
-                name, offset, length, "corrupt", f"member {name!r} is cut off: {missing} bytes are missing"
+                name, offset, length, "corrupt", f"member {name!r} is truncated: {missing} bytes are missing"
             )
         return TarMember(name, offset, length)
 
     def _record(self, offset: int, length: int) -> bytes:
         if length > _MAX_NAME_BYTES:
             raise _DamageError(f"an extended header of {length} bytes")
-        record = self._window.at(offset, length)
+        record = self._file.at(offset, length)
         if len(record) < length:
             raise _DamageError("the tar ends inside an extended header")
         return record
 
 
-class _Window:
-    """A file's bytes by position, read in large pieces."""
+class _BufferedFile:
+    """Random access to a file's bytes, read in large pieces."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self.size_bytes = with_retries(uri, lambda: storage.size_bytes(uri))
-        self._step = _LOCAL_WINDOW_BYTES if storage.is_local(uri) else _REMOTE_WINDOW_BYTES
+        self._step = _LOCAL_READ_BYTES if storage.is_local(uri) else _REMOTE_READ_BYTES
         self._start, self._bytes = 0, b""
 
     def at(self, offset: int, length: int) -> bytes:
-        """Bytes from `offset` on; fewer at the end of the file."""
+        """Bytes from `offset`; fewer at the end of the file."""
         length = max(0, min(length, self.size_bytes - offset))
         if not length:
             return b""
@@ -160,11 +160,11 @@ def _require_plain(uri: str, head: bytes) -> None:
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return decoded(prefix + b"/" + name if prefix else name)
+    return decode_text(prefix + b"/" + name if prefix else name)
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or (GNU, for more than 8 GiB) big-endian bytes after a marker; -1 when it is neither."""
+    """Parse octal digits, or (GNU, above 8 GiB) big-endian bytes after a marker; -1 when it is neither."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")

@@ -1,4 +1,4 @@
-"""WebDataset shards: files of a tar that share a key make a sample."""
+"""WebDataset shards: members of a tar with the same key form a sample."""
 
 import os
 import re
@@ -10,13 +10,13 @@ from pipelines.data.corpus.sources.files import is_source_folder, list_source, r
 from pipelines.data.corpus.sources.folders import sidecar_values
 from pipelines.data.corpus.sources.raw import BadRow, BadRowError, RawRow
 from pipelines.data.corpus.sources.tar_index import TarMember, walk_tar
-from pipelines.data.corpus.sources.text import decoded
-from pipelines.data.failures import kind_of_name
+from pipelines.data.corpus.sources.text import decode_text
+from pipelines.data.media.kinds import kind_of_name
 from pipelines.data.storage import members
 from qformer.errors import UserError
 
 _CAPTIONS = ("caption", "captions", "txt", "text")
-"""Extensions of members that hold captions, one a line."""
+"""Extensions of members with captions, one a line."""
 _MAX_TEXT_BYTES = 16 * 1024**2
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -25,7 +25,7 @@ def shard_files(path: str) -> list[str]:
     """The tars of a source: a file, a pattern such as shard-{000..127}.tar, or all .tar files of a folder by name.
 
     Raises:
-        UserError: If there are none, or one is named as compressed.
+        UserError: If there are none, or a name says that one is compressed.
     """
     if is_source_folder(path):
         names = list_source(path)
@@ -49,18 +49,18 @@ def read_webdataset(path: str, columns: dict[str, str]) -> Iterator[RawRow | Bad
     """Yield one row a sample; its id is SHARD/KEY, its media is a range of the shard.
 
     The key of `photos/0001.seg.png` is `photos/0001`, its extension `seg.png`. The first member with the extension of
-    an image or video is the sample's media; members named .txt or .caption hold captions, one a line; .json members
-    hold any of our columns.
+    an image or video is the sample's media; .txt and .caption members have captions, one a line; a .json member has any
+    columns of the manifest.
 
     Args:
-        path: As `shard_files` takes it.
-        columns: Our column name -> extension of a member, or key in the .json member.
+        path: File, pattern or folder as in `shard_files`.
+        columns: Manifest column -> extension of a member, or key in the .json member.
 
     Raises:
         UserError: If a tar is compressed or there is none.
         MediaError: If one cannot be read.
     """
-    # References must hold wherever they are read.
+    # References must be valid in every working directory.
     shards = [storage.local_path(shard) if storage.is_local(shard) else shard for shard in shard_files(path)]
     root = os.path.commonprefix([f"{storage.parent(shard)}/" for shard in shards]).rpartition("/")[0]
     number = 0
@@ -81,14 +81,14 @@ def read_webdataset(path: str, columns: dict[str, str]) -> Iterator[RawRow | Bad
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member: the key goes to the first dot of the last path part."""
+    """(key, extension) of a member: the key ends at the first dot of the last path part."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
 def _samples(shard: str) -> Iterator[tuple[str, list[TarMember]]]:
-    """Neighbouring members with one key."""
+    """Group neighbouring members with the same key."""
     key, group = "", list[TarMember]()
     for member in walk_tar(shard):
         name = split_name(member.name)[0]
@@ -114,21 +114,21 @@ def _values(shard: str, group: list[TarMember], columns: dict[str, str]) -> dict
         if extension == "json":
             found_values = {**sidecar_values(member.name, _content(shard, member)), **found_values}
         elif extension in _CAPTIONS:
-            found_values[schema.CAPTIONS] = decoded(_content(shard, member)).splitlines()
+            found_values[schema.CAPTIONS] = decode_text(_content(shard, member)).splitlines()
         elif extension in texts:
-            found_values[extension] = decoded(_content(shard, member)).strip()
+            found_values[extension] = decode_text(_content(shard, member)).strip()
     renamed = {ours: found_values.get(theirs) for ours, theirs in columns.items() if ours != schema.MEDIA}
     chosen = by_extension[media]
     return {
         **found_values,
         **renamed,
-        schema.MEDIA: members.spell(members.Member(shard, chosen.offset, chosen.length)),
+        schema.MEDIA: members.to_reference(members.Member(shard, chosen.offset, chosen.length)),
         schema.KIND: renamed.get(schema.KIND) or kind_of_name(f"x.{media}"),
     }
 
 
 def _is_media(extension: str, wanted: str | None) -> bool:
-    """Whether it is the wanted extension, or a plain one of images or videos; "seg.png" is something else."""
+    """Whether it is the given extension, or by default one of images or videos without a dot, unlike "seg.png"."""
     if wanted is not None:
         return extension == wanted
     return "." not in extension and kind_of_name(f"x.{extension}") is not None
@@ -137,8 +137,8 @@ def _is_media(extension: str, wanted: str | None) -> bool:
 def _content(shard: str, member: TarMember) -> bytes:
     if member.length > _MAX_TEXT_BYTES:
         raise BadRowError("too_large", f"member {member.name!r} holds {member.length} bytes of text")
-    return read_source_bytes(members.spell(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
+    return read_source_bytes(members.to_reference(members.Member(shard, member.offset, member.length)), _MAX_TEXT_BYTES)
 
 
 def _reference(shard: str, group: list[TarMember]) -> str:
-    return members.spell(members.Member(shard, group[0].offset, group[0].length))
+    return members.to_reference(members.Member(shard, group[0].offset, group[0].length))

@@ -1,6 +1,6 @@
-"""The child process that decodes videos and pictures: `python -m pipelines.data.media.video.child MEMORY_BYTES`.
+"""The child process that decodes videos and images: `python -m pipelines.data.media.video.child MEMORY_BYTES`.
 
-Answers requests on its standard input until that closes. It may crash or be killed at any moment.
+It answers requests on its standard input until that closes. It may crash or be killed at any time.
 """
 
 import os
@@ -14,14 +14,14 @@ import numpy as np
 
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import Clip, ClipRequest, WaveformRequest
-from pipelines.data.media.picture import read_picture
+from pipelines.data.media.image_clip import decode_image_clip
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.media.video.frames import read_clip
 from pipelines.data.media.video.waveform import read_waveform
 from pipelines.data.media.video.wire import receive, send
 
 _GRACE_S = 2.0
-"""The parent kills at the deadline; this much later the child ends itself, should the parent be gone."""
+"""The parent kills the child at the deadline. This much later the child ends itself, in case the parent is gone."""
 
 Reply = tuple[dict[str, Any], *tuple[bytes | memoryview, ...]]
 
@@ -29,7 +29,7 @@ Reply = tuple[dict[str, Any], *tuple[bytes | memoryview, ...]]
 def main() -> None:
     """Serve requests."""
     requests, replies = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
-    # Decoders print; their words must not get between the replies.
+    # Decoders print to standard output; that must not mix with the replies.
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 0)
     os.dup2(silence, 1)
@@ -45,17 +45,17 @@ def main() -> None:
 
 
 def _answer(header: dict[str, Any], data: bytearray) -> Reply:
-    work = _waveform if header["task"] == "waveform" else _clip
+    decode = _waveform if header["task"] == "waveform" else _clip
     try:
-        if header["task"] == "picture":
-            return _told(read_picture(bytes(data), ClipRequest.from_dict(header["request"]), StageCosts()))
+        if header["task"] == "image":
+            return _clip_reply(decode_image_clip(bytes(data), ClipRequest.from_dict(header["request"]), StageCosts()))
         if header["path"] is not None:
-            return work(header["path"], header)
+            return decode(header["path"], header)
         with tempfile.TemporaryFile() as file:
-            # Unlinked already, so that nothing stays behind when this process is killed.
+            # The file has no name, so nothing is left when this process is killed.
             file.write(data)
             file.flush()
-            return work(f"/dev/fd/{file.fileno()}", header)
+            return decode(f"/dev/fd/{file.fileno()}", header)
     except MediaError as error:
         return {"error_class": error.error_class, "message": error.message, "stage": error.stage}, b""
     except MemoryError:
@@ -66,16 +66,16 @@ def _answer(header: dict[str, Any], data: bytearray) -> Reply:
 
 
 def _clip(path: str, header: dict[str, Any]) -> Reply:
-    return _told(read_clip(path, ClipRequest.from_dict(header["request"]), header["backends"]))
+    return _clip_reply(read_clip(path, ClipRequest.from_dict(header["request"]), header["backends"]))
 
 
-def _told(clip: Clip) -> Reply:
+def _clip_reply(clip: Clip) -> Reply:
     facts = clip.facts and clip.facts.to_dict()
-    told = {"shape": clip.pixels.shape, "frame_valid": clip.frame_valid.tolist(), "facts": facts}
+    reply = {"shape": clip.pixels.shape, "frame_valid": clip.frame_valid.tolist(), "facts": facts}
     if clip.waveforms is None or clip.audio_valid is None:
-        return told, clip.pixels.data.cast("B")
-    heard = np.ascontiguousarray(clip.waveforms[clip.audio_valid])
-    return {**told, "audio_valid": clip.audio_valid.tolist()}, clip.pixels.data.cast("B"), heard.tobytes()
+        return reply, clip.pixels.data.cast("B")
+    valid_waveforms = np.ascontiguousarray(clip.waveforms[clip.audio_valid])
+    return {**reply, "audio_valid": clip.audio_valid.tolist()}, clip.pixels.data.cast("B"), valid_waveforms.tobytes()
 
 
 def _waveform(path: str, header: dict[str, Any]) -> Reply:

@@ -1,4 +1,4 @@
-"""Decode videos, and pictures if need be, in children that are killed at a deadline and replaced when they crash."""
+"""Decode videos, and images on request, in child processes that are killed at a deadline and replaced after a crash."""
 
 import contextlib
 import math
@@ -21,24 +21,24 @@ from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.clip import BACKEND_NAMES, Clip, ClipRequest, WaveformRequest
 from pipelines.data.media.facts import MediaFacts
-from pipelines.data.media.video.wire import receive, send, widen
+from pipelines.data.media.video.wire import enlarge_pipe, receive, send
 
-# The child decodes strangers' files: it gets what it needs to run, and no credentials.
-_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
-_FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# The child decodes untrusted files: it gets the variables it needs to run, and no credentials.
+_PASSED_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
+_EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MAX_KILLS = 5
-"""Children that may be killed from outside over one clip."""
+"""Children of one clip that may be killed by other processes."""
 _EXIT_S = 5.0
-"""Within this a child that has closed its pipe is gone."""
+"""Time within which a child that closed its pipe must end."""
 
 
 class VideoPool:
-    """A few decoding children, started when first needed and reused while healthy. Thread-safe.
+    """A pool of decoding child processes, started when first needed and reused. Thread-safe.
 
     Args:
-        timeout_s: Deadline of one clip; its child is killed then.
-        memory_bytes: Address space a child may use.
-        size: Number of children, the clips that can be decoded at a time.
+        timeout_s: Deadline of one clip, after which its child is killed.
+        memory_bytes: Address space of a child.
+        size: Number of children, and so of clips decoded at the same time.
     """
 
     def __init__(self, *, timeout_s: float, memory_bytes: int, size: int = 1) -> None:
@@ -58,35 +58,34 @@ class VideoPool:
     ) -> Clip:
         """Decode sampled frames of one clip.
 
-        A crash is put down to the backend that is asked first, which comes last in the second try. A child that
-        somebody else ended (the kernel short of memory, a person) says nothing of file or backend: another child
-        does the same again.
+        A crash is attributed to the first backend, which comes last in the second try. A child that another process
+        killed (the kernel short of memory, a person) says nothing about file or backend: another child tries again.
 
         Args:
-            request: What to make of it.
+            request: How to decode it.
             path: Local file; None to decode `data`.
             data: The file's content.
-            backends: Names of those to try, in this order.
+            backends: Names of the backends to try, in this order.
 
         Raises:
             MediaError: If the clip cannot be used, takes too long, or crashes its decoder twice; "transient" if its
-                children are killed again and again.
+                children are killed repeatedly.
         """
         header = {"task": "clip", "request": request.to_dict(), "path": path}
         tries = [list(backends), [*backends[1:], *backends[:1]]]
         return self._clip([{**header, "backends": names} for names in tries], data, request.audio)
 
-    def read_picture(self, data: bytes, request: ClipRequest) -> Clip:
-        """Decode a picture, as `picture.read_picture` does, where its decoder can harm nobody.
+    def read_image(self, data: bytes, request: ClipRequest) -> Clip:
+        """Decode an image as `image_clip.decode_image_clip` does, isolated in a child process.
 
         Raises:
-            MediaError: If the picture cannot be used, takes too long, or crashes its decoder twice.
+            MediaError: If the image cannot be used, takes too long, or crashes its decoder twice.
         """
-        header = {"task": "picture", "request": request.to_dict(), "path": None}
+        header = {"task": "image", "request": request.to_dict(), "path": None}
         return self._clip([header, header], data, None)
 
     def _clip(self, headers: list[dict[str, Any]], data: bytes, audio: AudioSampling | None) -> Clip:
-        reply, payload = self._ask(headers, data)
+        reply, payload = self._request(headers, data)
         num_pixels = math.prod(reply["shape"])
         pixels = np.frombuffer(payload, dtype=np.uint8, count=num_pixels).reshape(reply["shape"])
         facts = None if reply["facts"] is None else MediaFacts(**reply["facts"])
@@ -95,8 +94,8 @@ class VideoPool:
             return Clip(pixels, frame_valid, facts)
         waveforms, _ = audio.silence()
         audio_valid = np.array(reply["audio_valid"], dtype=np.bool_)
-        heard = np.frombuffer(payload, dtype=np.uint8, offset=num_pixels).view(np.float32)
-        waveforms[audio_valid] = heard.reshape(-1, audio.segment_samples)
+        valid_waveforms = np.frombuffer(payload, dtype=np.uint8, offset=num_pixels).view(np.float32)
+        waveforms[audio_valid] = valid_waveforms.reshape(-1, audio.segment_samples)
         return Clip(pixels, frame_valid, facts, waveforms, audio_valid)
 
     def read_waveform(
@@ -111,33 +110,33 @@ class VideoPool:
             data: The file's content.
 
         Returns:
-            float32 [samples], or None when there is no audio track; see `video_audio.read_waveform`.
+            float32 [samples], or None when there is no audio track; see `waveform.read_waveform`.
 
         Raises:
-            MediaError: As `read_clip`.
+            MediaError: If the sound cannot be used; see `read_clip`.
         """
         header = {"task": "waveform", "request": request.to_dict(), "path": path, "max_pixels": max_pixels}
-        reply, payload = self._ask([header, header], data)
+        reply, payload = self._request([header, header], data)
         return np.frombuffer(payload, dtype=np.float32) if reply["has_audio"] else None
 
     def child_pids(self) -> list[int]:
-        """Process ids of the living children."""
+        """Process ids of the running children."""
         return [child.pid for child in self._children if child.pid is not None]
 
-    def _ask(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytearray]:
-        """Send one header after the other until a child survives it, and again where it was killed from outside."""
+    def _request(self, headers: list[dict[str, Any]], data: bytes) -> tuple[dict[str, Any], bytearray]:
+        """Send the headers in turn until a child survives one; repeat a header whose child another process killed."""
         child = self._idle.get()
         num_crashes = num_kills = 0
         try:
             while num_crashes < len(headers) and num_kills < _MAX_KILLS:
-                answer = child.ask({**headers[num_crashes], "timeout_s": self._timeout_s}, data, self._timeout_s)
-                if not isinstance(answer, _Death):
-                    told, payload = answer
-                    if "error_class" in told:
-                        raise MediaError(told["error_class"], told["message"], stage=told["stage"])
-                    return told, payload
-                num_kills += answer.is_foreign
-                num_crashes += not answer.is_foreign
+                answer = child.request({**headers[num_crashes], "timeout_s": self._timeout_s}, data, self._timeout_s)
+                if not isinstance(answer, _ChildExit):
+                    reply, payload = answer
+                    if "error_class" in reply:
+                        raise MediaError(reply["error_class"], reply["message"], stage=reply["stage"])
+                    return reply, payload
+                num_kills += answer.is_external
+                num_crashes += not answer.is_external
         finally:
             self._idle.put(child)
         if num_kills == _MAX_KILLS:
@@ -152,43 +151,45 @@ class VideoPool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Death:
-    """How a child ended that gave no answer."""
+class _ChildExit:
+    """How a child ended without a reply."""
 
     returncode: int
-    """Minus the signal; `subprocess.Popen.returncode`."""
+    """`subprocess.Popen.returncode`: minus the signal, where a signal ended it."""
 
     @property
-    def is_foreign(self) -> bool:
-        """Whether somebody else ended it: decoders die of their own faults by other signals."""
-        return -self.returncode in _FOREIGN_SIGNALS
+    def is_external(self) -> bool:
+        """Whether another process ended it; crashes of decoders have other signals."""
+        return -self.returncode in _EXTERNAL_SIGNALS
 
     def __str__(self) -> str:
         return signal.Signals(-self.returncode).name if self.returncode < 0 else f"exit code {self.returncode}"
 
 
 class _Child:
-    """One decoding process, or none yet."""
+    """One decoding process, started on demand."""
 
     def __init__(self, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
-        self._asking = threading.RLock()
-        """Held while the pipes are in use: closed ones may become another child's."""
+        self._pipe_lock = threading.RLock()
+        """Held while the pipes are in use: file descriptors of closed ones may be reused for another child."""
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def ask(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytearray] | _Death:
+    def request(
+        self, header: dict[str, Any], data: bytes, timeout_s: float
+    ) -> tuple[dict[str, Any], bytearray] | _ChildExit:
         """Send a request and wait for its reply.
 
         Raises:
             MediaError: "timeout".
         """
-        with self._asking:
+        with self._pipe_lock:
             if self._process is not None and self._process.poll() is not None:
-                self.kill()  # it was ended while it waited, which is nothing that this file did
+                self.kill()  # it ended while idle, which this file did not cause
             process = self._process or self._start()
             self._process = process
             deadline_s = time.monotonic() + timeout_s
@@ -206,9 +207,9 @@ class _Child:
         try:
             returncode = process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
-            returncode = 0  # it closed its pipe and lives on, which only a fault of its own can do
+            returncode = 0  # it closed its pipe but still runs: a fault of the child itself
         self.kill()
-        return _Death(returncode)
+        return _ChildExit(returncode)
 
     def kill(self) -> None:
         process, self._process = self._process, None
@@ -216,14 +217,14 @@ class _Child:
             return
         process.kill()
         process.wait()
-        with self._asking:
+        with self._pipe_lock:
             for stream in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
                     cast(RawIOBase, stream).close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
-        # Ray puts a job's code on sys.path only; the child must find the same packages.
+        environment = {name: os.environ[name] for name in _PASSED_ENVIRONMENT if name in os.environ}
+        # Ray adds a job's code to sys.path only; the child must find the same packages.
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         # Every BLAS thread would reserve address space that counts against the child's memory limit.
         environment["OPENBLAS_NUM_THREADS"] = "1"
@@ -236,6 +237,6 @@ class _Child:
             env=environment,
         )
         for stream in (process.stdin, process.stdout):
-            widen(cast(RawIOBase, stream))
+            enlarge_pipe(cast(RawIOBase, stream))
             os.set_blocking(cast(RawIOBase, stream).fileno(), False)
         return process

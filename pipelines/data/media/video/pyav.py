@@ -1,4 +1,4 @@
-"""PyAV backend: decodes what the wanted frames need, and nothing else."""
+"""PyAV backend: decodes only the packets that the requested frames need."""
 
 import contextlib
 import itertools
@@ -12,97 +12,97 @@ from numpy.typing import NDArray
 
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import SizeOf
-from pipelines.data.media.video.survey import VideoSurvey, open_container
+from pipelines.data.media.video.probe import VideoProbe, open_container
 
 _SKIPPING_CODECS = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8")
-"""Decoders that can leave out, packet by packet, frames that no other frame refers to."""
+"""Decoders that can skip, packet by packet, frames that no other frame refers to."""
 _MIN_JUMP_FRAMES = 4
-"""Fewer frames than this before the next key frame are decoded: a jump loses those in the decoder's queue."""
+"""Fewer frames than this before the next key frame are decoded, because a jump loses frames in the decoder's queue."""
 _MIN_SEEK_FRAMES = 256
-"""Fewer packets than this are read and dropped; a seek costs as much and may miss."""
+"""Fewer packets than this are read and dropped; a seek costs as much and may be inexact."""
 _MAX_FAILED_SHARE = 0.1
-"""A clip of which more packets or more wanted frames than this fail to decode is corrupt."""
+"""A clip is corrupt if a larger share of its packets or of the requested frames fails to decode."""
 _INTERPOLATION = {"nearest": "POINT", "bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS"}
 
 
 class PyAVBackend:
-    """Frames by PyAV, of every codec that FFmpeg has."""
+    """Frames by PyAV, for every codec of FFmpeg."""
 
     name = "pyav"
 
-    def suits(self, survey: VideoSurvey) -> bool:
-        """It is worth a try with anything that PyAV could survey."""
+    def supports(self, probe: VideoProbe) -> bool:
+        """True: whatever PyAV could probe, it may decode."""
         return True
 
     def frames_at(
-        self, path: str, survey: VideoSurvey, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
+        self, path: str, probe: VideoProbe, indexes: NDArray[np.int64], size_of: SizeOf | None, filter_name: str
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """See `video_backends.VideoBackend`.
+        """See `backends.VideoBackend`.
 
-        First only what the wanted frames refer to is decoded. Where that does not give every wanted frame (damage,
-        key frames that are none) all is decoded from the beginning, and each wanted time gets the frame that a
-        player shows then.
+        First, only the packets that the requested frames refer to are decoded. Where that does not give every frame
+        (damage, wrong key frame flags), all packets are decoded from the start, and each requested time gets the frame
+        that a player shows then.
         """
-        painter = _Painter(size_of, filter_name)
+        converter = _FrameConverter(size_of, filter_name)
         num_done = 0
-        if survey.is_exact:
+        if probe.is_exact:
             with contextlib.suppress(av.FFmpegError):
-                for index, frame in _selected(path, survey, indexes):
-                    yield index, painter.rgb(frame)
+                for index, frame in _exact_frames(path, probe, indexes):
+                    yield index, converter.rgb(frame)
                     num_done += 1
         if num_done < len(indexes):
-            for index, frame in _shown(path, survey, indexes):
-                yield index, painter.rgb(frame)
+            for index, frame in _displayed_frames(path, probe, indexes):
+                yield index, converter.rgb(frame)
 
 
-def rotation_of(path: str, survey: VideoSurvey) -> int:
+def rotation_of(path: str, probe: VideoProbe) -> int:
     """Clockwise turn in degrees that a player applies, read off the first frame that decodes."""
     with open_container(path) as container:
-        cursor = _Cursor(container, survey)
-        frame = cursor.at(int(survey.starts[0]))
+        cursor = _Cursor(container, probe)
+        frame = cursor.at(int(probe.starts[0]))
         return 0 if frame is None else _clockwise(frame)
 
 
-def _selected(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
-    """The wanted frames by their exact times; ends early when one does not come."""
-    keys = np.concatenate([[0], np.flatnonzero(survey.is_key)])
-    # The key frame that decoding of each wanted frame has to begin at, and how far that is from the one before.
+def _exact_frames(path: str, probe: VideoProbe, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+    """Yield the requested frames by their exact times; stop at the first that is missing."""
+    keys = np.concatenate([[0], np.flatnonzero(probe.is_key)])
+    # The key frame at which decoding of each requested frame starts, and its distance from the previous frame.
     starting = keys[np.searchsorted(keys, indexes, side="right") - 1]
     skipped = starting - np.concatenate([[0], indexes[:-1]])
     with open_container(path) as container:
-        wanted = set(survey.starts[indexes].tolist())
-        # After these nothing more is wanted of what the decoder holds.
+        wanted = set(probe.starts[indexes].tolist())
+        # After these, no frame in the decoder's queue is requested.
         last_of_run = np.concatenate([skipped[1:] > _MIN_JUMP_FRAMES, [True]])
-        final = set(survey.starts[indexes[last_of_run]].tolist())
-        cursor = _Cursor(container, survey, wanted if survey.codec in _SKIPPING_CODECS else None, final)
+        final = set(probe.starts[indexes[last_of_run]].tolist())
+        cursor = _Cursor(container, probe, wanted if probe.codec in _SKIPPING_CODECS else None, final)
         for index, key, distance in zip(indexes.tolist(), starting.tolist(), skipped.tolist(), strict=True):
             if distance > _MIN_JUMP_FRAMES:
-                cursor.jump(int(survey.starts[key]), is_far=distance > _MIN_SEEK_FRAMES)
-            frame = cursor.at(int(survey.starts[index]))
-            if frame is None or _time_of(frame) != survey.starts[index] or cursor.num_failed:
+                cursor.jump(int(probe.starts[key]), is_far=distance > _MIN_SEEK_FRAMES)
+            frame = cursor.at(int(probe.starts[index]))
+            if frame is None or _time_of(frame) != probe.starts[index] or cursor.num_failed:
                 return
             yield index, frame
 
 
-def _shown(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
-    """For each wanted frame the last that decodes at or before its time, or the first there is.
+def _displayed_frames(path: str, probe: VideoProbe, indexes: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+    """Yield for each requested frame the last that decodes at or before its time, or the first of all.
 
     Raises:
         MediaError: If too little can be decoded.
     """
-    keys = np.flatnonzero(survey.is_key)
+    keys = np.flatnonzero(probe.is_key)
     num_missing, position = 0, 0
     with open_container(path) as container:
-        cursor = _Cursor(container, survey)
+        cursor = _Cursor(container, probe)
         for index in indexes.tolist():
             before = int(np.searchsorted(keys, index, side="right")) - 1
-            if not survey.is_exact and before >= 0 and keys[before] - position > _MIN_SEEK_FRAMES:
-                cursor.seek(int(survey.starts[keys[before]]))
+            if not probe.is_exact and before >= 0 and keys[before] - position > _MIN_SEEK_FRAMES:
+                cursor.seek(int(probe.starts[keys[before]]))
             position = index
-            frame = cursor.at(int(survey.starts[index]))
+            frame = cursor.at(int(probe.starts[index]))
             if frame is None:
                 raise MediaError("corrupt", "no frame could be decoded")
-            num_missing += survey.is_exact and _time_of(frame) != survey.starts[index]
+            num_missing += probe.is_exact and _time_of(frame) != probe.starts[index]
             yield index, frame
         if cursor.num_failed > _MAX_FAILED_SHARE * cursor.num_packets:
             raise MediaError("corrupt", f"{cursor.num_failed} of {cursor.num_packets} packets cannot be decoded")
@@ -111,22 +111,22 @@ def _shown(path: str, survey: VideoSurvey, indexes: NDArray[np.int64]) -> Iterat
 
 
 class _Cursor:
-    """Walks forward through a stream; times are in its time base.
+    """Reads forward through a stream; times are in its time base.
 
     Args:
         container: Open file.
-        survey: Of the file.
-        wanted: Times of the frames to decode; others are left out where nothing refers to them. None decodes all.
-        final: Times of frames after which nothing is wanted but by a jump: they are had at once from the decoder,
-            which else gives a frame only when it has seen some more.
+        probe: Probe of the file.
+        wanted: Times of the frames to decode; others are skipped where no frame refers to them. None decodes all.
+        final: Times of frames that are followed by a jump or the end: the decoder is flushed there, because it would
+            otherwise return a frame only after more packets.
     """
 
     def __init__(
-        self, container: Any, survey: VideoSurvey, wanted: set[int] | None = None, final: Collection[int] = ()
+        self, container: Any, probe: VideoProbe, wanted: set[int] | None = None, final: Collection[int] = ()
     ) -> None:
         self._container, self._wanted, self._final = container, wanted, final
-        self._stream = container.streams[survey.stream_index]
-        # One thread: more are hardly faster on a clip, and each decode worker has its own CPU.
+        self._stream = container.streams[probe.stream_index]
+        # One thread, because more are hardly faster on a clip and each decode worker has its own CPU.
         self._stream.codec_context.thread_count = 1
         self._packets: Iterator[Any] = container.demux(self._stream)
         self._frames = self._decoded()
@@ -136,7 +136,7 @@ class _Cursor:
         self.num_failed = 0
 
     def at(self, time: int) -> Any:
-        """Return the last frame that starts at or before `time`, or the first there is; None when there is none."""
+        """Return the last frame that starts at or before `time`, or the first of all; None when there is none."""
         while self._current is None or _time_of(self._current) < time:
             if self._ahead is None:
                 self._ahead = next(self._frames, None)
@@ -146,7 +146,7 @@ class _Cursor:
         return self._current
 
     def jump(self, key_time: int, *, is_far: bool) -> None:
-        """Go on at the key frame of that time, over what lies between."""
+        """Continue at the key frame of that time, skipping the packets between."""
         if is_far:
             self.seek(key_time)
         self._packets = itertools.dropwhile(lambda p: p.pts != key_time or not p.is_keyframe, self._packets)
@@ -154,7 +154,7 @@ class _Cursor:
         self._restart()
 
     def seek(self, time: int) -> None:
-        """Go on at the last key frame before `time`, where the container can be sought in."""
+        """Continue at the last key frame before `time`, where the container can seek."""
         with contextlib.suppress(av.FFmpegError):
             self._container.seek(time, stream=self._stream)
             self._packets = self._container.demux(self._stream)
@@ -169,9 +169,9 @@ class _Cursor:
         for packet in self._packets:
             self.num_packets += 1
             if self._wanted is not None:
-                left_out = "DEFAULT" if packet.pts in self._wanted or not packet.size else "NONREF"
-                if left_out != skipped:
-                    context.skip_frame = skipped = left_out
+                skip = "DEFAULT" if packet.pts in self._wanted or not packet.size else "NONREF"
+                if skip != skipped:
+                    context.skip_frame = skipped = skip
             try:
                 yield from packet.decode()
                 if packet.pts in self._final:
@@ -183,13 +183,13 @@ class _Cursor:
                 self.num_failed += 1
 
 
-class _Painter:
-    """Makes upright RGB [H, W, 3] of decoded frames, scaled where that is asked for.
+class _FrameConverter:
+    """Converts decoded frames to upright RGB [H, W, 3], scaled if requested.
 
-    swscale scales together with the conversion, measured at 0.4 ms for a 640x360 frame to 398x224, against 1.3 ms for
-    converting and Pillow's bicubic; pixels differ by 1.2 levels in the mean. Planar RGB is what it is fastest at, the
-    layout that the encoder wants, and more exact: packed RGB has its colours at half the width, and rounds down. But
-    without scaling, planar RGB of some widths has garbage in the last columns (66 pixels, FFmpeg 8.1).
+    swscale scales in the same pass as the conversion, measured at 0.4 ms for a 640x360 frame to 398x224, against 1.3 ms
+    for conversion and Pillow's bicubic; pixels differ by 1.2 levels in the mean. Planar RGB is its fastest output, the
+    encoder's layout, and more exact: packed RGB has its colours at half the width, and rounds down. But without
+    scaling, planar RGB of some widths has garbage in the last columns (66 pixels, FFmpeg 8.1).
     """
 
     def __init__(self, size_of: SizeOf | None, filter_name: str) -> None:
@@ -200,7 +200,7 @@ class _Painter:
         turn = _clockwise(frame)
         width, height = own = (frame.width, frame.height)
         if self._size_of is not None:
-            # Scaled before the turn.
+            # Scaling comes before the rotation.
             width, height = self._size_of(width, height) if turn % 180 == 0 else self._size_of(height, width)[::-1]
         if (width, height) == own:
             return np.rot90(frame.to_ndarray(format="rgb24"), k=-turn // 90)
@@ -212,7 +212,7 @@ class _Painter:
 
 
 def _clockwise(frame: Any) -> int:
-    # PyAV gives counter-clockwise degrees.
+    # PyAV reports counter-clockwise degrees.
     return round(-frame.rotation / 90) * 90 % 360
 
 

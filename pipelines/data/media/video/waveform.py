@@ -1,4 +1,4 @@
-"""The sound of a video as one waveform. Runs only in the killable child."""
+"""The sound of a video as one waveform. Runs only in the child process."""
 
 import av
 import numpy as np
@@ -6,17 +6,17 @@ from numpy.typing import NDArray
 
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import WaveformRequest
-from pipelines.data.media.video.audio_track import Sound
+from pipelines.data.media.video.audio_track import AudioTrack
 from pipelines.data.media.video.frames import media_error
-from pipelines.data.media.video.survey import open_container, survey
+from pipelines.data.media.video.probe import open_container, probe_video
 
 
 def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArray[np.float32] | None:
     """Decode the first audio track to mono, the mean of its channels.
 
-    Time zero is the first video frame, so that clip bounds mean the same for sound and picture (in a file without
-    pictures it is the first sound). Where the sound begins later than the part that is asked for, or has gaps, there
-    is silence; where it ends earlier, the waveform is shorter.
+    Time zero is the first video frame, so that clip bounds mean the same for sound and frames (in a file without video
+    it is the first sound). Where the sound starts after the requested part, or has gaps, the waveform is silent; where
+    it ends earlier, the waveform is shorter.
 
     Args:
         path: Local file.
@@ -39,15 +39,15 @@ def read_waveform(path: str, request: WaveformRequest, max_pixels: int) -> NDArr
             has_video = len(container.streams.video) > 0
         zero_s = None
         if has_video:
-            found = survey(path, max_pixels, request.max_duration_s)
+            found = probe_video(path, max_pixels, request.max_duration_s)
             zero_s = float(found.starts[0]) * found.unit_s
-        num_wanted = None if end_s is None else round((end_s - start_s) * request.sample_rate_hz)
+        num_samples = None if end_s is None else round((end_s - start_s) * request.sample_rate_hz)
         with open_container(path) as container:
-            sound = Sound(container, request.sample_rate_hz, zero_s)
+            audio = AudioTrack(container, request.sample_rate_hz, zero_s)
             if start_s > 0:
-                sound.seek(start_s)
-            track = sound.read(start_s, num_wanted)
-            sound.require_decodable()
-            return track.waveform()
+                audio.seek(start_s)
+            waveform = audio.read(start_s, num_samples)
+            audio.require_decodable()
+            return waveform.waveform()
     except (av.FFmpegError, OSError, ValueError) as error:
         raise media_error(error) from error

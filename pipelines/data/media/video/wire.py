@@ -1,4 +1,4 @@
-"""How a parent process and its video child talk: length-prefixed JSON, then raw bytes. Never pickle."""
+"""Messages between a process and its video child: length-prefixed JSON, then raw bytes. Never pickle."""
 
 import contextlib
 import fcntl
@@ -12,12 +12,12 @@ from typing import Any
 
 _LENGTHS = struct.Struct("<IQ")
 _PIPE_BYTES = 1024**2
-"""A clip passes in a few pieces instead of one for every 64 KiB; unprivileged processes may have no more."""
+"""Pipe size that sends a clip in a few pieces instead of one for every 64 KiB; the most without privileges."""
 _SET_PIPE_BYTES = getattr(fcntl, "F_SETPIPE_SZ", None)
 
 
-def widen(stream: RawIOBase) -> None:
-    """Let a pipe hold more, where the system allows it."""
+def enlarge_pipe(stream: RawIOBase) -> None:
+    """Enlarge a pipe's buffer where the system allows it."""
     if _SET_PIPE_BYTES is not None:
         with contextlib.suppress(OSError):
             fcntl.fcntl(stream.fileno(), _SET_PIPE_BYTES, _PIPE_BYTES)
@@ -26,16 +26,16 @@ def widen(stream: RawIOBase) -> None:
 def send(
     stream: RawIOBase, header: dict[str, Any], *payload: bytes | bytearray | memoryview, deadline_s: float = math.inf
 ) -> None:
-    """Write one message, whose payload may come in parts.
+    """Write one message.
 
     Args:
-        stream: A pipe; with a deadline, one that does not block.
-        header: JSON-ready.
-        payload: Bytes.
-        deadline_s: By `time.monotonic`.
+        stream: A pipe; a non-blocking one if there is a deadline.
+        header: JSON-ready values.
+        payload: Bytes, in any number of parts.
+        deadline_s: Deadline by `time.monotonic`.
 
     Raises:
-        OSError: If the other side is gone.
+        OSError: If the other side has ended.
         TimeoutError: If the deadline passes; part of the message may be written.
     """
     encoded = json.dumps(header).encode()
@@ -74,7 +74,7 @@ def _read(stream: RawIOBase, size: int, deadline_s: float) -> bytearray | None:
 
 
 def _wait(stream: RawIOBase, event: int, deadline_s: float) -> None:
-    """Return once the stream is ready; one without a deadline waits by itself."""
+    """Wait until the stream is ready; without a deadline, the read or write itself blocks."""
     if deadline_s == math.inf:
         return
     poller = select.poll()

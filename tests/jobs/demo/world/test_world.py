@@ -8,7 +8,7 @@ import av
 import pytest
 from PIL import Image
 
-from jobs.demo.backbones.make import MODELS_FOLDER, fact_accuracy
+from jobs.demo.make_backbones import MODELS_FOLDER, fact_accuracy
 from jobs.demo.world.corpus import write_world
 from jobs.demo.world.grammar import all_captions, captions, parse, vocabulary
 from jobs.demo.world.render import clip_frames, moved, place

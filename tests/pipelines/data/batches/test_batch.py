@@ -6,7 +6,7 @@ from pipelines.data.batches.batch import split_steps, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import RowLookup, block_steps, evaluation_blocks, training_blocks
 from pipelines.data.corpus.quarantine import accounting_line, from_table, to_table
-from pipelines.data.order.global_batches import PADDING, Batches, caption_index
+from pipelines.data.order.global_batches import PADDING, StepRows, caption_index
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest, write_clip
 
@@ -16,7 +16,7 @@ def _blocks(table, batches, *, world_size=2, epochs=None, is_random=False):
     rows_SG = np.array(batches)
     kinds = [table[schema.KIND][int(row)].as_py() for row in rows_SG[:, 0]]
     visits_SG = np.broadcast_to(np.zeros((1, 1)) if epochs is None else epochs[:, None], rows_SG.shape).astype(np.int64)
-    plans = training_blocks(Batches(rows_SG, visits_SG, kinds), first_step=5, world_size=world_size, steps_per_block=2)
+    plans = training_blocks(StepRows(rows_SG, visits_SG, kinds), first_step=5, world_size=world_size, steps_per_block=2)
     look_up = RowLookup(TableRows(table), seed=0, is_random=is_random)
     return [look_up(plan) for plan in plans]
 

@@ -4,9 +4,9 @@ import pytest
 
 from pipelines.data import schema
 from pipelines.data.batches.batch import AUGMENTATION_SEED, IMAGE_ID, RANK, STEP
-from pipelines.data.batches.plan import RowLookup, block_steps, evaluation_blocks, training_blocks, without_caption
+from pipelines.data.batches.plan import RowLookup, block_steps, evaluation_blocks, lacks_caption, training_blocks
 from pipelines.data.order.global_batches import PADDING, Order, augmentation_seed, caption_index, rank_columns
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import PartRows, TableRows
 from tests.pipelines.data.builders import manifest
 from tests.pipelines.data.manifest_parts import row_contents, write_parts
@@ -26,7 +26,7 @@ def rows_of(images=9, videos=4):
 
 @pytest.mark.parametrize(("world_size", "steps_per_block"), [(1, 1), (2, 3), (3, 2), (8, 8)])
 def test_every_rank_looks_up_its_share(world_size, steps_per_block):
-    corpus = Corpus([Source("", rows_of())])
+    corpus = Corpus([MixtureSource("", rows_of())])
     order = Order(corpus.streams("proportional"), 5, 4)
     steps = np.arange(4, 4 + 2 * order.steps_per_epoch)
     batches = order.at(steps)
@@ -58,12 +58,12 @@ def test_every_rank_looks_up_its_share(world_size, steps_per_block):
 def test_rows_without_caption_are_found_but_not_padding():
     texts = [["a"], [], [""]]
     table = manifest([{"sample_id": f"s{i}", "media": "/x", "captions": t} for i, t in enumerate(texts)])
-    corpus = Corpus([Source("", TableRows(table))])
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     (plan,) = training_blocks(
         Order(corpus.streams("proportional"), 0, 5).at(np.array([0])), first_step=0, world_size=1, steps_per_block=1
     )
     rows = RowLookup(corpus, seed=0, is_random=False)(plan)
-    bad = [n for n, is_bad in zip(rows[schema.SAMPLE_ID].to_pylist(), without_caption(rows), strict=True) if is_bad]
+    bad = [n for n, is_bad in zip(rows[schema.SAMPLE_ID].to_pylist(), lacks_caption(rows), strict=True) if is_bad]
     assert sorted(bad) == ["s1", "s2"] and rows[schema.SAMPLE_ID].to_pylist().count("") == 2
 
 

@@ -69,7 +69,7 @@ def _rows(count, content, media, split="train"):
 def test_rows_that_share_one_file_are_never_held(monkeypatch):
     """Five captions a picture: only what another file or split shows, too, is looked at."""
     held = []
-    monkeypatch.setattr(duplicates, "_of_group", lambda group: held.append(len(group)) or [])
+    monkeypatch.setattr(duplicates, "_duplicates_of_group", lambda group: held.append(len(group)) or [])
     rows = [row for content in "abcdefgh" for row in _rows(50, content, lambda n, content=content: f"/{content}.jpg")]
     rows += _rows(2, "z", lambda n: f"/{n}.jpg")
     assert _find(rows) == {} and held == [2]
@@ -97,9 +97,9 @@ def test_counts_of_captions():
     summary = CorpusSummary()
     captions = [["a b c d", "a b c d e", ""], [], [" ".join("w" * 129)]]
     summary.add_rows(manifest([{"sample_id": str(n), "captions": texts} for n, texts in enumerate(captions)]))
-    told = summary.to_dict()
-    assert (told["captions"], told["rows_without_captions"], told["rows_in"]) == (4, 1, 3)
-    assert {label: count for label, count in told["caption_words"].items() if count} == {
+    counts = summary.to_dict()
+    assert (counts["captions"], counts["rows_without_captions"], counts["rows_in"]) == (4, 1, 3)
+    assert {label: count for label, count in counts["caption_words"].items() if count} == {
         "0": 1,
         "1-4": 1,
         "5-8": 1,
@@ -109,11 +109,11 @@ def test_counts_of_captions():
 
 def test_spread_of_many_values():
     """The ends are exact, the middle is of a sample."""
-    from pipelines.data.corpus.summary import _Spread
+    from pipelines.data.corpus.summary import _ValueRange
 
-    spread = _Spread()
+    spread = _ValueRange()
     values = pa.array(range(300_001)).to_numpy()
     for start in range(0, len(values), 7000):
         spread.add(values[start : start + 7000])
-    told = spread.to_dict()
-    assert (told["min"], told["max"]) == (0, 300_000) and abs(told["median"] - 150_000) < 3000
+    counts = spread.to_dict()
+    assert (counts["min"], counts["max"]) == (0, 300_000) and abs(counts["median"] - 150_000) < 3000

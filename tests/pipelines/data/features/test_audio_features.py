@@ -1,4 +1,4 @@
-"""Sound in batches and in the feature cache: what was heard arrives, and only where there was something to hear."""
+"""Sound in batches and in the feature cache: valid segments arrive unchanged, and no others."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ from pipelines.data.batches.plan import RowLookup, evaluation_blocks, training_b
 from pipelines.data.features.cache import ReadFeatures, locate, open_cache
 from pipelines.data.features.files import SHARD_SCHEMA, open_shard
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice, EncodeShards
-from pipelines.data.features.shards import finished_shard, write_index
+from pipelines.data.features.shards import is_shard_finished, write_index
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings
-from pipelines.data.order.global_batches import PADDING, Batches
+from pipelines.data.order.global_batches import PADDING, StepRows
 from pipelines.data.order.row_index import TableRows
 from qformer.audio import load_audio
 from qformer.config import AudioSpec, VisionSpec
@@ -77,7 +77,7 @@ def _training_block(table):
     rows = TableRows(table)
     rows_SG = np.array(BATCHES)
     kinds = [rows.take(row_G[:1])[schema.KIND][0].as_py() for row_G in rows_SG]
-    planned = Batches(rows_SG, np.zeros_like(rows_SG), kinds)
+    planned = StepRows(rows_SG, np.zeros_like(rows_SG), kinds)
     look_up = RowLookup(rows, seed=0, is_random=False)
     (plan,) = training_blocks(planned, first_step=0, world_size=1, steps_per_block=4)
     return look_up(plan)
@@ -93,7 +93,7 @@ def _write(table, folder, choice):
     decode, encode = DecodeShards(_decode_settings(spec)), EncodeShards(choice, str(folder), 8, "cpu")
     blocks = list(evaluation_blocks(TableRows(table), ROWS_PER_SHARD))
     for shard, block in enumerate(blocks):
-        if not finished_shard(str(folder), shard, block):
+        if not is_shard_finished(str(folder), shard, block):
             encode(decode(block))
     decode.close()
     write_index(str(folder), len(blocks))
@@ -150,12 +150,12 @@ def test_cached_sound_equals_encoded_sound(tmp_path, table, choice, dtype, toler
     plain = [unpack(part) for part in split_steps(decode(_training_block(table)))]
     decode.close()
     cached = [unpack(part) for part in split_steps(ReadFeatures(cache)(_training_block(locate(table, cache))))]
-    ears = load_audio(choice.audio)
+    audio_encoder = load_audio(choice.audio)
     assert plain[0].audio_valid.any()
     for one, other in zip(plain, cached, strict=True):
-        assert other.failures == one.failures and other.audio.shape == (3, 3, ears.width)
+        assert other.failures == one.failures and other.audio.shape == (3, 3, audio_encoder.width)
         np.testing.assert_array_equal(other.audio_valid, one.audio_valid)
-        expected = ears.features(torch.from_numpy(one.audio), torch.from_numpy(one.audio_valid)).numpy()
+        expected = audio_encoder.features(torch.from_numpy(one.audio), torch.from_numpy(one.audio_valid)).numpy()
         np.testing.assert_allclose(other.audio, expected, atol=tolerance * max(np.abs(expected).max(), 1e-9))
         assert not other.audio[~other.audio_valid].any()
 

@@ -12,17 +12,18 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.data import schema, storage
-from pipelines.data.batches.batch import Failure, split_steps, unpack
+from pipelines.data.batches.batch import split_steps, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import RowLookup, evaluation_blocks, training_blocks
 from pipelines.data.batches.token_codec import decode_tokens, encode_tokens
+from pipelines.data.failures import Failure
 from pipelines.data.features.cache import FeatureCache, ReadFeatures, locate, open_cache
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice, EncodeShards
-from pipelines.data.features.shards import file_states, finished_shard, write_index, write_quarantine, write_shard
+from pipelines.data.features.shards import file_states, is_shard_finished, write_index, write_quarantine, write_shard
 from pipelines.data.features.spec import write_spec
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings, Limits
-from pipelines.data.order.global_batches import PADDING, Batches
+from pipelines.data.order.global_batches import PADDING, StepRows
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import retries
 from pipelines.data.storage.retries import with_retries
@@ -52,7 +53,7 @@ def _blocks(table):
 
 
 def _finished(table, folder):
-    return [finished_shard(str(folder), shard, block) for shard, block in enumerate(_blocks(table))]
+    return [is_shard_finished(str(folder), shard, block) for shard, block in enumerate(_blocks(table))]
 
 
 def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
@@ -62,7 +63,7 @@ def _write(table, folder, encoder, choice=CHOICE) -> FeatureCache:
     encode = EncodeShards(choice, str(folder), 2, "cpu")
     blocks = _blocks(table)
     for shard, block in enumerate(blocks):
-        if not finished_shard(str(folder), shard, block):
+        if not is_shard_finished(str(folder), shard, block):
             encode(decode(block))
     write_index(str(folder), len(blocks))
     return open_cache(str(folder))
@@ -72,7 +73,7 @@ def _training_blocks(table, batches):
     rows = TableRows(table)
     rows_SG = np.array(batches)
     kinds = [rows.take(row_G[:1])[schema.KIND][0].as_py() for row_G in rows_SG]
-    planned = Batches(rows_SG, np.zeros_like(rows_SG), kinds)
+    planned = StepRows(rows_SG, np.zeros_like(rows_SG), kinds)
     look_up = RowLookup(rows, seed=0, is_random=False)
     return [look_up(plan) for plan in training_blocks(planned, first_step=0, world_size=1, steps_per_block=4)]
 
@@ -186,7 +187,7 @@ def test_only_failures_that_may_pass_are_tried_again(tmp_path, encoder, error_cl
     tokens = [np.ones((1, spec.num_tokens, spec.width), np.float32) if ok else None for ok in batch.is_valid]
     states = file_states(block[schema.MEDIA].to_pylist())
     write_shard(str(tmp_path), dataclasses.replace(batch, failures=[failure]), tokens, "fp16", states)
-    assert finished_shard(str(tmp_path), 0, block) == (error_class == "corrupt")
+    assert is_shard_finished(str(tmp_path), 0, block) == (error_class == "corrupt")
     (row,) = write_quarantine(str(tmp_path), 2).to_pylist()
     assert row == {**dataclasses.asdict(failure), "epoch": 0}
     assert pq.read_table(tmp_path / "quarantine.parquet").to_pylist() == [row]
@@ -223,17 +224,17 @@ def test_a_cache_that_changes_under_its_training_stops_it(tmp_path, encoder):
         ReadFeatures(cache)(block)
 
 
-class _Tired(MemoryFileSystem):
+class _FailingFileSystem(MemoryFileSystem):
     """A store whose requests fail as often as `left` says, also in the middle of a file."""
 
-    protocol = "weary"
+    protocol = "failing"
     store = {}
     pseudo_dirs = [""]
     left = {"open": 0, "read": 0}
 
     @classmethod
     def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.replace("weary://", "memory://"))
+        return MemoryFileSystem._strip_protocol(path.replace("failing://", "memory://"))
 
     @classmethod
     def fail(cls, what):
@@ -251,25 +252,25 @@ class _Tired(MemoryFileSystem):
 
 class _TiredFile(io.BytesIO):
     def read(self, size=-1):
-        _Tired.fail("read")
+        _FailingFileSystem.fail("read")
         return super().read(size)
 
 
 def test_a_store_that_fails_now_and_then_is_asked_again(tmp_path, encoder, monkeypatch):
     """Both when the cache is written and when training reads it."""
-    fsspec.register_implementation("weary", _Tired, clobber=True)
+    fsspec.register_implementation("failing", _FailingFileSystem, clobber=True)
     monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(_Tired, "left", {"open": 0, "read": 0})
-    table, folder = _table(tmp_path), f"weary://{tmp_path.name}/cache"
+    monkeypatch.setattr(_FailingFileSystem, "left", {"open": 0, "read": 0})
+    table, folder = _table(tmp_path), f"failing://{tmp_path.name}/cache"
     spec = encoder[1]
     decode = DecodeShards(DecodeSettings(preprocessing=spec.preprocessing, num_frames=spec.num_frames))
     encode = EncodeShards(CHOICE, folder, 2, "cpu")
     blocks = _blocks(table)
     for block in blocks:
         decoded = decode(block)
-        _Tired.left = {"open": 2, "read": 0}
+        _FailingFileSystem.left = {"open": 2, "read": 0}
         encode(decoded)
-        assert _Tired.left["open"] == 0
+        assert _FailingFileSystem.left["open"] == 0
     decode.close()
     write_spec(folder, spec)
     write_index(folder, len(blocks))
@@ -277,11 +278,11 @@ def test_a_store_that_fails_now_and_then_is_asked_again(tmp_path, encoder, monke
     (wanted,) = _training_blocks(locate(table, cache), [[0, 1]])
     expected, reader = unpack(ReadFeatures(cache)(wanted)), ReadFeatures(cache)
     for failures in ({"open": 2, "read": 2}, {"open": 0, "read": 2}):  # at the first look, and of an open file
-        _Tired.left = dict(failures)
+        _FailingFileSystem.left = dict(failures)
         batch = unpack(reader(wanted))
-        assert _Tired.left == {"open": 0, "read": 0} and np.array_equal(batch.images, expected.images)
+        assert _FailingFileSystem.left == {"open": 0, "read": 0} and np.array_equal(batch.images, expected.images)
     monkeypatch.setattr(with_retries, "__kwdefaults__", {"budget_s": 0.05})
-    _Tired.left = {"open": 0, "read": 10**6}
+    _FailingFileSystem.left = {"open": 0, "read": 10**6}
     with pytest.raises(UserError, match="sample 's0' cannot be read .*reset by peer"):
         reader(wanted)
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.data import schema
 from pipelines.data.batches.batch import SampleBatch
-from pipelines.data.batches.stage_report import size
+from pipelines.data.batches.stage_report import format_bytes
 from pipelines.data.features.forecast import forecast, measured_blocks
 from pipelines.data.features.shard_encoder import EncoderChoice, measure_rows
 from pipelines.data.features.shards import shard_blocks, write_shard
@@ -39,9 +39,9 @@ def _shards(num_images, num_clips):
 
 
 def test_an_image_of_vit_g_takes_707_kib():
-    assert size(VIT_G.row_bytes("image")) == "707 KiB"
+    assert format_bytes(VIT_G.row_bytes("image")) == "707 KiB"
     assert VIT_G.row_bytes("video") == 8 * 723_712
-    assert size(dataclasses.replace(VIT_G, dtype="int8").row_bytes("image")) == "354 KiB"
+    assert format_bytes(dataclasses.replace(VIT_G, dtype="int8").row_bytes("image")) == "354 KiB"
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
@@ -68,7 +68,7 @@ def test_measured_rows_scale_to_all():
     expected = forecast(shards, VIT_G, list(zip((images, clips), costs, strict=True)), decode_workers=2, workers=1)
     assert expected.decode_s == pytest.approx((100 * 0.16 + 25 * 1.6) / 2)
     assert expected.encode_s == expected.total_s == pytest.approx(100 * 0.8 + 25 * 1.6)
-    assert str(expected) == "forecast: 2000 rows, 3 GiB, 2 min at 16.7 rows/s, held up by encoding"
+    assert str(expected) == "forecast: 2000 rows, 3 GiB, 2 min at 16.7 rows/s, limited by encoding"
 
 
 def test_short_jobs_are_not_measured():

@@ -14,7 +14,8 @@ import io
 import pillow_heif
 from PIL import Image
 from pipelines.data.media.images import decode_image, image_facts
-from pipelines.data.failures import MediaError, sniff_kind
+from pipelines.data.failures import MediaError
+from pipelines.data.media.kinds import sniff_kind
 
 picture = Image.new("RGB", (64, 48), (200, 30, 30))
 picture.paste((30, 30, 200), (0, 0, 32, 48))

@@ -13,7 +13,7 @@ from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.images import decode_image, image_facts
 from pipelines.data.media.video.backends import BACKENDS
 from pipelines.data.media.video.pool import VideoPool
-from pipelines.data.media.video.survey import survey
+from pipelines.data.media.video.probe import probe_video
 from tests.conftest import REPOSITORY
 from tests.pipelines.data.builders import PREPROCESSING
 
@@ -99,7 +99,7 @@ def test_videos(record, pool):
 def test_other_backends_see_the_same(record, backend, pool):
     """Where another backend is asked at all, and finds the frames there are, it shows what PyAV shows, upright."""
     truth, path = record["ground_truth"], str(FOLDER / record["path"])
-    if truth["expected"] != "decodes" or not BACKENDS[backend].suits(survey(path, MAX_PIXELS)):
+    if truth["expected"] != "decodes" or not BACKENDS[backend].supports(probe_video(path, MAX_PIXELS)):
         pytest.skip(f"{backend} is not installed, or not asked about this file")
     shown = pool.read_clip(_request(num_frames=4), path=path)
     try:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.batches.batch import Failure, unpack
+from pipelines.data.batches.batch import unpack
 from pipelines.data.batches.decode_rows import CheckRows, DecodeRows
 from pipelines.data.batches.plan import evaluation_blocks
 from pipelines.data.corpus.quarantine import require_readable
-from pipelines.data.failures import SNIFFED_BYTES, MediaError, kind_of_name, sniff_kind
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.media.facts import content_hash
+from pipelines.data.media.kinds import SNIFFED_BYTES, kind_of_name, sniff_kind
 from pipelines.data.media.samples import DecodeSettings, Limits, SampleDecoder
 from pipelines.data.media.transforms import Augmentation
 from pipelines.data.order.row_index import TableRows
@@ -243,7 +244,7 @@ def test_whatever_goes_wrong_costs_one_sample(decoder, monkeypatch, kind, error,
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("pipelines.data.media.picture.fit", fail)
+    monkeypatch.setattr("pipelines.data.media.image_clip.resize_and_crop", fail)
     monkeypatch.setattr(decoder.videos, "read_clip", fail)
     found = decoder.check(kind=kind, data=jpeg()).error
     assert (found.error_class, _error(decoder, kind=kind, data=jpeg()).error_class) == (expected, expected)

@@ -1,4 +1,4 @@
-"""Seconds of each stage: measured where they pass, carried by the packed table, told in plain words."""
+"""Seconds of each stage: measured where they pass, carried by the packed table, reported in words."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from pipelines.data.batches.batch import split_steps, unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import evaluation_blocks
-from pipelines.data.batches.stage_report import Pool, bottleneck, run_table, size, stage_table
+from pipelines.data.batches.stage_report import WorkerPool, bottleneck, format_bytes, run_table, stage_table
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest, write_clip
@@ -52,19 +52,21 @@ def test_a_clip_costs_decoding(tmp_path):
 
 
 def _pool(name, workers, **seconds):
-    return Pool(name=f"{name} workers", setting=f"{name}_workers", workers=workers, seconds=seconds)
+    return WorkerPool(name=f"{name} workers", setting=f"{name}_workers", workers=workers, seconds=seconds)
 
 
 def test_the_bottleneck_is_the_busiest_pools_largest_stage():
     decode, train = _pool("decode", 2, fetch=1.0, decode=15.0, transform=3.0), _pool("training", 1, train=4.0)
-    told = bottleneck([decode, train], wall_s=10)
-    assert told.startswith("bottleneck: decode, 79% of the work of the decode workers, who were busy 95% of the time")
-    assert "more decode_workers" in told
+    sentence = bottleneck([decode, train], wall_s=10)
+    assert sentence.startswith(
+        "bottleneck: decode, 79% of the work of the decode workers, which were busy 95% of the time"
+    )
+    assert "more decode_workers" in sentence
     assert bottleneck([_pool("decode", 2, decode=5.0), _pool("training", 1, train=9.0)], 10).startswith(
         "bottleneck: train, 100%"
     )
     assert "none of the stages; the busiest, decode workers, worked 20%" in bottleneck([_pool("decode", 1, a=2.0)], 10)
-    assert "nothing was to be done" in bottleneck([_pool("decode", 1)], 10)
+    assert "there was nothing to do" in bottleneck([_pool("decode", 1)], 10)
 
 
 def test_the_table_of_a_run():
@@ -80,7 +82,7 @@ def test_the_table_of_a_run():
         "encode           6.0     12.00  60% of 1 training workers",
         "train            3.0      6.00  30% of 1 training workers",
         "500 rows, 3 MiB read, in 10.0 s: 50.0 rows/s",
-        "bottleneck: encode, 67% of the work of the training workers, who were busy 90% of the time; "
+        "bottleneck: encode, 67% of the work of the training workers, which were busy 90% of the time; "
         "more workers on more cores (or GPUs) would help",
     ]
     assert stage_table([], wall_s=0, rows=0, fetched_bytes=0)
@@ -88,4 +90,4 @@ def test_the_table_of_a_run():
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(5, "5 B"), (723_712, "707 KiB"), (2.5 * 2**40, "2.5 TiB")])
 def test_sizes_for_people(num_bytes, text):
-    assert size(num_bytes) == text
+    assert format_bytes(num_bytes) == text

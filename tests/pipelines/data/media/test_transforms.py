@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.media.transforms import Augmentation, augment, fit, random_crop_box, resized_size
+from pipelines.data.media.transforms import (
+    Augmentation,
+    draw_augmentation,
+    random_crop_box,
+    resize_and_crop,
+    resized_size,
+)
 from qformer.torch_build.torchvision import import_torchvision
 from tests.pipelines.data.builders import PREPROCESSING, limited_memory
 
@@ -30,18 +36,18 @@ def test_geometry_equals_torchvision(interpolation, short_side, size):
         ]
     )(picture).numpy()
     preprocessing = dataclasses.replace(PREPROCESSING, interpolation=interpolation, resize_short_side=short_side)
-    differences = np.abs(fit(picture, preprocessing).astype(int) - reference)
+    differences = np.abs(resize_and_crop(picture, preprocessing).astype(int) - reference)
     assert differences.max() <= 1 and (differences > 0).mean() <= ROUNDED_SHARE
     assert differences.max() == 0 or min(size) > short_side
 
 
 def test_squash_keeps_everything():
     preprocessing = dataclasses.replace(PREPROCESSING, crop="squash", height=16, width=24)
-    assert fit(PICTURE, preprocessing).shape == (3, 16, 24)
+    assert resize_and_crop(PICTURE, preprocessing).shape == (3, 16, 24)
 
 
 def test_flip_mirrors():
-    plain, mirrored = fit(PICTURE, PREPROCESSING), fit(PICTURE, PREPROCESSING, flip=True)
+    plain, mirrored = resize_and_crop(PICTURE, PREPROCESSING), resize_and_crop(PICTURE, PREPROCESSING, flip=True)
     assert np.array_equal(plain[:, :, ::-1], mirrored)
 
 
@@ -54,10 +60,10 @@ def test_crops_lie_inside(size):
 
 def test_augmentation_is_a_function_of_its_seed():
     both = Augmentation(random_resized_crop=True, horizontal_flip=True)
-    draws = [augment(640, 480, both, seed) for seed in range(40)]
-    assert draws == [augment(640, 480, both, seed) for seed in range(40)]
+    draws = [draw_augmentation(640, 480, both, seed) for seed in range(40)]
+    assert draws == [draw_augmentation(640, 480, both, seed) for seed in range(40)]
     assert {flip for _, flip in draws} == {True, False} and len({box for box, _ in draws}) > 30
-    assert augment(640, 480, Augmentation(), 1) == (None, False)
+    assert draw_augmentation(640, 480, Augmentation(), 1) == (None, False)
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
@@ -82,7 +88,7 @@ def test_thin_pictures_are_cut_before_they_are_enlarged(interpolation, target, s
     left, top = round((width - target[1]) / 2), round((height - target[0]) / 2)
     whole = picture.resize((width, height), Image.Resampling[interpolation.upper()])
     expected = np.asarray(whole.crop((left, top, left + target[1], top + target[0]))).transpose(2, 0, 1)
-    differences = np.abs(fit(picture, preprocessing).astype(int) - expected)
+    differences = np.abs(resize_and_crop(picture, preprocessing).astype(int) - expected)
     if interpolation == "nearest":  # a place between two pixels may be rounded to either
         rows_cols = [np.unique(np.argwhere(differences)[:, axis]).size for axis in (1, 2)]
         assert min(rows_cols) <= 2
@@ -95,5 +101,5 @@ def test_thin_pictures_take_little_memory(size):
     """Made as a whole, the smallest of these would have three billion pixels."""
     preprocessing = dataclasses.replace(PREPROCESSING, height=224, width=224, resize_short_side=224)
     with limited_memory(2 * 1024**3):
-        fitted = fit(Image.new("RGB", size, (10, 20, 30)), preprocessing)
+        fitted = resize_and_crop(Image.new("RGB", size, (10, 20, 30)), preprocessing)
     assert np.array_equal(fitted, np.broadcast_to(np.array([10, 20, 30])[:, None, None], (3, 224, 224)))

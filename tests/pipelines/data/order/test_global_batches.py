@@ -4,7 +4,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pipelines.data.order.global_batches import PADDING, Order, Stream, augmentation_seed, caption_index, rank_columns
+from pipelines.data.order.global_batches import (
+    PADDING,
+    Order,
+    SampleStream,
+    augmentation_seed,
+    caption_index,
+    rank_columns,
+)
 
 PINNED = [[4, 6, 1, 2], [7, 3, 5, 0]]
 
@@ -13,7 +20,7 @@ def corpus_order(images=42, videos=11, seed=0, global_batch=8):
     streams = [("image", 0, images), ("video", images, videos)]
     return Order(
         tuple(
-            Stream(source=0, kind=kind, first_row=first, num_rows=rows, draws=rows)
+            SampleStream(source=0, kind=kind, first_row=first, num_rows=rows, draws=rows)
             for kind, first, rows in streams
             if rows
         ),
@@ -91,7 +98,7 @@ def test_rows_are_well_mixed():
 def weighted(draws, sizes=(10, 100), seed=3, global_batch=4):
     streams, first = [], 0
     for source, (size, drawn) in enumerate(zip(sizes, draws, strict=True)):
-        streams.append(Stream(source=source, kind="image", first_row=first, num_rows=size, draws=drawn))
+        streams.append(SampleStream(source=source, kind="image", first_row=first, num_rows=size, draws=drawn))
         first += size
     return Order(tuple(streams), seed, global_batch)
 

@@ -5,7 +5,7 @@ from pipelines.data import schema
 from pipelines.data.batches.plan import image_ids
 from pipelines.data.corpus.manifest import write_table
 from pipelines.data.order.global_batches import PADDING, Order
-from pipelines.data.order.mixture import Corpus, Source, epoch_draws, open_corpus, source_names
+from pipelines.data.order.mixture import Corpus, MixtureSource, epoch_draws, open_corpus, source_names
 from pipelines.data.order.row_index import PartRows, TableRows
 from qformer.errors import UserError
 from tests.pipelines.data.builders import manifest
@@ -42,7 +42,7 @@ def test_weights_stand_where_they_count():
     [("proportional", (None, None), (36, 9)), ("sqrt", (None, None), (30, 15)), ("explicit", (1.0, 8.0), (5, 40))],
 )
 def test_draws_are_exact_in_every_epoch(mixing, weights, draws):
-    corpus = Corpus([Source("a", rows_of(30, 6), weights[0]), Source("b", rows_of(9), weights[1])])
+    corpus = Corpus([MixtureSource("a", rows_of(30, 6), weights[0]), MixtureSource("b", rows_of(9), weights[1])])
     order = Order(corpus.streams(mixing), seed=1, global_batch=4)
     assert order.rows_per_epoch == 45
     for epoch in range(3):
@@ -57,7 +57,7 @@ def test_draws_are_exact_in_every_epoch(mixing, weights, draws):
 
 
 def test_kinds_share_their_sources_draws():
-    corpus = Corpus([Source("a", rows_of(30, 6), 1.0), Source("b", rows_of(36), 1.0)])
+    corpus = Corpus([MixtureSource("a", rows_of(30, 6), 1.0), MixtureSource("b", rows_of(36), 1.0)])
     draws = {(s.source, s.kind): s.draws for s in corpus.streams("explicit")}
     assert draws == {(0, "image"): 30, (0, "video"): 6, (1, "image"): 36}
 
@@ -65,13 +65,13 @@ def test_kinds_share_their_sources_draws():
 def test_ids_are_unique_and_image_ids_are_of_the_content(tmp_path):
     """Two manifests with the same ids for the same files."""
     first, second = rows_of(3), rows_of(3)
-    both = Corpus([Source("x", first), Source("y", second)]).take(np.array([5, 0, 2, 3]))
+    both = Corpus([MixtureSource("x", first), MixtureSource("y", second)]).take(np.array([5, 0, 2, 3]))
     assert both[schema.SAMPLE_ID].to_pylist() == ["y/s2", "x/s0", "x/s2", "y/s0"]
     ids = image_ids(both)
     assert ids[0] == ids[2] and ids[1] == ids[3] and ids[0] != ids[1]
-    alone = Corpus([Source("x", first)])
+    alone = Corpus([MixtureSource("x", first)])
     assert alone.take(np.array([1]))[schema.SAMPLE_ID].to_pylist() == ["s1"]
-    assert len(Corpus([Source("x", first), Source("y", second)]).take(np.array([], dtype=np.int64))) == 0
+    assert len(Corpus([MixtureSource("x", first), MixtureSource("y", second)]).take(np.array([], dtype=np.int64))) == 0
 
 
 def test_names_are_the_ends_of_the_paths(tmp_path):

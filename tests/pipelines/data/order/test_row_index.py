@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines.data import schema
 from pipelines.data.corpus import manifest_files
 from pipelines.data.order import row_index
-from pipelines.data.order.row_index import PartRows, TableRows, streamed, total
+from pipelines.data.order.row_index import PartRows, TableRows, count_rows, stream_rows
 from qformer.errors import UserError
 from tests.pipelines.data.builders import manifest
 from tests.pipelines.data.manifest_parts import row_contents, write_parts
@@ -31,7 +31,7 @@ def names(table):
 
 def test_rows_are_taken_in_any_order_images_first(parts):
     rows = PartRows(str(parts), "train")
-    assert rows.counts == {"image": 5000, "video": 1500} and total(rows) == 6500
+    assert rows.counts == {"image": 5000, "video": 1500} and count_rows(rows) == 6500
     # Both ends of parts (2,100 rows) and of row groups (1,024), twice the same, images and videos.
     asked = np.array([6499, 0, 2099, 2100, 1023, 1024, 4999, 5000, 0])
     table = rows.take(asked)
@@ -44,7 +44,7 @@ def test_rows_are_taken_in_any_order_images_first(parts):
 
 def test_all_rows_stream_once_in_order(parts):
     rows = PartRows(str(parts), "train")
-    assert [name for table in streamed(rows) for name in names(table)] == [
+    assert [name for table in stream_rows(rows) for name in names(table)] == [
         row_contents(number)[schema.SAMPLE_ID] for number in [*range(1500, 6500), *range(1500)]
     ]
 
@@ -71,8 +71,8 @@ def test_only_what_is_needed_is_read_and_the_latest_is_kept(parts, monkeypatch):
     assert once < rows.bytes_read < 2 * once, "another group of the same part needs no footer"
     copied = pickle.loads(pickle.dumps(rows))
     assert copied.bytes_read == 0 and names(copied.take(np.array([7]))) == names(rows.take(np.array([7])))
-    monkeypatch.setattr(row_index, "_KEPT_GROUP_BYTES", 1)
-    monkeypatch.setattr(row_index, "_KEPT_FOOTER_BYTES", 1)
+    monkeypatch.setattr(row_index, "_GROUP_CACHE_BYTES", 1)
+    monkeypatch.setattr(row_index, "_FOOTER_CACHE_BYTES", 1)
     poor = PartRows(str(parts), "train")
     for _ in range(2):
         assert names(poor.take(np.array([10, 6000, 10]))) == names(rows.take(np.array([10, 6000, 10])))
@@ -238,4 +238,4 @@ def test_a_table_is_numbered_by_kind():
     rows = TableRows(manifest([{"sample_id": f"s{i}", "media": "x", "kind": kind} for i, kind in enumerate(kinds)]))
     assert rows.counts == {"image": 2, "video": 2}
     assert names(rows.take(np.array([3, 0, 1, 2, 0]))) == ["s2", "s1", "s3", "s0", "s1"]
-    assert [len(table) for table in streamed(rows)] == [4]
+    assert [len(table) for table in stream_rows(rows)] == [4]

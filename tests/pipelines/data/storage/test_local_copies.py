@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from pipelines.data import storage
-from pipelines.data.storage.local_copies import drop_copy, local_folder
+from pipelines.data.storage.local_copies import local_folder, remove_copy
 
 
 def test_a_local_folder_is_itself_and_stays(tmp_path):
     (tmp_path / "a").write_text("1")
     assert local_folder(str(tmp_path)) == tmp_path
-    drop_copy(str(tmp_path), tmp_path)
+    remove_copy(str(tmp_path), tmp_path)
     assert (tmp_path / "a").read_text() == "1"
 
 
@@ -22,7 +22,7 @@ def test_a_copy_of_a_store_is_dropped(tmp_path, monkeypatch):
     storage.write_text(f"{uri}/checkpoints/a", "1")
     folder = local_folder(f"{uri}/checkpoints")
     assert (folder / "a").read_text() == "1" and list(tmp_path.iterdir()) == [folder]
-    drop_copy(uri, folder)
+    remove_copy(uri, folder)
     assert list(tmp_path.iterdir()) == []
     assert storage.read_bytes(f"{uri}/checkpoints/a", 10) == b"1"
 

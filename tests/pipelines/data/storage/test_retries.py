@@ -9,9 +9,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.data import storage
-from pipelines.data.batches.batch import Failure
 from pipelines.data.corpus.quarantine import require_readable
-from pipelines.data.failures import MediaError
+from pipelines.data.failures import Failure, MediaError
 from pipelines.data.media.samples import SampleDecoder
 from pipelines.data.storage import retries
 from pipelines.data.storage.retries import classify, with_retries
@@ -85,7 +84,7 @@ def test_a_storage_that_is_away_for_a_minute_loses_no_row(monkeypatch, chance):
     now_s = [0.0]
     monkeypatch.setattr(retries.time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: now_s.__setitem__(0, now_s[0] + seconds))
-    monkeypatch.setattr(retries._CHANCE, "uniform", lambda low, high: chance)
+    monkeypatch.setattr(retries._RANDOM, "uniform", lambda low, high: chance)
 
     def read():
         if now_s[0] < 75.0:
@@ -209,15 +208,15 @@ def s3(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("media", "expected", "told"),
+    ("media", "expected", "text"),
     [
         ("s3://forbidden/a.jpg", "config", "access denied"),
         ("s3://gone/a.jpg", "config", "no such bucket"),
         ("s3://there/missing.jpg", "missing", "no file"),
     ],
 )
-def test_what_s3_refuses(s3, decoder, media, expected, told):
-    with pytest.raises(MediaError, match=told) as caught:
+def test_what_s3_refuses(s3, decoder, media, expected, text):
+    with pytest.raises(MediaError, match=text) as caught:
         decoder.decode(kind="image", media=media)
     assert (caught.value.error_class, caught.value.stage) == (expected, "read")
 

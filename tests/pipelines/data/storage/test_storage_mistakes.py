@@ -10,7 +10,7 @@ from pipelines.data.corpus.preparation import Preparation
 from pipelines.data.dataset import build_segment, evaluation_datasets, map_blocks, to_batch
 from pipelines.data.media.samples import Limits
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from pipelines.evaluation.protocols.inference import answers, collect
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
@@ -24,7 +24,7 @@ class _NoModel:
 def test_an_unknown_protocol_stops_the_run(tmp_path, ray_local):
     table = manifest([*image_manifest(tmp_path, 3).to_pylist(), {"sample_id": "bad", "media": "nosuch://b/a.jpg"}])
 
-    corpus = Corpus([Source("", TableRows(table))])
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     order = Order(corpus.streams("proportional"), 0, 4)
 
     def train():

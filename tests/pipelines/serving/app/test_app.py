@@ -18,11 +18,11 @@ import torch
 from ray import serve
 from safetensors.torch import load_file, save_file
 
-from jobs.evaluate.caption import caption_file
 from jobs.serve.job import renew, require_free_port, require_guarded, served, what_to_serve
 from jobs.settings.jobs import ServeSettings
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.storage.checkpoint_folders import write_marker
+from pipelines.inference.files import caption_file
 from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.serving.app.client import ServiceError, request_caption
 from pipelines.serving.contract.config import RequestLimits, Scale
@@ -52,7 +52,7 @@ def checkpoints(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["apart", "fused"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["apart", "fused"])
 def settings(checkpoints, request):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

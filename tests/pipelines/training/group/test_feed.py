@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.data import schema
 from pipelines.data.order.global_batches import PADDING, Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import PartRows, TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest, write_clip
 from tests.pipelines.data.manifest_parts import cut_into_parts
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
         row |= {schema.KIND: schema.VIDEO, schema.MEDIA: str(clip)}
     table = type(second).from_pylist(first, schema=schema.MANIFEST_SCHEMA)
     parts = cut_into_parts(folders[1] / "manifest", second, rows_per_part=4)
-    return Corpus([Source("a", TableRows(table), 34.0), Source("b", PartRows(str(parts)), 18.0)])
+    return Corpus([MixtureSource("a", TableRows(table), 34.0), MixtureSource("b", PartRows(str(parts)), 18.0)])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,12 @@ def read_by_threads(feed, folder, start_step, num_steps, world_size, attempt="fi
 @pytest.mark.parametrize(
     ("world_size", "decode_workers", "num_steps", "segment_steps"),
     # The second goes from one segment into the next, the third does so time and again.
-    [(1, 1, 40, 512), (2, 3, 530, 512), pytest.param(3, 2, 40, 9, marks=pytest.mark.slow), (8, 1, 40, 512)],
+    [
+        (1, 1, 40, 512),
+        (2, 3, 530, 512),
+        pytest.param(3, 2, 40, 9, marks=pytest.mark.slow),
+        pytest.param(8, 1, 40, 512, marks=pytest.mark.slow),
+    ],
 )
 def test_the_sequence_is_the_same_for_any_number_of_readers(
     world_size, decode_workers, num_steps, segment_steps, corpus, order, ray_local, tmp_path
@@ -176,7 +181,7 @@ def test_an_attempt_shares_its_segments_and_the_next_attempt_gets_its_own(order,
     assert len(built) == 6 and len(feed._segments) == 2, "the oldest are let go, and not closed: they may still be read"
 
 
-@pytest.mark.parametrize("taken", [0, 3])
+@pytest.mark.parametrize("taken", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_second_attempt_gets_all_batches_after_the_first_died(taken, corpus, order, ray_local, tmp_path):
     """The first died between its ranks' arrivals at Ray's barrier, or in the middle of a segment."""
     feed = start_feed(ray_local, corpus, order, 20, 1)

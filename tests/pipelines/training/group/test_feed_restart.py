@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from tests.pipelines.data.builders import DECODE, image_manifest
 
@@ -52,14 +52,15 @@ def read_and_die_once(arguments):
 @pytest.mark.slow
 def test_the_second_attempt_gets_every_batch(ray_local, tmp_path, monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)  # what the user has set stays
-    from pipelines.training.group.desk import RunDesk
+    from pipelines.training.group.coordinator import RunCoordinator
+    from pipelines.training.group.feed import BatchFeed
     from pipelines.training.group.launch import launch
 
     table = image_manifest(tmp_path, 24)
-    corpus = Corpus([Source("", TableRows(table))])
+    corpus = Corpus([MixtureSource("", TableRows(table))])
     order = Order(corpus.streams("proportional"), 3, 4)
-    actor = ray_local.remote(RunDesk).options(num_cpus=0)
-    desk = actor.remote(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1)
+    actor = ray_local.remote(RunCoordinator).options(num_cpus=0)
+    coordinator = actor.remote(BatchFeed(order, [ray_local.put(corpus)], total_steps=STEPS, decode_workers=1))
     options = {
         "use_gpu": False,
         "max_failures": 1,
@@ -68,20 +69,20 @@ def test_the_second_attempt_gets_every_batch(ray_local, tmp_path, monkeypatch):
         "name": "restart",
         "scratch": str(tmp_path / "scratch"),
     }
-    died: list[str] = []
+    failures: list[str] = []
     launch(
         read_and_die_once,
-        {"folder": str(tmp_path), "feed": desk},
-        board=desk,
+        {"folder": str(tmp_path), "feed": coordinator},
+        coordinator=coordinator,
         workers=2,
         total_steps=STEPS,
-        keep=died.extend,
+        save_failures=failures.extend,
         **options,
     )
-    assert len(died) and all(text.startswith("ALARM worker ") for text in died)
+    assert len(failures) and all(text.startswith("ALARM worker ") for text in failures)
     assert (tmp_path / "killed").exists()
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert [[step for step, _ in steps] for steps in ranks] == [list(range(STEPS))] * 2
     names = [name for steps in ranks for _, of_step in steps for name in of_step]
     assert sorted(names) == sorted(2 * table["sample_id"].to_pylist())
-    ray_local.kill(desk)
+    ray_local.kill(coordinator)

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
+from pipelines.training.group.progress import progress_line
 from pipelines.training.group.watchdog import Watchdog
 from pipelines.training.records.flops import StepFlops
 from pipelines.training.records.health import chance_levels
-from pipelines.training.records.telemetry import describe
 from tests.pipelines.training.loops import make_loop
 from tests.pipelines.training.step.test_loop import batches, make_run, settings, tokenizer, train  # noqa: F401
 
@@ -22,36 +22,36 @@ def wait_for(condition, timeout_s=10.0):
         time.sleep(0.02)
 
 
-def test_a_step_that_hangs_has_its_stacks_written_once_and_again_after_a_beat(tmp_path):
-    told, release = [], threading.Event()
+def test_a_step_that_hangs_has_its_stacks_written_once_and_again_after_progress(tmp_path):
+    warnings, release = [], threading.Event()
 
     def a_collective_that_waits():
         release.wait(30)
 
     waiting = threading.Thread(target=a_collective_that_waits)
     waiting.start()
-    watchdog = Watchdog(str(tmp_path), 3, timeout_s=0.2, alarm=told.append)
-    wait_for(lambda: told)
+    watchdog = Watchdog(str(tmp_path), 3, timeout_s=0.2, warn=warnings.append)
+    wait_for(lambda: warnings)
     stacks = (tmp_path / "stacks" / "rank-3.txt").read_text()
-    assert "a_collective_that_waits" in stacks and "rank 3 has done no step for 0.2 s after step 0" in told[0]
+    assert "a_collective_that_waits" in stacks and "rank 3 has done no step for 0.2 s after step 0" in warnings[0]
     time.sleep(0.5)
-    assert len(told) == 1
-    watchdog.beat(7)
-    wait_for(lambda: len(told) == 2)
-    assert "after step 7" in told[1]
+    assert len(warnings) == 1
+    watchdog.report_progress(7)
+    wait_for(lambda: len(warnings) == 2)
+    assert "after step 7" in warnings[1]
     watchdog.close()
     release.set()
     waiting.join()
 
 
 def test_a_run_that_steps_is_left_alone(tmp_path):
-    told = []
-    watchdog = Watchdog(str(tmp_path), 0, timeout_s=0.6, alarm=told.append)
+    warnings = []
+    watchdog = Watchdog(str(tmp_path), 0, timeout_s=0.6, warn=warnings.append)
     for done in range(8):
         time.sleep(0.1)
-        watchdog.beat(done)
+        watchdog.report_progress(done)
     watchdog.close()
-    assert told == [] and not (tmp_path / "stacks").exists()
+    assert warnings == [] and not (tmp_path / "stacks").exists()
 
 
 def test_chance_levels():
@@ -66,7 +66,7 @@ def test_they_stand_beside_the_losses_in_log_and_progress_line(tokenizer, tmp_pa
     assert record["chance/itc"] == pytest.approx(math.log(4)) and record["chance/itm"] == pytest.approx(
         0.6365, abs=1e-4
     )
-    line = describe(record)
+    line = progress_line(record)
     assert f"itc {record['loss/itc']:.3f} (chance 1.386)" in line and "(chance 0.637)" in line
 
 

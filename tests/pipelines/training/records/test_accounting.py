@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.training.records.accounting import Accounting, TooManyQuarantinedError
 
 

@@ -15,10 +15,10 @@ TIMEOUT_S = 60.0
 
 def test_prometheus_sees_what_was_counted(ray_local):
     metrics = DataMetrics("test", rank=3)
-    metrics.count(StageCosts(fetch_s=0.5, decode_s=2.0, fetched_bytes=4096), rows_used=30, rows_quarantined=2)
-    metrics.count(StageCosts(decode_s=1.0, fetched_bytes=1), rows_used=8, rows_quarantined=0)
-    metrics.waited(0.02, queue_depth=4)
-    metrics.waited(2.0, queue_depth=1)
+    metrics.count_batch(StageCosts(fetch_s=0.5, decode_s=2.0, fetched_bytes=4096), rows_used=30, rows_quarantined=2)
+    metrics.count_batch(StageCosts(decode_s=1.0, fetched_bytes=1), rows_used=8, rows_quarantined=0)
+    metrics.observe_wait(0.02, queue_depth=4)
+    metrics.observe_wait(2.0, queue_depth=1)
     expected = {
         ("ray_qformer_data_stage_seconds_total", "fetch"): 0.5,
         ("ray_qformer_data_stage_seconds_total", "decode"): 3.0,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.data.media.stage_costs import StageCosts
 from pipelines.training.records.run_times import RunTimes
 

@@ -15,7 +15,7 @@ from pipelines.data.features.shards import shard_blocks, write_index
 from pipelines.data.features.spec import write_spec
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.global_batches import Order
-from pipelines.data.order.mixture import Corpus, Source
+from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.run.vocabulary import learn_text_tokenizer
@@ -54,7 +54,7 @@ def _losses(world, stage, is_cached):
     manifest, decode_rows, cache, tokenizer = world
     rows = locate(manifest, cache) if is_cached else manifest
     operator = ReadFeatures(cache) if is_cached else decode_rows
-    corpus = Corpus([Source("world", TableRows(rows))])
+    corpus = Corpus([MixtureSource("world", TableRows(rows))])
     order = Order(corpus.streams("proportional"), SEED, BATCH)
     num_steps = min(STEPS, order.steps_per_epoch)
     plans = training_blocks(order.at(np.arange(num_steps)), first_step=0, world_size=1, steps_per_block=1)

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.data.storage import checkpoint_folders
 from pipelines.training.records.accounting import Accounting
-from pipelines.training.run.checkpoint import Checkpoint, TrainingState, copied
+from pipelines.training.run.checkpoint import Checkpoint, TrainingState, copy_to_cpu
 from pipelines.training.run.checkpoint_writer import CheckpointError, CheckpointWriter
 from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.errors import UserError
@@ -30,7 +30,9 @@ def checkpoint(base, step):
     info, weights = base
     state = TrainingState(step, {"state": {}}, Accounting().state(), "order")
     settled = dataclasses.replace(info, step=step)
-    return Checkpoint(info=settled, weights=copied(weights), tokenizer=None, state=state, settings_yaml="stage: 1\n")
+    return Checkpoint(
+        info=settled, weights=copy_to_cpu(weights), tokenizer=None, state=state, settings_yaml="stage: 1\n"
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def alarms():
 
 
 def written(base, output, steps, alarms, keep=3):
-    writer = CheckpointWriter(str(output), keep=keep, alarm=alarms.append)
+    writer = CheckpointWriter(str(output), num_newest=keep, warn=alarms.append)
     for step in steps:
         writer.submit(checkpoint(base, step))
     writer.close()
@@ -62,7 +64,7 @@ def test_what_is_written_is_the_run_as_it_stood(tmp_path):
     optimizer = torch.optim.AdamW(live.parameters(), lr=0.1)
     live(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    taken = copied({"weights": live.state_dict(), "optimizer": optimizer.state_dict()})
+    taken = copy_to_cpu({"weights": live.state_dict(), "optimizer": optimizer.state_dict()})
     before = live.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(live.weight, before)
@@ -99,7 +101,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(base, tmp_p
 
 
 def test_a_full_disk_does_not_end_the_run(base, tmp_path, alarms):
-    writer = CheckpointWriter(str(tmp_path), keep=3, alarm=alarms.append)
+    writer = CheckpointWriter(str(tmp_path), num_newest=3, warn=alarms.append)
     writer.submit(checkpoint(base, 10))
     writer._wait()
     with full_disk():
@@ -114,7 +116,7 @@ def test_a_full_disk_does_not_end_the_run(base, tmp_path, alarms):
 
 
 def test_the_last_checkpoint_is_tried_again_and_its_loss_ends_the_run(base, tmp_path, alarms):
-    writer = CheckpointWriter(str(tmp_path), keep=3, alarm=alarms.append)
+    writer = CheckpointWriter(str(tmp_path), num_newest=3, warn=alarms.append)
     with full_disk():
         writer.submit(checkpoint(base, 10))
         with pytest.raises(CheckpointError, match=r"last checkpoint \(step 10\) cannot be written .* --resume"):

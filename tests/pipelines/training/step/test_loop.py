@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.settings.model import ModelSettings
-from pipelines.data.batches.batch import Failure, SampleBatch
+from pipelines.data.batches.batch import SampleBatch
+from pipelines.data.failures import Failure
 from pipelines.data.features.shard_encoder import EncoderChoice
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.local_copies import local_folder

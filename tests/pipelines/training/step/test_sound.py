@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.evaluate.caption import caption_file
 from jobs.evaluate.job import decode_settings
 from jobs.settings.data import AudioSettings, DataSettings
 from pipelines.data.batches.batch import unpack
@@ -20,6 +19,7 @@ from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import checkpoint_folders
 from pipelines.evaluation.protocols.caption_shards import CaptionShards, caption_blocks
 from pipelines.inference.decoding import decoding_of, waveforms_of
+from pipelines.inference.files import caption_file
 from pipelines.inference.models import load_captioner
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint

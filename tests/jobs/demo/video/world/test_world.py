@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from jobs.demo.backbones.make import MODELS_FOLDER
+from jobs.demo.make_backbones import MODELS_FOLDER
 from jobs.demo.video.backbones.language import told_share
 from jobs.demo.video.world.corpus import read_broken, read_stories, write_clip_world
 from jobs.demo.video.world.film import DURATION_S, NUM_FRAMES, film

@@ -33,8 +33,8 @@ def test_coco(tmp_path):
         ("7", "/photos/7.jpg", []),
     ]
     assert [row["licence"] for row in rows] == ["CC BY 4.0", None] and {row["split"] for row in rows} == {"val"}
-    told = [(failure.sample_id, failure.error_class) for failure in failures]
-    assert told == [("coco:5", "missing"), ("coco:7", "corrupt"), ("coco:3", "corrupt")]
+    reasons = [(failure.sample_id, failure.error_class) for failure in failures]
+    assert reasons == [("coco:5", "missing"), ("coco:7", "corrupt"), ("coco:3", "corrupt")]
 
 
 def test_karpathy(tmp_path):

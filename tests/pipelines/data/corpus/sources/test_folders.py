@@ -52,8 +52,8 @@ def test_wrong_sidecars_and_names(tmp_path):
         pass
     rows, failures = read(tmp_path, name="f")
     assert [row["sample_id"] for row in rows] == ["e.jpg"]
-    told = [(failure.sample_id, failure.error_class) for failure in failures]
-    assert told == [
+    reasons = [(failure.sample_id, failure.error_class) for failure in failures]
+    assert reasons == [
         ("f:1", "corrupt"),
         ("f:2", "corrupt"),
         ("f:3", "corrupt"),

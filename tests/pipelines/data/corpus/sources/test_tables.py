@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.corpus.seen import SeenNames
+from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import read_source
 from qformer.errors import UserError
@@ -145,7 +145,7 @@ def test_kind_by_content_when_the_name_says_nothing(tmp_path):
         ({"media": "a.mp4", "start_s": 5, "end_s": 5}, "config", "not after"),
     ],
 )
-def test_a_wrong_row_is_told_and_the_others_stay(tmp_path, row, error_class, words):
+def test_a_wrong_row_is_reported_and_the_others_stay(tmp_path, row, error_class, words):
     path = _jsonl(tmp_path, [{"media": "first.jpg"}, row, {"media": "last.jpg"}])
     rows, (failure,) = read(path, name="s")
     assert [row["sample_id"] for row in rows] == ["first.jpg", "last.jpg"]
@@ -162,10 +162,10 @@ def test_lines_that_are_no_rows(tmp_path):
     )
     rows, failures = read(path, name="s")
     assert [row["sample_id"] for row in rows] == ["a.jpg", "b.jpg"]  # what nobody reads may be anything
-    told = {failure.sample_id: (failure.error_class, failure.message) for failure in failures}
-    assert sorted(told) == ["s:2", "s:3", "s:5", "s:7"]
-    assert {error_class for error_class, _ in told.values()} == {"corrupt"}
-    assert "not UTF-8" in told["s:5"][1] and "caf\\udce9" in told["s:5"][1]
+    reasons = {failure.sample_id: (failure.error_class, failure.message) for failure in failures}
+    assert sorted(reasons) == ["s:2", "s:3", "s:5", "s:7"]
+    assert {error_class for error_class, _ in reasons.values()} == {"corrupt"}
+    assert "not UTF-8" in reasons["s:5"][1] and "caf\\udce9" in reasons["s:5"][1]
 
 
 def test_csv_rows_that_are_no_rows(tmp_path):
@@ -189,7 +189,7 @@ def test_parquet_text_that_is_no_utf8(tmp_path):
 
 def test_ids_are_unique_over_all_sources(tmp_path):
     """Given ids that repeat are failures; media paths that repeat are not, for different folders may share names."""
-    seen = SeenNames()
+    used_ids = NameSet()
     got = []
     for name, rows in {
         "one": [{"media": "a.jpg"}, {"media": "a.jpg"}, {"media": "b.jpg", "sample_id": "x"}],
@@ -197,7 +197,7 @@ def test_ids_are_unique_over_all_sources(tmp_path):
     }.items():
         folder = tmp_path / name
         folder.mkdir()
-        blocks = list(read_source(Source(path=str(_jsonl(folder, rows)), name=name), seen))
+        blocks = list(read_source(Source(path=str(_jsonl(folder, rows)), name=name), used_ids))
         got += [row["sample_id"] for block in blocks for row in block.rows.to_pylist()]
         failures = [failure for block in blocks for failure in block.failures]
     assert got == ["a.jpg", "a.jpg#2", "x", "a.jpg#1", "two/a.jpg#2"]

@@ -30,7 +30,7 @@ def test_members_are_found_where_tarfile_finds_them(tmp_path, tar_format):
         expected = [(info.name, info.offset_data, info.size) for info in tar]
     assert [(found.name, found.offset, found.length) for found in walk_tar(str(path))] == expected
     for found, (_, content) in zip(walk_tar(str(path)), contents, strict=True):
-        reference = members.spell(members.Member(str(path), found.offset, found.length))
+        reference = members.to_reference(members.Member(str(path), found.offset, found.length))
         assert storage.read_bytes(reference, 10_000) == content
 
 
@@ -81,7 +81,7 @@ def test_keys():
     assert split_name("0001") == ("0001", "")
 
 
-def test_wrong_members_are_told_and_touch_no_file(tmp_path):
+def test_wrong_members_are_reported_and_touch_no_file(tmp_path):
     outside = tmp_path / "outside.txt"
     outside.write_text("untouched")
     path = write_shard(
@@ -145,7 +145,7 @@ def test_a_member_that_is_no_longer_there(tmp_path):
     path = write_shard(tmp_path / "a.tar", [("1.jpg", bytes(3000))])
     ((row,), _) = read(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(storage.CutFileError):
+    with pytest.raises(storage.TruncatedFileError):
         storage.read_bytes(row["media"], 10**6)
     path.unlink()
     with pytest.raises(FileNotFoundError):

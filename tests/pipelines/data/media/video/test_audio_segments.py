@@ -13,8 +13,7 @@ from pipelines.data.failures import MediaError
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.media.stage_costs import StageCosts
-from pipelines.data.media.video import audio_segments
-from pipelines.data.media.video import audio_track as sound
+from pipelines.data.media.video import audio_segments, audio_track
 from tests.pipelines.data.builders import DECODE, heard_seconds, jpeg, stairs, write_clip, write_sounding_clip
 
 RATE_HZ = 16_000
@@ -48,8 +47,8 @@ def test_each_segment_is_of_its_second(tmp_path, decoder, codec, container, rate
     assert clip.waveforms.shape == (4, RATE_HZ) and clip.waveforms.dtype == np.float32
     assert clip.audio_valid.tolist() == [True] * 4
     for waveform, second in zip(clip.waveforms, (0, 6, 12, 18), strict=True):
-        heard = heard_seconds(waveform, RATE_HZ)
-        assert heard[1:9] == [second] * 8
+        seconds = heard_seconds(waveform, RATE_HZ)
+        assert seconds[1:9] == [second] * 8
         assert np.abs(waveform[RATE_HZ // 10 : -RATE_HZ // 10]).max() == pytest.approx(0.5, abs=0.06)
 
 
@@ -92,8 +91,8 @@ def test_seeking_equals_decoding_on(tmp_path, monkeypatch, codec, container, rat
 def test_an_index_that_leads_astray_is_not_followed(tmp_path, monkeypatch):
     """As of a damaged file: every seek lands far behind."""
     path = write_sounding_clip(tmp_path / "a.mp4", stairs(19, 44_100), rate_hz=44_100)
-    true_seek = sound.Sound.seek
-    monkeypatch.setattr(sound.Sound, "seek", lambda self, to_s: true_seek(self, to_s + 4.0))
+    true_seek = audio_track.AudioTrack.seek
+    monkeypatch.setattr(audio_track.AudioTrack, "seek", lambda self, to_s: true_seek(self, to_s + 4.0))
     waveforms, is_valid = audio_segments.read_segments(str(path), SAMPLING, start_s=0.0, end_s=19.0, zero_s=0.0)
     assert is_valid.all()
     assert [heard_seconds(waveform, RATE_HZ)[5] for waveform in waveforms] == [0, 6, 12, 18]
@@ -106,8 +105,8 @@ def test_sound_that_begins_late_and_ends_early(tmp_path, decoder):
     clip = _decode(decoder, path)
     assert clip.audio_valid.tolist() == [False, False, True, False]
     assert not clip.waveforms[[0, 1, 3]].any()
-    heard = heard_seconds(clip.waveforms[2], RATE_HZ)  # from 12 s, which is the sound's sixth second
-    assert heard[1:4] == [5] * 3 and heard[6:] == [None] * 4
+    seconds = heard_seconds(clip.waveforms[2], RATE_HZ)  # from 12 s, which is the sound's sixth second
+    assert seconds[1:4] == [5] * 3 and seconds[6:] == [None] * 4
     assert _decode(decoder, path, end_s=6.0).audio_valid.tolist() == [False] * 4
 
 
@@ -217,9 +216,9 @@ def test_sound_counts_as_decoding(tmp_path, decoder):
 
 def test_what_lies_between_segments_is_not_decoded(tmp_path, monkeypatch):
     path = write_sounding_clip(tmp_path / "a.mp4", stairs(60, 44_100), rate_hz=44_100, fps=2)
-    true_check, counts = sound.Sound.require_decodable, []
+    true_check, counts = audio_track.AudioTrack.require_decodable, []
     monkeypatch.setattr(
-        sound.Sound, "require_decodable", lambda self: (counts.append(self._num_packets), true_check(self))
+        audio_track.AudioTrack, "require_decodable", lambda self: (counts.append(self._num_packets), true_check(self))
     )
     audio_segments.read_segments(str(path), SAMPLING, start_s=0.0, end_s=60.0, zero_s=0.0)
     # Four seconds and what is read before each; the whole has 2584 packets of 1024 samples.

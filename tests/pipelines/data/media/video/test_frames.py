@@ -14,13 +14,13 @@ from PIL import Image
 from pipelines.data.failures import MediaError
 from pipelines.data.media.clip import BACKEND_NAMES, ClipRequest
 from pipelines.data.media.frame_sampling import Sampling
+from pipelines.data.media.video import probe
 from pipelines.data.media.video import pyav as video_pyav
-from pipelines.data.media.video import survey as video_survey
 from pipelines.data.media.video.backends import BACKENDS
 from pipelines.data.media.video.frames import read_clip
 from pipelines.data.media.video.pool import VideoPool
+from pipelines.data.media.video.probe import open_container, probe_video
 from pipelines.data.media.video.pyav import PyAVBackend
-from pipelines.data.media.video.survey import open_container, survey
 from pipelines.data.media.video.wire import receive, send
 from tests.pipelines.data.builders import PREPROCESSING, jpeg, open_files, write_clip, write_moving_clip
 
@@ -323,7 +323,7 @@ def test_damage_is_not_decoded_silently(tmp_path):
     assert caught.value.error_class == "corrupt"
 
 
-def test_videos_that_last_too_long_are_told_apart(tmp_path):
+def test_videos_that_last_too_long_are_distinguished(tmp_path):
     ten_days = 10 * 24 * 3600 * 10
     path = str(write_clip(tmp_path / "clip.mkv", [10, 20, 30], [0, 1, ten_days]))
     for changes, limit_s in (({}, 7 * 86_400), ({"max_duration_s": 60.0}, 60)):
@@ -347,7 +347,7 @@ def test_a_long_video_is_not_decoded_whole(tmp_path):
             frame.pts = 10 * index
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    found = survey(str(path), 10**6)
+    found = probe_video(str(path), 10**6)
     assert found.duration_s == 36_000
     decoded = _levels(read_clip(str(path), _request()).pixels)
     assert decoded == pytest.approx([31, 93, 156, 218], abs=LEVEL_TOLERANCE)
@@ -358,12 +358,12 @@ def test_a_long_video_is_not_decoded_whole(tmp_path):
         assert cursor.num_packets < 40
 
 
-def test_large_files_are_surveyed_by_their_index(tmp_path, monkeypatch):
+def test_large_files_are_probed_by_their_index(tmp_path, monkeypatch):
     levels = [(7 * i) % 250 for i in range(400)]
     path = write_clip(tmp_path / "large.mp4", levels)
-    exact = survey(str(path), 10**6)
-    monkeypatch.setattr(video_survey, "_INDEXED_BYTES", 0)
-    indexed = survey(str(path), 10**6)
+    exact = probe_video(str(path), 10**6)
+    monkeypatch.setattr(probe, "_INDEXED_BYTES", 0)
+    indexed = probe_video(str(path), 10**6)
     assert exact.is_exact and not indexed.is_exact
     assert indexed.starts_s.tolist() == exact.starts_s.tolist()
     assert _shown(path, "pyav") == pytest.approx([levels[i] for i in (50, 150, 250, 350)], abs=LEVEL_TOLERANCE)
@@ -373,9 +373,11 @@ def test_large_files_are_surveyed_by_their_index(tmp_path, monkeypatch):
 def test_the_others_are_asked_about_containers_with_an_index_only(tmp_path, monkeypatch, backend):
     """Both were measured to show wrong frames, without a word, from containers without one."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if it were installed
-    found = {name: survey(str(write_clip(tmp_path / f"a.{name}", [9] * 12)), 10**6) for name in ("mp4", "mkv", "ts")}
+    found = {
+        name: probe_video(str(write_clip(tmp_path / f"a.{name}", [9] * 12)), 10**6) for name in ("mp4", "mkv", "ts")
+    }
     assert all(one.is_exact for one in found.values())
-    assert [name for name, one in found.items() if BACKENDS[backend].suits(one)] == ["mp4", "mkv"]
+    assert [name for name, one in found.items() if BACKENDS[backend].supports(one)] == ["mp4", "mkv"]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +401,7 @@ def test_leaving_frames_out_changes_none(tmp_path, name, codec):
         container.mux(stream.encode(None))
     with av.open(str(path)) as container:
         whole = {frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)}
-    found = survey(str(path), 10**6)
+    found = probe_video(str(path), 10**6)
     wanted = np.array([0, 1, 7, 17, 29, 30, 33, 58, 71, 99])
     picked = dict(PyAVBackend().frames_at(str(path), found, wanted, None, "bilinear"))
     assert sorted(picked) == wanted.tolist()
