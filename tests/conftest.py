@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.cluster.session import environment_of_processes, set_ray_environment
+from jobs.cluster.session import ray_process_environment, set_ray_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -87,7 +87,7 @@ def ray_local(tmp_path_factory):
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # as often as Ray can: a test reads them
         for left in (2, 1, 0):
             try:
-                with environment_of_processes():
+                with ray_process_environment():
                     ray.init(
                         address="local",
                         num_cpus=4,

@@ -1,6 +1,6 @@
 """A checkpoint for the serving benchmark: the demo's frozen models, and a bridge between them with random weights.
 
-The copy of the language model never ends an answer by itself, so that each has exactly the tokens that were asked for.
+The copy of the language model never generates its end token, so every answer has exactly the requested tokens.
 """
 
 import json
@@ -26,9 +26,9 @@ def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) 
     """Write a run folder with one checkpoint of stage 2; returns the checkpoint.
 
     Args:
-        run: A new folder.
-        language: That of an earlier call; None writes one beside `run`, RUN-language.
-        seed: Of the bridge's weights.
+        run: New run folder.
+        language: Language model of an earlier call; None writes one to RUN-language.
+        seed: Seed of the bridge's weights.
     """
     language = language or _write_endless_language(run.with_name(run.name + "-language"))
     vision = VisionSpec(str(MODELS / "vision"))
@@ -55,7 +55,7 @@ def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) 
 
 
 def _write_endless_language(folder: Path) -> Path:
-    """The demo's language model, told never to choose its end token: `transformers` and the engine both obey."""
+    """Copy the demo's language model with its end token suppressed, for `transformers` and the engine."""
     shutil.copytree(MODELS / "language", folder)
     file = folder / "generation_config.json"
     settings = json.loads(file.read_text())

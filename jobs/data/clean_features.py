@@ -5,13 +5,13 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from jobs.folders.output import SETTINGS_FILE
 from jobs.settings.data import Settings
 from pipelines.data import storage
 from pipelines.data.batches.stage_report import format_bytes
 from pipelines.data.features.cleaning import find_caches, remove_cache
 from qformer.errors import UserError
 
-_SETTINGS_FILE = "settings.yaml"
 _MAX_SETTINGS_BYTES = 2**20
 
 
@@ -62,7 +62,7 @@ def _referred_caches(folder: str) -> list[str]:
         raise UserError(f"runs={folder} is not a folder; give the folders of your runs")
     names = []
     for path in storage.list_files(folder):
-        if path.rpartition("/")[2] != _SETTINGS_FILE:
+        if path.rpartition("/")[2] != SETTINGS_FILE:
             continue
         uri = storage.join(folder, path)
         try:

@@ -1,4 +1,4 @@
-"""Caption files with a stage-2 checkpoint, or ask it about them, in this process; a manifest through Ray Data."""
+"""Caption files, or answer an instruction about them, in this process; a manifest goes through Ray Data."""
 
 import logging
 import sys
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 def main(settings: CaptionSettings) -> int:
     """Print `path<TAB>caption` for each file; a file that cannot be used is reported on stderr and skipped.
 
-    A manifest's captions go into a folder: see `caption_corpus`.
+    With a manifest, the captions go into a folder (`caption_corpus`).
 
     Returns:
-        The exit code: 0, or 1 when a file could not be used.
+        The exit code: 0, or 1 if a file could not be used.
 
     Raises:
         UserError: If a file does not exist, or the checkpoint cannot be used.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster.session import ray_session, require_resources
+from jobs.folders.output import SUMMARY_FILE
 from jobs.folders.run import run_folder
 from jobs.settings.jobs import TrainSettings
 from jobs.train.inputs import LEARN_TOKENIZER, tokenizer_folder, with_absolute_paths
@@ -20,7 +21,6 @@ from pipelines.data.order.mixture import Corpus
 from pipelines.data.order.row_index import stream_rows
 from qformer.errors import UserError
 
-SUMMARY_FILE = "summary.json"
 _ELASTIC_FAILURES = 100
 """Who asks for fewer workers expects that nodes are lost, time and again in a run of weeks."""
 

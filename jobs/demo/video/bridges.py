@@ -1,4 +1,4 @@
-"""The bridges that the video demo compares, and how each is trained."""
+"""The bridges that the video demo compares, and their training settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Literal
 
 from jobs.demo.settings import DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
@@ -17,59 +17,59 @@ AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bridge:
-    """One way to join frames and sound."""
+class DemoBridge:
+    """One bridge of the comparison."""
 
     name: str
-    """Of its step and run folder."""
+    """Name of its step and run folder."""
     title: str
     temporal: Literal["mean", "cascaded", "spatio_temporal"]
-    begins_as: str
-    """Step whose checkpoint it starts from."""
-    hears: bool = False
-    knows_order: bool = True
+    init_step: str
+    """Step whose checkpoint initialises it."""
+    reads_sound: bool = False
+    reads_order: bool = True
 
 
 BRIDGES = (
-    Bridge(name="clip_mean", title="mean pooling", temporal="mean", begins_as="stage2", knows_order=False),
-    Bridge(name="clip_cascaded", title="cascaded", temporal="cascaded", begins_as="stage2"),
-    Bridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", begins_as="stage2"),
-    Bridge(
+    DemoBridge(name="clip_mean", title="mean pooling", temporal="mean", init_step="stage2", reads_order=False),
+    DemoBridge(name="clip_cascaded", title="cascaded", temporal="cascaded", init_step="stage2"),
+    DemoBridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", init_step="stage2"),
+    DemoBridge(
         name="clip_cascaded_sound",
         title="cascaded with sound",
         temporal="cascaded",
-        begins_as="clip_cascaded",
-        hears=True,
+        init_step="clip_cascaded",
+        reads_sound=True,
     ),
-    Bridge(
+    DemoBridge(
         name="clip_spatio_temporal_sound",
         title="spatio-temporal with sound",
         temporal="spatio_temporal",
-        begins_as="clip_spatio_temporal",
-        hears=True,
+        init_step="clip_spatio_temporal",
+        reads_sound=True,
     ),
 )
-"""Those that hear go on from those that see, as Video-LLaMA does; here both branches are then trained together."""
+"""Bridges with sound start from those without, as in Video-LLaMA; here both branches then train together."""
 
 
-def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> TrainSettings:
+def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> TrainSettings:
     """Settings of `qformer train` for one bridge.
 
     Args:
-        bridge: Which.
-        output: Folder of the demo, with its image part and the clips' features.
-        settings: Of the demo.
+        bridge: Bridge to train.
+        output: Folder of the demo, with its image part and the features of the clips.
+        settings: Settings of the demo.
     """
     demo, training, queries = settings.demo, settings.demo.clips.training, settings.demo.clips.queries
-    seeing_steps = training.steps if bridge.knows_order else training.baseline_steps
-    steps = training.sound_steps if bridge.hears else seeing_steps
+    visual_steps = training.steps if bridge.reads_order else training.baseline_steps
+    steps = training.sound_steps if bridge.reads_sound else visual_steps
     return TrainSettings(
         output=str(output / bridge.name),
         stage=2,
-        init_from=str(output / bridge.begins_as),
+        init_from=str(output / bridge.init_step),
         model=ModelSettings(
             vision=VisionSpec(str(MODELS / "vision")),
-            audio=AudioSpec(str(MODELS / "audio")) if bridge.hears else None,
+            audio=AudioSpec(str(MODELS / "audio")) if bridge.reads_sound else None,
             audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
             language=LanguageSpec(str(MODELS / "clip_language")),
             temporal=bridge.temporal,

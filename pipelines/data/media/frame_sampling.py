@@ -16,7 +16,7 @@ _ROUNDING_S = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the frames of a clip are chosen. Random strategies are random in training alone, where there is a seed."""
+    """Strategy for the choice of a clip's frames. Random strategies need a seed, which training has."""
 
     strategy: Strategy = "uniform"
     """uniform: centres of equal segments. random_segment: a random time in each (TSN); without seed uniform.

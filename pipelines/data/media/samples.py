@@ -48,13 +48,13 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSettings:
-    """How files are decoded to pixels and, if requested, sound."""
+    """Settings for decoding files to pixels and, if requested, sound."""
 
     preprocessing: Preprocessing
     num_frames: int = 8
     """Number of frames sampled from a video; an image has one."""
     sampling: Sampling = Sampling()
-    """How the frames are chosen; random only for samples decoded with a seed."""
+    """Choice of the frames; random only for samples decoded with a seed."""
     limits: Limits = Limits()
     augmentation: Augmentation = Augmentation()
     """Applied only to samples decoded with a seed."""

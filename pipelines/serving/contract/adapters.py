@@ -1,4 +1,4 @@
-"""The bridges behind one frozen encoder and language model: what each is, and which of them can share the backbones."""
+"""Descriptions of served checkpoints, and the check that they can share one frozen encoder and language model."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,13 @@ from qformer.conversion.former_info import nested_specs
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
-if TYPE_CHECKING:  # it loads torch, which the ingress has no use for
+if TYPE_CHECKING:  # loads torch, which the ingress does without
     from qformer.conversion.checkpoint import BridgeInfo
 
 SpecT = TypeVar("SpecT", VisionSpec, LanguageSpec)
-_BESIDE = "checkpoint:"
-"""`qformer.conversion.checkpoint.BESIDE`: a backbone that is a folder of the checkpoint."""
+_BUNDLED = "checkpoint:"
+"""Prefix of a backbone that is a folder inside the checkpoint; a copy of the constant in
+`qformer.conversion.checkpoint`, whose import would load torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,34 +63,34 @@ class SharedLanguage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
-    """One checkpoint: a Q-Former with its projection (stage 2) or its heads (stage 1). Knows no torch."""
+    """Description of one checkpoint: a Q-Former with its projection (stage 2) or its heads (stage 1). Free of torch."""
 
     name: str
-    """As requests choose it; stays when a newer checkpoint takes its place."""
+    """Name that requests use; a newer checkpoint may take it over."""
     version: str
-    """Which checkpoint it is, as answers tell it: "RUN/step-00000400"; requests may ask for it, too."""
+    """Checkpoint that answers report, such as "RUN/step-00000400"; requests may name it too."""
     folder: str
-    """Folder or URI that every node can read."""
+    """Folder or URI, readable from every node."""
     stage: int
     prompt: str
-    """What takes the place of a missing instruction."""
+    """Prompt of training; used where a request has no instruction."""
     preprocessing: Preprocessing
     num_frames: int
     sampling: Mapping[str, Any]
     audio_sampling: Mapping[str, Any] | None
-    """How sound is read, where the bridge has a branch for it."""
+    """Sampling of sound; None where the bridge has no audio branch."""
     num_queries: int
     embed_dim: int
-    """Of a stage-1 embedding."""
+    """Width of a stage-1 embedding."""
     encoder: SharedEncoder
-    """Frozen vision encoder that it was trained on."""
+    """Frozen vision encoder of its training."""
     language: SharedLanguage | None
-    """Frozen language model of stage 2; None in stage 1."""
+    """Frozen language model of its training; None in stage 1."""
     has_lora: bool
 
     @classmethod
     def of(cls, info: "BridgeInfo", *, name: str, version: str, folder: str) -> "Adapter":
-        """Describe a checkpoint by its bridge.json."""
+        """Build the description from a checkpoint's bridge.json."""
         language = None
         if info.stage == 2 and info.language is not None:
             language = SharedLanguage(language=_resolved(folder, info.language), answer_end_id=info.answer_end_id)
@@ -112,16 +113,16 @@ class Adapter:
 
     @property
     def key(self) -> str:
-        """Tells checkpoints apart by their folder, and tells nobody where that lies."""
+        """Unique name of the checkpoint; holds a hash of the folder, not its path."""
         return f"{self.name}@{hashlib.sha256(self.folder.encode()).hexdigest()[:12]}"
 
     @property
     def generates(self) -> bool:
-        """Whether it answers in text (stage 2), or embeds and matches (stage 1)."""
+        """True: generates text (stage 2). False: embeds and matches (stage 1)."""
         return self.stage == 2
 
     def decode_settings(self, limits: Limits) -> DecodeSettings:
-        """How files become this adapter's pixels: as in its training."""
+        """Decoding of media for this adapter, the same as in its training."""
         return DecodeSettings(
             preprocessing=self.preprocessing,
             num_frames=self.num_frames,
@@ -147,13 +148,13 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backbones:
-    """The frozen models that adapters share; they stay when a newer checkpoint takes another's place."""
+    """Frozen models that all adapters share; they stay loaded when a checkpoint is replaced."""
 
     encoder: SharedEncoder
     language: SharedLanguage | None
-    """None where no adapter answers in text."""
+    """None where no adapter generates text."""
     updated_by: str | None = None
-    """Checkpoint whose updates (LoRA) the language model carries."""
+    """Folder of the checkpoint whose LoRA updates apply to the language model; None: none."""
 
     @classmethod
     def from_dict(cls, values: "Mapping[str, Any] | Backbones") -> "Backbones":
@@ -165,7 +166,7 @@ class Backbones:
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter]) -> "Backbones":
-        """Those of adapters that share them (`require_shared_backbones`)."""
+        """Backbones of adapters that pass `require_shared_backbones`."""
         writers = [adapter for adapter in adapters if adapter.generates]
         return cls(
             encoder=adapters[0].encoder,
@@ -178,7 +179,7 @@ class AdapterTable:
     """All adapters of a service, the default first.
 
     Args:
-        adapters: At least one.
+        adapters: One or more adapters, the default first.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
@@ -188,14 +189,14 @@ class AdapterTable:
 
     @property
     def default(self) -> Adapter:
-        """The one that task endpoints take when a request names none."""
+        """Adapter of requests that name none."""
         return self.all[0]
 
     def find(self, name: str | None, *, generates: bool) -> Adapter:
-        """The adapter of a request, by name or version; with None the first that can do the task.
+        """Find an adapter by name or version; None selects the first that can do the task.
 
         Raises:
-            ApiError: 404 when there is none, 400 when it is of the other stage.
+            ApiError: 404 if there is none, 400 if it is of the other stage.
         """
         able = [adapter for adapter in self.all if adapter.generates == generates]
         task, stage = ("answers in text", 2) if generates else ("embeds and matches", 1)
@@ -217,7 +218,7 @@ def require_shared_backbones(adapters: Sequence[Adapter]) -> None:
     """Check that one frozen encoder and one frozen language model serve all adapters.
 
     Raises:
-        UserError: Names the first that does not fit, or whose name is taken.
+        UserError: If two have the same name, or one has other backbones; names the first such adapter.
     """
     names = [adapter.name for adapter in adapters]
     for name in names:
@@ -256,6 +257,6 @@ def _difference(theirs: Any, ours: Any) -> tuple[str, str]:
 
 
 def _resolved(folder: str, spec: SpecT) -> SpecT:
-    if not spec.name.startswith(_BESIDE):
+    if not spec.name.startswith(_BUNDLED):
         return spec
-    return dataclasses.replace(spec, name=storage.join(folder, spec.name.removeprefix(_BESIDE)))
+    return dataclasses.replace(spec, name=storage.join(folder, spec.name.removeprefix(_BUNDLED)))

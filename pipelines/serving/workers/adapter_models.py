@@ -17,7 +17,7 @@ from pipelines.data.storage.local_copies import local_folder
 from pipelines.inference.models import Retriever, load_ears, load_tokenizer
 from pipelines.serving.contract.adapters import SharedEncoder
 from pipelines.serving.contract.errors import Refusal
-from pipelines.serving.contract.wire import Decoded, Matched, TextEmbeddings
+from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from qformer.audio import AudioEncoder
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridges.audio_branch import Sound
@@ -40,7 +40,7 @@ class Writer:
 
     @torch.inference_mode()
     def soft_prompts(
-        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, clips: Sequence[Decoded], instructions: Sequence[str]
+        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, clips: Sequence[DecodedMedia], instructions: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         """Soft prompts [N, L] of each image or clip, as `Captioner.soft_prompts` gives them."""
         inputs = [tokens_BFPV]
@@ -54,7 +54,7 @@ class Writer:
             rows = [rows_NL[is_read_N] for rows_NL, is_read_N in zip(rows, is_prompt_BN, strict=True)]
         return [rows_NL.cpu().numpy() for rows_NL in rows]
 
-    def _sound(self, clips: Sequence[Decoded], device: torch.device) -> Sound | None:
+    def _sound(self, clips: Sequence[DecodedMedia], device: torch.device) -> Sound | None:
         if self.ears is None:
             return None
         waveforms_BAW = torch.from_numpy(np.stack([clip.waveforms for clip in clips if clip.waveforms is not None]))
@@ -91,14 +91,14 @@ class Matcher:
         return TextEmbeddings(vectors=self.retriever.embed_text(texts).cpu().numpy(), num_tokens=num_tokens)
 
     @torch.inference_mode()
-    def match(self, tokens_FPV: Tensor, is_frame_F: Tensor, texts: Sequence[str]) -> list[Matched]:
+    def match(self, tokens_FPV: Tensor, is_frame_F: Tensor, texts: Sequence[str]) -> list[MatchScore]:
         """Scores of one image or clip with each text."""
         embeds_NE = self.retriever.embed_tokens(tokens_FPV[None], is_frame_F[None])[0]
         similarity_B = (self.retriever.embed_text(texts) @ embeds_NE.T).amax(dim=1)
         tokens_BFPV = tokens_FPV[None].expand(len(texts), -1, -1, -1)
         probability_B = self.retriever.match(tokens_BFPV, texts, is_frame_F[None].expand(len(texts), -1))
         scores = zip(probability_B.tolist(), similarity_B.tolist(), strict=True)
-        return [Matched(probability=probability, similarity=similarity) for probability, similarity in scores]
+        return [MatchScore(probability=probability, similarity=similarity) for probability, similarity in scores]
 
 
 def load_backbone(source: SharedEncoder, device: str) -> VisionEncoder:

@@ -11,7 +11,7 @@ from pipelines.serving.app.quotas import Quotas
 from pipelines.serving.contract.adapters import Adapter, Backbones, SharedEncoder, SharedLanguage
 from pipelines.serving.contract.config import FetchPolicy, RequestLimits, ServingConfig
 from pipelines.serving.contract.errors import ApiError, Refusal
-from pipelines.serving.contract.wire import Matched, Piece, TextEmbeddings
+from pipelines.serving.contract.wire import MatchScore, Piece, TextEmbeddings
 from pipelines.serving.http.api import Api, build_http
 from pipelines.serving.workers.media import MediaWorker
 from qformer.config import LanguageSpec, VisionSpec
@@ -76,7 +76,7 @@ class Models:
         return TextEmbeddings(vectors=np.eye(EMBED_DIM, dtype=np.float32)[: len(texts)], num_tokens=3 * len(texts))
 
     async def match(self, adapter, clip, texts):
-        return [Matched(probability=1 / (place + 1), similarity=0.5) for place in range(len(texts))]
+        return [MatchScore(probability=1 / (place + 1), similarity=0.5) for place in range(len(texts))]
 
     async def answer(self, prompt):
         await self._trouble()

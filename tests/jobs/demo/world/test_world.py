@@ -11,7 +11,7 @@ from PIL import Image
 from jobs.demo.make_backbones import MODELS_FOLDER, fact_accuracy
 from jobs.demo.world.corpus import write_world
 from jobs.demo.world.grammar import all_captions, captions, parse, vocabulary
-from jobs.demo.world.render import clip_frames, moved, place
+from jobs.demo.world.render import clip_frames, move_to, place
 from jobs.demo.world.scenes import COLOURS, HELD_OUT, MOTIONS, PAIRS, SIZES, Scene, Thing, attributes, sample_scene
 from qformer.backbones import load_language, load_vision
 from qformer.config import LanguageSpec, VisionSpec
@@ -156,7 +156,7 @@ def test_four_middle_frames_reveal_the_motion(motion: str):
 
 def test_travel_runs_either_way():
     (placed,) = place(Scene((RED,), motion="moving sideways"), random.Random(0))
-    there, back = (moved(placed, "moving sideways", 0.0, is_reversed) for is_reversed in (False, True))
+    there, back = (move_to(placed, "moving sideways", 0.0, is_reversed) for is_reversed in (False, True))
     assert there.x < 0.5 < back.x
 
 

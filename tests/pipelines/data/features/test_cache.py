@@ -220,7 +220,7 @@ def test_a_cache_that_changes_under_its_training_stops_it(tmp_path, encoder):
     with pytest.raises(UserError, match="row 0 is 's0' of other media, not sample 's0'"):
         ReadFeatures(cache)(block)
     (tmp_path / "cache" / "shard-00000000.arrow").unlink()
-    with pytest.raises(UserError, match="sample 's0' is not there .*; the cache was changed or damaged"):
+    with pytest.raises(UserError, match="sample 's0' is missing .*; the cache was changed or damaged"):
         ReadFeatures(cache)(block)
 
 
