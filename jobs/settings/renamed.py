@@ -3,11 +3,15 @@
 import copy
 from typing import Any
 
+from qformer.conversion.former_info import bridge_values
+
 RENAMED = {
     "model.vision_pretrained": "model.vision.pretrained",
     "model.vision_layer": "model.vision.layer",
     "model.vision_image_size": "model.vision.image_size",
     "model.audio_pretrained": "model.audio.pretrained",
+    "model.temporal": "model.bridge.kind",
+    "model.video": "model.bridge",
     "vision_pretrained": "vision.pretrained",
     "vision_layer": "vision.layer",
     "vision_image_size": "vision.image_size",
@@ -25,6 +29,11 @@ def with_present_keys(values: dict[str, Any]) -> dict[str, Any]:
         values: Mapping as a YAML file holds it, every frozen model in its long form.
     """
     values = copy.deepcopy(values)
+    model = values.get("model")
+    if isinstance(model, dict) and "bridge" not in model:
+        # `video` held the sizes of every kind: those of other kinds had no effect.
+        video = {"temporal": model.pop("temporal", "concatenate"), **model.pop("video", {})}
+        model["bridge"] = bridge_values(video)
     for old, new in RENAMED.items():
         holder, name = _holder(values, old)
         if holder is None or name not in holder:

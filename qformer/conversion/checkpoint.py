@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qformer.bridges.config import AudioConfig
 from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig, bridge_config
 from qformer.config import AudioSpec, LanguageSpec, LoraConfig, QFormerConfig, VisionSpec
-from qformer.conversion.former_info import nested_specs
+from qformer.conversion.former_info import bridge_values, nested_specs
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer
@@ -82,7 +82,8 @@ class BridgeInfo:
                         values[name] = spec(**values[name])
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-                values["bridge"] = _bridge(values)
+                video = values.pop("video", {})
+                values["bridge"] = bridge_config(values.get("bridge") or bridge_values(video))
                 if values.get("audio_branch") is not None:
                     values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:
@@ -95,30 +96,6 @@ class BridgeInfo:
         raise UserError(
             f"{file!r} has format_version={version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
         )
-
-
-_KINDS_BEFORE = {
-    "concatenate": (),
-    "mean": (),
-    "cascaded": ("max_frames", "num_queries", "num_layers", "freeze_frames"),
-    "spatio_temporal": (
-        "max_frames",
-        "freeze_attention",
-        "num_spatial_queries",
-        "num_temporal_queries",
-        "num_summary_queries",
-    ),
-}
-"""Fields of `video` in earlier files that each way to join frames read."""
-
-
-def _bridge(values: dict[str, Any]) -> BridgeConfig:
-    """The bridge of a file, which earlier files call `video` and the earliest leave out."""
-    if "bridge" in values:
-        return bridge_config(values["bridge"])
-    video = values.pop("video", {})
-    kind = video.get("temporal", "concatenate")
-    return bridge_config({"kind": kind} | {name: video[name] for name in _KINDS_BEFORE[kind] if name in video})
 
 
 def read_info(folder: Path) -> BridgeInfo:

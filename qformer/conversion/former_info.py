@@ -1,4 +1,4 @@
-"""How bridge.json of format version 1 spelled its backbones. Free of torch."""
+"""How files of format version 1 spelled backbones and bridges. Free of torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,19 @@ _PARTS = {
     "audio_pretrained": ("audio", "pretrained"),
 }
 """Former field -> the backbone it belongs to, and its name there."""
+_FIELDS_OF_KIND = {
+    "concatenate": (),
+    "mean": (),
+    "cascaded": ("max_frames", "num_queries", "num_layers", "freeze_frames"),
+    "spatio_temporal": (
+        "max_frames",
+        "freeze_attention",
+        "num_spatial_queries",
+        "num_temporal_queries",
+        "num_summary_queries",
+    ),
+}
+"""Fields of `video` that each kind of bridge read; the others were written, and had no effect."""
 
 
 def nested_specs(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,3 +42,16 @@ def nested_specs(values: Mapping[str, Any]) -> dict[str, Any]:
         if old in values and found.get(name) is not None:
             found[name][part] = values[old]
     return found
+
+
+def bridge_values(video: Mapping[str, Any]) -> dict[str, Any]:
+    """Kind and sizes of the bridge that the former field `video` describes.
+
+    Args:
+        video: "temporal", the former name of the kind, and sizes; empty in the earliest files.
+
+    Raises:
+        KeyError: If there is no such kind.
+    """
+    kind = video.get("temporal", "concatenate")
+    return {"kind": kind} | {name: video[name] for name in _FIELDS_OF_KIND[kind] if name in video}
