@@ -75,17 +75,15 @@ def _require_name(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QFormerConfig:
-    """A BERT-shaped Q-Former (BLIP-2, arXiv:2301.12597, section 3.1).
+class QFormerSizes:
+    """Sizes of a BERT-shaped Q-Former that a user chooses (BLIP-2, arXiv:2301.12597, section 3.1).
 
     The defaults are the paper's: BERT-base, 32 queries, cross-attention in every second layer.
 
     Raises:
-        ValueError: If the heads do not divide the width or a size is not positive.
+        ValueError: If the heads do not divide the width or a size is out of its range.
     """
 
-    encoder_width: int
-    """Width of the frozen vision encoder's tokens (keys and values of the cross-attention)."""
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -93,18 +91,14 @@ class QFormerConfig:
     num_queries: int = 32
     cross_attention_frequency: int = 2
     """Layers i with i % cross_attention_frequency == 0 cross-attend."""
-    vocab_size: int = 0
-    """Text vocabulary including [DEC], the last id; 0 builds no text branch (stage 2)."""
-    has_lm_head: bool = True
-    """Whether a text branch can generate (stage 1); an instruction-aware stage 2 only reads."""
     max_positions: int = 512
-    """Trained absolute text positions; queries have none."""
+    """Trained absolute text positions, as many as the BERT that the Q-Former starts from; queries have none."""
     embed_dim: int = 256
     """Width of the shared ITC space."""
     dropout: float = 0.1
-    layer_norm_eps: float = 1e-12
     vision_norm_eps: float = 1e-5
-    """Of the trained layer norm on the encoder's tokens: 1e-5 in LAVIS, 1e-6 in Hugging Face's BLIP-2."""
+    """Epsilon of the trained layer norm on the encoder's tokens: 1e-5 in LAVIS; 1e-6 in Hugging Face's BLIP-2, which
+    makes `qformer export` exact."""
     activation_checkpointing: bool = False
     """Keep only each layer's input in training and compute the layer again in the backward pass: less memory for about
     a third more work."""
@@ -114,10 +108,35 @@ class QFormerConfig:
             value, least = getattr(self, size.name), 0 if size.name == "vocab_size" else 1
             if size.type is int and value < least:
                 raise ValueError(f"{size.name}={value} must be at least {least}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if not self.vision_norm_eps > 0:
+            raise ValueError(f"vision_norm_eps={self.vision_norm_eps} must be above 0")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QFormerConfig(QFormerSizes):
+    """The sizes with what follows from the frozen models and the stage.
+
+    Raises:
+        ValueError: If a size is out of its range.
+    """
+
+    encoder_width: int
+    """Width of the frozen vision encoder's tokens (keys and values of the cross-attention)."""
+    vocab_size: int = 0
+    """Text vocabulary including [DEC], the last id; 0 builds no text branch (stage 2)."""
+    has_lm_head: bool = True
+    """Whether a text branch can generate (stage 1); an instruction-aware stage 2 only reads."""
+    layer_norm_eps: float = 1e-12
+
+    @classmethod
+    def of(cls, sizes: QFormerSizes, *, encoder_width: int, vocab_size: int, has_lm_head: bool) -> "QFormerConfig":
+        """Complete the sizes that a user has chosen."""
+        values = {one.name: getattr(sizes, one.name) for one in fields(QFormerSizes)}
+        return cls(encoder_width=encoder_width, vocab_size=vocab_size, has_lm_head=has_lm_head, **values)
 
     @property
     def has_text_branch(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import jobs.demo
-from jobs.demo.settings import DemoQFormerSettings
+from jobs.demo.settings import DemoQFormerSizes
 from pipelines.data.storage.checkpoint_folders import write_marker
 from qformer.backbones import load_language, load_vision
 from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
@@ -34,7 +34,7 @@ def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) 
     vision = VisionSpec(str(MODELS / "vision"))
     encoder = load_vision(vision)
     width = build_language_model(*load_language(LanguageSpec(str(language)))).width
-    config = QFormerConfig(**DemoQFormerSettings().model_dump(), encoder_width=encoder.width, vocab_size=0)
+    config = QFormerConfig.of(DemoQFormerSizes(), encoder_width=encoder.width, vocab_size=0, has_lm_head=True)
     torch.manual_seed(seed)
     bridge = Stage2(config, language_width=width)
     info = BridgeInfo(

@@ -8,6 +8,7 @@ plain: it has neither memory reuse across steps nor in-place gradients, which ar
 (`pipelines/training/group/launch.py`, `jobs/train/worker.py`).
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -25,17 +26,17 @@ from jobs.bench.train_torchrun import PeerCase, as_json
 from jobs.data import features
 from jobs.settings.data import DataSettings, TrainDataSettings
 from jobs.settings.jobs import FeaturesSettings, TrainSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.train import job as train
 from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
 from pipelines.training.records.metrics_log import read_metrics
-from qformer.config import VisionSpec
+from qformer.config import QFormerSizes, VisionSpec
 
 REPOSITORY = Path(__file__).parents[2]
 VISION = "vit_tiny_patch16_224"
-QFORMER = QFormerSettings(
+QFORMER = QFormerSizes(
     hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, num_queries=16, embed_dim=256
 )
 WORDS = (
@@ -64,7 +65,7 @@ class TrainCase:
     """Sizes of the measurement."""
 
     vision: str = VISION
-    qformer: QFormerSettings = field(default=QFORMER)
+    qformer: QFormerSizes = field(default=QFORMER)
     workers: int = 2
     batch_per_rank: int = 16
     warm_up: int = 10
@@ -185,7 +186,7 @@ def _peer(
                 vision=case.vision,
                 tokenizer=str(Path(settings.output) / TOKENIZER_FOLDER),
                 max_text_tokens=settings.model.max_text_tokens,
-                qformer=case.qformer.model_dump(),
+                qformer=dataclasses.asdict(case.qformer),
                 batch_per_rank=case.batch_per_rank,
                 warm_up=case.warm_up,
                 timed=case.timed,

@@ -28,7 +28,7 @@ from pipelines.data.features.shards import (
     write_quarantine,
 )
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import sum_costs
 from qformer.errors import UserError
 
@@ -60,7 +60,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         preprocessing=spec.preprocessing,
         num_frames=data.num_frames,
         sampling=choice.sampling,
-        limits=Limits(**data.limits.model_dump()),
+        limits=data.limits,
         audio=spec.audio,
     )
     spec.require_decoding(decode)
@@ -117,11 +117,10 @@ def _choice(settings: FeaturesSettings) -> "EncoderChoice":
         vision=with_absolute_name(settings.vision),
         precision=settings.precision,
         num_frames=settings.data.num_frames,
-        sampling=settings.data.sampling.build(),
+        sampling=settings.data.sampling,
         dtype=settings.dtype,
         audio=settings.audio and with_absolute_name(settings.audio),
-        num_segments=settings.data.audio.num_segments,
-        segment_s=settings.data.audio.segment_s,
+        segments=settings.data.audio.build(),
     )
 
 

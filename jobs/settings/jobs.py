@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 from jobs.settings.data import (
     AudioSettings,
     DataSettings,
-    LimitSettings,
     RaySettings,
     Settings,
     SourceSettings,
@@ -16,6 +15,7 @@ from jobs.settings.data import (
 from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.settings.serve import ServeSettings as ServeSettings
 from jobs.settings.specs import Audio, Language, Vision
+from pipelines.data.media.samples import Limits
 from qformer.config import GenerationSettings
 
 
@@ -96,7 +96,7 @@ class PrepareSettings(Settings):
     num_frames: int = Field(default=8, ge=1)
     audio: AudioSettings | None = None
     """Try these segments of the videos' sound as well, as training with `model.audio` will; null: pictures alone."""
-    limits: LimitSettings = LimitSettings()
+    limits: Limits = Limits()
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
     drop_training_duplicates: bool = False
@@ -198,7 +198,7 @@ class CaptionSettings(Settings):
     instruction: str = ""
     """Question or instruction about every file; empty: that of the manifest's row, else the prompt of training."""
     generation: GenerationSettings = GenerationSettings()
-    limits: LimitSettings = LimitSettings()
+    limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
     """Of each model actor for a manifest."""
     workers: int = Field(default=1, ge=1)

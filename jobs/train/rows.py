@@ -114,6 +114,6 @@ def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features:
             f"`qformer features --set audio={settings.model.audio.name}` into another folder, or leave model.audio out"
         )
     else:
-        audio = settings.data.audio.build(cache.spec.audio.sample_rate_hz)
+        audio = settings.data.audio.build().at(cache.spec.audio.sample_rate_hz)
     cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing, audio))
     return TrainingRows(corpus.in_memory(functools.partial(locate, cache=cache)), order, cache)

@@ -19,7 +19,7 @@ from pipelines.data.corpus.quarantine import require_readable
 from pipelines.data.features.files import STATE
 from pipelines.data.features.shards import file_states, write_shard
 from pipelines.data.features.spec import FeatureSpec
-from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.audio_sampling import AudioSegments
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import StageCosts, cost_columns
@@ -42,9 +42,8 @@ class EncoderChoice:
     sampling: Sampling = Sampling()
     audio: AudioSpec | None = None
     """Audio encoder for the sound of videos; None: no sound."""
-    num_segments: int = 8
-    segment_s: float = 2.0
-    """Length of a segment of sound; see `AudioSampling`."""
+    segments: AudioSegments = AudioSegments()
+    """Segments of sound."""
 
     def load(self) -> tuple[VisionEncoder, FeatureSpec]:
         """Load the encoders; return the vision encoder and the spec of the features.
@@ -73,9 +72,7 @@ class EncoderChoice:
         if self.audio is None:
             return encoder, None, spec
         audio_encoder = load_audio(self.audio, dtype=weights_dtype)
-        sampling = AudioSampling(
-            sample_rate_hz=audio_encoder.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
-        )
+        sampling = self.segments.at(audio_encoder.sample_rate_hz)
         audio_encoder.require_fit(sampling.segment_samples)
         spec_with_audio = dataclasses.replace(
             spec,

@@ -9,7 +9,6 @@ from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.shard_encoder import EncoderChoice
 from pipelines.data.features.spec import FeatureSpec
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.frame_sampling import Sampling
 from pipelines.training.run.model_choice import ModelChoice
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import load_vision
@@ -74,7 +73,7 @@ class FrozenEncoders:
 
     def _audio_encoder(self, choice: ModelChoice, spec: AudioSpec, dtype: torch.dtype) -> AudioEncoder:
         encoder = load_audio(spec, dtype=dtype).to(self._device)
-        sampling = AudioSampling(sample_rate_hz=encoder.sample_rate_hz, **choice.segments)
+        sampling = choice.segments.at(encoder.sample_rate_hz)
         encoder.require_fit(sampling.segment_samples)
         self.modules["audio"], self.audio_width, self.audio_sampling = encoder, encoder.width, sampling
         return encoder
@@ -97,9 +96,9 @@ def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
         vision=choice.vision,
         precision=features.precision,
         num_frames=choice.num_frames,
-        sampling=Sampling.from_dict(choice.sampling),
+        sampling=choice.sampling,
         dtype=features.dtype,
         audio=None if is_cached else choice.audio,
-        **choice.segments,
+        segments=choice.segments,
     )
     encoder.load()[1].require_same(features.without_audio() if is_cached else features)

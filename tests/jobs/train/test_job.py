@@ -18,19 +18,19 @@ from jobs.data import features
 from jobs.demo.world.corpus import write_world
 from jobs.settings.data import DataSettings, TrainDataSettings
 from jobs.settings.jobs import FeaturesSettings, TrainSettings, ValidationSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.train import job as train
 from jobs.train.rows import training_rows
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.retries import with_retries
 from pipelines.training.records.metrics_log import read_metrics
-from qformer.config import VisionSpec
+from qformer.config import QFormerSizes, VisionSpec
 from qformer.errors import UserError
 from tests.jobs.train_jobs import Job
 from tests.local_data import local_data, local_training
 
 MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
-TINY = QFormerSettings(
+TINY = QFormerSizes(
     hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, num_queries=4, embed_dim=16, dropout=0.1
 )
 

@@ -17,7 +17,7 @@ from pipelines.data.features.files import SHARD_SCHEMA, open_shard
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice, EncodeShards
 from pipelines.data.features.shards import is_shard_finished, write_index
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.audio_sampling import AudioSampling, AudioSegments
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.global_batches import PADDING, StepRows
@@ -68,8 +68,7 @@ def choice(tmp_path_factory):
         num_frames=4,
         dtype="fp16",
         audio=AudioSpec(str(folder)),
-        num_segments=3,
-        segment_s=1.0,
+        segments=AudioSegments(num_segments=3, segment_s=1.0),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from jobs.folders.checkpoint import open_checkpoint
+from pipelines.data.media.audio_sampling import AudioSegments
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.decoding import decoding_of, waveforms_of_clip
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory):
     """Of a cascaded bridge that hears, as it begins; a tiny AST lies beside it."""
     folder = tmp_path_factory.mktemp("hearing")
     write_encoder(folder / "ast", "ast")
-    segments = {"num_segments": 3, "segment_s": 1.0}
+    segments = AudioSegments(num_segments=3, segment_s=1.0)
     chosen = dataclasses.replace(
         choice(2, ""), num_frames=4, temporal="cascaded", audio=AudioSpec(str(folder / "ast")), segments=segments
     )

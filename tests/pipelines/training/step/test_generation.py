@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from jobs.settings.model import ModelSettings
+from jobs.train.inputs import model_choice
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
-from pipelines.training.run.model_choice import choice_from
 from pipelines.training.run.vocabulary import learn_text_tokenizer
-from qformer.config import GenerationSettings, LanguageSpec, LoraConfig, VisionSpec
+from qformer.config import GenerationSettings, LanguageSpec, LoraConfig, QFormerSizes, VisionSpec
 from qformer.errors import UserError
 from qformer.text import load_text_tokenizer
 from tests.pipelines.training.loops import backward, make_training
@@ -206,7 +206,7 @@ def test_a_qformer_starts_from_a_bert_by_settings(tokenizer, tmp_path):
         own = run.stage.trainables.qformer.layers[1].query_ffn.up.weight
         assert torch.equal(own, bert.encoder.layer[1].intermediate.dense.weight)
         assert f"from BERT '{tmp_path / 'bert'}': loaded" in run.load_report
-    wider = dataclasses.replace(chosen, qformer={**QFORMER, "intermediate_size": 64})
+    wider = dataclasses.replace(chosen, qformer=QFormerSizes(**{**QFORMER, "intermediate_size": 64}))
     with pytest.raises(UserError, match="init_mismatch=reinitialise"):
         make_run(wider)
     assert "missing 6 tensors" in make_run(dataclasses.replace(wider, init_mismatch="reinitialise")).load_report
@@ -265,7 +265,7 @@ def test_settings_become_a_choice():
         vision={"name": "v", "image_size": 384}, lora={"rank": 4, "targets": ["q"]}, freeze_qformer=True,
         qformer_reads_prompt=True, qformer_init="b", init_mismatch="reinitialise",
     )  # fmt: skip
-    chosen = choice_from(given.model_dump(), stage=2, num_frames=4, tokenizer="t")
+    chosen = model_choice(given, stage=2, num_frames=4, tokenizer="t")
     assert chosen.lora == LoraConfig(rank=4, targets=("q",))
     assert (chosen.freeze_qformer, chosen.qformer_reads_prompt, chosen.qformer_init) == (True, True, "b")
     assert (chosen.vision, chosen.init_mismatch) == (VisionSpec("v", image_size=384), "reinitialise")
