@@ -27,7 +27,6 @@ from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.preparation import Preparation
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import SourceBlock, check_source, read_source
-from pipelines.data.media.samples import Limits
 from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, sum_costs
 from qformer.errors import UserError
 
@@ -155,8 +154,8 @@ def _probe(
     for block, checked in probe(
         rows,
         num_frames=settings.num_frames,
-        audio=settings.audio.build(_PROBED_RATE_HZ) if settings.audio else None,
-        limits=Limits(**settings.limits.model_dump()),
+        audio=settings.audio.build().at(_PROBED_RATE_HZ) if settings.audio else None,
+        limits=settings.limits,
         decode_workers=settings.decode_workers,
     ):
         block_costs, num_failed = sum_costs(checked), len(checked) - checked[schema.STAGE].null_count

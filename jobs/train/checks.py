@@ -11,7 +11,7 @@ from pipelines.data.failures import MediaError
 from pipelines.data.order.mixture import Corpus
 from pipelines.data.storage import checkpoint_folders, members
 from pipelines.data.storage.retries import with_retries
-from qformer.bridges.config import KEPT_AUDIO
+from qformer.config import CACHED_AUDIO
 from qformer.errors import UserError
 
 
@@ -36,9 +36,9 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
-    if settings.model.audio == KEPT_AUDIO and settings.data.features is None:
+    if settings.model.audio is not None and settings.model.audio.is_cached and settings.data.features is None:
         raise UserError(
-            f"model.audio={KEPT_AUDIO} hears what a feature cache keeps; set data.features, or name an encoder"
+            f"model.audio={CACHED_AUDIO} reads the vectors in a feature cache; set data.features, or name an encoder"
         )
     _check_bridge(settings)
     _check_video(settings)

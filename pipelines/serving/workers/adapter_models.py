@@ -3,10 +3,10 @@
 B batch, F frames, P image tokens, V encoder width, N rows (F * Q queries), L language-model width, E embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.inference.models import Retriever, load_audio_encoder, load_tokenizer
+from pipelines.serving.contract.adapters import SharedEncoder
 from pipelines.serving.contract.errors import Refusal
 from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from qformer.audio import AudioEncoder
@@ -93,21 +94,17 @@ class Matcher:
         return [MatchScore(probability=probability, similarity=similarity) for probability, similarity in scores]
 
 
-def load_backbone(source: Mapping[str, Any], device: str) -> VisionEncoder:
-    """The frozen encoder of all adapters (`Adapter.encoder`).
+def load_backbone(source: SharedEncoder, device: str) -> VisionEncoder:
+    """The frozen encoder of all adapters.
 
     Raises:
         UserError: If it cannot be loaded, or is another model than in training.
     """
-    name = source["vision"]
-    encoder = load_vision(
-        str(local_folder(name)) if "://" in name else name,
-        pretrained=source["vision_pretrained"],
-        layer=source["vision_layer"],
-        image_size=source["vision_image_size"],
-    )
-    if encoder.width != source["width"]:
-        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source['width']}; it is another model")
+    name = source.vision.name
+    local = dataclasses.replace(source.vision, name=str(local_folder(name))) if "://" in name else source.vision
+    encoder = load_vision(local)
+    if encoder.width != source.width:
+        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source.width}; it is another model")
     return encoder.to(device)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from ray import serve
 from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
-from pipelines.serving.contract.adapters import Adapter
+from pipelines.serving.contract.adapters import Adapter, SharedEncoder
 from pipelines.serving.contract.errors import Refusal
 from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from pipelines.serving.workers.adapter_models import Matcher, Writer, load_adapter, load_backbone
@@ -66,7 +66,7 @@ class EncoderWorker:
     """One replica of the encoder deployment; `encoder_class` adds the loading of adapters to it.
 
     Args:
-        backbone: `Adapter.encoder` of all adapters.
+        backbone: Frozen encoder of all adapters.
         max_batch_frames: Images and frames per pass. A match counts each frame once per text.
         use_gpu: Whether to run on CUDA.
         turn: Lock held for every pass, shared with the generator in the fused layout; None: no lock.
@@ -74,7 +74,7 @@ class EncoderWorker:
 
     def __init__(
         self,
-        backbone: Mapping[str, Any],
+        backbone: SharedEncoder,
         max_batch_frames: int,
         use_gpu: bool,
         turn: AbstractContextManager[None] | None = None,
