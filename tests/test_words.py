@@ -27,7 +27,11 @@ HONEST = re.compile(
     re.IGNORECASE,
 )
 # (file, name) of names that a file format, another library or a saved run fixes.
-FIXED_NAMES: set[tuple[str, str]] = set()
+FIXED_NAMES = {
+    # Methods of files, by the io protocol.
+    ("pipelines/data/corpus/sources/files.py", "tell"),
+    ("pipelines/data/order/row_index.py", "tell"),
+}
 # An argument's or a field's doc is a noun phrase that stands alone.
 DEPENDENT = re.compile(r"(Of|As|Likewise|See above|Ditto)\b[ ,.]")
 # Sections of a docstring whose entries are `name: doc`.

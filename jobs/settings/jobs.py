@@ -61,7 +61,7 @@ class TrainSettings(Settings):
     learning rates stay what they are. null: `workers` or none."""
     use_gpu: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the computations; the bridge's own weights are always fp32. fp16 scales its losses."""
+    """Number format of the computations; the bridge's own weights are always fp32. fp16 scales its losses."""
     compile: bool = False
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
@@ -190,7 +190,7 @@ class CaptionSettings(Settings):
     manifest: str | None = None
     """A corpus to caption, or to answer the questions of: as `data.manifest` of `qformer evaluate`."""
     split: str | None = None
-    """Of the manifest; null: all its rows."""
+    """Split of the manifest; null: all its rows."""
     output: str | None = None
     """Folder for a manifest's captions. A second run adds what is missing and leaves the rest."""
     num_frames: int | None = Field(default=None, ge=1)
@@ -200,7 +200,7 @@ class CaptionSettings(Settings):
     generation: GenerationSettings = GenerationSettings()
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
-    """Of each model actor for a manifest."""
+    """Generation engine of each model actor for a manifest."""
     workers: int = Field(default=1, ge=1)
     """Model actors for a manifest."""
     decode_workers: int = Field(default=1, ge=1)
@@ -233,7 +233,7 @@ class ImportSettings(Settings):
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of a LAVIS stage-1 file."""
     num_heads: int | None = Field(default=None, ge=1)
-    """Attention heads of a LAVIS Q-Former, which no tensor tells; null: 64 channels a head, as BERT."""
+    """Attention heads of a LAVIS Q-Former, which no tensor shows; null: 64 channels a head, as BERT."""
     prompt: str = ""
     """Text put before every caption, as in the training of the imported model."""
     num_frames: int = Field(default=8, ge=1)
