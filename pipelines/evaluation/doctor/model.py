@@ -55,7 +55,7 @@ def image_use(figures: ModelFigures, *, rows: str, weights: Mapping[str, float])
         terms = " and ".join(name.upper() for name in idle)
         status, words = (
             "warning",
-            f"the model uses the images, but {terms} hardly differs between right and wrong pairs",
+            f"the model uses the images, but {terms} hardly differs between true and wrong pairs",
         )
         advice = f"train longer, or raise optim.loss_weights.{idle[0]}; do not rely on {terms} until then"
     else:
