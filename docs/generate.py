@@ -95,10 +95,14 @@ def model_keys(model: type[Any], prefix: str = "", condition: str = "") -> Itera
         nested = list(_nested(annotation))
         if not nested or not _is_plain(annotation) or text:
             yield Key(key, default, text, condition)
-        for inner, is_item in nested:
-            kind = _kind(inner)
+        kinds = [_kind(inner) for inner, _ in nested]
+        is_union = len(nested) > 1 and all(kinds)
+        if is_union:
+            yield Key(f"{key}.kind", getattr(default, "kind", default), f"One of {', '.join(kinds)}.", condition)
+        for kind, (inner, is_item) in zip(kinds, nested, strict=True):
             inner_prefix = f"{key}.0." if is_item else f"{key}."
-            yield from model_keys(inner, inner_prefix, f"kind: {kind}" if kind and len(nested) > 1 else condition)
+            inner_keys = model_keys(inner, inner_prefix, f"kind: {kind}" if is_union else condition)
+            yield from (own for own in inner_keys if not is_union or own.name != f"{key}.kind")
 
 
 def _fields(model: type[Any]) -> Iterator[tuple[str, Any, Any, str]]:

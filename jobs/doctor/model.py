@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.doctor.run_records import RunRecords
 from jobs.evaluate.job import decode_settings as evaluation_decoding
@@ -27,14 +27,12 @@ from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.training.step.precision import DTYPES
 from qformer.audio import load_audio
 from qformer.backbones import load_language, load_vision, weights_fingerprint
+from qformer.bridges.table import build_bridge
 from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
 
 EVALUATION_SPLITS = ("val", "validation", "dev", "test")
 """Splits to look for in the run's manifest, in this order, if its settings have no validation."""
-
-_QFORMERS = ("qformer.", "frames.qformer.")
-"""Prefixes of a frozen Q-Former in the weights of a bridge."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +114,19 @@ def frozen_now(
             found[name] = digests
         except UserError as error:
             found[name] = str(error)
-    if "qformer" in recorded:
-        parts = [_below(prefix, weights) for prefix in _QFORMERS]
-        found["qformer"] = [weights_fingerprint(part) for part in parts if part]
-    return found
+    with torch.device("meta"):
+        bridge = build_bridge(info.bridge, info.qformer)
+    own: dict[str, list[str]] = {}
+    for parts in (bridge.frozen_parts(is_whole=True), bridge.frozen_parts(is_whole=False)):
+        for name in parts.keys() & recorded.keys():
+            own.setdefault(name, []).append(weights_fingerprint(_of_part(bridge, parts[name], weights)))
+    return found | own
 
 
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+def _of_part(bridge: nn.Module, part: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a part of a bridge, by the part's own names."""
+    place = next(name for name, module in bridge.named_modules() if module is part)
+    return {name: weights[f"{place}.{name}" if place else name] for name in part.state_dict()}
 
 
 def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:

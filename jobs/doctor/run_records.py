@@ -57,7 +57,7 @@ class RunRecords:
         """Weight of each loss term; empty if the settings are unknown."""
         if self.settings is None:
             return {}
-        return self.settings.optim.loss_weights.model_dump(exclude={"is_learned"})
+        return self.settings.optim.loss_weights.by_name()
 
 
 def read_records(run: str) -> RunRecords:

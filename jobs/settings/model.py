@@ -2,12 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from jobs.settings.data import Settings
+from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig
 from qformer.config import LoraConfig, QFormerConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class QFormerSettings(Settings):
@@ -34,27 +36,6 @@ class QFormerSettings(Settings):
         return self
 
 
-class VideoSettings(Settings):
-    """Sizes of what `model.temporal` names."""
-
-    max_frames: int = Field(default=32, ge=1)
-    """Frame positions that are trained, of cascaded and spatio_temporal; longer clips stretch them."""
-    num_queries: int = Field(default=32, ge=1)
-    """cascaded: of the second Q-Former."""
-    num_layers: int = Field(default=2, ge=1)
-    """cascaded: of the second Q-Former, all of which cross-attend."""
-    freeze_frames: bool = True
-    """cascaded: keep the Q-Former of the frames and the norm before it as `init_from` has them (Video-LLaMA)."""
-    freeze_attention: bool = False
-    """spatio_temporal: keep the Q-Former's attention as `init_from` has it, and train the rest."""
-    num_spatial_queries: int = Field(default=32, ge=1)
-    """spatio_temporal: queries that read where things are."""
-    num_temporal_queries: int = Field(default=32, ge=1)
-    """spatio_temporal: queries that read when things are."""
-    num_summary_queries: int = Field(default=1, ge=1)
-    """spatio_temporal: queries that read both."""
-
-
 class AudioBranchSettings(Settings):
     """The branch of a stage-2 bridge that reads what `model.audio` hears."""
 
@@ -63,8 +44,8 @@ class AudioBranchSettings(Settings):
     max_segments: int = Field(default=8, ge=1)
     """Segment positions that are trained; more segments stretch them."""
     is_joint: bool = False
-    """Read sound with the frames, in the second Q-Former of `temporal: cascaded`, one segment a frame; the encoder must
-    be as wide as the Q-Former."""
+    """Read sound with the frames, in the second Q-Former of a cascaded bridge, one segment a frame; the encoder must be
+    as wide as the Q-Former."""
     trains_alone: bool = False
     """Video-LLaMA's way: in this run the branch alone is trained, and read; later runs and answers read both."""
 
@@ -102,11 +83,9 @@ class ModelSettings(Settings):
     """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
     lora: LoraConfig | None = None
     """Stage 2: also train low-rank updates of the language model; null: it stays as it is."""
-    temporal: Literal["concatenate", "mean", "cascaded", "spatio_temporal"] = "concatenate"
-    """How the frames of a clip are joined. concatenate: the query outputs of all, in time order (InstructBLIP's way).
-    mean: their mean, blind to order. cascaded: a second Q-Former over them (Video-LLaMA). spatio_temporal: one Q-Former
-    over frames pooled over space and over time (Video Q-Former). An image is a clip of one frame."""
-    video: VideoSettings = VideoSettings()
+    bridge: Annotated[BridgeConfig, Field(discriminator="kind")] = IMAGE_BRIDGE
+    """How the frames of a clip become what stage 2 reads, and with which weights; the other keys go with `kind`. An
+    image is a clip of one frame."""
     qformer: QFormerSettings = QFormerSettings()
     qformer_init: str | None = None
     """Hugging Face BERT that the Q-Former starts from (hub name or local folder); null: random weights."""
@@ -115,16 +94,26 @@ class ModelSettings(Settings):
 
 
 class LossWeightSettings(Settings):
-    """Factors of the loss terms; one of 0 has no gradient and is only reported."""
+    """Factors of the loss terms; one of 0 has no gradient and is only reported.
 
-    itc: float = Field(default=1.0, ge=0)
-    itm: float = Field(default=1.0, ge=0)
-    itg: float = Field(default=1.0, ge=0)
-    lm: float = Field(default=1.0, ge=0)
-    diversity: float = Field(default=0.0, ge=0)
+    The names of a bridge's own terms are keys too.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Weight] = Field(init=False)
+
+    itc: Weight = 1.0
+    itm: Weight = 1.0
+    itg: Weight = 1.0
+    lm: Weight = 1.0
+    diversity: Weight = 0.0
     """Of the mean squared cosine between an image's query outputs: 0.1 keeps queries from collapsing into one."""
     is_learned: bool = False
     """Also learn a factor of each term (uncertainty weighting)."""
+
+    def by_name(self) -> dict[str, float]:
+        """Factor of each term that one is set for."""
+        return self.model_dump(exclude={"is_learned"})
 
 
 class OptimSettings(Settings):

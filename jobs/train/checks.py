@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from jobs.settings.jobs import TrainSettings
+from jobs.settings.model import LossWeightSettings
 from pipelines.data import schema, storage
 from pipelines.data.failures import MediaError
 from pipelines.data.order.mixture import Corpus
@@ -39,6 +40,7 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError(
             f"model.audio={KEPT_AUDIO} hears what a feature cache keeps; set data.features, or name an encoder"
         )
+    _check_bridge(settings)
     _check_video(settings)
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)
@@ -68,14 +70,28 @@ def require_media_answer(corpus: Corpus) -> None:
                 raise UserError(f"the media of data.manifest cannot be read: {uri}: {told}") from error
 
 
+def _check_bridge(settings: TrainSettings) -> None:
+    bridge = settings.model.bridge
+    if settings.stage not in bridge.stages:
+        able = " and ".join(map(str, sorted(bridge.stages)))
+        raise UserError(
+            f"model.bridge.kind={bridge.kind} belongs to stage {able}; set stage={min(bridge.stages)}, or another kind"
+        )
+    if settings.init_from is None and (name := bridge.keeps_loaded) is not None:
+        raise UserError(
+            f"model.bridge.{name}=true with kind={bridge.kind} keeps weights as they were trained: set init_from to a "
+            f"run, or {name}=false to train them too"
+        )
+    known = {*LossWeightSettings.model_fields, *bridge.term_names}
+    if unknown := sorted(settings.optim.loss_weights.by_name().keys() - known):
+        raise UserError(
+            f"optim.loss_weights.{unknown[0]} is no loss of a bridge of kind={bridge.kind}; the losses are "
+            f"{', '.join(sorted(known - {'is_learned'}))}"
+        )
+
+
 def _check_video(settings: TrainSettings) -> None:
     model, is_fresh = settings.model, settings.init_from is None
-    for way, name in (("cascaded", "freeze_frames"), ("spatio_temporal", "freeze_attention")):
-        if model.temporal == way and is_fresh and getattr(model.video, name):
-            raise UserError(
-                f"model.video.{name}=true with model.temporal={way} keeps weights as they were trained: set init_from "
-                f"to a run, or {name}=false to train them too"
-            )
     segments, frames = settings.data.audio.num_segments, settings.data.num_frames
     if model.audio is not None and model.audio_branch.is_joint and segments != frames:
         raise UserError(

@@ -39,10 +39,10 @@ from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision
 from pipelines.training.step.ranks import of_all_ranks
-from pipelines.training.step.stages import DIVERSITY
 from qformer.conversion.checkpoint import read_info
 from qformer.distributed import any_text, rank, world_size
 from qformer.errors import UserError
+from qformer.objectives.losses import DIVERSITY
 
 _MAX_STARTS = 10
 """From one step, where a run may be restarted as often as nodes are lost: more are no accident."""
@@ -166,8 +166,7 @@ def _built(arguments: dict[str, Any], settings: TrainSettings) -> _State:
         micro_batch=limit if (limit := _micro_batch(settings)) is not None and limit < share else None,
     )
     optim, trainables = settings.optim, run.stage.trainables
-    weights = optim.loss_weights.model_dump(exclude={"is_learned"})
-    objective = Objective(run.stage.terms, weights, is_learned=optim.loss_weights.is_learned)
+    objective = Objective(run.stage.terms, optim.loss_weights.by_name(), is_learned=optim.loss_weights.is_learned)
     extra = [] if objective.log_variances is None else [objective.log_variances]
     training = Training(
         optimizer=build_optimizer(trainables, weight_decay=optim.weight_decay, betas=optim.betas, extra=extra),

@@ -165,9 +165,13 @@ class Bridge(nn.Module, ABC):
         """The Q-Former that reads the encoder's tokens, which a BERT may start."""
         return None
 
-    def frozen_parts(self) -> Mapping[str, nn.Module]:
-        """Parts that the config keeps as they were loaded, by the name under which a run records them."""
-        return {}
+    def frozen_parts(self, *, is_whole: bool) -> Mapping[str, nn.Module]:
+        """Parts that stay as they were loaded, by the name under which a run records their digest.
+
+        Args:
+            is_whole: Whether the run trains nothing of the bridge; else what the config alone keeps.
+        """
+        return {"bridge": self} if is_whole else {}
 
     def freeze_unread_text(self) -> None:
         """Freeze weights of the text branch that have no gradient where query outputs alone are read."""

@@ -7,7 +7,7 @@ Reference: BLIP-2 (arXiv:2301.12597), section 3.3; InstructBLIP (arXiv:2305.0650
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Stage2(StageModel):
         if trains_audio_alone:
             self.language_projection.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Stage2":
+    def train(self, mode: bool = True) -> Self:
         """Switch dropout; a frozen bridge stays in eval mode."""
         super().train(mode)
         if self.freeze_qformer:

@@ -19,7 +19,7 @@ from qformer.distributed import rank
 
 
 class FrozenEncoders:
-    """What sees the pictures of a batch and hears its sound.
+    """The encoders of a batch's pictures and of its sound.
 
     Args:
         choice: Names them.
@@ -47,12 +47,12 @@ class FrozenEncoders:
         self.fingerprints: dict[str, str] = {}
         self.audio_width: int | None = None
         self.audio_sampling: AudioSampling | None = None
-        self._ears: AudioEncoder | None = None
+        self._audio: AudioEncoder | None = None
         if features is not None:
             self._take(choice, features)
             return
         if choice.audio is not None:
-            self._ears = self._audio_encoder(choice, choice.audio, dtype)
+            self._audio = self._audio_encoder(choice, choice.audio, dtype)
         encoder = load_vision(
             choice.vision,
             pretrained=choice.vision_pretrained,
@@ -63,27 +63,27 @@ class FrozenEncoders:
         self.modules["vision"] = encoder
         self.preprocessing, self.vision_width = encoder.preprocessing, encoder.width
 
-    def see(self, batch: SampleBatch) -> Tensor:
+    def encode(self, batch: SampleBatch) -> Tensor:
         """Tokens_BFPV of a batch of pixels, or of tokens that a cache kept; fp32 on the device."""
         images = torch.from_numpy(batch.images).to(self._device, non_blocking=True)
         encoder = self.modules.get("vision")
         return cast(Tensor, images if encoder is None else encoder(images)).float()
 
-    def hear(self, batch: SampleBatch) -> Sound | None:
+    def encode_audio(self, batch: SampleBatch) -> Sound | None:
         """Vectors of a batch's sound, or those that a cache kept; None where none was asked for."""
         if self.audio_width is None or batch.audio is None or batch.audio_valid is None:
             return None
         audio, is_segment_BA = torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid)
-        ears = self._ears
-        audio_BAV = audio.float() if ears is None else ears.features(audio, is_segment_BA, batch.sample_ids)
+        encoder = self._audio
+        audio_BAV = audio.float() if encoder is None else encoder.features(audio, is_segment_BA, batch.sample_ids)
         return Sound(audio_BAV.to(self._device), is_segment_BA.to(self._device))
 
     def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
-        ears = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
-        sampling = AudioSampling(sample_rate_hz=ears.sample_rate_hz, **choice.segments)
-        ears.require_fit(sampling.segment_samples)
-        self.modules["audio"], self.audio_width, self.audio_sampling = ears, ears.width, sampling
-        return ears
+        encoder = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
+        sampling = AudioSampling(sample_rate_hz=encoder.sample_rate_hz, **choice.segments)
+        encoder.require_fit(sampling.segment_samples)
+        self.modules["audio"], self.audio_width, self.audio_sampling = encoder, encoder.width, sampling
+        return encoder
 
     def _take(self, choice: ModelChoice, features: FeatureSpec) -> None:
         features = features if choice.audio else features.without_audio()

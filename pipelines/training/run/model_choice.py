@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qformer.bridges.config import AudioConfig, Temporal, VideoConfig
+from qformer.bridges.config import AudioConfig
+from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig, bridge_config
 from qformer.config import LoraConfig
 from qformer.errors import UserError
 
@@ -42,10 +43,8 @@ class ModelChoice:
     freeze_qformer: bool = False
     """MiniGPT-4: the projection alone is trained."""
     lora: LoraConfig | None = None
-    temporal: Temporal = "concatenate"
-    """How the frames of a clip are joined."""
-    video: Mapping[str, Any] = field(default_factory=dict)
-    """The other fields of `VideoConfig`."""
+    bridge: BridgeConfig = IMAGE_BRIDGE
+    """Kind and sizes of the bridge."""
     audio: str | None = None
     """Audio encoder; None: no sound."""
     audio_pretrained: bool = True
@@ -53,17 +52,6 @@ class ModelChoice:
     """`AudioConfig` but its width, and "trains_alone"."""
     segments: Mapping[str, Any] = field(default_factory=dict)
     """Of sound: `AudioSampling` but its rate, which is the encoder's."""
-
-    def video_config(self) -> VideoConfig:
-        """How frames are joined.
-
-        Raises:
-            UserError: If its sizes do not go together.
-        """
-        try:
-            return VideoConfig(temporal=self.temporal, **self.video)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.video: {error}") from error
 
     def audio_config(self, encoder_width: int | None) -> AudioConfig | None:
         """The branch for sound; None without audio encoder.
@@ -102,5 +90,7 @@ def choice_from(
     values = {name: value for name, value in model.items() if name in names}
     if values.get("lora") is not None:
         values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
+    if "bridge" in values:
+        values["bridge"] = bridge_config(values["bridge"])
     data: dict[str, Any] = {"num_frames": num_frames, "sampling": sampling or {}, "segments": segments or {}}
     return ModelChoice(**{**values, **data, "stage": stage, "tokenizer": tokenizer})
