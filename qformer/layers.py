@@ -109,7 +109,7 @@ class QFormerLayers(nn.ModuleList):
         past: Sequence[KeyValue] | None = None,
         selected: SelectedRows | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Run all layers; `image` and `past` hold an entry a layer, `selected` concerns the last. See `QFormerLayer`."""
+        """Run all layers; `image` and `past` hold an entry a layer, `selected` concerns the last."""
         cache = []
         for i, layer in enumerate(self):
             parts, cached = () if image is None else image[i], None if past is None else past[i]
