@@ -1,8 +1,8 @@
-"""`python -m cluster.local`: a Ray cluster of several nodes on this machine, to try what jobs do when nodes go.
+"""`python -m cluster.local`: a Ray cluster of several nodes on this machine, to test jobs under node failures.
 
-The nodes are raylets of their own: they share files and processors, and nothing else. Three lines tell what a job needs
-in its environment; after that the lines `kill` (SIGKILL all processes of the node that came last, as when a machine
-fails) and `add` on the standard input are obeyed, each answered with the number of nodes, and its end ends all.
+Each node is a separate raylet; the nodes share files and processors only. The program prints three environment
+variables for jobs, then reads commands from the standard input: `kill` (SIGKILL all processes of the last node, like a
+machine failure) and `add`. It answers each with the number of nodes, and stops the cluster at the end of the input.
 """
 
 import argparse
@@ -17,15 +17,15 @@ _OBJECT_STORE_BYTES = 200 * 1024**2
 def main() -> None:
     """Run the cluster until the standard input ends."""
     parser = argparse.ArgumentParser(prog="python -m cluster.local", description=__doc__.partition(":")[2].strip())
-    parser.add_argument("--nodes", type=int, default=3, help="the head among them (default 3)")
-    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs of each; more than there are is fine")
+    parser.add_argument("--nodes", type=int, default=3, help="nodes, including the head (default 3)")
+    parser.add_argument("--cpus", type=int, default=2, help="logical CPUs per node; may exceed those of the machine")
     arguments = parser.parse_args()
-    # Ray reads both when it is imported.
+    # Ray reads both at its import.
     os.environ["RAY_AUTH_MODE"] = "token"
     token = os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from ray.cluster_utils import Cluster
 
-    # At this machine's own address, as every local Ray, and behind the token: Ray's clients do not look at loopback.
+    # Ray listens on this machine's network address, because its clients do not use loopback; the token protects it.
     node: dict[str, Any] = {"num_cpus": arguments.cpus, "object_store_memory": _OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:

@@ -1,4 +1,4 @@
-"""The import path of Serve configs written before `jobs.serve.config` was its place."""
+"""Import path in Serve configs that were written before `jobs.serve.config` existed."""
 
 from jobs.serve.config import application
 

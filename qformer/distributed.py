@@ -56,7 +56,7 @@ def gather(local: Tensor, *, with_gradient: bool) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send rows to the ranks that asked for them; the backward returns their gradients."""
+    """Send rows to the ranks that requested them; the backward returns their gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows_SX: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
@@ -70,32 +70,32 @@ class _AllToAll(torch.autograd.Function):
 
 
 def fetch_rows(local_BX: Tensor, index_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Fetch chosen rows of the joined batch from the ranks that own them, with gradient; nothing else travels.
+    """Fetch chosen rows of the joined batch from the ranks that own them, with gradient; no other rows are sent.
 
     Every rank must call it, with equally many local rows and equally many indexes.
 
     Args:
         local_BX: This rank's rows, [B, ...].
-        index_E: Rows wanted, as indexes into all ranks' rows in rank order.
+        index_E: Indexes of the requested rows among all ranks' rows in rank order.
 
     Returns:
-        fetched_MX, the wanted rows of other ranks, each once; and for every index its place in [local rows; fetched].
+        fetched_MX, the requested rows of other ranks, each once; and each index's position in [local rows; fetched].
     """
     if world_size() == 1:
         return local_BX[:0], index_E
     size, own = local_BX.shape[0], rank()
     wanted_WE = gather(index_E, with_gradient=False).view(world_size(), -1)
 
-    def asked(of: int, by: int) -> Tensor:
-        """Rows of one rank that another wants, ascending, so that both sides agree on the order."""
+    def requested_rows(of: int, by: int) -> Tensor:
+        """Rows of one rank that another one requests, ascending, so that both sides have the same order."""
         wanted = wanted_WE[by]
         return wanted[(wanted // size == of) & (of != by)].unique()
 
-    sent = [asked(own, by) for by in range(world_size())]
-    received = [asked(of, own) for of in range(world_size())]
+    sent = [requested_rows(own, by) for by in range(world_size())]
+    received = [requested_rows(of, own) for of in range(world_size())]
     sent_SX = local_BX.index_select(0, torch.cat(sent) - own * size)
     fetched_MX = _AllToAll.apply(sent_SX, [len(rows) for rows in sent], [len(rows) for rows in received])
-    # Owners come in rank order and their rows ascending: the fetched indexes are sorted.
+    # Owners are in rank order and their rows ascending, so the fetched indexes are sorted.
     place_E = size + torch.searchsorted(torch.cat(received), index_E)
     return fetched_MX, torch.where(index_E // size == own, index_E - own * size, place_E)
 
@@ -129,7 +129,7 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
 
 
 def mean_of_ranks(value: float) -> float:
-    """Mean of a per-rank figure, for logs. Runs on the CPU backend."""
+    """Mean over ranks of one value, for logs. Runs on the CPU backend."""
     figure = torch.tensor(value, dtype=torch.float64)
     if world_size() > 1:
         distributed.all_reduce(figure)
@@ -137,7 +137,7 @@ def mean_of_ranks(value: float) -> float:
 
 
 def any_text(text: str | None) -> str | None:
-    """The first text that any rank brings, None when none does; every rank must call."""
+    """The first text that any rank has, or None; every rank must call it."""
     texts: list[str | None] = [text]
     if world_size() > 1:
         texts = [None] * world_size()

@@ -117,7 +117,7 @@ def test_the_rule_allows(path, text):
 
 
 def test_the_model_library_and_its_benchmark_run_without_the_pipeline_s_packages():
-    """As on a machine that has torch, timm and transformers alone."""
+    """A machine may have torch, timm and transformers alone."""
     blocked = ("ray", "decord", "peft", "av", "pydantic")
     code = f"""
 import importlib, pkgutil, sys
@@ -133,7 +133,7 @@ print(jobs.bench.stage1.PAPER.hidden_size)
 
 
 def test_a_reader_can_hold_the_model_library_in_the_head():
-    """Without conversion, which only those need who exchange weights (issue 3, Shows 5)."""
+    """The modules at the top alone: a room is read when it is needed."""
     assert sum(len(path.read_text().splitlines()) for path in (REPOSITORY / "qformer").glob("*.py")) < 2500
 
 

@@ -24,7 +24,7 @@ folder = Path(sys.argv[1])
 for name in sys.stdin.read().split():
     try:
         file = importlib.import_module(name).__file__
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         print(f"{name}: {error}")
         continue
     if not Path(file).is_relative_to(folder):

@@ -9,7 +9,7 @@ from pipelines.data.storage.checkpoint_folders import write_marker
 from qformer.adapters.lora import Lora
 from qformer.backbones import load_language, load_vision
 from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig
-from qformer.config import LoraConfig, QFormerConfig
+from qformer.config import LanguageSpec, LoraConfig, QFormerConfig, VisionSpec
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
 from qformer.objectives.stage1 import Stage1
 from qformer.objectives.stage2 import Stage2
@@ -59,7 +59,7 @@ def write_stage2(
     if language is None:
         language = folder.with_name(folder.name + "-language")
         _write_language(language)
-    updates = None if lora is None else Lora(load_language(str(language))[0], lora)
+    updates = None if lora is None else Lora(load_language(LanguageSpec(str(language)))[0], lora)
     tokenizer = text_tokenizer() if reads_prompt else None
     stage2 = Stage2(
         _config(tokenizer.vocab_size if tokenizer else 0, has_lm_head=False),
@@ -73,7 +73,7 @@ def write_stage2(
 def _config(vocab_size: int, has_lm_head: bool = True) -> QFormerConfig:
     return QFormerConfig(
         has_lm_head=has_lm_head,
-        encoder_width=load_vision(VISION, pretrained=False).width,
+        encoder_width=load_vision(VisionSpec(VISION, pretrained=False)).width,
         hidden_size=32,
         num_layers=2,
         num_heads=2,
@@ -103,12 +103,10 @@ def info_of(stage: int, config: QFormerConfig, language: str | None = None) -> B
     return BridgeInfo(
         stage=stage,
         step=3,
-        vision=VISION,
-        vision_pretrained=False,
-        vision_layer=-2,
-        language=language,
+        vision=VisionSpec(VISION, pretrained=False),
+        language=None if language is None else LanguageSpec(str(language)),
         qformer=config,
-        preprocessing=load_vision(VISION, pretrained=False).preprocessing,
+        preprocessing=load_vision(VisionSpec(VISION, pretrained=False)).preprocessing,
         num_frames=NUM_FRAMES,
         max_text_tokens=16,
     )

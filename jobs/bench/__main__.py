@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jobs.bench
 from jobs.bench.result import BenchResult, as_json, as_table, write_result
-from jobs.cluster.circumstances import circumstances
+from jobs.cluster.environment import current_environment
 from qformer.errors import UserError
 
-_NO_BENCHES = {
+_HELPER_MODULES = {
     "__main__",
     "result",
     "hf_stage1",
@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the named benchmarks, or all.
 
     Args:
-        argv: Words after `python -m jobs.bench`; None takes the process's own.
+        argv: Arguments after `python -m jobs.bench`; None: those of the process.
 
     Returns:
-        0, or 2 when a name is unknown, or the folder cannot be made.
+        Exit code: 0, or 2 if a name is unknown or the folder cannot be created.
     """
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure ours beside the peers.")
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure this project and its peers.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(bench_names()) or 'none yet'}")
     parser.add_argument("--json", action="store_true", help="end each benchmark with one line of JSON")
     parser.add_argument(
@@ -59,21 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         result: BenchResult = importlib.import_module(f"jobs.bench.{name}").run()
         print(as_table(result))
-        found = circumstances()
+        environment = current_environment()
         if arguments.output is not None:
-            print(f"written to {write_result(arguments.output, result, found)}")
+            print(f"written to {write_result(arguments.output, result, environment)}")
         if arguments.json:
-            print(as_json(result, found))
+            print(as_json(result, environment))
     return 0
 
 
 def bench_names() -> list[str]:
-    """The benchmarks that exist, by their modules' names."""
-    return sorted(module.name for module in pkgutil.iter_modules(jobs.bench.__path__) if module.name not in _NO_BENCHES)
+    """Names of all benchmarks."""
+    return sorted(
+        module.name for module in pkgutil.iter_modules(jobs.bench.__path__) if module.name not in _HELPER_MODULES
+    )
 
 
 def _make_folder(folder: Path) -> None:
-    """Before anything is measured, which may take minutes."""
+    """Create the folder before the measurements, which may take minutes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -23,7 +23,7 @@ from torch import multiprocessing
 
 from jobs.bench.data_media import JPEG_BYTES, JPEG_SIZE, write_clips, write_jpegs
 from jobs.bench.data_memory import PeakMemory
-from jobs.bench.data_peers import NUM_FRAMES, SIDE, VIDEO_READS, Peer, Read, Window, peer, read_image
+from jobs.bench.data_peers import NUM_FRAMES, SIDE, VIDEO_READS, Peer, Read, TimedWindow, peer, read_image
 from jobs.bench.result import BenchResult
 from jobs.cluster.session import ray_session
 from jobs.settings.data import RaySettings
@@ -37,11 +37,11 @@ from qformer.preprocessing import Preprocessing
 
 WORKERS = 2
 RAY = RaySettings(num_cpus=WORKERS)
-"""With more, both segments would decode where one hands over to the next."""
+"""Ray session; with more CPUs, two segments would decode at once at a handover."""
 MAX_LEVELS = 1.5
-"""Mean difference of pixels, of 255, that scaled decoding may make."""
+"""Allowed mean difference of pixels, of 255, for scaled decoding."""
 MAX_CLIP_LEVELS = 6.0
-"""Scalers differ more than that only where the frames are not the same."""
+"""Allowed mean difference of clips; a larger one means different frames."""
 DECODE = DecodeSettings(
     preprocessing=Preprocessing(
         height=SIDE,
@@ -56,34 +56,34 @@ DECODE = DecodeSettings(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """How much is measured."""
+class DataCase:
+    """Sizes of the measurement."""
 
     batch_size: int = 32
     rounds: int = 3
     jpegs: int = 48
     jpeg_size: tuple[int, int] = JPEG_SIZE
     jpeg_bytes: int = JPEG_BYTES
-    images: Window = Window(warm_up=8, timed=64)
+    images: TimedWindow = TimedWindow(warm_up=8, timed=64)
     clips_each: int = 6
     clip_frames: int = 300
     gops: tuple[int, ...] = (30, 250)
-    clips: Window = Window(warm_up=3, timed=6)
-    trial: Window = Window(warm_up=1, timed=2, tail=1)
-    """Of each clip peer, to find the best."""
+    clips: TimedWindow = TimedWindow(warm_up=3, timed=6)
+    trial: TimedWindow = TimedWindow(warm_up=1, timed=2, tail=1)
+    """Window of the trials that find the best clip peer."""
     ray_images: int = 640
     ray_clips: int = 24
     memory_images: tuple[int, int] = (2_000, 20_000)
     memory_segment_steps: int = 40
-    """So that both counts hand segments over, which costs a second set of processes for a while."""
+    """Steps per segment; small, so that both counts include handovers, which briefly need a second set of processes."""
 
 
 def run() -> BenchResult:
     """Measure at full size."""
-    return measure(Case())
+    return measure(DataCase())
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: DataCase) -> BenchResult:
     """Measure images, clips and memory.
 
     Raises:
@@ -110,7 +110,7 @@ def measure(case: Case) -> BenchResult:
     return BenchResult(bench="data", seconds=seconds, ratios=ratios)
 
 
-def _images(case: Case, paths: list[str], other: Peer, seconds: dict[str, float]) -> float:
+def _images(case: DataCase, paths: list[str], other: Peer, seconds: dict[str, float]) -> float:
     """Return how many times as many images/s ours makes as a DataLoader with Pillow."""
     difference = _difference(other, read_image, paths[:8], schema.IMAGE)
     print(f"images: mean pixel difference {difference:.2f} levels")
@@ -119,7 +119,7 @@ def _images(case: Case, paths: list[str], other: Peer, seconds: dict[str, float]
     return _alternate(case, "images", paths, schema.IMAGE, case.images, other, ("dataloader", read_image), seconds)
 
 
-def _clips(case: Case, paths: list[str], title: str, other: Peer, seconds: dict[str, float]) -> float:
+def _clips(case: DataCase, paths: list[str], title: str, other: Peer, seconds: dict[str, float]) -> float:
     """Return how many times as many clips/s ours makes as the best peer."""
     trials: dict[str, float] = {}
     repeated = _repeated(paths, case.batch_size * case.trial.batches)
@@ -140,11 +140,11 @@ def _clips(case: Case, paths: list[str], title: str, other: Peer, seconds: dict[
 
 
 def _alternate(
-    case: Case,
+    case: DataCase,
     title: str,
     paths: list[str],
     kind: str,
-    window: Window,
+    window: TimedWindow,
     other: Peer,
     peer_read: tuple[str, Read],
     seconds: dict[str, float],
@@ -167,7 +167,7 @@ def _alternate(
     return statistics.median(ratios)
 
 
-def _our_seconds(paths: list[str], kind: str, case: Case, window: Window) -> float:
+def _our_seconds(paths: list[str], kind: str, case: DataCase, window: TimedWindow) -> float:
     return window.seconds_per_batch(_checked(our_batches(paths, kind, case.batch_size)))
 
 
@@ -177,10 +177,10 @@ def our_batches(
     """Our batches of these files, in the order of training, by the feed that training reads from.
 
     Args:
-        paths: Files.
+        paths: Paths of the files.
         kind: "image" or "video".
-        batch_size: Of a step.
-        segment_steps: Most steps of a segment; None as in training.
+        batch_size: Batch size.
+        segment_steps: Largest number of steps per segment; None: that of training.
     """
     import ray
 
@@ -223,8 +223,8 @@ def _difference(other: Peer, read: Read, paths: Sequence[str], kind: str) -> flo
     return float(np.mean(gaps))
 
 
-def _ray_readers(case: Case, jpegs: list[str], clips: list[str], seconds: dict[str, float]) -> None:
-    """Ray's own readers, in their fastest form: they resize at once, and decode every frame of a clip."""
+def _ray_readers(case: DataCase, jpegs: list[str], clips: list[str], seconds: dict[str, float]) -> None:
+    """Time Ray's own readers in their fastest form: resizing while reading, and decoding every frame of a clip."""
     import ray
 
     def read_images(count: int) -> float:
@@ -244,14 +244,14 @@ def _ray_readers(case: Case, jpegs: list[str], clips: list[str], seconds: dict[s
 
 
 def _seconds_of(batches: Iterable[Any]) -> float:
-    begun_s = time.perf_counter()
+    start_s = time.perf_counter()
     for _ in batches:
         pass
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - start_s
 
 
-def _peak_bytes(case: Case, paths: list[str], count: int) -> int:
-    """Peak memory of a process, with its own Ray, that reads `count` images in several segments."""
+def _peak_bytes(case: DataCase, paths: list[str], count: int) -> int:
+    """Peak memory of a process with its own Ray session that reads `count` images in several segments."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(

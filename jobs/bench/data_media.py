@@ -16,7 +16,7 @@ CLIP_RATE = 30
 
 
 def photographs() -> list[Image.Image]:
-    """The real photographs of QFORMER_TEST_DATA; none where it is absent."""
+    """Photographs of QFORMER_TEST_DATA; empty if it is absent."""
     root = Path(os.environ.get("QFORMER_TEST_DATA") or Path(__file__).parents[2] / "../shared/data").resolve()
     return [Image.open(path).convert("RGB") for path in sorted((root / "captioned").rglob("*.jpg"))]
 
@@ -25,8 +25,8 @@ def picture(photos: list[Image.Image], seed: int, size: tuple[int, int]) -> Imag
     """A part of a photograph, or of a fractal with the spectrum of one, enlarged to `size`.
 
     Args:
-        photos: To choose from; empty for fractals.
-        seed: Decides which photograph, and which part.
+        photos: Source photographs; empty for fractals.
+        seed: Seed of the choice of photograph and crop.
         size: Width and height in pixels.
     """
     rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def picture(photos: list[Image.Image], seed: int, size: tuple[int, int]) -> Imag
     width, height = int(photo.width * share), int(photo.height * share)
     left, top = int(rng.integers(photo.width - width + 1)), int(rng.integers(photo.height - height + 1))
     enlarged = photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
-    # An enlarged photograph lacks the grain of a real one, and grain is what large JPEGs hold most of.
+    # Add grain, which an enlarged photograph lacks and which fills most of a large JPEG.
     grain = rng.normal(0, 4, (size[1], size[0], 1)).astype(np.float32)
     return Image.fromarray(np.clip(np.asarray(enlarged, dtype=np.float32) + grain, 0, 255).astype(np.uint8))
 

@@ -1,4 +1,4 @@
-"""Memory of a process and all that it started: proportional set sizes, so that shared pages count once."""
+"""Memory of a process tree: proportional set sizes, so that shared pages count once."""
 
 import contextlib
 import threading
@@ -19,7 +19,7 @@ def tree_of(root_pid: int) -> set[int]:
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended
                 # The name stands in parentheses and may hold anything, even parentheses.
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     tree = {root_pid}
@@ -29,13 +29,13 @@ def tree_of(root_pid: int) -> set[int]:
 
 
 def resident_bytes(what: str) -> int:
-    """Of this process: "VmRSS" now, "VmHWM" at most since it began (`ru_maxrss` would start with the parent's)."""
+    """Resident size of this process: "VmRSS" now, "VmHWM" its peak (`ru_maxrss` would include the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 def own_bytes(pid: int) -> int:
-    """Proportional set size of one process; 0 when it is gone."""
+    """Proportional set size of one process; 0 if it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -47,7 +47,7 @@ class PeakMemory:
     """Largest size of a process tree while the `with` block ran.
 
     Args:
-        root_pid: Of the tree.
+        root_pid: Root of the process tree.
     """
 
     def __init__(self, root_pid: int) -> None:
@@ -69,7 +69,7 @@ class PeakMemory:
         try:
             yield
         finally:
-            # Work shorter than the pause is seen at its end.
+            # Work shorter than the pause is measured at its end.
             time.sleep(max(0.0, _PAUSE_S - (time.monotonic() - begun_s)))
             done.set()
             thread.join()

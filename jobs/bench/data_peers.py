@@ -1,7 +1,7 @@
-"""The data benchmark's peers: a torch DataLoader over Pillow, decord, PyAV and TorchCodec, in a process of its own.
+"""The data benchmark's peers: a torch DataLoader over Pillow, decord, PyAV and TorchCodec, in a separate process.
 
-Each is written as its users would write it for speed: one decoding thread a worker, frames resized while they are
-converted. All make the tensors that ours makes: short side to 224, centre crop, uint8.
+Each peer is written for speed: one decoding thread per worker, and frames resized during conversion. All make the same
+tensors as ours: short side to 224, centre crop, uint8.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
-    """Which batches of a stream are timed: those after the start, before the end thins out."""
+class TimedWindow:
+    """Timed batches of a stream: those after the warm-up and before the tail."""
 
     warm_up: int
     timed: int
     tail: int = 2
-    """Batches after the timed ones, so that work is going on for later ones at the window's end as at its beginning."""
+    """Batches after the timed ones, so that the workers are busy until the end of the window."""
 
     @property
     def batches(self) -> int:
-        """Of the whole stream."""
+        """Number of batches of the whole stream."""
         return self.warm_up + self.timed + self.tail
 
     def seconds_per_batch(self, batches: Iterable[Any]) -> float:
@@ -56,7 +56,7 @@ def read_image(path: str) -> Tensor:
 
 
 def read_decord(path: str) -> Tensor:
-    """decord, which resizes while it converts. [T, 3, H, W]."""
+    """Decord with resizing during conversion. [T, 3, H, W]."""
     import decord
 
     width, height = _fitted(*_video_size(path))
@@ -65,7 +65,7 @@ def read_decord(path: str) -> Tensor:
 
 
 def read_pyav(path: str) -> Tensor:
-    """PyAV from the beginning, converting only what is wanted. [T, 3, H, W]."""
+    """PyAV from the beginning, converting only the needed frames. [T, 3, H, W]."""
     import av
 
     frames = []
@@ -100,7 +100,7 @@ def read_torchcodec(path: str) -> Tensor:
     """TorchCodec, exact seeking. [T, 3, H, W]."""
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
-    import_torchvision()  # whose own import fails beside a CPU-only torch
+    import_torchvision()  # its own import fails with a CPU-only torch
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     decoder = VideoDecoder(path, num_ffmpeg_threads=1)
@@ -120,29 +120,31 @@ VIDEO_READS: dict[str, Read] = {
 
 
 class Peer:
-    """A process that runs DataLoaders: they fork, which a process that has Ray's threads should not."""
+    """A process for DataLoaders: they fork, which is unsafe in a process with Ray's threads."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end,), daemon=False)
         self._process.start()
-        theirs.close()
+        child_end.close()
 
-    def seconds_per_batch(self, read: Read, paths: list[str], batch_size: int, window: Window, workers: int) -> float:
+    def seconds_per_batch(
+        self, read: Read, paths: list[str], batch_size: int, window: TimedWindow, workers: int
+    ) -> float:
         """Time a DataLoader over `paths`."""
-        return float(self._ask(_timed, read, paths, batch_size, window, workers))
+        return float(self._call(_time_loader, read, paths, batch_size, window, workers))
 
     def read(self, read: Read, path: str) -> NDArray[np.uint8] | str:
-        """Read one file; the error's text where the library is missing or fails."""
-        return self._ask(_tried, read, path)
+        """Read one file; returns the text of the error if the library is missing or fails."""
+        return self._call(_read_or_error, read, path)
 
     def close(self) -> None:
         """End the process."""
         self._pipe.send(None)
         self._process.join()
 
-    def _ask(self, *request: Any) -> Any:
+    def _call(self, *request: Any) -> Any:
         self._pipe.send(request)
         return self._pipe.recv()
 
@@ -176,14 +178,14 @@ class _Files(Dataset[Tensor]):
         return self._read(self._paths[index])
 
 
-def _timed(read: Read, paths: list[str], batch_size: int, window: Window, workers: int) -> float:
+def _time_loader(read: Read, paths: list[str], batch_size: int, window: TimedWindow, workers: int) -> float:
     return window.seconds_per_batch(DataLoader(_Files(read, paths), batch_size, num_workers=workers))
 
 
-def _tried(read: Read, path: str) -> NDArray[np.uint8] | str:
+def _read_or_error(read: Read, path: str) -> NDArray[np.uint8] | str:
     try:
         return read(path).numpy()
-    except Exception as error:  # whatever a library that is not there, or not whole, raises
+    except Exception as error:  # any error of a missing or broken library
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
 
 

@@ -1,11 +1,11 @@
 """The generation engine against `transformers` generate in static batches: mixed lengths, exact numbers of tokens.
 
-A queue of requests is answered with 1, 16 and 64 at a time. Static batches take as many off the queue, run to the
-longest one's end and only then take the next; the engine fills every place as it becomes free. Counted are the tokens
-that were asked for, and the wait for each request's first token from the start on. The models have random weights:
-OPT of a small size in fp32 with two threads on a CPU, of OPT-2.7B's size in bf16 on a GPU. A token's text is a letter,
-which costs next to nothing: of tokens without text the engine tells nothing before the end. Before anything is timed,
-both must give the same tokens with the small size in fp32, where rounding cannot part them.
+A queue of requests is answered with 1, 16 and 64 at a time. A static batch runs until its longest answer ends; the
+engine fills every slot as it becomes free. Measured are the requested tokens per second, and the time from the start to
+the first token of each request. The models have random weights:
+OPT of a small size in fp32 with two threads on a CPU, of OPT-2.7B's size in bf16 on a GPU. The text of a
+token is a letter, which costs almost nothing; tokens without text would not be streamed. Before any timing, both must
+give the same tokens with the small size in fp32, where rounding makes no difference.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from qformer.torch_build.torchvision import import_torchvision
 
 THREADS = 2
 LENGTHS = (8, 16, 32, 64, 128)
-"""Tokens that a request may ask for, each as likely."""
+"""Requested numbers of tokens, all equally likely."""
 INPUT_ROWS = (34, 40, 48, 64)
-"""32 soft prompts and a prompt."""
+"""Input rows: 32 soft prompts and a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """What is measured."""
+class EngineCase:
+    """Sizes and device of the measurement."""
 
     hidden_size: int
     num_layers: int
@@ -43,36 +43,36 @@ class Case:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     concurrency: tuple[int, ...] = (1, 16, 64)
-    requests_per_place: int = 4
-    """Requests in the queue for each place of the batch; with a single place as many as with 4."""
+    requests_per_slot: int = 4
+    """Queued requests per slot of the batch; a single slot gets as many as 4."""
     rounds: int = 3
 
 
-CPU = Case(hidden_size=256, num_layers=4, num_heads=4, vocab_size=2048)
-OPT_2_7B = Case(
+CPU = EngineCase(hidden_size=256, num_layers=4, num_heads=4, vocab_size=2048)
+OPT_2_7B = EngineCase(
     hidden_size=2560, num_layers=32, num_heads=32, vocab_size=50_272, device="cuda", dtype=torch.bfloat16, rounds=2
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One way through the queue."""
+    """Times of one run over the queue."""
 
     total_s: float
     first_token_s: float
-    """Mean wait for a request's first token."""
+    """Mean time to the first token."""
 
 
 def run() -> BenchResult:
-    """On the GPU where there is one."""
+    """Measure on the GPU if torch finds one, else on the CPU."""
     if torch.cuda.is_available():
         return measure(OPT_2_7B)
     torch.set_num_threads(THREADS)
     return measure(CPU)
 
 
-def measure(case: Case) -> BenchResult:
-    """Time both, in turns.
+def measure(case: EngineCase) -> BenchResult:
+    """Time both alternately.
 
     Raises:
         ValueError: If they give different tokens.
@@ -81,9 +81,9 @@ def measure(case: Case) -> BenchResult:
     _require_same_tokens(build_language(small), make_requests(small, 5))
     language = build_language(case)
     seconds, ratios, rates = {}, {}, {}
-    for places in case.concurrency:
-        requests = make_requests(case, case.requests_per_place * max(places, 4))
-        ways = {"engine": _engine(language, requests, places), "transformers": _static(language, requests, places)}
+    for slots in case.concurrency:
+        requests = make_requests(case, case.requests_per_slot * max(slots, 4))
+        ways = {"engine": _engine(language, requests, slots), "transformers": _static(language, requests, slots)}
         taken: dict[str, list[Timing]] = {name: [] for name in ways}
         for round_ in range(case.rounds + 1):
             for name, way in ways.items():
@@ -94,16 +94,16 @@ def measure(case: Case) -> BenchResult:
         first = {name: statistics.median(t.first_token_s for t in timings) for name, timings in taken.items()}
         tokens = sum(request.settings.max_new_tokens for request in requests)
         for name in ways:
-            seconds[f"{name} {places} at a time"] = total[name]
-            seconds[f"{name} {places} first token"] = first[name]
-            rates[f"{name} {places} tokens/s"] = tokens / total[name]
-        ratios[f"speedup {places}"] = total["transformers"] / total["engine"]
-        ratios[f"first token {places}"] = first["transformers"] / first["engine"]
+            seconds[f"{name} {slots} at a time"] = total[name]
+            seconds[f"{name} {slots} first token"] = first[name]
+            rates[f"{name} {slots} tokens/s"] = tokens / total[name]
+        ratios[f"speedup {slots}"] = total["transformers"] / total["engine"]
+        ratios[f"first token {slots}"] = first["transformers"] / first["engine"]
     return BenchResult(bench="engine", seconds=seconds, ratios=ratios, rates=rates)
 
 
-def build_language(case: Case) -> LanguageModel:
-    """A model of random weights whose answers never end by themselves."""
+def build_language(case: EngineCase) -> LanguageModel:
+    """A model with random weights and no end token."""
     import_torchvision()
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -119,12 +119,12 @@ def build_language(case: Case) -> LanguageModel:
     )
     with torch.device(case.device):
         model = OPTForCausalLM(config).to(case.dtype)
-    language = build_language_model(model, _Letters())
+    language = build_language_model(model, _LetterTokenizer())
     language.end_ids = []
     return language
 
 
-def make_requests(case: Case, count: int) -> list[EngineRequest]:
+def make_requests(case: EngineCase, count: int) -> list[EngineRequest]:
     """Requests of mixed prompts and lengths."""
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     requests = []
@@ -135,8 +135,8 @@ def make_requests(case: Case, count: int) -> list[EngineRequest]:
     return requests
 
 
-class _Letters:
-    """In a tokenizer's place: every id becomes the same letter."""
+class _LetterTokenizer:
+    """Stand-in for a tokenizer: every id becomes the same letter."""
 
     eos_token_id, pad_token_id, name_or_path = 2, 1, "none"
 
@@ -148,7 +148,7 @@ class _Letters:
 
 
 class _FirstToken:
-    """A streamer that notes when the first token came; what comes before it is the prompt."""
+    """A streamer that records the time of the first token; the call before it has the prompt."""
 
     def __init__(self) -> None:
         self.num_puts = 0
@@ -163,43 +163,43 @@ class _FirstToken:
         return
 
 
-def _engine(language: LanguageModel, requests: Sequence[EngineRequest], places: int) -> Any:
-    """A function that answers all of them on an engine with so many places."""
+def _engine(language: LanguageModel, requests: Sequence[EngineRequest], slots: int) -> Any:
+    """Function that answers all requests on an engine with the given number of slots."""
     longest = max(INPUT_ROWS) + max(LENGTHS)
     engine = Engine(
         language,
-        kv_tokens=places * (longest + 64),
-        max_requests=places,
+        kv_tokens=slots * (longest + 64),
+        max_requests=slots,
         max_queue=len(requests),
         prefill_tokens=max(512, 16 * max(INPUT_ROWS)),
     )
 
     def way() -> Timing:
-        begun_s = time.perf_counter()
+        start_s = time.perf_counter()
         waiting = {engine.add(request) for request in requests}
         first_s = []
         while engine.is_busy:
             news = engine.step()
             now_s = time.perf_counter()
             for number in {number for number, _ in news} & waiting:
-                first_s.append(now_s - begun_s)
+                first_s.append(now_s - start_s)
                 waiting.discard(number)
-        return Timing(time.perf_counter() - begun_s, statistics.mean(first_s))
+        return Timing(time.perf_counter() - start_s, statistics.mean(first_s))
 
     return way
 
 
-def _static(language: LanguageModel, requests: Sequence[EngineRequest], places: int) -> Any:
-    """A function that answers all of them by `generate`, so many at a time."""
+def _static(language: LanguageModel, requests: Sequence[EngineRequest], slots: int) -> Any:
+    """Function that answers all requests by `generate`, in static batches."""
 
     def way() -> Timing:
-        begun_s = time.perf_counter()
+        start_s = time.perf_counter()
         first_s = []
-        for start in range(0, len(requests), places):
-            batch, noted = requests[start : start + places], _FirstToken()
-            _generate(language, batch, noted)
-            first_s += [noted.at_s - begun_s] * len(batch)
-        return Timing(time.perf_counter() - begun_s, statistics.mean(first_s))
+        for start in range(0, len(requests), slots):
+            batch, streamer = requests[start : start + slots], _FirstToken()
+            _generate(language, batch, streamer)
+            first_s += [streamer.at_s - start_s] * len(batch)
+        return Timing(time.perf_counter() - start_s, statistics.mean(first_s))
 
     return way
 
@@ -224,12 +224,12 @@ def _generate(language: LanguageModel, batch: Sequence[EngineRequest], streamer:
 def _require_same_tokens(language: LanguageModel, requests: Sequence[EngineRequest]) -> None:
     engine = Engine(language, kv_tokens=4096, max_requests=3, max_queue=len(requests))
     numbers = [engine.add(request) for request in requests]
-    told: dict[int, list[int]] = {number: [] for number in numbers}
+    tokens_of: dict[int, list[int]] = {number: [] for number in numbers}
     while engine.is_busy:
         for number, delta in engine.step():
             if isinstance(delta, Exception):
                 raise delta
-            told[number] += delta.token_ids
+            tokens_of[number] += delta.token_ids
     for number, request in zip(numbers, requests, strict=True):
-        if told[number] != (expected := _generate(language, [request], None)[0].tolist()):
-            raise ValueError(f"request {number}: the engine gives {told[number]}, generate {expected}")
+        if tokens_of[number] != (expected := _generate(language, [request], None)[0].tolist()):
+            raise ValueError(f"request {number}: the engine gives {tokens_of[number]}, generate {expected}")

@@ -29,14 +29,14 @@ _TABLE = {
     "temperature": "temperature",
     **{f"qformer.{name}": name for name in ("lm_dense", "lm_norm", "lm_bias")},
 }
-"""Our names -> this module's: Hugging Face's, and for what its layout lacks names of our own."""
+"""Names in this module by our names: Hugging Face's, with additions for what its layout lacks."""
 
 
 class HuggingFaceStage1(nn.Module):
     """The reference schedule with the weights of `ours`; losses reduced as by LAVIS in one process.
 
     Args:
-        ours: Where weights and shapes are copied from.
+        ours: Source of weights and shapes.
         attention: Hugging Face attention implementation, "sdpa" or "eager".
         has_weights: False where `ours` lies on the meta device: shapes alone are taken.
     """
@@ -93,19 +93,23 @@ class HuggingFaceStage1(nn.Module):
         return Stage1Losses({"itc": itc, "itm": itm, "itg": itg}, passes)
 
     def _query_pass(self, image_BPV: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Queries over the image, keeping what self-attention computes as keys and values anyway."""
+        """Queries over the image; also caches the keys and values of self-attention."""
         cache: list[dict[str, Tensor]] = [{} for _ in self.qformer.encoder.layer]
         handles = []
-        for kept, layer in zip(cache, self.qformer.encoder.layer, strict=True):
+        for layer_cache, layer in zip(cache, self.qformer.encoder.layer, strict=True):
             for name in ("key", "value"):
                 projection = getattr(layer.attention.attention, name)
 
-                def keep(
-                    module: nn.Module, inputs: Any, output: Tensor, kept: dict[str, Tensor] = kept, name: str = name
+                def store(
+                    module: nn.Module,
+                    inputs: Any,
+                    output: Tensor,
+                    layer_cache: dict[str, Tensor] = layer_cache,
+                    name: str = name,
                 ) -> None:
-                    kept[name] = output
+                    layer_cache[name] = output
 
-                handles.append(projection.register_forward_hook(keep))
+                handles.append(projection.register_forward_hook(store))
         queries_BQD = self.query_tokens.expand(image_BPV.shape[0], -1, -1)
         hidden_BQD = self.qformer(queries_BQD, encoder_hidden_states=image_BPV).last_hidden_state
         for handle in handles:
@@ -169,5 +173,5 @@ class HuggingFaceStage1(nn.Module):
 
 
 def their_name(name: str) -> str:
-    """This module's name of one of our parameters."""
+    """Name in this module of one of our parameters."""
     return cast(str, layout_name(name, _TABLE))

@@ -1,4 +1,4 @@
-"""What a benchmark measured, as a table and as one JSON line."""
+"""Result of a benchmark, as a table and as JSON."""
 
 import json
 import re
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from jobs.cluster.circumstances import Circumstances
+from jobs.cluster.environment import RunEnvironment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchResult:
-    """Ours and the peers, measured in one run on one machine.
+    """Figures of this project and its peers, measured in one run on one machine.
 
     Raises:
         ValueError: If a figure is not a positive number.
@@ -19,11 +19,11 @@ class BenchResult:
 
     bench: str
     seconds: Mapping[str, float]
-    """Raw wall-clock seconds, one entry per measured thing."""
+    """Wall-clock seconds by name of the measurement."""
     ratios: Mapping[str, float]
-    """The figures that matter, e.g. peer's seconds / ours; above 1 we are faster."""
+    """Ratios by name, e.g. seconds of the peer / ours, where above 1 means that ours is faster."""
     rates: Mapping[str, float] = field(default_factory=dict)
-    """What is done in a time, the unit at the end of the name: "encode images/s"."""
+    """Rates by name, which ends in the unit: "encode images/s"."""
 
     def __post_init__(self) -> None:
         for name, value in {**self.seconds, **self.ratios, **self.rates}.items():
@@ -32,7 +32,7 @@ class BenchResult:
 
 
 def as_table(result: BenchResult) -> str:
-    """Aligned columns: the raw seconds, then the ratios, then the rates."""
+    """Format as aligned columns: seconds, then ratios, then rates."""
     rows = [(name, f"{value:.3f} s") for name, value in result.seconds.items()]
     rows += [(name, f"{value:.2f} {'ms' if name.endswith('_ms') else 'x'}") for name, value in result.ratios.items()]
     rows += [(name, f"{value:.1f}") for name, value in result.rates.items()]
@@ -42,17 +42,17 @@ def as_table(result: BenchResult) -> str:
     return "\n".join([result.bench, "-" * max(map(len, [result.bench, *lines])), *lines])
 
 
-def as_json(result: BenchResult, circumstances: Circumstances, indent: int | None = None) -> str:
-    """One line that another program reads; with `indent`, several that a person does."""
+def as_json(result: BenchResult, environment: RunEnvironment, indent: int | None = None) -> str:
+    """Format as JSON: one line, or several with `indent`."""
     rates = {"rates": dict(result.rates)} if result.rates else {}
     figures = {"seconds": dict(result.seconds), "ratios": dict(result.ratios), **rates}
-    return json.dumps({"bench": result.bench, **asdict(circumstances), **figures}, indent=indent)
+    return json.dumps({"bench": result.bench, **asdict(environment), **figures}, indent=indent)
 
 
-def write_result(folder: Path, result: BenchResult, circumstances: Circumstances) -> Path:
-    """Write DATE-BENCH-HARDWARE.json; a later run of the day on the same machine takes its place."""
-    words = re.sub(r"\((r|tm)\)", "", circumstances.hardware.lower())
+def write_result(folder: Path, result: BenchResult, environment: RunEnvironment) -> Path:
+    """Write DATE-BENCH-HARDWARE.json; a later run on the same day and machine replaces it."""
+    words = re.sub(r"\((r|tm)\)", "", environment.hardware.lower())
     machine = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
-    file = folder / f"{circumstances.date}-{result.bench}-{machine}.json"
-    file.write_text(as_json(result, circumstances, indent=2) + "\n")
+    file = folder / f"{environment.date}-{result.bench}-{machine}.json"
+    file.write_text(as_json(result, environment, indent=2) + "\n")
     return file

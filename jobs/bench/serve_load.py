@@ -1,7 +1,7 @@
-"""Clients of the serving benchmark, in a process of their own: a line of JSON in is a load, a line out its latencies.
+"""Clients of the serving benchmark, in a separate process: reads loads and writes latencies, as lines of JSON.
 
-Closed loops: each of `concurrency` clients sends its next request when the last one is answered. With `companion`, one
-more client asks for streamed answers of that body, one after the other, all the while.
+Closed loops: each of `concurrency` clients sends its next request when the last one is answered. With `companion`,
+another client requests streamed answers of that body the whole time.
 """
 
 import asyncio
@@ -19,50 +19,50 @@ import aiohttp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What is asked of a server."""
+    """Requests to a server."""
 
     url: str
-    """Of POST /v1/chat/completions."""
+    """URL of POST /v1/chat/completions."""
     bodies: Sequence[str]
-    """Files with requests, taken in turns."""
+    """Files with requests, used in rotation."""
     num_tokens: int
-    """That each answer must have."""
+    """Required number of tokens per answer."""
     concurrency: int
     num_requests: int
     companion: str | None = None
-    """File with a streamed request that is in flight all the time."""
+    """File with a streamed request that runs the whole time; None: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """What came of it."""
+class LoadResult:
+    """Measurements of one load."""
 
     seconds: float
-    """From the first request to the last answer."""
+    """Time from the first request to the last answer."""
     latencies_s: Sequence[float]
-    """Of the requests in order of their answers."""
+    """Latencies in order of the answers."""
     num_companions: int
-    """Streamed answers that ended meanwhile."""
+    """Number of streamed answers that ended meanwhile."""
 
 
 class Clients:
-    """The other process, seen from the benchmark."""
+    """Handle of the clients' process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def measure(self, load: Load) -> Measured:
+    def measure(self, load: Load) -> LoadResult:
         """Run one load.
 
         Raises:
-            RuntimeError: If a client met an error; it is on stderr.
+            RuntimeError: If a client failed; its error is on stderr.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(asdict(load)), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("the clients' process has died; see its error above")
-        return Measured(**json.loads(line))
+        return LoadResult(**json.loads(line))
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def clients() -> Iterator[Clients]:
             process.kill()
 
 
-async def measure(load: Load) -> Measured:
+async def measure(load: Load) -> LoadResult:
     """Run one load in this process."""
     bodies = [Path(file).read_bytes() for file in load.bodies]
     latencies_s: list[float] = []
@@ -88,19 +88,19 @@ async def measure(load: Load) -> Measured:
 
         async def client() -> None:
             for number in numbers:
-                begun_s = time.perf_counter()
-                await _ask(session, load, bodies[number % len(bodies)])
-                latencies_s.append(time.perf_counter() - begun_s)
+                start_s = time.perf_counter()
+                await _request(session, load, bodies[number % len(bodies)])
+                latencies_s.append(time.perf_counter() - start_s)
 
         async with _companion(session, load) as counts:
-            begun_s = time.perf_counter()
+            start_s = time.perf_counter()
             await asyncio.gather(*(client() for _ in range(load.concurrency)))
-            seconds = time.perf_counter() - begun_s
+            seconds = time.perf_counter() - start_s
             num_companions = len(counts)
-    return Measured(seconds=seconds, latencies_s=latencies_s, num_companions=num_companions)
+    return LoadResult(seconds=seconds, latencies_s=latencies_s, num_companions=num_companions)
 
 
-async def _ask(session: aiohttp.ClientSession, load: Load, body: bytes) -> None:
+async def _request(session: aiohttp.ClientSession, load: Load, body: bytes) -> None:
     async with session.post(load.url, data=body, headers={"Content-Type": "application/json"}) as response:
         answer = await response.read()
     if response.status != 200:
@@ -112,14 +112,14 @@ async def _ask(session: aiohttp.ClientSession, load: Load, body: bytes) -> None:
 
 @asynccontextmanager
 async def _companion(session: aiohttp.ClientSession, load: Load) -> AsyncIterator[list[int]]:
-    """Streams that follow each other; yields once the first one talks, and counts those that have ended."""
+    """Run streams one after the other; yields at the first event, and counts those that have ended."""
     ended: list[int] = []
     if load.companion is None:
         yield ended
         return
     body, has_begun = Path(load.companion).read_bytes(), asyncio.Event()
 
-    async def talk() -> None:
+    async def stream_answers() -> None:
         while True:
             async with session.post(load.url, data=body, headers={"Content-Type": "application/json"}) as response:
                 response.raise_for_status()
@@ -130,20 +130,20 @@ async def _companion(session: aiohttp.ClientSession, load: Load) -> AsyncIterato
                         has_begun.set()
             ended.append(events)
 
-    talking = asyncio.create_task(talk())
+    streaming = asyncio.create_task(stream_answers())
     waiting = asyncio.create_task(has_begun.wait())
     try:
-        await asyncio.wait([talking, waiting], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([streaming, waiting], return_when=asyncio.FIRST_COMPLETED)
         yield ended
-        if talking.done():
-            talking.result()
+        if streaming.done():
+            streaming.result()
     finally:
-        talking.cancel()
+        streaming.cancel()
         waiting.cancel()
 
 
 def main() -> None:
-    """Answer loads until the input ends."""
+    """Run loads until the input ends."""
     for line in sys.stdin:
         print(json.dumps(asdict(asyncio.run(measure(Load(**json.loads(line)))))), flush=True)
 

@@ -1,8 +1,8 @@
-"""The peers of the serving benchmark: what a short script would put behind HTTP, and no HTTP at all.
+"""Peers of the serving benchmark: a simple HTTP server, and the engine without HTTP.
 
-`NaiveServer` is the usual loop: `transformers` generates one answer after the other. It stands behind the same proxy of
-Ray Serve and speaks FastAPI as ours does, with encoder, bridge and language model in the process that speaks HTTP: no
-hops, no queue but one lock, files decoded in the same process. `DirectModel` is our own engine called as a library.
+`NaiveServer` is the usual loop: `transformers` generates one answer after the other. It uses the same proxy of Ray
+Serve and FastAPI as ours, with decoding, encoder, bridge and language model in the HTTP process, and one lock as its
+queue. `DirectModel` calls our engine as a library.
 """
 
 import asyncio
@@ -36,13 +36,13 @@ class NaiveServer:
         self._one_at_a_time = asyncio.Lock()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray Serve's hook."""
+        """Build the ASGI application; Ray Serve calls this in the replica."""
         http = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         http.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         return http
 
     async def chat(self, request: Request) -> dict[str, Any]:
-        """One picture, one question, one answer."""
+        """Answer one question about one picture."""
         body = await request.json()
         async with self._one_at_a_time:
             text = await asyncio.to_thread(self._answer, body)
@@ -59,7 +59,7 @@ class NaiveServer:
 
 
 def naive_app(checkpoint: Path) -> serve.Application:
-    """`NaiveServer` for `serve.run`; waits for as many requests as come."""
+    """Application of `NaiveServer` for `serve.run`, with a long queue."""
     deployment = serve.deployment(serve.ingress()(NaiveServer)).options(
         name="Naive", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1}
     )
@@ -67,7 +67,7 @@ def naive_app(checkpoint: Path) -> serve.Application:
 
 
 class DirectModel:
-    """File to answer in this process: the same decoder, encoder, bridge and engine as the service.
+    """The decoder, encoder, bridge and engine of the service, called in this process.
 
     Args:
         checkpoint: Folder of a stage-2 checkpoint.
@@ -80,7 +80,7 @@ class DirectModel:
 
     @torch.inference_mode()
     def answer(self, image: bytes, question: str, num_tokens: int) -> str:
-        """Greedy, of exactly `num_tokens` tokens."""
+        """Generate a greedy answer of exactly `num_tokens` tokens."""
         captioner = self._captioner
         pixels = torch.from_numpy(self._decoder.decode(kind="image", data=image).pixels)[None]
         prompts_BNL = captioner.stage2(captioner.encoder.features(pixels))
@@ -96,5 +96,5 @@ class DirectModel:
 
 
 def decoder_of(captioner: Captioner) -> SampleDecoder:
-    """Decodes as the captioner was trained, in this process."""
+    """Decoder with the captioner's settings of training, in this process."""
     return SampleDecoder(DecodeSettings(preprocessing=captioner.preprocessing, num_frames=captioner.num_frames))

@@ -2,12 +2,12 @@
 
 BERT-base size, 257 x 1408 image tokens, equal weights, inputs, negatives and dropout. On a CPU in fp32 with two threads
 at batch 8. With a GPU in bf16 at batch 64, where ours is also compiled against the reference as it is, operations a
-second are told (see `stage1_flops`), and the paper's ViT-g encodes pictures. Rounds alternate between the two; each
+second are reported (`stage1_flops`), and the paper's ViT-g encodes pictures. Rounds alternate between the two; each
 round has a batch of captions of its own. Before anything is timed, the losses are compared with dropout off.
 
 Peak memory is that of a whole step over what the process held before it built the model: weights, gradients and
 activations together. On a CPU a child process of each reports its largest resident size less the size before, with the
-C library told to give freed tensors back at once: else the sizes tell how its heap happened to fill with holes.
+C library set to return freed tensors at once; otherwise the sizes depend on the fragmentation of its heap.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from jobs.bench.result import BenchResult
 from jobs.bench.stage1_flops import step_flops
 from qformer.backbones import load_vision
 from qformer.bridges.qformer_bridge import QFormerBridge
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.objectives import Negatives
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 
@@ -40,15 +40,15 @@ THREADS = 2
 BERT_VOCABULARY = 30_522
 PAPER = QFormerConfig(encoder_width=1408, vocab_size=BERT_VOCABULARY + 1)
 IMAGE_TOKENS = 257
-# Lengths of sixteen captions, for where the real ones are not at hand.
+# Lengths of sixteen captions, used where the real ones are missing.
 LENGTHS = (13, 12, 16, 11, 14, 18, 12, 10, 13, 15, 21, 12, 14, 9, 17, 13)
-# fp32 sums in another order over 12 layers.
+# Tolerance for another order of fp32 sums over 12 layers.
 LOSS_GAP = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """What is measured where."""
+class Stage1Case:
+    """Sizes and device of the measurement."""
 
     config: QFormerConfig = PAPER
     image_tokens: int = IMAGE_TOKENS
@@ -59,7 +59,7 @@ class Case:
     compiler: str | None = None
     """Backend of torch.compile for a second measurement of ours; None leaves it out."""
     vision: str | None = None
-    """Encoder whose pictures a second are told."""
+    """Encoder whose images per second are measured; None: none."""
     vision_batch: int = 128
 
 
@@ -67,17 +67,17 @@ def run() -> BenchResult:
     """Measure on the GPU where torch sees one, else on the CPU."""
     lengths, source = caption_lengths()
     if torch.cuda.is_available():
-        case = Case(
+        case = Stage1Case(
             batch=64, rounds=20, device="cuda", is_bf16=True, compiler="inductor", vision="eva_giant_patch14_224"
         )
     else:
-        case = Case()
+        case = Stage1Case()
         torch.set_num_threads(THREADS)
     print(f"{case.batch} captions a step, lengths from {source}; {'bf16' if case.is_bf16 else 'fp32'} on {case.device}")
     return measure(case, lengths)
 
 
-def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
+def measure(case: Stage1Case, lengths: Sequence[int]) -> BenchResult:
     """Time both schedules in turns and take their peak memory.
 
     Raises:
@@ -105,10 +105,10 @@ def measure(case: Case, lengths: Sequence[int]) -> BenchResult:
     return BenchResult(bench="stage1", seconds=seconds, ratios=ratios, rates=rates)
 
 
-def encode_rate(case: Case) -> float:
-    """Pictures that the frozen encoder, with random weights, encodes in a second, up to the block that is read."""
+def encode_rate(case: Stage1Case) -> float:
+    """Images per second of the frozen encoder with random weights, up to the block that is read."""
     dtype = torch.bfloat16 if case.is_bf16 else torch.float32
-    encoder = load_vision(cast(str, case.vision), pretrained=False, dtype=dtype).to(case.device)
+    encoder = load_vision(VisionSpec(cast(str, case.vision), pretrained=False), dtype=dtype).to(case.device)
     size = (case.vision_batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=case.device)
     taken = []
@@ -121,20 +121,20 @@ def encode_rate(case: Case) -> float:
     return case.vision_batch / statistics.median(taken[1:])
 
 
-def _step_flops(case: Case, lengths: Sequence[int], seed: int) -> int:
+def _step_flops(case: Stage1Case, lengths: Sequence[int], seed: int) -> int:
     batch, negatives = make_batch(case, lengths, seed)
     length_B = batch.is_text_BT.sum(dim=1)
     return step_flops(case.config, length_B.tolist(), length_B[negatives.text_B].tolist(), case.image_tokens)
 
 
-def build(case: Case) -> tuple[Stage1, HuggingFaceStage1]:
-    """Both with the same weights, in training mode."""
+def build(case: Stage1Case) -> tuple[Stage1, HuggingFaceStage1]:
+    """Build both models with the same weights, in training mode."""
     torch.manual_seed(0)
     ours = Stage1(case.config)
     return ours.to(case.device).train(), HuggingFaceStage1(ours).to(case.device).train()
 
 
-def make_batch(case: Case, lengths: Sequence[int], seed: int) -> tuple[Stage1Batch, Negatives]:
+def make_batch(case: Stage1Case, lengths: Sequence[int], seed: int) -> tuple[Stage1Batch, Negatives]:
     """Random features and ids, caption lengths drawn from `lengths`, text padded to the batch's longest."""
     length_B = torch.tensor(random.Random(seed).choices([min(n, TEXT_LENGTH) for n in lengths], k=case.batch))
     generator = torch.Generator().manual_seed(seed)
@@ -143,23 +143,23 @@ def make_batch(case: Case, lengths: Sequence[int], seed: int) -> tuple[Stage1Bat
     index_B = torch.arange(case.batch)
     tokens = (case.batch, 1, case.image_tokens, case.config.encoder_width)
 
-    def moved(tensor: Tensor) -> Tensor:
+    def to_device(tensor: Tensor) -> Tensor:
         return tensor.to(case.device)
 
     batch = Stage1Batch(
-        image_BFPV=moved(torch.randn(tokens, generator=generator)),
-        input_ids_BT=moved(ids_BT.masked_fill(~is_text_BT, 0)),
-        is_text_BT=moved(is_text_BT),
-        image_ids_B=moved(index_B),
-        is_valid_B=moved(torch.ones(case.batch, dtype=torch.bool)),
+        image_BFPV=to_device(torch.randn(tokens, generator=generator)),
+        input_ids_BT=to_device(ids_BT.masked_fill(~is_text_BT, 0)),
+        is_text_BT=to_device(is_text_BT),
+        image_ids_B=to_device(index_B),
+        is_valid_B=to_device(torch.ones(case.batch, dtype=torch.bool)),
     )
     shift_B = torch.randint(1, case.batch, (2, case.batch), generator=generator)
     image_B, text_B = (index_B + shift_B) % case.batch
-    return batch, Negatives(moved(image_B), moved(text_B), moved(torch.ones(case.batch, dtype=torch.bool)))
+    return batch, Negatives(to_device(image_B), to_device(text_B), to_device(torch.ones(case.batch, dtype=torch.bool)))
 
 
 def caption_lengths() -> tuple[list[int], str]:
-    """Tokens of the real captions, and where they are from.
+    """Token counts of the real captions, and their source.
 
     A word or punctuation mark counts as one token, plus [CLS] and [SEP]: BERT's vocabulary splits rare words further,
     so real texts are slightly longer.
@@ -173,8 +173,8 @@ def caption_lengths() -> tuple[list[int], str]:
     return [len(re.findall(r"\w+|[^\w\s]", caption)) + 2 for caption in captions], f"{len(captions)} real captions"
 
 
-def peak_bytes(case: Case, name: str, lengths: Sequence[int]) -> int:
-    """Memory of a step of `name` at its highest: weights, gradients and activations."""
+def peak_bytes(case: Stage1Case, name: str, lengths: Sequence[int]) -> int:
+    """Peak memory of a step of `name`: weights, gradients and activations."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_report_peak, args=(sender, case, name, list(lengths)))
@@ -201,11 +201,11 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) -> None:
+def _report_peak(sender: Connection, case: Stage1Case, name: str, lengths: list[int]) -> None:
     if case.device == "cpu":
         torch.set_num_threads(THREADS)
-    # What the reference imports belongs to no step: bring it in on both sides before the size is read.
-    build(Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
+    # Imports of the reference are not part of a step: do them for both models before the size is read.
+    build(Stage1Case(config=QFormerConfig(encoder_width=2, hidden_size=2, num_layers=1, num_heads=1, vocab_size=4)))
     before = resident_bytes("VmRSS")
     model: nn.Module = Stage1(case.config) if name == "ours" else _reference_alone(case.config)
     model.to(case.device).train()
@@ -219,13 +219,13 @@ def _report_peak(sender: Connection, case: Case, name: str, lengths: list[int]) 
 
 
 def _reference_alone(config: QFormerConfig) -> HuggingFaceStage1:
-    """The reference, built from a model on no device so that only one copy of the weights ever lies in memory."""
+    """Build the reference from a model on the meta device, so that memory holds only one copy of the weights."""
     with torch.device("meta"):
         shapes = Stage1(config)
     return HuggingFaceStage1(shapes, has_weights=False)
 
 
-def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:
+def _timed_step(case: Stage1Case, model: nn.Module, lengths: Sequence[int], seed: int) -> float:
     batch, negatives = make_batch(case, lengths, seed)
     model.zero_grad(set_to_none=True)
     _wait(case)
@@ -237,13 +237,13 @@ def _timed_step(case: Case, model: nn.Module, lengths: Sequence[int], seed: int)
     return time.perf_counter() - start
 
 
-def _wait(case: Case) -> None:
+def _wait(case: Stage1Case) -> None:
     if case.device == "cuda":
         torch.cuda.synchronize()
 
 
-def _alternate(case: Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
-    """Median seconds of a step of each, one after the other in every round, after a round of warming up."""
+def _alternate(case: Stage1Case, models: Mapping[str, nn.Module], lengths: Sequence[int]) -> dict[str, float]:
+    """Median seconds per step of each model; they alternate in every round, after a warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in models}
     for round_ in range(case.rounds + 1):
         for name, model in models.items():
@@ -254,7 +254,7 @@ def _alternate(case: Case, models: Mapping[str, nn.Module], lengths: Sequence[in
 
 
 @torch.no_grad()
-def _assert_same_losses(case: Case, ours: nn.Module, reference: nn.Module, lengths: Sequence[int]) -> None:
+def _assert_same_losses(case: Stage1Case, ours: nn.Module, reference: nn.Module, lengths: Sequence[int]) -> None:
     batch, negatives = make_batch(case, lengths, seed=0)
     own, theirs = (model.eval()(batch, negatives=negatives) for model in (ours, reference))
     for name in ("itc", "itm", "itg"):

@@ -16,18 +16,18 @@ from qformer.config import QFormerConfig
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One run through the layers."""
+    """Row counts of one pass through the layers."""
 
     rows: int
-    """Packed rows whose keys and values are computed."""
+    """Packed rows with keys and values."""
     read_rows: int
-    """Of them, those that the last layer goes on with."""
+    """Rows that the last layer computes fully."""
     query_rows: int
-    """Of them, those that cross-attend."""
+    """Rows that cross-attend."""
     attended: int
-    """Pairs of a row and a row it is compared with, padding included, as the kernel runs."""
+    """Pairs of attending and attended rows, padding included, as in the kernel."""
     last_attended: int
-    """The same in the last layer."""
+    """Pairs of attending and attended rows in the last layer."""
 
 
 def step_flops(config: QFormerConfig, lengths: Sequence[int], negative_lengths: Sequence[int], tokens: int) -> int:
@@ -35,9 +35,9 @@ def step_flops(config: QFormerConfig, lengths: Sequence[int], negative_lengths: 
 
     Args:
         config: Shapes of the Q-Former.
-        lengths: Tokens of each sample's text, [CLS] and [SEP] included.
-        negative_lengths: Of the text that each image meets in ITM.
-        tokens: P, image tokens.
+        lengths: Token counts of the texts, [CLS] and [SEP] included.
+        negative_lengths: Token counts of the negative texts in ITM.
+        tokens: Number of image tokens P.
     """
     batch, queries, longest, total = len(lengths), config.num_queries, max(lengths), sum(lengths)
     pair_rows = 3 * batch * queries

@@ -1,9 +1,9 @@
-"""Whole training steps of stage 1 as `qformer train` does them, on batches held in memory: pixels, and cached features.
+"""Whole training steps of stage 1 as in `qformer train`, on batches in memory: pixels, and cached features.
 
 The trainer's own loop runs: frozen encoder (or not), forward, backward, clipping, AdamW. No Ray and no decoding. On a
 GPU in bf16, with layers as they are and compiled: ViT-g with random weights and a Q-Former of BERT-base size, against
 the images a second at which BLIP-2's plain schedule would take 40 % of an H200's peak. Elsewhere in fp32 at the size of
-the training benchmark, where nothing is known to compare with.
+the training benchmark, without an estimate to compare with.
 
 MFU counts the operations as they run, on real text tokens alone, over the device's dense 16-bit peak.
 """
@@ -11,8 +11,8 @@ MFU counts the operations as they run, on real text tokens alone, over the devic
 import dataclasses
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision, PrecisionName
 from qformer.backbones import VisionEncoder
+from qformer.config import QFormerSizes, VisionSpec
 from qformer.torch_build.torchvision import import_torchvision
 
 ESTIMATES = {"uncached": 510, "cached": 1670}
@@ -43,22 +44,22 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """What is measured where."""
+class StepCase:
+    """Sizes and device of the measurement."""
 
     vision: str
-    qformer: Mapping[str, Any] = field(default_factory=dict)
+    qformer: QFormerSizes = QFormerSizes()
     vocabulary: int = BERT_VOCABULARY
     batch: int
     warm_up: int
     timed: int
-    """A multiple of `warm_up`, so that what is logged are windows of one length."""
+    """Timed steps; a multiple of `warm_up`, so that all logged windows have the same length."""
     device: str = "cpu"
     precision: PrecisionName = "fp32"
     is_compiled: bool = False
 
 
-GPU = Case(
+GPU = StepCase(
     vision="eva_giant_patch14_224",
     batch=256,
     warm_up=10,
@@ -67,9 +68,9 @@ GPU = Case(
     precision="bf16",
     is_compiled=True,
 )
-CPU = Case(
+CPU = StepCase(
     vision="vit_tiny_patch16_224",
-    qformer={"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 1024, "num_queries": 16},
+    qformer=QFormerSizes(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, num_queries=16),
     vocabulary=2000,
     batch=16,
     warm_up=3,
@@ -85,7 +86,7 @@ def run() -> BenchResult:
     return measure(CPU)
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: StepCase) -> BenchResult:
     """Time steps on pixels, then on features."""
     lengths, source = caption_lengths()
     print(f"{case.batch} images a step, {case.precision} on {case.device}, caption lengths from {source}")
@@ -109,13 +110,13 @@ def measure(case: Case) -> BenchResult:
     return BenchResult(bench="step", seconds=seconds, ratios=ratios, rates=rates)
 
 
-def _stances(case: Case, kind: str) -> dict[str, str]:
-    """What the compiler is told, and what the figures are called then."""
+def _stances(case: StepCase, kind: str) -> dict[str, str]:
+    """Names of the figures by stance of the compiler."""
     plain = {"force_eager": kind}
     return {**plain, "default": f"{kind} compiled"} if case.is_compiled else plain
 
 
-def _training_run(case: Case) -> TrainingRun:
+def _training_run(case: StepCase) -> TrainingRun:
     with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
         _write_tokenizer(case.vocabulary, Path(folder))
         return TrainingRun(
@@ -128,8 +129,8 @@ def _training_run(case: Case) -> TrainingRun:
         )
 
 
-def _inputs(case: Case, run: TrainingRun) -> dict[str, NDArray[Any]]:
-    """Pixels as the run's encoder takes them, and features as it gives them."""
+def _inputs(case: StepCase, run: TrainingRun) -> dict[str, NDArray[Any]]:
+    """Random pixels for the run's encoder, and random features of its shape."""
     encoder, noise = cast(VisionEncoder, run.frozen["vision"]), np.random.default_rng(0)
     pixels = (case.batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     tokens = (case.batch, 1, encoder.num_tokens, encoder.width)
@@ -140,13 +141,13 @@ def _inputs(case: Case, run: TrainingRun) -> dict[str, NDArray[Any]]:
 
 
 def _drop_encoder(run: TrainingRun) -> None:
-    """Let cached features take the encoder's place."""
+    """Remove the encoder, so that the run reads cached features."""
     run.encoders.modules.clear()
     run.frozen.clear()
 
 
-def _steps(case: Case, run: TrainingRun, images: NDArray[Any], texts: list[list[str]]) -> dict[str, float]:
-    """Train, and return what the loop logged of the steps after the warm-up."""
+def _steps(case: StepCase, run: TrainingRun, images: NDArray[Any], texts: list[list[str]]) -> dict[str, float]:
+    """Train, and return the mean of the loop's log after the warm-up."""
     device = torch.device(case.device)
     logged: list[dict[str, float]] = []
     steps = case.warm_up + case.timed
@@ -178,12 +179,12 @@ def _steps(case: Case, run: TrainingRun, images: NDArray[Any], texts: list[list[
     loop.run(_batches(case, images, texts), 0)
     windows = [values for values in logged if values["step"] > case.warm_up]
     names = [name for name in ("samples_per_s", "tflops_per_s", "mfu") if name in windows[0]]
-    # Windows are of one length, so that the mean of seconds a step is the harmonic mean of rates.
+    # The windows have the same length, so the harmonic mean of rates gives the mean seconds per step.
     return {name: len(windows) / sum(1 / values[name] for values in windows) for name in names}
 
 
-def _batches(case: Case, images: NDArray[Any], texts: list[list[str]]) -> Iterator[SampleBatch]:
-    """The same pictures with other captions, from pinned memory where there is a GPU."""
+def _batches(case: StepCase, images: NDArray[Any], texts: list[list[str]]) -> Iterator[SampleBatch]:
+    """Batches of the same pictures with different captions, from pinned memory on a GPU."""
     memory = torch.from_numpy(images)
     if case.device == "cuda":
         memory = memory.pin_memory()
@@ -202,12 +203,10 @@ def _batches(case: Case, images: NDArray[Any], texts: list[list[str]]) -> Iterat
         yield dataclasses.replace(first, step=step, captions=captions)
 
 
-def _choice(case: Case, tokenizer: str) -> ModelChoice:
+def _choice(case: StepCase, tokenizer: str) -> ModelChoice:
     return ModelChoice(
         stage=1,
-        vision=case.vision,
-        vision_pretrained=False,
-        vision_layer=-2,
+        vision=VisionSpec(case.vision, pretrained=False),
         language=None,
         tokenizer=tokenizer,
         max_text_tokens=MAX_TEXT_TOKENS,
@@ -217,8 +216,8 @@ def _choice(case: Case, tokenizer: str) -> ModelChoice:
     )
 
 
-def _captions(case: Case, lengths: list[int]) -> list[list[str]]:
-    """Captions of every step, as long as real ones."""
+def _captions(case: StepCase, lengths: list[int]) -> list[list[str]]:
+    """Captions of every step, with the lengths of real ones."""
     draw = random.Random(0)
     words = [f"w{number}" for number in range(case.vocabulary - len(_SPECIAL))]
 
@@ -229,7 +228,7 @@ def _captions(case: Case, lengths: list[int]) -> list[list[str]]:
 
 
 def _write_tokenizer(vocabulary: int, folder: Path) -> None:
-    """A BERT tokenizer of so many words."""
+    """Write a BERT tokenizer with a vocabulary of the given size."""
     import_torchvision()
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast

@@ -2,12 +2,13 @@
 
 Two CPU ranks of 16 samples a step; 640x480 JPEGs; `vit_tiny_patch16_224` with random weights, frozen; a Q-Former of 4
 layers, 256 wide, with 16 queries. Ours decodes through Ray Data; the peer with Pillow in one DataLoader process a rank.
-In the same turns ours trains on a feature cache: how long it waits for data where decoding does not matter, and how
-near it comes to the samples a second that a step without the encoder allows, which the peer measures with tensors in
-memory. The peer is plain: it does without memory that is kept from step to step and gradients in place, which are part
-of our path (`pipelines/training/group/launch.py`, `jobs/train/worker.py`).
+In the same turns ours trains on a feature cache. This measures the time it waits for data without decoding, and its
+samples per second relative to a step without the encoder, which the peer measures with tensors in memory. The peer is
+plain: it has neither memory reuse across steps nor in-place gradients, which are part of our path
+(`pipelines/training/group/launch.py`, `jobs/train/worker.py`).
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -25,16 +26,17 @@ from jobs.bench.train_torchrun import PeerCase, as_json
 from jobs.data import features
 from jobs.settings.data import DataSettings, TrainDataSettings
 from jobs.settings.jobs import FeaturesSettings, TrainSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.train import job as train
 from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
 from pipelines.training.records.metrics_log import read_metrics
+from qformer.config import QFormerSizes, VisionSpec
 
 REPOSITORY = Path(__file__).parents[2]
 VISION = "vit_tiny_patch16_224"
-QFORMER = QFormerSettings(
+QFORMER = QFormerSizes(
     hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, num_queries=16, embed_dim=256
 )
 WORDS = (
@@ -55,21 +57,21 @@ WORDS = (
     "hill",
 )
 MIN_SHARE = 1e-6
-"""Stands for no waiting at all: figures of a benchmark are positive."""
+"""Value for no waiting at all, because figures of a benchmark must be positive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """How much is measured."""
+class TrainCase:
+    """Sizes of the measurement."""
 
     vision: str = VISION
-    qformer: QFormerSettings = field(default=QFORMER)
+    qformer: QFormerSizes = field(default=QFORMER)
     workers: int = 2
     batch_per_rank: int = 16
     warm_up: int = 10
     timed: int = 60
     rounds: int = 3
-    """Their middle counts: two starts of the same differ by some 5 % on shared cores."""
+    """Rounds; the median counts, because equal runs differ by about 5 % on shared cores."""
     jpegs: int = 512
     jpeg_size: tuple[int, int] = (640, 480)
     jpeg_bytes: int = 60_000
@@ -82,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """One run's steady state."""
+    """Steady state of one run."""
 
     samples_per_s: float
     data_wait_share: float
@@ -90,26 +92,26 @@ class _Run:
 
 def run() -> BenchResult:
     """Measure at full size."""
-    return measure(Case())
+    return measure(TrainCase())
 
 
-def measure(case: Case) -> BenchResult:
-    """Ours, the peer, and ours on a cache, in turns."""
+def measure(case: TrainCase) -> BenchResult:
+    """Measure ours, the peer, and ours on a cache alternately."""
     with tempfile.TemporaryDirectory(prefix="qformer-bench-") as folder:
         root = Path(folder)
         paths = write_jpegs(root / "jpegs", case.jpegs, case.jpeg_size, case.jpeg_bytes)
-        captions = [" ".join(WORDS[(7 * row + place) % len(WORDS)] for place in range(10)) for row in range(case.jpegs)]
+        captions = [" ".join(WORDS[(7 * row + index) % len(WORDS)] for index in range(10)) for row in range(case.jpegs)]
         manifest = _write_manifest(root, paths, captions)
         cache = str(root / "features")
         data = DataSettings(manifest=manifest)
-        features.main(FeaturesSettings(output=cache, vision=case.vision, vision_pretrained=False, data=data))
+        features.main(FeaturesSettings(output=cache, vision=VisionSpec(case.vision, pretrained=False), data=data))
         ours, cached, peers = [], [], []
         for turn in range(case.rounds):
             settings = _settings(case, manifest, root / f"run{turn}")
             ours.append(_train(settings, case))
             peers.append(_peer(case, settings, paths, captions, root))
             cached.append(_train(_settings(case, manifest, root / f"cached{turn}", features=cache), case))
-            print(f"round {turn + 1}: {_told(case, ours[-1], cached[-1], peers[-1])}")
+            print(f"round {turn + 1}: {_summary(case, ours[-1], cached[-1], peers[-1])}")
     seconds = {name: statistics.median(peer[name] for peer in peers) for name in peers[0]}
     rounds = list(zip(ours, cached, peers, strict=True))
     return BenchResult(
@@ -129,12 +131,12 @@ def measure(case: Case) -> BenchResult:
     )
 
 
-def _share(case: Case, run: _Run, step_s: float) -> float:
-    """A run's samples/s over those of steps that take `step_s`."""
+def _share(case: TrainCase, run: _Run, step_s: float) -> float:
+    """Samples/s of a run relative to steps of `step_s`."""
     return run.samples_per_s * step_s / case.batch_size
 
 
-def _told(case: Case, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
+def _summary(case: TrainCase, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
     return (
         f"ours {ours.samples_per_s:.1f} samples/s, {_share(case, ours, peer['step_s']):.2f} x torchrun's; with a cache "
         f"{cached.samples_per_s:.1f}, {_share(case, cached, peer['train_s']):.2f} x what a step without the encoder "
@@ -142,11 +144,11 @@ def _told(case: Case, ours: _Run, cached: _Run, peer: dict[str, float]) -> str:
     )
 
 
-def _settings(case: Case, manifest: str, output: Path, features: str | None = None) -> TrainSettings:
+def _settings(case: TrainCase, manifest: str, output: Path, features: str | None = None) -> TrainSettings:
     return TrainSettings(
         output=str(output),
         stage=1,
-        model=ModelSettings(vision=case.vision, vision_pretrained=False, tokenizer="corpus", qformer=case.qformer),
+        model=ModelSettings(vision=VisionSpec(case.vision, pretrained=False), tokenizer="corpus", qformer=case.qformer),
         data=TrainDataSettings(manifest=manifest, features=features),
         optim=OptimSettings(warmup_steps=0),
         steps=case.warm_up + case.timed,
@@ -157,8 +159,8 @@ def _settings(case: Case, manifest: str, output: Path, features: str | None = No
     )
 
 
-def _train(settings: TrainSettings, case: Case) -> _Run:
-    """Train as `qformer train` does, and read off what it logged after the warm-up."""
+def _train(settings: TrainSettings, case: TrainCase) -> _Run:
+    """Train as `qformer train` does, and read its metrics after the warm-up."""
     train.main(settings)
     windows = [record for record in read_metrics(settings.output) if record["step"] > case.warm_up]
     samples = case.warm_up * case.batch_size
@@ -170,8 +172,10 @@ def _train(settings: TrainSettings, case: Case) -> _Run:
     )
 
 
-def _peer(case: Case, settings: TrainSettings, paths: list[str], captions: list[str], folder: Path) -> dict[str, float]:
-    """The peer's figures, with our run's tokenizer."""
+def _peer(
+    case: TrainCase, settings: TrainSettings, paths: list[str], captions: list[str], folder: Path
+) -> dict[str, float]:
+    """Figures of the peer, with the tokenizer of our run."""
     optim = settings.optim
     file = folder / "peer.json"
     file.write_text(
@@ -182,7 +186,7 @@ def _peer(case: Case, settings: TrainSettings, paths: list[str], captions: list[
                 vision=case.vision,
                 tokenizer=str(Path(settings.output) / TOKENIZER_FOLDER),
                 max_text_tokens=settings.model.max_text_tokens,
-                qformer=case.qformer.model_dump(),
+                qformer=dataclasses.asdict(case.qformer),
                 batch_per_rank=case.batch_per_rank,
                 warm_up=case.warm_up,
                 timed=case.timed,
@@ -197,7 +201,7 @@ def _peer(case: Case, settings: TrainSettings, paths: list[str], captions: list[
     done = subprocess.run(
         [*launcher, "-m", "jobs.bench.train_torchrun", str(file)],
         cwd=REPOSITORY,
-        # One thread a rank, as Ray Train gives its workers.
+        # One thread per rank, as in Ray Train.
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         text=True,

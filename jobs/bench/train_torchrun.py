@@ -1,7 +1,7 @@
 """The training benchmark's peer: plain DDP under torchrun, with a torch DataLoader, around the same model.
 
-`torchrun … -m jobs.bench.train_torchrun FILE`, where FILE holds a `PeerCase` as JSON. The first rank's last line is a
-JSON object: seconds of a step, and, measured apart on a batch held in memory, of the frozen encoder and of a step
+`torchrun … -m jobs.bench.train_torchrun FILE`, where FILE holds a `PeerCase` as JSON. The last line of the
+first rank is a JSON object: seconds of a step and, measured on a batch in memory, of the frozen encoder and of a step
 without it.
 """
 
@@ -23,18 +23,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from pipelines.data.media.transforms import resize_and_crop
 from pipelines.training.step.optim import build_optimizer
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer, load_text_tokenizer
 
-_HELD_STEPS = 10
-"""Repetitions of what is measured apart."""
+_REPEATS = 10
+"""Repetitions of the measurements in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerCase:
-    """What the peer trains on, and how."""
+    """Data and settings of the peer."""
 
     paths: list[str]
     captions: list[str]
@@ -53,12 +53,12 @@ class PeerCase:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Number of steps of the run."""
         return self.warm_up + self.timed
 
 
 class _Pairs(Dataset[tuple[Tensor, int]]):
-    """Pictures by Pillow at full size, fitted to the encoder's input, with their row."""
+    """Pictures, decoded by Pillow at full size and fitted to the encoder's input, with their row."""
 
     def __init__(self, paths: list[str], preprocessing: Preprocessing, num_rows: int) -> None:
         self._paths, self._preprocessing, self._num_rows = paths, preprocessing, num_rows
@@ -72,12 +72,12 @@ class _Pairs(Dataset[tuple[Tensor, int]]):
             return torch.from_numpy(resize_and_crop(file.convert("RGB"), self._preprocessing)), row
 
 
-class _Trainer:
-    """Model, optimizer and the step that ours does too: forward, backward, clip, update."""
+class _PeerTrainer:
+    """Model, optimizer and the same step as ours: forward, backward, clip, update."""
 
     def __init__(self, case: PeerCase) -> None:
         self.case = case
-        self.encoder: VisionEncoder = load_vision(case.vision, pretrained=False)
+        self.encoder: VisionEncoder = load_vision(VisionSpec(case.vision, pretrained=False))
         self.tokenizer: TextTokenizer = load_text_tokenizer(case.tokenizer, case.max_text_tokens)
         config = QFormerConfig(
             encoder_width=self.encoder.width, vocab_size=self.tokenizer.vocab_size, has_lm_head=True, **case.qformer
@@ -90,14 +90,14 @@ class _Trainer:
             group["lr"] = case.learning_rate
 
     def encode(self, images_BCYX: Tensor) -> Tensor:
-        """The frozen encoder's tokens_BFPV."""
+        """Tokens tokens_BFPV of the frozen encoder."""
         tokens: Tensor = self.encoder(images_BCYX[:, None])
         return tokens.float()
 
     def step(self, tokens_BFPV: Tensor, row_B: Tensor) -> None:
-        """One update."""
+        """Run one update."""
         ids_BT, mask_BT, _ = self.tokenizer.encode([self.case.captions[row] for row in row_B.tolist()])
-        padding = (0, self.case.max_text_tokens - ids_BT.shape[1])  # ranks exchange texts, which must be of one length
+        padding = (0, self.case.max_text_tokens - ids_BT.shape[1])  # ranks exchange texts, which need equal lengths
         batch = Stage1Batch(
             image_BFPV=tokens_BFPV,
             input_ids_BT=nn.functional.pad(ids_BT, padding),
@@ -116,7 +116,7 @@ def main(path: str) -> None:
     case = PeerCase(**json.loads(Path(path).read_text()))
     distributed.init_process_group("gloo")
     try:
-        trainer = _Trainer(case)
+        trainer = _PeerTrainer(case)
         rows = case.steps * case.batch_per_rank * distributed.get_world_size()
         dataset = _Pairs(case.paths, trainer.encoder.preprocessing, rows)
         loader = DataLoader(
@@ -129,8 +129,8 @@ def main(path: str) -> None:
             arrivals.append(time.perf_counter())
         figures = {
             "step_s": (arrivals[-1] - arrivals[case.warm_up - 1]) / case.timed,
-            "encode_s": _held_seconds(lambda: trainer.encode(images_BCYX)),
-            "train_s": _held_seconds(lambda: trainer.step(tokens_BFPV, row_B)),
+            "encode_s": _repeat_seconds(lambda: trainer.encode(images_BCYX)),
+            "train_s": _repeat_seconds(lambda: trainer.step(tokens_BFPV, row_B)),
         }
         if distributed.get_rank() == 0:
             print(json.dumps(figures))
@@ -139,19 +139,19 @@ def main(path: str) -> None:
 
 
 def as_json(case: PeerCase) -> str:
-    """What `main` reads."""
+    """Serialise a case for `main`."""
     return json.dumps(dataclasses.asdict(case))
 
 
-def _held_seconds(work: Callable[[], object]) -> float:
-    """Seconds of one repetition, all ranks at work."""
+def _repeat_seconds(work: Callable[[], object]) -> float:
+    """Mean seconds per repetition, with all ranks running."""
     work()
     distributed.barrier()
     begun_s = time.perf_counter()
-    for _ in range(_HELD_STEPS):
+    for _ in range(_REPEATS):
         work()
     distributed.barrier()
-    return (time.perf_counter() - begun_s) / _HELD_STEPS
+    return (time.perf_counter() - begun_s) / _REPEATS
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 BERT-base widths, the encoder's 257 x 1408 tokens of each frame given, batch 1, and as many soft prompts as each way
 makes; no language model and no optimizer. On a CPU in fp32 with two threads, on a GPU in bf16. Every way and length has
-a process of its own, which builds the bridge and warms up on two frames; then the lengths of one way take turns, so
-that whatever slows the machine slows all of them. A process's memory is the largest that it held (on a CPU the resident
+its own process, which builds the bridge and warms up on two frames; then the lengths of one way alternate, so that a
+slow machine affects all of them alike. A process's memory is the largest that it held (on a CPU the resident
 size less that before the bridge was built): weights, gradients and activations.
 
 A training step trains all weights. Video-LLaMA keeps the Q-Former of the frames as it is, and so does our recipe:
@@ -52,34 +52,34 @@ _KINDS = ("forward", "step")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """What is measured where."""
+class VideoCase:
+    """Sizes and device of the measurement."""
 
     config: QFormerConfig = QFormerConfig(encoder_width=1408)
     image_tokens: int = IMAGE_TOKENS
     rounds: Mapping[int, int] = dataclasses.field(default_factory=lambda: {8: 3, 16: 5, 64: 5})
-    """Turns at each number of frames; five where a ratio is taken, so that two slow ones change no median."""
+    """Turns by number of frames; five where a ratio is computed, so that two slow ones do not change the median."""
     device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One way at one length."""
+class VideoTimes:
+    """Figures of one way at one length."""
 
     seconds: Mapping[str, float]
-    """Median of the forward and of the step."""
+    """Median seconds of the forward and of the step."""
     peak_bytes: int
     operations: float
-    """Floating-point, of a forward."""
+    """Floating-point operations of a forward."""
 
 
 def run() -> BenchResult:
     """Measure on the GPU where torch sees one, else on the CPU."""
     has_gpu = torch.cuda.is_available()
-    return measure(Case(device="cuda", rounds={8: 20, 16: 20, 64: 20}) if has_gpu else Case())
+    return measure(VideoCase(device="cuda", rounds={8: 20, 16: 20, 64: 20}) if has_gpu else VideoCase())
 
 
-def measure(case: Case) -> BenchResult:
+def measure(case: VideoCase) -> BenchResult:
     """Measure one way after the other, each at all lengths."""
     found = {(name, frames): one for name in WAYS for frames, one in _in_turns(case, name).items()}
     seconds = {
@@ -90,7 +90,7 @@ def measure(case: Case) -> BenchResult:
     return BenchResult(bench="video", seconds=seconds, ratios=_ratios(case, found), rates=rates)
 
 
-def _ratios(case: Case, found: Mapping[tuple[str, int], Measured]) -> dict[str, float]:
+def _ratios(case: VideoCase, found: Mapping[tuple[str, int], VideoTimes]) -> dict[str, float]:
     _, short, long = sorted(case.rounds)
     growth = [
         found[name, long].seconds[kind] / found[name, short].seconds[kind]
@@ -106,29 +106,29 @@ def _ratios(case: Case, found: Mapping[tuple[str, int], Measured]) -> dict[str, 
     }
 
 
-def _in_turns(case: Case, name: str) -> dict[int, Measured]:
+def _in_turns(case: VideoCase, name: str) -> dict[int, VideoTimes]:
     context = multiprocessing.get_context("spawn")
     pipes = {frames: context.Pipe() for frames in case.rounds}
     children = [
-        context.Process(target=_take_turns, args=(theirs, case, name, frames), daemon=True)
-        for frames, (_, theirs) in pipes.items()
+        context.Process(target=_take_turns, args=(child_end, case, name, frames), daemon=True)
+        for frames, (_, child_end) in pipes.items()
     ]
     for child in children:
         child.start()
-    for _, theirs in pipes.values():
-        theirs.close()  # a child that dies is then told by `recv`
+    for _, child_end in pipes.values():
+        child_end.close()  # so that `recv` raises if a child dies
     try:
-        return _lead({frames: ours for frames, (ours, _) in pipes.items()}, case)
+        return _run_turns({frames: ours for frames, (ours, _) in pipes.items()}, case)
     finally:
         for child in children:
             child.terminate()
             child.join()
 
 
-def _lead(children: Mapping[int, Connection], case: Case) -> dict[int, Measured]:
-    """Let the children take their turns."""
+def _run_turns(children: Mapping[int, Connection], case: VideoCase) -> dict[int, VideoTimes]:
+    """Run the turns of the children."""
     for child in children.values():
-        child.recv()  # no turn before all are ready
+        child.recv()  # wait until all are ready
     for turn in range(max(case.rounds.values())):
         for frames, child in children.items():
             if turn < case.rounds[frames]:
@@ -137,12 +137,12 @@ def _lead(children: Mapping[int, Connection], case: Case) -> dict[int, Measured]
     found = {}
     for frames, child in children.items():
         child.send(False)
-        found[frames] = cast(Measured, child.recv())
+        found[frames] = cast(VideoTimes, child.recv())
     return found
 
 
-def _take_turns(parent: Connection, case: Case, name: str, frames: int) -> None:
-    """Say when ready, measure once whenever the parent says True, tell all at False."""
+def _take_turns(parent: Connection, case: VideoCase, name: str, frames: int) -> None:
+    """Child process: signals readiness, measures once for each True from the parent, and sends the figures at False."""
     if case.device == "cpu":
         torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -164,10 +164,10 @@ def _take_turns(parent: Connection, case: Case, name: str, frames: int) -> None:
     peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else resident_bytes("VmHWM") - before
     flops = StepFlops(torch.device(case.device))
     flops.add((), lambda: _forward(bridge, clip))
-    parent.send(Measured({kind: statistics.median(values) for kind, values in taken.items()}, peak, flops.total))
+    parent.send(VideoTimes({kind: statistics.median(values) for kind, values in taken.items()}, peak, flops.total))
 
 
-def _clip(case: Case, frames: int) -> Tensor:
+def _clip(case: VideoCase, frames: int) -> Tensor:
     return torch.randn(1, frames, case.image_tokens, case.config.encoder_width, device=case.device)
 
 
@@ -185,6 +185,6 @@ def _step(bridge: Stage2, clip_BFPV: Tensor) -> None:
     prompts_BNL.float().square().mean().backward()
 
 
-def _wait(case: Case) -> None:
+def _wait(case: VideoCase) -> None:
     if case.device == "cuda":
         torch.cuda.synchronize()

@@ -36,7 +36,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As argparse keeps it."""
+        """Attribute of the parsed arguments."""
         return self.flag.strip("-").replace("-", "_")
 
     def overrides(self, value: object) -> list[str]:
@@ -51,7 +51,7 @@ class Option:
 CLEAN_FEATURES = Job(
     module="jobs.data.clean_features",
     settings="jobs.data.clean_features:CleanFeaturesSettings",
-    summary="remove feature caches that no run refers to; only tells which until confirm=true",
+    summary="remove feature caches that no run refers to; only lists them until confirm=true",
     example="qformer features --clean --set caches=runs --set runs=[runs]",
 )
 

@@ -1,4 +1,4 @@
-"""The user's mistake beneath the exceptions that Ray wraps around it."""
+"""User errors inside the exceptions that Ray wraps around them."""
 
 import re
 from typing import Any
@@ -7,19 +7,19 @@ from qformer.errors import UserError
 
 
 def find_user_error(error: BaseException) -> UserError | None:
-    """The user's mistake beneath an exception, or None.
+    """Find the user error inside an exception; None if there is none.
 
-    Ray hands a worker's exception on inside its own: as a cause, an attribute, one failure per worker, an
-    instance that mixes both classes, or (Ray Data) nothing but the text of a stack trace.
+    Ray wraps a worker's exception: as a cause, an attribute, one failure per worker, an instance of both classes,
+    or (Ray Data) only as the text of a stack trace.
     """
-    seen: set[int] = set()
+    visited: set[int] = set()
     texts: list[str] = []
     waiting: list[Any] = [error]
     while waiting:
         current = waiting.pop(0)
-        if not isinstance(current, BaseException) or id(current) in seen:
+        if not isinstance(current, BaseException) or id(current) in visited:
             continue
-        seen.add(id(current))
+        visited.add(id(current))
         inner = vars(current).get("cause")
         if isinstance(current, UserError) and not isinstance(inner, BaseException):
             return current

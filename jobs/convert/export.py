@@ -1,6 +1,6 @@
-"""A checkpoint becomes a Hugging Face folder that stock transformers loads and runs."""
+"""Convert a checkpoint to a Hugging Face folder that stock transformers loads and runs."""
 
-from jobs.convert.import_checkpoint import local_output, written_aside
+from jobs.convert.import_checkpoint import atomic_folder, local_output
 from jobs.folders.checkpoint import open_checkpoint
 from jobs.settings.jobs import ExportSettings
 from pipelines.data.storage.local_copies import local_folder
@@ -8,13 +8,13 @@ from qformer.conversion.huggingface import export_huggingface
 
 
 def main(settings: ExportSettings) -> None:
-    """Convert, write and print what became of every tensor.
+    """Convert, write and print a report on every tensor.
 
     Raises:
-        UserError: If the output is in use, or the checkpoint does not fit Hugging Face's layout.
+        UserError: If the output is in use, or Hugging Face's layout cannot hold the checkpoint.
     """
     output = local_output(settings.output)
     folder, _ = open_checkpoint(settings.checkpoint)
-    with written_aside(output) as aside:
-        report = export_huggingface(local_folder(folder), aside)
+    with atomic_folder(output) as unfinished:
+        report = export_huggingface(local_folder(folder), unfinished)
     print("\n".join([f"{folder} -> {output}", *report.lines()]))

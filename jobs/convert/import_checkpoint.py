@@ -1,6 +1,7 @@
-"""A LAVIS file or a Hugging Face folder becomes a checkpoint that every other job takes."""
+"""Convert a LAVIS file or a Hugging Face folder to a checkpoint for all other jobs."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -19,17 +20,17 @@ from qformer.errors import UserError
 
 
 def main(settings: ImportSettings) -> None:
-    """Convert, write and print what became of every tensor.
+    """Convert, write and print a report on every tensor.
 
     Raises:
-        UserError: If the output is in use, or the source cannot be imported as the settings ask.
+        UserError: If the output is in use, or the source cannot be imported with these settings.
     """
     source, output = Path(settings.source), local_output(settings.output)
     if not source.exists():
         raise UserError(f"source={settings.source} does not exist; give a local LAVIS file or Hugging Face folder")
-    options = ImportOptions(**settings.model_dump(exclude={"source", "output"}))
+    options = ImportOptions(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(ImportOptions)})
     convert = import_huggingface if source.is_dir() else import_lavis
-    with written_aside(output) as folder:
+    with atomic_folder(output) as folder:
         bundle = convert(source, folder, options)
         bundle.save(folder)
         marker = {"format_version": FORMAT_VERSION, "step": bundle.info.step}
@@ -38,13 +39,13 @@ def main(settings: ImportSettings) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `output` at the end, or vanishes with whatever went wrong."""
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `output` at the end and is removed on an error."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output.parent))
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's own is private to the user
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the user
         folder.replace(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -57,7 +58,7 @@ def _umask() -> int:
 
 
 def local_output(output: str) -> Path:
-    """The folder to write.
+    """Resolve the output folder.
 
     Raises:
         UserError: If it is not local, or holds anything.

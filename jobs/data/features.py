@@ -10,14 +10,14 @@ import pyarrow.compute as pc
 
 from jobs.cluster.session import ray_session
 from jobs.data.shard_progress import ShardProgress
-from jobs.folders.output import require_unused
+from jobs.folders.backbones import with_absolute_name
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.jobs import FeaturesSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool, format_bytes
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest
-from pipelines.data.features.files import QUARANTINE_FILE
 from pipelines.data.features.forecast import Forecast, forecast, measured_blocks
 from pipelines.data.features.shards import (
     RETRYABLE_ERRORS,
@@ -28,7 +28,7 @@ from pipelines.data.features.shards import (
     write_quarantine,
 )
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import sum_costs
 from qformer.errors import UserError
 
@@ -60,12 +60,12 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         preprocessing=spec.preprocessing,
         num_frames=data.num_frames,
         sampling=choice.sampling,
-        limits=Limits(**data.limits.model_dump()),
+        limits=data.limits,
         audio=spec.audio,
     )
     spec.require_decoding(decode)
     _claim_folder(output, spec)
-    storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
+    storage.write_text(storage.join(output, SETTINGS_FILE), resolved_yaml(settings))
     shards = shard_blocks(manifest, decode)
     missing = [block for shard, block in enumerate(shards) if not is_shard_finished(output, shard, block)]
     progress = ShardProgress("encoded", len(manifest), sum(map(len, missing)))
@@ -90,7 +90,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         "quarantine_rate": failed / len(index),
         "stages": progress.stages(),
     }
-    storage.write_text(storage.join(output, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    storage.write_text(storage.join(output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
     logger.info("next: qformer train … --set data.features=%s", settings.output)
     return summary
 
@@ -98,7 +98,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
 def _require_few(quarantined: pa.Table, num_rows: int, settings: FeaturesSettings) -> None:
     if _is_too_many(len(quarantined), num_rows, settings):
         reasons = ", ".join(sorted(set(quarantined[schema.ERROR_CLASS].to_pylist())))
-        table = storage.join(settings.output, QUARANTINE_FILE)
+        table = storage.join(settings.output, quarantine.QUARANTINE_FILE)
         raise UserError(
             f"{len(quarantined)} of {num_rows} rows are quarantined ({reasons}), more than max_quarantine_share="
             f"{settings.max_quarantine_share:g} allows; see {table}, fix them or raise the share, "
@@ -113,22 +113,14 @@ def _is_too_many(num_quarantined: int, num_rows: int, settings: FeaturesSettings
 def _choice(settings: FeaturesSettings) -> "EncoderChoice":
     from pipelines.data.features.shard_encoder import EncoderChoice
 
-    def found(name: str) -> str:
-        return storage.local_path(name) if storage.is_local(name) and storage.exists(name) else name
-
     return EncoderChoice(
-        vision=found(settings.vision),
-        pretrained=settings.vision_pretrained,
-        layer=settings.vision_layer,
+        vision=with_absolute_name(settings.vision),
         precision=settings.precision,
         num_frames=settings.data.num_frames,
-        sampling=settings.data.sampling.build(),
+        sampling=settings.data.sampling,
         dtype=settings.dtype,
-        image_size=settings.vision_image_size,
-        audio=None if settings.audio is None else found(settings.audio),
-        audio_pretrained=settings.audio_pretrained,
-        num_segments=settings.data.audio.num_segments,
-        segment_s=settings.data.audio.segment_s,
+        audio=settings.audio and with_absolute_name(settings.audio),
+        segments=settings.data.audio.build(),
     )
 
 

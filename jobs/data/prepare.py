@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.cluster.session import ray_session
 from jobs.data.prepare_report import print_summary, show_progress
-from jobs.folders.output import require_unused
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.jobs import PrepareSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
@@ -27,7 +27,6 @@ from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.preparation import Preparation
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import SourceBlock, check_source, read_source
-from pipelines.data.media.samples import Limits
 from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, sum_costs
 from qformer.errors import UserError
 
@@ -39,8 +38,6 @@ logger = logging.getLogger(__name__)
 _PROBED_RATE_HZ = 16_000
 """Any rate serves to check whether sound can be decoded."""
 
-SUMMARY_FILE = "summary.json"
-SETTINGS_FILE = "settings.yaml"
 _SAMPLED_FROM_ROWS = 10_000
 """A dry run samples from this many first rows of each source; reading a large source to its end takes long."""
 
@@ -157,8 +154,8 @@ def _probe(
     for block, checked in probe(
         rows,
         num_frames=settings.num_frames,
-        audio=settings.audio.build(_PROBED_RATE_HZ) if settings.audio else None,
-        limits=Limits(**settings.limits.model_dump()),
+        audio=settings.audio.build().at(_PROBED_RATE_HZ) if settings.audio else None,
+        limits=settings.limits,
         decode_workers=settings.decode_workers,
     ):
         block_costs, num_failed = sum_costs(checked), len(checked) - checked[schema.STAGE].null_count
@@ -215,7 +212,7 @@ def _report(summary: dict[str, Any], settings: PrepareSettings) -> None:
             "%.1f %% of the rows are quarantined, more than max_quarantine_share allows training (%.1f %%); see %s",
             100 * quarantined / rows_in,
             100 * settings.max_quarantine_share,
-            storage.join(settings.output, preparation.QUARANTINE_FILE),
+            storage.join(settings.output, quarantine.QUARANTINE_FILE),
         )
     if summary["training_rows_in_evaluation"] and not summary["training_duplicates_dropped"]:
         logger.warning(

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from jobs.demo.backbones.facts import (
     CLEAN,
     FULL,
-    Clutter,
     Group,
+    PromptNoise,
     clip_facts,
     embed_prompts,
     fact_tokens,
@@ -31,9 +31,10 @@ from jobs.demo.backbones.language_batches import caption_ids
 from jobs.demo.backbones.patches import CLASSES, render_examples
 from jobs.demo.backbones.vision import block_features, save_vision, train_vision
 from jobs.demo.video.backbones.audio import probe_pitches, save_audio, train_audio
-from jobs.demo.video.backbones.language import told_share, train_clip_language
+from jobs.demo.video.backbones.language import caption_accuracy, train_clip_language
 from jobs.demo.world.grammar import captions, parse
 from jobs.demo.world.scenes import Kind, Scene, sample_scene
+from qformer.config import AudioSpec, LanguageSpec, VisionSpec
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -75,30 +76,30 @@ def fact_accuracy(
     kind: Kind,
     *,
     noise_std: float,
-    clutter: Clutter = CLEAN,
+    noise: PromptNoise = CLEAN,
     count: int = 200,
     seed: int = 1,
 ) -> float:
-    """Tell how often the model's greedy caption of a held-out scene's facts is exactly right.
+    """Measure how often the model's greedy caption of a held-out scene's facts is exactly right.
 
     Args:
         model: The language model.
         tokenizer: Its tokenizer.
-        kind: Of scene: "single", "pair", "image" or "clip".
+        kind: Kind of scene: "single", "pair", "image" or "clip".
         noise_std: Noise on every slot, relative to the embeddings' standard deviation.
-        clutter: Further untidiness of the prompts.
+        noise: Further corruption of the prompts.
         count: Number of scenes.
         seed: Decides scenes, slots and noise.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     scenes = [sample_scene(rng, kind, held_out=True) for _ in range(count)]
     prompts = [_facts(scene, rng) for scene in scenes]
-    weights_BLV = fill_slots(prompts, NUM_SLOTS, tokenizer.get_vocab(), clutter, rng)
+    weights_BLV = fill_slots(prompts, NUM_SLOTS, tokenizer.get_vocab(), noise, rng)
     embedding_VD = model.get_input_embeddings().weight.detach()
     prompts_BLD = embed_prompts(weights_BLV, embedding_VD, noise_std_max=0)
     noise_BLD = torch.randn(prompts_BLD.shape, generator=generator)
-    told = greedy_captions(model, tokenizer, prompts_BLD + noise_std * embedding_VD.std() * noise_BLD)
-    return sum(parse(text) == scene for text, scene in zip(told, scenes, strict=True)) / count
+    texts = greedy_captions(model, tokenizer, prompts_BLD + noise_std * embedding_VD.std() * noise_BLD)
+    return sum(parse(text) == scene for text, scene in zip(texts, scenes, strict=True)) / count
 
 
 def bridge_accuracy(
@@ -109,12 +110,12 @@ def bridge_accuracy(
     count: int = 200,
     seed: int = 2,
 ) -> dict[str, float]:
-    """Train one linear layer from made-up features of a frame's two things to soft prompts through the frozen model.
+    """Train a linear layer from random features of a frame's two things to soft prompts of the frozen model.
 
-    This is the least a real bridge must do: if it fails, the language model does not use soft prompts.
+    A real bridge must do at least this: if it fails, the language model does not use soft prompts.
 
     Returns:
-        For seen and held-out images and clips, the share of greedy captions that are exactly right.
+        Share of greedy captions that are exactly right, for training and held-out images and clips.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -147,8 +148,8 @@ def bridge_accuracy(
     for held_out in (False, True):
         for kind in KINDS:
             scenes = [sample_scene(rng, kind, held_out) for _ in range(count)]
-            told = greedy_captions(model, tokenizer, prompts_of(scenes).detach())
-            right = sum(parse(text) == scene for text, scene in zip(told, scenes, strict=True))
+            texts = greedy_captions(model, tokenizer, prompts_of(scenes).detach())
+            right = sum(parse(text) == scene for text, scene in zip(texts, scenes, strict=True))
             accuracies[f"{'held-out' if held_out else 'seen'} {kind}s"] = right / count
     return accuracies
 
@@ -157,29 +158,29 @@ def probe_accuracy(model: Any, *, num_train: int = 1500, num_test: int = 500, se
     """Fit linear probes on patch features of the second-to-last block; score patches of held-out scenes.
 
     Returns:
-        For each attribute, the share of right answers on patches that show a thing; under "nothing", the share
-        of empty patches told to be empty; under "offset", the mean error in pixels.
+        Share of right answers on patches with a thing, by attribute; under "nothing", the share of empty patches
+        classified as empty; under "offset", the mean error in pixels.
     """
     torch.manual_seed(seed)
-    seen = render_examples(num_train, random.Random(seed), held_out=False)
-    unseen = render_examples(num_test, random.Random(seed + 1), held_out=True)
-    features_PD, centre, spread = _patch_features(model, seen.pixels, None)
-    test_PD, _, _ = _patch_features(model, unseen.pixels, (centre, spread))
+    train = render_examples(num_train, random.Random(seed), held_out=False)
+    test = render_examples(num_test, random.Random(seed + 1), held_out=True)
+    features_PD, centre, spread = _patch_features(model, train.pixels, None)
+    test_PD, _, _ = _patch_features(model, test.pixels, (centre, spread))
     results = {}
     for name, values in CLASSES.items():
-        probe = _fit_probe(features_PD, seen.labels[name].flatten(), len(values) + 1)
-        labels_P = unseen.labels[name].flatten()
+        probe = _fit_probe(features_PD, train.labels[name].flatten(), len(values) + 1)
+        labels_P = test.labels[name].flatten()
         is_right_P = probe(test_PD).argmax(1) == labels_P
         is_thing_P = (labels_P >= 0) & (labels_P < len(values))
         results[name] = is_right_P[is_thing_P].float().mean().item()
         results["nothing"] = is_right_P[labels_P == len(values)].float().mean().item()
-    is_thing_P = (seen.labels["size"] >= 0) & (seen.labels["size"] < len(CLASSES["size"]))
+    is_thing_P = (train.labels["size"] >= 0) & (train.labels["size"] < len(CLASSES["size"]))
     chosen = is_thing_P.flatten()
-    solution = torch.linalg.lstsq(features_PD[chosen], seen.offsets.flatten(0, 1)[chosen]).solution
-    is_thing_P = (unseen.labels["size"] >= 0) & (unseen.labels["size"] < len(CLASSES["size"]))
+    solution = torch.linalg.lstsq(features_PD[chosen], train.offsets.flatten(0, 1)[chosen]).solution
+    is_thing_P = (test.labels["size"] >= 0) & (test.labels["size"] < len(CLASSES["size"]))
     chosen = is_thing_P.flatten()
-    errors = test_PD[chosen] @ solution - unseen.offsets.flatten(0, 1)[chosen]
-    results["offset"] = errors.norm(dim=1).mean().item() * unseen.pixels.shape[-1]
+    errors = test_PD[chosen] @ solution - test.offsets.flatten(0, 1)[chosen]
+    results["offset"] = errors.norm(dim=1).mean().item() * test.pixels.shape[-1]
     return results
 
 
@@ -216,15 +217,15 @@ def _language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     if not is_check_only:
         save_language(*train_language(), folder)
     rows = [("language: training", f"{time.perf_counter() - start_s:.0f} s")]
-    # What is checked is what others will load, not the model in memory.
-    model, tokenizer = load_language(str(folder))
+    # Check the saved files that others will load, not the model in memory.
+    model, tokenizer = load_language(LanguageSpec(str(folder)))
     for kind in KINDS:
-        for title, noise_std, clutter in (
+        for title, noise_std, noise in (
             ("clean facts", 0.0, CLEAN),
             ("noise 0.3", 0.3, CLEAN),
             ("noise 0.3, cluttered slots", 0.3, FULL),
         ):
-            share = fact_accuracy(model, tokenizer, kind, noise_std=noise_std, clutter=clutter)
+            share = fact_accuracy(model, tokenizer, kind, noise_std=noise_std, noise=noise)
             rows.append((f"language: held-out {kind}s right, {title}", f"{share:.1%}"))
     for title, share in bridge_accuracy(model, tokenizer).items():
         rows.append((f"language: linear bridge after 400 steps, {title}", f"{share:.1%}"))
@@ -238,10 +239,10 @@ def _clip_language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, st
     if not is_check_only:
         save_language(*train_clip_language(), folder)
     rows = [("clip language: training", f"{time.perf_counter() - start_s:.0f} s")]
-    model, tokenizer = load_language(str(folder))
+    model, tokenizer = load_language(LanguageSpec(str(folder)))
     for noise_std in (0.0, 0.3):
-        share = told_share(model, tokenizer, noise_std=noise_std)
-        rows.append((f"clip language: held-out stories right, noise {noise_std}", f"{share:.1%}"))
+        share = caption_accuracy(model, tokenizer, noise_std=noise_std)
+        rows.append((f"clip language: held-out scenes right, noise {noise_std}", f"{share:.1%}"))
     return [*rows, ("clip language: size", _size(folder))]
 
 
@@ -252,7 +253,7 @@ def _audio_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     if not is_check_only:
         save_audio(*train_audio(), folder)
     rows = [("audio: training", f"{time.perf_counter() - start_s:.0f} s")]
-    share = probe_pitches(load_audio(str(folder)))
+    share = probe_pitches(load_audio(AudioSpec(str(folder))))
     return [*rows, ("audio: linear probe, pitch or none of a segment", f"{share:.1%}"), ("audio: size", _size(folder))]
 
 
@@ -263,7 +264,7 @@ def _vision_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     if not is_check_only:
         save_vision(train_vision(), folder)
     rows = [("vision: training", f"{time.perf_counter() - start_s:.0f} s")]
-    encoder = load_vision(str(folder))
+    encoder = load_vision(VisionSpec(str(folder)))
     for title, value in probe_accuracy(encoder.model).items():
         text = f"{value:.2f} px" if title == "offset" else f"{value:.1%}"
         rows.append((f"vision: linear probe on held-out scenes, {title}", text))

@@ -1,4 +1,4 @@
-"""The demo's table of measured against bar, and its report."""
+"""The demo's table of measured values and bars, and its HTML report."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs.demo.ask import ANSWERS_FILE
+from jobs.demo.endpoint import ANSWERS_FILE
 from jobs.demo.scoring import ATTRIBUTES, CaptionScores, is_right, score_captions
 from jobs.demo.world.scenes import Scene
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
@@ -27,11 +27,11 @@ KIND_NAMES = {"image": "images", "video": "clips"}
 
 
 def measure(output: Path, *, min_whole_caption: float | None) -> list[ResultRow]:
-    """Measure everything the demo claims, on held-out colour-shape combinations.
+    """Measure the results of the demo on held-out colour-shape pairs.
 
     Args:
         output: Folder of the demo.
-        min_whole_caption: Bar on whole captions, or None for no bar.
+        min_whole_caption: Bar of whole captions; None for no bar.
     """
     scenes = _scenes(output)
     predictions = pq.read_table(output / "captions" / "predictions.parquet").to_pylist()
@@ -49,7 +49,7 @@ def measure(output: Path, *, min_whole_caption: float | None) -> list[ResultRow]
 
 
 def show(table: Sequence[ResultRow], seconds: dict[str, float], title: str = TITLE) -> None:
-    """Print the table and how long the steps took."""
+    """Print the table and the durations of the steps."""
     view = Table(title=title, title_justify="left")
     for heading in ("measure", "measured", "bar", ""):
         view.add_column(heading, no_wrap=True)
@@ -62,7 +62,7 @@ def show(table: Sequence[ResultRow], seconds: dict[str, float], title: str = TIT
 
 
 def exit_code(table: Sequence[ResultRow]) -> int:
-    """0 when every bar is met, 1 otherwise."""
+    """Exit code: 0 if every bar is met, 1 otherwise."""
     return 1 if any(row.ok is False for row in table) else 0
 
 
@@ -77,7 +77,7 @@ def write(output: Path, table: Sequence[ResultRow]) -> None:
                     curves.setdefault(f"{stage}/{name.removeprefix('loss/')}", []).append((record["step"], value))
     write_report(
         str(output / "report.html"), "Q-Former demo", table, curves, _galleries(output),
-        summary="Captions and retrieval on colour-shape combinations that no training saw.",
+        summary="Captions and retrieval on colour-shape combinations that occur in no training data.",
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _retrieval_rows(name: str, metrics: dict[str, Any], *, has_bar: bool) -> lis
 
 
 def quarantine_row(planted: set[str], found: set[str], name: str) -> ResultRow:
-    """A line that tells whether exactly the spoilt files were quarantined."""
+    """Row of the check that exactly the damaged files are quarantined."""
     return ResultRow(name=name, measured=str(len(found)), bar=f"the {len(planted)} planted", ok=found == planted)
 
 
@@ -122,7 +122,7 @@ def _served_row(output: Path) -> ResultRow:
 
 
 def at_least(name: str, value: float, bar: float | None) -> ResultRow:
-    """A line whose value must reach a bar, or has none."""
+    """Row of a value with an optional lower bar."""
     if bar is None:
         return ResultRow(name=name, measured=f"{value:.3f}")
     return ResultRow(name=name, measured=f"{value:.3f}", bar=f"≥ {bar:.2f}", ok=value >= bar)
@@ -147,7 +147,7 @@ def _galleries(output: Path) -> dict[str, list[GalleryItem]]:
             galleries[f"Captions of {name}"] = [
                 item(
                     row["sample_id"],
-                    [f"said: {row['prediction']}", f"reference: {row['references'][0]}"],
+                    [f"caption: {row['prediction']}", f"reference: {row['references'][0]}"],
                     is_right(scenes[row["sample_id"]], row["prediction"]),
                 )
                 for row in [row for row in predictions if row["kind"] == kind][:NUM_SHOWN]
@@ -163,7 +163,7 @@ def _galleries(output: Path) -> dict[str, list[GalleryItem]]:
 
 
 def enlarged(frame: np.ndarray[Any, np.dtype[np.uint8]], factor: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A small picture, larger."""
+    """Enlarge a small picture."""
     image = Image.fromarray(frame)
     return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
 

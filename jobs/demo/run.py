@@ -1,5 +1,6 @@
-"""`qformer demo`: the whole road on a small world whose captions can be checked."""
+"""`qformer demo`: all jobs on a synthetic corpus whose captions can be checked automatically."""
 
+import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Literal
 
 from jobs.cluster.session import ray_session
 from jobs.demo import results
-from jobs.demo.ask import ask_endpoint
+from jobs.demo.endpoint import query_endpoint
 from jobs.demo.pairs import write_retrieval_pairs
 from jobs.demo.settings import DemoSettings
 from jobs.demo.steps import Steps
@@ -16,7 +17,8 @@ from jobs.demo.world.corpus import write_world
 from jobs.serve.job import require_free_port
 from jobs.settings.data import DataSettings, SourceSettings, TrainDataSettings
 from jobs.settings.jobs import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from qformer.config import LanguageSpec, QFormerSizes, VisionSpec
 
 MODELS = Path(__file__).parent / "models"
 LOOPBACK = "127.0.0.1"
@@ -28,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def main(settings: DemoSettings) -> int:
-    """Run what is not done yet, print the table, write report.html.
+    """Run the steps that are not done, print the table, write report.html.
 
     Returns:
-        Exit code: 0 when every bar is met, 1 otherwise.
+        Exit code: 0 if every bar is met, 1 otherwise.
 
     Raises:
         UserError: If the output folder holds something else, or the port is taken.
@@ -39,13 +41,13 @@ def main(settings: DemoSettings) -> int:
     demo = settings.demo
     steps = Steps(Path(demo.output).absolute())
     if demo.retrain:
-        steps.forget(*TRAINING_STEPS, *video.TRAINING_STEPS)
+        steps.delete(*TRAINING_STEPS, *video.TRAINING_STEPS)
     if not steps.is_done("served"):
-        # Better told now than after all the training.
+        # Fail now, not after the training.
         require_free_port(LOOPBACK, demo.port)
     world = steps.folder("world")
     steps.run("world", demo.world.model_dump(), lambda: write_world(world, **demo.world.model_dump()))
-    # One Ray for all jobs: each of them would otherwise wait for its own to start.
+    # One Ray session for all jobs saves a start for each.
     with ray_session(settings.ray):
         _run_jobs(steps, settings)
         if demo.video:
@@ -54,7 +56,7 @@ def main(settings: DemoSettings) -> int:
     results.show(table, {name: value for name, value in steps.seconds.items() if not name.startswith("clip_")})
     results.write(steps.output, table)
     print(f"\nreport: {steps.output / 'report.html'}")
-    print(f"next: qformer serve --set checkpoint={steps.folder('stage2')}   (then drop your own image at it with curl)")
+    print(f"next: qformer serve --set checkpoint={steps.folder('stage2')}   (then send your own image with curl)")
     if demo.video:
         table += video.report(steps.output, steps.seconds)
     return results.exit_code(table)
@@ -79,7 +81,7 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
 
     features_settings = FeaturesSettings(
         output=str(steps.folder("features")),
-        vision=str(MODELS / "vision"),
+        vision=VisionSpec(str(MODELS / "vision")),
         data=DataSettings(manifest=str(manifest), num_frames=NUM_FRAMES),
         workers=demo.workers,
         ray=settings.ray,
@@ -103,7 +105,7 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
         )
         values = evaluate_settings.model_dump(mode="json")
         steps.run(name, values, partial(evaluate.main, evaluate_settings), after=("pairs", checkpoint))
-    steps.run("served", {"port": demo.port}, lambda: ask_endpoint(steps.output, demo.port), after=("captions",))
+    steps.run("served", {"port": demo.port}, lambda: query_endpoint(steps.output, demo.port), after=("captions",))
 
 
 def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2]) -> TrainSettings:
@@ -114,10 +116,10 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
         stage=stage,
         init_from=str(steps.folder("stage1")) if stage == 2 else None,
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            language=str(MODELS / "language"),
+            vision=VisionSpec(str(MODELS / "vision")),
+            language=LanguageSpec(str(MODELS / "language")),
             tokenizer="corpus",
-            qformer=QFormerSettings(**demo.qformer.model_dump()),
+            qformer=QFormerSizes(**dataclasses.asdict(demo.qformer)),
         ),
         data=TrainDataSettings(
             manifest=str(steps.folder("data") / "manifest.parquet"),
@@ -128,7 +130,7 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
         optim=OptimSettings(
             learning_rate=chosen.learning_rate,
             min_learning_rate=chosen.learning_rate / 20,
-            # With 30 steps, this rate throws stage 1 off, and whether it recovers is luck.
+            # With 30 warm-up steps, stage 1 diverges at this rate, and may not recover.
             warmup_steps=min(90, chosen.steps // 5),
         ),
         steps=chosen.steps,

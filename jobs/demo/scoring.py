@@ -1,4 +1,4 @@
-"""How right captions are: by attribute and as a whole, against images shuffled among captions, and against chance."""
+"""Accuracy of captions: by attribute and as a whole, compared with shuffled images and with chance."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -13,21 +13,21 @@ NUM_SHUFFLES = 20
 
 @dataclass(frozen=True, slots=True)
 class CaptionScores:
-    """Shares of right answers on one kind of media."""
+    """Accuracies on one kind of media."""
 
     count: int
     attributes: dict[str, float]
-    """By attribute, over all things that have it."""
+    """Accuracy by attribute, over all things that have it."""
     shuffled: dict[str, float]
-    """The same captions scored against other images' scenes."""
+    """Accuracy of the same captions against the scenes of other images."""
     chance: dict[str, float]
-    """What faultless captions of other images would score: all that can be had without looking at the image."""
+    """Accuracy of perfect captions of other images: the best that is possible without the image."""
     whole: float
-    """Captions that parse to exactly the scene."""
+    """Share of captions that parse to exactly the scene."""
 
 
 def score_captions(truths: Sequence[Scene], captions: Sequence[str], seed: int = 0) -> CaptionScores:
-    """Score captions against the scenes they were made for."""
+    """Score captions against the scenes of their media."""
     guesses = [parse(caption) for caption in captions]
     shuffles = [_derangement(len(truths), random.Random(f"{seed}/{index}")) for index in range(NUM_SHUFFLES)]
     return CaptionScores(
@@ -54,7 +54,7 @@ def _accuracy(pairs: Iterable[tuple[Scene, Scene | None]]) -> dict[str, float]:
 
 
 def _derangement(count: int, rng: random.Random) -> list[int]:
-    """Give every scene another one's caption: a shuffled cycle."""
+    """Random permutation without fixed points: a random cycle."""
     order = list(range(count))
     rng.shuffle(order)
     following = dict(zip(order, [*order[1:], order[0]], strict=True))

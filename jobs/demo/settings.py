@@ -1,13 +1,15 @@
 """Settings of the demo."""
 
+from dataclasses import dataclass
+
 from pydantic import Field
 
 from jobs.settings.data import RaySettings, Settings
-from jobs.settings.model import QFormerSettings
+from qformer.config import QFormerSizes
 
 
 class WorldSettings(Settings):
-    """How large a world to write."""
+    """Size of the synthetic corpus."""
 
     num_images: int = Field(default=4800, ge=100)
     num_clips: int = Field(default=2000, ge=50)
@@ -17,7 +19,7 @@ class WorldSettings(Settings):
 
 
 class StageSettings(Settings):
-    """How long and how fast one stage trains."""
+    """Training of one stage."""
 
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=1)
@@ -25,7 +27,7 @@ class StageSettings(Settings):
 
 
 class Stage1Settings(StageSettings):
-    """Stage 1 sees images alone: its objectives know no time."""
+    """Training of stage 1, on images alone: its objectives ignore time."""
 
     steps: int = Field(default=460, gt=0)
     batch_size: int = Field(default=64, gt=1)
@@ -33,15 +35,16 @@ class Stage1Settings(StageSettings):
 
 
 class Stage2Settings(StageSettings):
-    """Stage 2 sees images and clips. Many small steps: motions are learnt last."""
+    """Training of stage 2, on images and clips. Many small steps, because motions are learnt last."""
 
     steps: int = Field(default=1100, gt=0)
     batch_size: int = Field(default=32, gt=1)
     learning_rate: float = Field(default=2e-3, gt=0)
 
 
-class DemoQFormerSettings(QFormerSettings):
-    """A Q-Former small enough to learn the world in minutes on two cores."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoQFormerSizes(QFormerSizes):
+    """A Q-Former small enough to learn the synthetic corpus in minutes on two cores."""
 
     hidden_size: int = 96
     num_layers: int = 4
@@ -53,30 +56,30 @@ class DemoQFormerSettings(QFormerSettings):
 
 
 class ClipWorldSettings(Settings):
-    """How large a world of clips to write."""
+    """Size of the clip corpus."""
 
     num_clips: int = Field(default=3000, ge=20)
     num_test_clips: int = Field(default=320, ge=20, multiple_of=2)
-    """Half of them; every one is there backwards, too."""
+    """Number of test clips; half of them are the reversals of the others."""
     seed: int = 0
     broken_share: float = Field(default=0.01, ge=0, lt=0.5)
 
 
 class ClipTrainingSettings(Settings):
-    """How long and how fast one bridge trains."""
+    """Training of one bridge."""
 
     steps: int = Field(default=1000, gt=0)
-    """Which of two things came first is learnt last."""
+    """Steps of bridges that read the order; which of two things comes first is learnt last."""
     baseline_steps: int = Field(default=800, gt=0)
-    """Of mean pooling, which no number of steps could teach the order; fewer do not teach it all of the rest."""
+    """Steps of mean pooling, which cannot learn the order; fewer steps are too few for the rest."""
     sound_steps: int = Field(default=400, gt=0)
-    """Further steps of a bridge that learns to hear."""
+    """Further steps of a bridge with an audio branch."""
     batch_size: int = Field(default=32, gt=1)
     learning_rate: float = Field(default=3e-3, gt=0)
 
 
 class ClipQuerySettings(Settings):
-    """Queries of the bridges; widths are the image demo's."""
+    """Number of queries of the bridges; widths are those of the image demo."""
 
     cascaded: int = Field(default=8, ge=1)
     spatial: int = Field(default=8, ge=1)
@@ -85,7 +88,7 @@ class ClipQuerySettings(Settings):
 
 
 class ClipDemoSettings(Settings):
-    """The demo's second part (`demo.video`): clips whose captions need order, and sound."""
+    """Video part of the demo (`demo.video`): clips whose captions need the order of frames, and sound."""
 
     world: ClipWorldSettings = ClipWorldSettings()
     training: ClipTrainingSettings = ClipTrainingSettings()
@@ -93,17 +96,17 @@ class ClipDemoSettings(Settings):
 
 
 class DemoOptions(Settings):
-    """What the demo does."""
+    """Options of the demo."""
 
     output: str = "demo-out"
     video: bool = False
-    """After the images, also learn time and sound: clips whose captions need the order of their frames."""
+    """Also run the video part: clips whose captions need the order of their frames, and sound."""
     retrain: bool = False
-    """Train, evaluate and serve again, on the same world."""
+    """Train, evaluate and serve again, on the same corpus."""
     world: WorldSettings = WorldSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
-    qformer: DemoQFormerSettings = DemoQFormerSettings()
+    qformer: DemoQFormerSizes = DemoQFormerSizes()
     clips: ClipDemoSettings = ClipDemoSettings()
     workers: int = Field(default=2, ge=1)
     min_whole_caption: float | None = None
@@ -112,7 +115,7 @@ class DemoOptions(Settings):
 
 
 class DemoSettings(Settings):
-    """`qformer demo`: the whole road on a small world whose captions can be checked."""
+    """`qformer demo`: run all jobs on a synthetic corpus whose captions can be checked automatically."""
 
     demo: DemoOptions = DemoOptions()
     ray: RaySettings = RaySettings()

@@ -1,4 +1,4 @@
-"""Steps that are done once: a step runs again only when its settings, its inputs or the code changed."""
+"""Cached steps: a step runs again only if its settings, its inputs or the code have changed."""
 
 import hashlib
 import json
@@ -24,17 +24,17 @@ class Steps:
     """The demo's steps in one output folder.
 
     Args:
-        output: Folder of the demo; one of its own, or a new one.
+        output: Folder of the demo, from an earlier run or new.
 
     Raises:
-        UserError: If the folder holds something else.
+        UserError: If the folder holds other files.
     """
 
     output: Path
     _keys: dict[str, str] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
     has_rerun: bool = False
-    """Whether any step had to run in this process."""
+    """Whether any step ran in this process."""
 
     def __post_init__(self) -> None:
         state = self.output / STATE_FILE
@@ -50,32 +50,32 @@ class Steps:
         return self.output / name
 
     def run(self, name: str, inputs: Any, work: Callable[[], Any], *, after: tuple[str, ...] = ()) -> None:
-        """Run `work` unless it ran before with the same inputs.
+        """Run a step unless it ran before with the same inputs.
 
         Args:
-            name: Of the step and its folder, which is emptied before.
+            name: Name of the step and of its folder, which is deleted first.
             inputs: JSON-ready values that decide the result.
-            work: Does the step.
-            after: Steps whose results it uses.
+            work: Function that does the step.
+            after: Names of the steps whose results it uses.
         """
         key = self._key(name, inputs, after)
         if self._keys.get(name) == key:
             logger.info("%s: unchanged, reused", name)
             return
-        self.forget(name)
+        self.delete(name)
         logger.info("%s …", name)
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         work()
         self.has_rerun = True
-        self._keys[name], self._seconds[name] = key, time.perf_counter() - begun
+        self._keys[name], self._seconds[name] = key, time.perf_counter() - start_s
         logger.info("%s: done in %.0f s", name, self._seconds[name])
         self._save()
 
     def is_done(self, name: str) -> bool:
-        """Whether the step ran before; `run` may still find that its inputs changed."""
+        """Whether the step ran before; `run` may still repeat it if its inputs have changed."""
         return name in self._keys
 
-    def forget(self, *names: str) -> None:
+    def delete(self, *names: str) -> None:
         """Delete steps, so that they run again."""
         for name in names:
             self._keys.pop(name, None)
@@ -84,7 +84,7 @@ class Steps:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each step took when it ran."""
+        """Duration of each step when it last ran."""
         return dict(self._seconds)
 
     def _key(self, name: str, inputs: Any, after: tuple[str, ...]) -> str:
@@ -96,7 +96,7 @@ class Steps:
 
 
 def _code_digest() -> str:
-    """Digest of the project's own sources and shipped models: when they change, every step runs again."""
+    """Digest of the project's sources and shipped models; a change makes every step run again."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     files = [file for folder in CODE_FOLDERS for file in sorted((root / folder).rglob("*.py"))]
     for file in [*files, *sorted(file for file in (root / MODELS_FOLDER).rglob("*") if file.is_file())]:

@@ -1,4 +1,4 @@
-"""Write what the recipes read at toy size (jobs/configs/recipes/toy.yaml): `python -m jobs.demo.toy [FOLDER]`."""
+"""Write toy inputs of the recipes (jobs/configs/recipes/toy.yaml): `python -m jobs.demo.toy [FOLDER]`."""
 
 import argparse
 import json
@@ -13,32 +13,33 @@ from jobs.demo.world.corpus import LICENCE, write_world
 from jobs.demo.world.toy_sound import write_audio_encoder, write_clips
 from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load
+from jobs.train.inputs import model_choice
 from pipelines.data.storage.checkpoint_folders import write_marker
 from pipelines.training.run.model import TrainingRun
-from pipelines.training.run.model_choice import choice_from
 from pipelines.training.run.vocabulary import learn_text_tokenizer
 from qformer.conversion.checkpoint import save_bridge
 from qformer.torch_build.torchvision import import_torchvision
 
 FOLDER = Path("runs/toy")
-"""As toy.yaml names it."""
-CONFIGS = Path(jobs.__file__).parent / "configs"
+"""Folder in toy.yaml."""
+JOBS = Path(jobs.__file__).parent
+RECIPES = JOBS / "configs" / "recipes"
 NUM_IMAGES, NUM_TEST_IMAGES = 48, 8
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the folder that the command line names."""
-    parser = argparse.ArgumentParser(description="Write what recipes read at toy size.")
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"new folder, by default {FOLDER}")
+    """Write the folder given on the command line."""
+    parser = argparse.ArgumentParser(description="Write toy inputs of the recipes.")
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"new folder (default {FOLDER})")
     folder = parser.parse_args(arguments).folder
     write_toy(folder)
     print(f"written: {folder}; next: the first line of {Path('jobs/configs/recipes/toy.yaml')}")
 
 
 def write_toy(folder: Path) -> None:
-    """Write `corpus/` (pictures, captions, questions), `bridge/` (an untrained stage 1), `t5/` (random weights).
+    """Write `corpus/` (pictures, captions, questions), `bridge/` (an untrained stage 1) and `t5/` (random weights).
 
-    And for the recipes with sound `clips/` and `ast/`, see `toy_sound`.
+    For the recipes with sound, also write `clips/` and `ast/` (`toy_sound`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus"
@@ -64,7 +65,7 @@ def write_toy(folder: Path) -> None:
 
 
 def _question(row: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:
-    """The same picture with a question in place of its captions, in the form that BLIP-2 asks."""
+    """Row of the same picture with a question, in BLIP-2's format, instead of its captions."""
     thing = scene["things"][0]
     return {
         "sample_id": f"{row['sample_id']}-question",
@@ -78,16 +79,12 @@ def _question(row: dict[str, Any], scene: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_bridge(folder: Path, captions: list[str]) -> None:
-    """A checkpoint of stage 1 as toy.yaml shapes it, after no step."""
-    overrides = ["init_from=null", f"model.vision={CONFIGS.parent / 'demo' / 'models' / 'vision'}"]
-    settings = load(
-        TrainSettings, [CONFIGS / "recipes" / name for name in ("blip2_stage1.yaml", "toy.yaml")], overrides
-    )
+    """Write a checkpoint of stage 1 at step 0, with the sizes of toy.yaml."""
+    overrides = ["init_from=null", f"model.vision={JOBS / 'demo' / 'models' / 'vision'}"]
+    settings = load(TrainSettings, [RECIPES / "blip2_stage1.yaml", RECIPES / "toy.yaml"], overrides)
     with tempfile.TemporaryDirectory() as tokenizer:
         learn_text_tokenizer(lambda: captions, Path(tokenizer))
-        choice = choice_from(
-            settings.model.model_dump(), stage=1, num_frames=settings.data.num_frames, tokenizer=tokenizer
-        )
+        choice = model_choice(settings.model, stage=1, num_frames=settings.data.num_frames, tokenizer=tokenizer)
         run = TrainingRun(choice, torch.device("cpu"), precision="fp32", seed=settings.seed, init_from=None)
     folder.mkdir(exist_ok=True)
     save_bridge(folder, run.info(0), run.stage.trainables.state_dict(), run.tokenizer)
@@ -95,13 +92,13 @@ def _write_bridge(folder: Path, captions: list[str]) -> None:
 
 
 def _write_t5(folder: Path) -> None:
-    """An encoder-decoder of the demo's words: it knows nothing, and serves to try what trains against one."""
+    """Write an encoder-decoder model with the demo's vocabulary and random weights."""
     import_torchvision()
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(CONFIGS.parent / "demo" / "models" / "language")
+    tokenizer = AutoTokenizer.from_pretrained(JOBS / "demo" / "models" / "language")
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer),

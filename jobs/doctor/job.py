@@ -1,4 +1,4 @@
-"""`qformer doctor RUN`: does the model use its images, and is anything odd in the run?"""
+"""`qformer doctor RUN`: checks whether the model uses its images, and whether the run is healthy."""
 
 import json
 import logging
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 def main(settings: DoctorSettings) -> int:
-    """Look at a run, print what was found and write it to doctor.json.
+    """Check a run, print the findings and write them to doctor.json.
 
     Returns:
-        The exit code: 0, or 1 when something is a problem.
+        The exit code: 0, or 1 if a finding is a problem.
 
     Raises:
         UserError: If there is no such run, or the rows that the user chose cannot be read.
     """
-    findings = look(settings)
+    findings = examine(settings)
     show(findings, settings.run)
     values: dict[str, Any] = {
         "run": settings.run,
@@ -56,11 +56,11 @@ def main(settings: DoctorSettings) -> int:
     return EXIT_PROBLEM if values["status"] == "problem" else 0
 
 
-def look(settings: DoctorSettings) -> list[Finding]:
-    """All findings of a run, the gravest questions first.
+def examine(settings: DoctorSettings) -> list[Finding]:
+    """All findings of a run, the most important checks first.
 
     Raises:
-        UserError: As `main`.
+        UserError: If there is no such run, or the rows that the user chose cannot be read.
     """
     run = settings.run
     if not storage.exists(run):
@@ -75,8 +75,8 @@ def look(settings: DoctorSettings) -> list[Finding]:
     steps_done = checkpoint_folders.step_of(whole[0]) if whole else 0
     rows = _row_counts(records, newest)
     findings = [] if newest is None else [*pair_findings(settings, records, newest)]
-    findings += _of_log(records)
-    findings += _of_weights(records, [folders[uri] for uri in reversed(whole)])
+    findings += _log_findings(records)
+    findings += _weight_findings(records, [folders[uri] for uri in reversed(whole)])
     findings += [
         run_findings.checkpoints(
             [_name(uri) for uri in finished],
@@ -94,7 +94,7 @@ def look(settings: DoctorSettings) -> list[Finding]:
     return findings if best is None else [*findings, best]
 
 
-def _of_log(records: RunRecords) -> list[Finding]:
+def _log_findings(records: RunRecords) -> list[Finding]:
     metrics, settings = records.metrics or [], records.settings
     stages = (records.summary or {}).get("stages") or {}
     return [
@@ -109,17 +109,17 @@ def _of_log(records: RunRecords) -> list[Finding]:
     ]
 
 
-def _of_weights(records: RunRecords, checkpoints: Sequence[Path]) -> list[Finding]:
-    """What was trained, and what was not.
+def _weight_findings(records: RunRecords, checkpoints: Sequence[Path]) -> list[Finding]:
+    """Findings about trained and frozen weights.
 
     Args:
-        records: Of the run.
-        checkpoints: The whole ones, the oldest first.
+        records: Records of the run.
+        checkpoints: Intact checkpoints, the oldest first.
     """
     starts, settings = records.trainables, records.settings
-    # Those in between tell no more than when it happened, and may be large.
+    # Checkpoints in between add only the time of a change, and may be large.
     own = [_weights(folder) for folder in dict.fromkeys([*checkpoints[:1], *checkpoints[-1:]])]
-    begun = _begun_from(settings.init_from) if settings and settings.init_from else []
+    initial = _initial_weights(settings.init_from) if settings and settings.init_from else []
     recorded = records.frozen_sha256
     now: dict[str, list[str] | str] = {}
     if checkpoints and recorded:
@@ -127,29 +127,29 @@ def _of_weights(records: RunRecords, checkpoints: Sequence[Path]) -> list[Findin
         now = frozen_now(read_info(checkpoints[-1]), own[-1].tensors, recorded[-1], precision)
     return [
         weight_findings.trainables(starts, own[-1] if own else None),
-        weight_findings.unmoved(starts, own),
-        weight_findings.frozen_tensors(starts, [*begun, *own]),
+        weight_findings.unchanged_trainables(starts, own),
+        weight_findings.frozen_tensors(starts, [*initial, *own]),
         *weight_findings.backbones(recorded, now),
         *([weight_findings.finite(own[-1])] if own else []),
     ]
 
 
 def _weights(folder: Path) -> Weights:
-    return Weights(place=folder.name, tensors=read_weights(folder))
+    return Weights(name=folder.name, tensors=read_weights(folder))
 
 
-def _begun_from(init_from: str) -> list[Weights]:
-    """The checkpoint that a run started from, as far as it is still there."""
+def _initial_weights(init_from: str) -> list[Weights]:
+    """Weights of the checkpoint that a run started from; empty if it no longer exists."""
     try:
         folder = local_folder(checkpoint_folders.newest_checkpoint(init_from))
-        return [Weights(place=f"init_from ({folder.name})", tensors=read_weights(folder), is_own=False)]
+        return [Weights(name=f"init_from ({folder.name})", tensors=read_weights(folder), is_own=False)]
     except UserError as error:
         logger.info("init_from is not compared: %s", error)
         return []
 
 
 def _row_counts(records: RunRecords, newest: Path | None) -> dict[str, int] | None:
-    """Rows in, used and quarantined: of the summary, or of a run that has none yet of its checkpoint."""
+    """Rows in, used and quarantined: from the summary, or from the newest checkpoint of a run without one."""
     values: dict[str, Any] = records.summary or {}
     if "rows_in" not in values and newest is not None and (newest / TRAINING_FILE).is_file():
         try:
@@ -161,7 +161,7 @@ def _row_counts(records: RunRecords, newest: Path | None) -> dict[str, int] | No
 
 
 def _expected_steps(records: RunRecords) -> int | None:
-    """Steps that there should be checkpoints of: fewer than set where a validation ended the run."""
+    """Expected last step: from the summary, since a validation may end a run early; else from the settings."""
     if records.summary and "steps" in records.summary:
         return int(records.summary["steps"])
     return records.settings.steps if records.settings else None

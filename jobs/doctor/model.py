@@ -1,10 +1,11 @@
-"""Where `qformer doctor` loads models: what a checkpoint makes of some pairs, and the bytes of the frozen ones."""
+"""Model checks of `qformer doctor`: scores of true and permuted pairs, and digests of the frozen models."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +29,28 @@ from pipelines.training.step.precision import DTYPES
 from qformer.audio import load_audio
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridges.table import build_bridge
+from qformer.config import AudioSpec, LanguageSpec
 from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
 
 EVALUATION_SPLITS = ("val", "validation", "dev", "test")
-"""Looked for in the run's manifest, in this order, where its settings name no validation."""
+"""Splits to look for in the run's manifest, in this order, if its settings have no validation."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """Where the pairs come from."""
+class ProbeRows:
+    """Source of the pairs."""
 
     corpus: Corpus
     decode: DecodeSettings
     name: str
-    """For people."""
+    """Name in messages."""
 
 
 def pair_findings(settings: DoctorSettings, records: RunRecords, checkpoint: Path) -> list[Finding]:
-    """What a checkpoint makes of true and permuted pairs.
+    """Findings about a checkpoint from its scores of true and permuted pairs.
 
     Raises:
         UserError: If the rows that the user chose cannot be read.
@@ -58,18 +60,18 @@ def pair_findings(settings: DoctorSettings, records: RunRecords, checkpoint: Pat
         try:
             rows = _own_rows(records.settings, info)
         except UserError as error:
-            return [_not_looked(str(error), "name rows to look at with data.manifest and data.split")]
+            return [_not_checked(str(error), "name rows to look at with data.manifest and data.split")]
     else:
         rows = _chosen_rows(settings.data, info)
     sample = PairSample(rows.corpus, rows.decode, settings.rows, settings.batch_size, settings.seed)
-    logger.info("looking at %d rows of %s", min(settings.rows, rows.corpus.num_rows), rows.name)
+    logger.info("probing %d rows of %s", min(settings.rows, rows.corpus.num_rows), rows.name)
     try:
-        figures = _probed(settings, info, checkpoint, sample)
+        figures = _probe(settings, info, checkpoint, sample)
     except (UserError, ValueError) as error:  # a backbone that is gone; features that are not finite
-        return [_not_looked(str(error), "make the run's backbones available as they were in training")]
+        return [_not_checked(str(error), "make the run's backbones available as they were in training")]
     if not figures.num_texts:
         why = sample.failures[0].message if sample.failures else "there are none"
-        return [_not_looked(f"no row of {rows.name} could be decoded ({why})", "name other rows with data.manifest")]
+        return [_not_checked(f"no row of {rows.name} could be decoded ({why})", "name other rows with data.manifest")]
     return [
         model_findings.image_use(figures, rows=rows.name, weights=records.loss_weights),
         *model_findings.queries(figures),
@@ -77,7 +79,7 @@ def pair_findings(settings: DoctorSettings, records: RunRecords, checkpoint: Pat
     ]
 
 
-def _probed(settings: DoctorSettings, info: BridgeInfo, checkpoint: Path, sample: PairSample) -> ModelFigures:
+def _probe(settings: DoctorSettings, info: BridgeInfo, checkpoint: Path, sample: PairSample) -> ModelFigures:
     use_gpu = torch.cuda.is_available() if settings.use_gpu is None else settings.use_gpu
     device = "cuda" if use_gpu else "cpu"
     if info.stage == 1:
@@ -90,17 +92,17 @@ def frozen_now(
 ) -> dict[str, list[str] | str]:
     """SHA-256 of each recorded frozen model as it is loaded now.
 
-    A run keeps its backbones in its precision, a feature cache in the encoder's own: they are loaded in one dtype after
-    another until the recorded digest is met.
+    A run loads its backbones in its precision, a feature cache in the encoder's own. So models are loaded in one dtype
+    after another until a digest equals the recorded one.
 
     Args:
-        info: Of the newest checkpoint.
-        weights: Of the newest checkpoint, which holds a Q-Former that is frozen.
-        recorded: SHA-256 by name.
-        precision: As set; None: unknown.
+        info: Description of the newest checkpoint.
+        weights: Weights of the newest checkpoint, which include a frozen Q-Former.
+        recorded: Recorded SHA-256 by name.
+        precision: Precision of the run; None: unknown.
 
     Returns:
-        By name the digests in the dtypes that were tried, or why the model cannot be loaded.
+        Digests in the dtypes that were tried, or the reason why the model cannot be loaded, by name.
     """
     first = DTYPES.get(precision or "fp32") or torch.float32
     dtypes = list(dict.fromkeys([first, torch.float32, torch.bfloat16, torch.float16]))
@@ -131,21 +133,14 @@ def _of_part(bridge: nn.Module, part: nn.Module, weights: Mapping[str, Tensor]) 
 
 def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:
     if name == "language":
-        return weights_fingerprint(load_language(str(info.language), dtype=dtype)[0])
+        return weights_fingerprint(load_language(cast(LanguageSpec, info.language), dtype=dtype)[0])
     if name == "audio":
-        return weights_fingerprint(load_audio(str(info.audio), pretrained=info.audio_pretrained, dtype=dtype))
-    encoder = load_vision(
-        info.vision,
-        pretrained=info.vision_pretrained,
-        layer=info.vision_layer,
-        dtype=dtype,
-        image_size=info.vision_image_size,
-    )
-    return weights_fingerprint(encoder)
+        return weights_fingerprint(load_audio(cast(AudioSpec, info.audio), dtype=dtype))
+    return weights_fingerprint(load_vision(info.vision, dtype=dtype))
 
 
-def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> Rows:
-    """Rows that the run did not train on where its manifest has some, else rows of its training."""
+def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> ProbeRows:
+    """ProbeRows that the run did not train on where its manifest has some, else rows of its training."""
     if settings is None:
         raise UserError("settings.yaml is missing, or of another version")
     audio = decoding_of(info, Limits()).audio
@@ -154,22 +149,22 @@ def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> Rows:
     own = [path for path, _ in manifests(settings)]
     if validation is not None:
         paths = own if validation.manifest is None else [validation.manifest]
-        return Rows(
+        return ProbeRows(
             corpus=_opened(paths, validation.split, data.kind), decode=decode, name=f"split {validation.split!r}"
         )
     for split in EVALUATION_SPLITS:
         try:
             if split != data.split:
-                return Rows(corpus=_opened(own, split, data.kind), decode=decode, name=f"split {split!r}")
+                return ProbeRows(corpus=_opened(own, split, data.kind), decode=decode, name=f"split {split!r}")
         except UserError:
             continue  # which says that there is no such split, or whatever the next line will say again
     name = f"split {data.split!r} (trained on: pairs learnt by heart look like use)"
-    return Rows(corpus=_opened(own, data.split, data.kind), decode=decode, name=name)
+    return ProbeRows(corpus=_opened(own, data.split, data.kind), decode=decode, name=name)
 
 
-def _chosen_rows(data: DataSettings, info: BridgeInfo) -> Rows:
+def _chosen_rows(data: DataSettings, info: BridgeInfo) -> ProbeRows:
     name = f"split {data.split!r} of {data.manifest}"
-    return Rows(
+    return ProbeRows(
         corpus=_opened([data.manifest], data.split, data.kind), decode=evaluation_decoding(data, info), name=name
     )
 
@@ -178,5 +173,5 @@ def _opened(paths: list[str], split: str, kind: str | None) -> Corpus:
     return open_corpus([(path, None) for path in paths], split=split, kind=kind)
 
 
-def _not_looked(why: str, advice: str) -> Finding:
-    return Finding(topic="image use", status="unknown", text=f"could not be looked at: {why}", advice=advice)
+def _not_checked(why: str, advice: str) -> Finding:
+    return Finding(topic="image use", status="unknown", text=f"could not be checked: {why}", advice=advice)

@@ -1,4 +1,4 @@
-"""What the doctor found, for people: a table in a terminal, plain lines elsewhere."""
+"""Output of findings: a table in a terminal, plain lines elsewhere."""
 
 import sys
 import textwrap
@@ -12,31 +12,31 @@ _WIDTH = 120
 
 
 def show(findings: Sequence[Finding], run: str) -> None:
-    """Print findings and what to do."""
+    """Print findings with their advice."""
     if sys.stdout.isatty():
         _show_table(findings, run)
     else:
         print("\n".join(lines(findings)))
-    print(closing(findings))
+    print(summary(findings))
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """One line for each finding, and one below it for what to do."""
+    """One line per finding, and one below it for its advice."""
     width = max((len(finding.topic) for finding in findings), default=0)
-    told = []
+    output = []
     for finding in findings:
-        told.append(f"{finding.status:<8} {finding.topic:<{width}}  {finding.text}")
+        output.append(f"{finding.status:<8} {finding.topic:<{width}}  {finding.text}")
         if finding.advice:
-            told.append(f"{'':<8} {'':<{width}}  -> {finding.advice}")
-    return told
+            output.append(f"{'':<8} {'':<{width}}  -> {finding.advice}")
+    return output
 
 
-def closing(findings: Sequence[Finding]) -> str:
-    """How many of each."""
+def summary(findings: Sequence[Finding]) -> str:
+    """Summary line: number of findings by status, and the names of the problems."""
     counts = Counter(finding.status for finding in findings)
-    grave = [finding.topic for finding in findings if finding.status == "problem"]
+    problems = [finding.topic for finding in findings if finding.status == "problem"]
     ends = [f"{counts[status]} {status}" for status in ("ok", "unknown", "warning", "problem") if counts[status]]
-    text = ", ".join(ends) + (": " + ", ".join(grave) if grave else "")
+    text = ", ".join(ends) + (": " + ", ".join(problems) if problems else "")
     return "\n".join(textwrap.wrap(text, _WIDTH))
 
 
@@ -46,7 +46,7 @@ def _show_table(findings: Sequence[Finding], run: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"qformer doctor {escape(run)}", title_justify="left")
-    for name in ("status", "looked at", "found", "what to do"):
+    for name in ("status", "check", "found", "advice"):
         table.add_column(name, overflow="fold")
     for finding in findings:
         colour = _COLOURS[finding.status]

@@ -1,4 +1,4 @@
-"""What a training run wrote down of itself, read as far as it is there."""
+"""Records of a training run, as far as they exist."""
 
 import collections
 import json
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
-from pydantic import ValidationError
 
-from jobs.folders.run import QUARANTINE_FILE, SETTINGS_FILE
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE
 from jobs.settings.jobs import TrainSettings
-from jobs.train.job import SUMMARY_FILE
+from jobs.settings.loading import load_saved
 from jobs.train.reporter import BAD_STEPS_FILE, EVENTS_FILE, STARTS_FILE
 from pipelines.data import schema, storage
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.evaluation.doctor.weights import Trainables
 from pipelines.training.group.watchdog import STACKS_FOLDER
 from pipelines.training.records.metrics_log import METRICS_FILE
@@ -24,7 +23,7 @@ _MAX_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecords:
-    """Files of a run folder; None where there is none, or none that can be read."""
+    """Content of a run folder; None for a file that is missing or unreadable."""
 
     settings: TrainSettings | None
     metrics: list[dict[str, Any]] | None
@@ -34,13 +33,13 @@ class RunRecords:
     summary: dict[str, Any] | None
     best: dict[str, Any] | None
     quarantined: collections.Counter[str] | None
-    """Rows of the quarantine table by class of error."""
+    """Rows of the quarantine table by error class."""
     num_stacks: int
-    """Files that the watchdog wrote."""
+    """Number of stack files that the watchdog wrote."""
 
     @property
     def trainables(self) -> list[Trainables]:
-        """Of each start that recorded them; else of the summary."""
+        """Trainables of each start that recorded them; else those of the summary."""
         found = [_trainables(start.get("trainable"), "names", "parameters") for start in self.starts or []]
         known = [one for one in found if one is not None]
         last = _trainables(self.summary, "trainable_names", "trainable_parameters")
@@ -48,13 +47,13 @@ class RunRecords:
 
     @property
     def frozen_sha256(self) -> list[dict[str, str]]:
-        """Of each start that recorded them, and of the summary."""
+        """Digests of the frozen models, for each start that recorded them and for the summary."""
         found = [one.get("frozen_sha256") for one in [*(self.starts or []), self.summary or {}]]
         return [one for one in found if isinstance(one, dict) and one]
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Factor of each loss term; none where the settings are unknown."""
+        """Weight of each loss term; empty if the settings are unknown."""
         if self.settings is None:
             return {}
         return self.settings.optim.loss_weights.by_name()
@@ -91,7 +90,7 @@ def _read(run: str, name: str) -> str | None:
 
 
 def _lines(run: str, name: str) -> list[dict[str, Any]] | None:
-    """Records of a file; a line that is not whole (a run that goes on, or was killed) is left out."""
+    """Records of a file, without incomplete lines (of a run that is going on or was killed)."""
     text = _read(run, name)
     found = None if text is None else [_parsed(line) for line in text.splitlines()]
     return None if found is None else [one for one in found if one is not None]
@@ -112,10 +111,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 def _settings(run: str) -> TrainSettings | None:
     text = _read(run, SETTINGS_FILE)
-    try:
-        return None if text is None else TrainSettings.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError):
-        return None
+    return None if text is None else load_saved(TrainSettings, text)
 
 
 def _quarantined(run: str) -> collections.Counter[str] | None:

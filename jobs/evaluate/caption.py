@@ -1,4 +1,4 @@
-"""Caption files with a stage-2 checkpoint, or ask it about them, in this process; a manifest through Ray Data."""
+"""Caption files, or answer an instruction about them, in this process; a manifest goes through Ray Data."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from jobs.folders.checkpoint import open_checkpoint
 from jobs.settings.jobs import CaptionSettings
 from pipelines.data import storage
 from pipelines.data.failures import MediaError
-from pipelines.data.media.samples import Limits, SampleDecoder
+from pipelines.data.media.samples import SampleDecoder
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.inference.decoding import decoding_of
 from pipelines.inference.files import caption_file
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 def main(settings: CaptionSettings) -> int:
     """Print `path<TAB>caption` for each file; a file that cannot be used is reported on stderr and skipped.
 
-    A manifest's captions go into a folder: see `caption_corpus`.
+    With a manifest, the captions go into a folder (`caption_corpus`).
 
     Returns:
-        The exit code: 0, or 1 when a file could not be used.
+        The exit code: 0, or 1 if a file could not be used.
 
     Raises:
         UserError: If a file does not exist, or the checkpoint cannot be used.
@@ -36,7 +36,7 @@ def main(settings: CaptionSettings) -> int:
         if not storage.exists(path):
             raise UserError(f"media: no file at {path}; give the path of an image or a video")
     checkpoint, info = open_checkpoint(settings.checkpoint)
-    decode = decoding_of(info, Limits(**settings.limits.model_dump()), num_frames=settings.num_frames)
+    decode = decoding_of(info, settings.limits, num_frames=settings.num_frames)
     captioner = load_captioner(local_folder(checkpoint))
     if captioner.num_truncated([settings.instruction]):
         logger.warning("instruction: cut to max_text_tokens=%d, as in training", info.max_text_tokens)

@@ -1,4 +1,4 @@
-"""`qformer caption --manifest …`: captions of every row of a manifest, or answers to its instructions, resumable."""
+"""`qformer caption --manifest …`: captions of all rows of a manifest, or answers to its instructions; resumable."""
 
 import hashlib
 import json
@@ -12,16 +12,17 @@ from jobs.cluster.session import ray_session
 from jobs.data.shard_progress import ShardProgress
 from jobs.evaluate.job import require_one_instruction
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
-from jobs.folders.output import require_unused
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.jobs import CaptionSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest
-from pipelines.data.features.files import QUARANTINE_FILE, read_table, rows_file
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
+from pipelines.data.features.files import read_table, rows_file
 from pipelines.data.features.shards import RETRYABLE_ERRORS, write_quarantine
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import sum_costs
 from pipelines.data.storage.checkpoint_folders import COMPLETE_MARKER
 from pipelines.inference.decoding import decoding_of
@@ -32,9 +33,7 @@ from qformer.generation.requests.request import RequestSettings
 logger = logging.getLogger(__name__)
 
 ORIGIN_FILE = "captions.json"
-"""What decides the texts; a folder of another origin is refused."""
-SUMMARY_FILE = "summary.json"
-"""Written last: a folder without it is not finished."""
+"""File with all that decides the texts; a folder with another content of it is an error."""
 _MAX_JSON_BYTES = 2**20
 
 
@@ -42,23 +41,23 @@ def caption_corpus(settings: CaptionSettings) -> dict[str, Any]:
     """Write or complete shard-*.parquet (see `caption_shards.SHARD_SCHEMA`), quarantine.parquet and summary.json.
 
     Returns:
-        The summary: checkpoint, rows_in, rows_used, rows_quarantined, texts_truncated, tokens, and under "stages" what
-        the new rows took.
+        The summary: checkpoint, rows_in, rows_used, rows_quarantined, texts_truncated, tokens, and under "stages" the
+        costs of the new rows.
 
     Raises:
-        UserError: If the folder holds something else or texts of another origin, checkpoint or manifest cannot be used,
-            or more rows are quarantined than `max_quarantine_share` allows; what is captioned stays.
+        UserError: If the folder holds other files or other texts, checkpoint or manifest cannot be used, or more rows
+            are quarantined than `max_quarantine_share` allows; finished captions stay.
     """
-    assert settings.manifest is not None and settings.output is not None, "CaptionSettings sees to both"
-    RequestSettings.of(settings.generation)  # beams are refused before anything is loaded
+    assert settings.manifest is not None and settings.output is not None, "CaptionSettings requires both"
+    RequestSettings.of(settings.generation)  # refuses beam search before anything is loaded
     checkpoint, info = open_checkpoint(settings.checkpoint)
     manifest = read_manifest(settings.manifest, settings.split)
     require_one_instruction(manifest, "manifest")
-    # The actors run in other folders.
+    # The actors have other working directories.
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
-    decode = decoding_of(info, Limits(**settings.limits.model_dump()), num_frames=settings.num_frames)
+    decode = decoding_of(info, settings.limits, num_frames=settings.num_frames)
     _claim(output, _origin(settings, checkpoint, info, decode))
-    storage.write_text(storage.join(output, "settings.yaml"), resolved_yaml(settings))
+    storage.write_text(storage.join(output, SETTINGS_FILE), resolved_yaml(settings))
     progress, num_shards = _caption_missing(settings, output, checkpoint, manifest, decode)
     quarantined = write_quarantine(output, num_shards)
     _require_few(len(quarantined), len(manifest), settings)
@@ -76,7 +75,7 @@ def caption_corpus(settings: CaptionSettings) -> dict[str, Any]:
 
 
 def _origin(settings: CaptionSettings, checkpoint: str, info: BridgeInfo, decode: DecodeSettings) -> dict[str, Any]:
-    """What decides a row's text besides the row; the checkpoint by its content, wherever it lies."""
+    """All that decides the texts besides the rows; the checkpoint by its content, not its path."""
     marker = storage.read_bytes(storage.join(checkpoint, COMPLETE_MARKER), _MAX_JSON_BYTES)
     return {
         "checkpoint": hashlib.sha256(marker + info.to_json().encode()).hexdigest(),
@@ -86,7 +85,7 @@ def _origin(settings: CaptionSettings, checkpoint: str, info: BridgeInfo, decode
 
 
 def _claim(output: str, origin: dict[str, Any]) -> None:
-    """Make the folder these captions', or see that it is; and unfinished, until all of it is right again."""
+    """Claim a new folder, or check that an old one has the same origin; remove its summary, which marks it finished."""
     path = storage.join(output, ORIGIN_FILE)
     if not storage.exists(path):
         require_unused(output, "output")
@@ -104,21 +103,21 @@ def _claim(output: str, origin: dict[str, Any]) -> None:
 def _caption_missing(
     settings: CaptionSettings, output: str, checkpoint: str, manifest: pa.Table, decode: DecodeSettings
 ) -> tuple[ShardProgress, int]:
-    """Caption what is not there yet; the progress, and how many shards there are."""
+    """Caption the missing shards; returns the progress and the number of shards."""
     with ray_session(settings.ray):
-        # Loads Ray, whose environment the session has to set first.
+        # Imports Ray, whose environment the session sets first.
         from pipelines.data.dataset import write_shards
         from pipelines.evaluation.protocols.caption_shards import (
             CaptionShards,
             caption_blocks,
-            captioned_shard,
+            is_shard_current,
             remove_other_shards,
         )
         from pipelines.training.records.data_metrics import DataMetrics
 
         shards = caption_blocks(manifest, decode, settings.instruction)
         remove_other_shards(output, len(shards))
-        missing = [block for shard, block in enumerate(shards) if not captioned_shard(output, shard, block)]
+        missing = [block for shard, block in enumerate(shards) if not is_shard_current(output, shard, block)]
         progress = ShardProgress("captioned", len(manifest), sum(map(len, missing)))
         if not missing:
             return progress, len(shards)
@@ -135,7 +134,7 @@ def _caption_missing(
             rows, failed = pc.sum(done["rows"]).as_py(), pc.sum(done["failed"]).as_py()
             metrics.count_batch(sum_costs(done), rows_used=rows - failed, rows_quarantined=failed)
             if _is_too_many(progress.num_failed, len(manifest), settings):
-                break  # the rest would only take time
+                break  # the job fails in any case
     decoding = WorkerPool(name="decode workers", setting="decode_workers", workers=settings.decode_workers, seconds={})
     captioning = WorkerPool(name="model workers", setting="workers", workers=settings.workers, seconds={})
     print(progress.table(decoding, captioning))
@@ -143,7 +142,7 @@ def _caption_missing(
 
 
 def _sums(output: str, num_shards: int) -> dict[str, int]:
-    """Read off the shards, so that what a killed run wrote counts too."""
+    """Totals over all shards, including those of earlier runs."""
     from pipelines.evaluation.protocols.caption_shards import IS_TRUNCATED, NUM_TOKENS
 
     columns = [schema.SAMPLE_ID, schema.ERROR_CLASS, NUM_TOKENS, IS_TRUNCATED]
@@ -169,5 +168,5 @@ def _require_few(num_quarantined: int, num_rows: int, settings: CaptionSettings)
         raise UserError(
             f"{num_quarantined} of {num_rows} rows are quarantined, more than max_quarantine_share="
             f"{settings.max_quarantine_share:g} allows; see {storage.join(str(settings.output), QUARANTINE_FILE)}, "
-            "mend them or raise the share, and run the same command again: what is captioned stays"
+            "fix them or raise the share, and run the same command again; finished captions stay"
         )

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from jobs.cluster.session import ray_session
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
-from jobs.folders.output import require_unused
+from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.data import DataSettings
 from jobs.settings.jobs import EvaluateSettings
 from jobs.settings.loading import resolved_yaml
@@ -16,7 +16,7 @@ from pipelines.data import schema, storage
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest, write_table
 from pipelines.data.failures import Failure
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.inference.decoding import decoding_of
 from qformer.conversion.checkpoint import BridgeInfo
 from qformer.errors import UserError
@@ -24,7 +24,7 @@ from qformer.errors import UserError
 logger = logging.getLogger(__name__)
 
 TOP_TEXTS = 5
-"""Texts listed for each image in retrieval.parquet."""
+"""Number of texts per image in retrieval.parquet."""
 
 
 def main(settings: EvaluateSettings) -> dict[str, Any]:
@@ -38,19 +38,19 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
         max_text_tokens), and "retrieval" after stage 1.
 
     Raises:
-        UserError: If the output folder is used, or checkpoint or manifest cannot be read.
+        UserError: If the output folder is in use, or checkpoint or manifest cannot be read.
     """
     require_unused(settings.output, "output")
     checkpoint, info = open_checkpoint(settings.checkpoint)
     data = settings.data
     manifest = read_manifest(data.manifest, data.split, needs_captions=info.stage == 1, kind=data.kind)
-    storage.write_text(storage.join(settings.output, "settings.yaml"), resolved_yaml(settings))
+    storage.write_text(storage.join(settings.output, SETTINGS_FILE), resolved_yaml(settings))
     with ray_session(settings.ray):
-        # Ray Data must not be imported before the session has set Ray's environment.
+        # The session sets Ray's environment, which must precede the import of Ray Data.
         failures, more = (_retrieve if info.stage == 1 else _caption)(settings, checkpoint, info, manifest)
     if more["texts_truncated"]:
         logger.warning("%d texts cut to max_text_tokens=%d", more["texts_truncated"], info.max_text_tokens)
-    write_table(quarantine.to_table(failures), storage.join(settings.output, "quarantine.parquet"))
+    write_table(quarantine.to_table(failures), storage.join(settings.output, quarantine.QUARANTINE_FILE))
     line = quarantine.accounting_line(manifest.num_rows, manifest.num_rows - len(failures), len(failures))
     summary = {
         "stage": info.stage,
@@ -62,23 +62,23 @@ def main(settings: EvaluateSettings) -> dict[str, Any]:
         "accounting": line,
         **more,
     }
-    storage.write_text(storage.join(settings.output, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    storage.write_text(storage.join(settings.output, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
     print(line)
     return summary
 
 
 def decode_settings(data: DataSettings, info: BridgeInfo) -> DecodeSettings:
-    """Decode as in training; what the user wrote down of frames, sampling and segments goes before the checkpoint's.
+    """Decode settings of training, overridden by the user's settings of frames, sampling and segments.
 
     Raises:
-        UserError: As `decoding_of`.
+        UserError: If the settings contradict the checkpoint (`decoding_of`).
     """
     chosen = data.model_fields_set
     return decoding_of(
         info,
-        Limits(**data.limits.model_dump()),
+        data.limits,
         num_frames=data.num_frames if "num_frames" in chosen else None,
-        sampling=data.sampling.build() if "sampling" in chosen else None,
+        sampling=data.sampling if "sampling" in chosen else None,
         segments=data.audio.model_dump(exclude_unset=True),
     )
 
@@ -104,10 +104,14 @@ def _caption(
 
 
 def require_one_instruction(manifest: pa.Table, setting: str) -> None:
-    """A row gets one answer; which of several questions it should be for, only the user knows.
+    """Check that each row asks a single question, because a row gets a single answer.
+
+    Args:
+        manifest: Rows to check.
+        setting: Name of the setting that holds the manifest, for the message.
 
     Raises:
-        UserError: If a row asks several; `setting` holds the manifest.
+        UserError: If a row asks several questions.
     """
     columns = (manifest[name].to_pylist() for name in (schema.SAMPLE_ID, schema.INSTRUCTIONS))
     several = [(name, texts) for name, texts in zip(*columns, strict=True) if len(set(texts)) > 1]

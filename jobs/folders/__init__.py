@@ -1,1 +1,5 @@
-"""Folders that jobs write into and read from: outputs, run folders, checkpoints."""
+"""Folder settings in, checked and claimed folders out.
+
+`output.py` has the checks and file names of all output folders, `run.py` the folder of a training run, `checkpoint.py`
+finds and describes checkpoints.
+"""

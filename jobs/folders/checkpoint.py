@@ -1,4 +1,4 @@
-"""Find a checkpoint and learn what it holds, without loading a model."""
+"""Find a checkpoint and read its description, without loading a model."""
 
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
@@ -13,14 +13,14 @@ def open_checkpoint(run_or_checkpoint: str) -> tuple[str, BridgeInfo]:
     """Resolve a setting to a checkpoint folder.
 
     Args:
-        run_or_checkpoint: Run folder (its newest finished checkpoint is taken) or one checkpoint folder; a path or
-            a URI.
+        run_or_checkpoint: Path or URI of a run folder, of which the newest finished checkpoint is taken, or of a
+            checkpoint folder.
 
     Returns:
         The checkpoint's folder and its bridge.json.
 
     Raises:
-        UserError: If there is none, or it is damaged or of another format.
+        UserError: If there is no checkpoint, or it is damaged or has another format.
     """
     folder = checkpoint_folders.newest_checkpoint(run_or_checkpoint)
     file = storage.join(folder, INFO_FILE)
@@ -32,10 +32,10 @@ def open_checkpoint(run_or_checkpoint: str) -> tuple[str, BridgeInfo]:
 
 
 def require_whole(folder: str) -> None:
-    """Check that the files of a checkpoint folder are as they were written.
+    """Check that the files of a checkpoint are undamaged.
 
     Raises:
-        UserError: If one is not, or they cannot be read.
+        UserError: If a file is damaged or cannot be read.
     """
     try:
         path = local_folder(folder)
@@ -48,7 +48,7 @@ def require_whole(folder: str) -> None:
 
 
 def checkpoint_name(folder: str) -> str:
-    """Name a checkpoint without telling where it lies: "RUN/step-00000400", or the folder's own name."""
+    """Name of a checkpoint without its path: "RUN/step-00000400", or the name of the folder."""
     parts = [part for part in folder.rstrip("/").split("/") if part]
     if len(parts) >= 3 and parts[-2] == checkpoint_folders.CHECKPOINTS_FOLDER:
         return f"{parts[-3]}/{parts[-1]}"

@@ -1,20 +1,23 @@
-"""The folder that a job writes into."""
+"""Output folders: the check that they are unused, and the names of the files that jobs write into them."""
 
 import os
 
 from pipelines.data import storage
 from qformer.errors import UserError
 
+SETTINGS_FILE, SUMMARY_FILE = "settings.yaml", "summary.json"
+"""Files of a job's output folder: its resolved settings, and its result."""
+
 
 def require_unused(folder: str, setting: str) -> None:
     """Check that an output folder is absent or empty.
 
     Args:
-        folder: Path or URI.
+        folder: Path or URI of the folder.
         setting: Name of the setting that holds it, for the message.
 
     Raises:
-        UserError: If it holds anything, or is a file.
+        UserError: If the folder holds anything, or is a file.
     """
     if not storage.exists(folder):
         return

@@ -1,4 +1,4 @@
-"""A training run's folder: never a stranger's, and empty again when a mistake ended the run before its first step."""
+"""The folder of a training run: claimed at the start, emptied again if a user error ends a new run early."""
 
 import contextlib
 import logging
@@ -6,19 +6,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from jobs.cluster.exceptions import find_user_error
-from jobs.folders.output import require_unused
+from jobs.folders.output import SETTINGS_FILE, require_unused
 from jobs.settings.jobs import TrainSettings
-from jobs.settings.loading import resolved_yaml
+from jobs.settings.loading import load_saved, resolved_yaml
 from pipelines.data import storage
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.local_copies import remove_copy
 from qformer.errors import UserError
-
-SETTINGS_FILE, QUARANTINE_FILE = "settings.yaml", "quarantine.parquet"
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +23,29 @@ logger = logging.getLogger(__name__)
 def run_folder(settings: TrainSettings) -> Iterator[None]:
     """Claim `settings.output` and write settings.yaml into it.
 
-    When a mistake of the user ends a new run before it has a checkpoint or a quarantine table, what it wrote into a
-    local folder is removed, so that the corrected command can use the folder.
+    If a user error ends a new run before it has a checkpoint or a quarantine table, the content of a local folder is
+    removed, so that the corrected command can use it.
 
     Raises:
-        UserError: If the folder is used by something else.
+        UserError: If the folder holds anything else.
     """
     is_new = not storage.exists(settings.output) or not storage.list_files(settings.output)
     if settings.resume:
-        _require_ours(settings)
+        _require_same_run(settings)
     else:
         require_unused(settings.output, "output")
     storage.write_text(storage.join(settings.output, SETTINGS_FILE), resolved_yaml(settings))
     try:
         yield
     except Exception as error:
-        kept = (checkpoint_folders.CHECKPOINTS_FOLDER, QUARANTINE_FILE)
-        has_results = any(storage.exists(storage.join(settings.output, name)) for name in kept)
+        results = (checkpoint_folders.CHECKPOINTS_FOLDER, QUARANTINE_FILE)
+        has_results = any(storage.exists(storage.join(settings.output, name)) for name in results)
         if is_new and storage.is_local(settings.output) and find_user_error(error) and not has_results:
             _empty(Path(storage.local_path(settings.output)))
         raise
 
 
-def _require_ours(settings: TrainSettings) -> None:
+def _require_same_run(settings: TrainSettings) -> None:
     output = settings.output
     if not storage.exists(output):
         raise UserError(f"resume: {output} does not exist; start the run without --resume")
@@ -62,19 +58,20 @@ def _require_ours(settings: TrainSettings) -> None:
     found = checkpoint_folders.newest_whole_checkpoint(output)
     logger.info("resuming from %s", found.name if found else "the start: no checkpoint yet")
     if found:
-        remove_copy(output, found)  # the workers look by themselves, wherever they are
+        remove_copy(output, found)  # each worker finds the checkpoint itself
 
 
 def _stage_of(output: str) -> int | None:
-    """Stage of the run in a folder, None when there is no run."""
+    """Stage of the run in a folder; None if there is no run."""
     path = storage.join(output, SETTINGS_FILE)
     if not storage.exists(path):
         return None
     try:
         with storage.open_input(path) as file:
-            return TrainSettings.model_validate(yaml.safe_load(file)).stage
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError):
+            saved = load_saved(TrainSettings, file.read().decode())
+    except UnicodeDecodeError:
         return None
+    return None if saved is None else saved.stage
 
 
 def _empty(folder: Path) -> None:

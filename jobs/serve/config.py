@@ -1,11 +1,12 @@
-"""Write a config for `serve deploy`, and build what it names."""
+"""Write a config for `serve deploy`, and build the application that it names."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator
 
-from jobs.serve.job import APP_NAME, PROXY_GRACE_S, require_guarded, what_to_serve
+from jobs.serve.job import APP_NAME, PROXY_GRACE_S, require_protection, resolve_service
 from jobs.settings.serve import ServeSettings, ServiceSettings
 from pipelines.serving.contract.adapters import Backbones
 
@@ -13,30 +14,30 @@ if TYPE_CHECKING:
     from ray import serve
 
 _HEAD = """\
-# For a running Ray cluster whose nodes have this package and reach the checkpoints:
+# For a running Ray cluster whose nodes have this package and can read the checkpoints:
 #     serve deploy {name}
-# Newer checkpoints, other adapters, other keys: write this file anew and deploy it again. As long as `args` stays what
-# it was, running replicas take them without a restart. Host, port and timeout hold from the first deployment on.
+# For newer checkpoints, other adapters or keys, write this file again and deploy it again. While `args` is unchanged,
+# running replicas take the change without a restart. Host, port and timeout are fixed by the first deployment.
 """
 
 
 class ServeConfigSettings(ServeSettings):
-    """`qformer serve --write-config FILE`: the settings of `qformer serve`, and where they go."""
+    """`qformer serve --write-config FILE`: write the settings of `qformer serve` as a config for `serve deploy`."""
 
     file: str
-    """YAML file; one that is there is replaced."""
+    """YAML file; an existing one is replaced."""
 
 
 class ApplicationSettings(ServiceSettings):
-    """The `args` of the config: all that a new replica is made of."""
+    """The `args` of the config: all settings of a new replica."""
 
-    backbones: Backbones
+    backbones: Annotated[Backbones, BeforeValidator(Backbones.from_dict)]
     counts_quotas: bool = False
     is_local: bool = False
 
 
 def application(settings: ApplicationSettings) -> "serve.Application":
-    """Build the application on a cluster; Serve tells its deployments the adapters and keys of the config."""
+    """Build the application on a cluster; the user_config of its deployments holds adapters and keys."""
     from pipelines.serving.app.app import build_app
 
     own = {name: getattr(settings, name) for name in ("backbones", "counts_quotas", "is_local")}
@@ -44,12 +45,12 @@ def application(settings: ApplicationSettings) -> "serve.Application":
 
 
 def main(settings: ServeConfigSettings) -> None:
-    """Check the settings and write them down.
+    """Check the settings and write the config.
 
     Raises:
-        UserError: As `qformer serve`.
+        UserError: If `qformer serve` would refuse the settings.
     """
-    require_guarded(settings)
+    require_protection(settings)
     file = Path(settings.file)
     file.write_text(
         _HEAD.format(name=file.name) + yaml.safe_dump(serve_config(settings), sort_keys=False, allow_unicode=True)
@@ -58,24 +59,24 @@ def main(settings: ServeConfigSettings) -> None:
 
 
 def serve_config(settings: ServeSettings) -> dict[str, Any]:
-    """A config as `serve deploy` takes it.
+    """Build a config for `serve deploy`.
 
     Raises:
         UserError: If a checkpoint or the key file cannot be used.
     """
     from pipelines.serving.app.app import user_configs
 
-    # For a cluster: apart unless it is wanted otherwise.
+    # On a cluster, the deployments are separate unless the settings say otherwise.
     settings = settings.model_copy(update={"fused": bool(settings.fused)})
-    what = what_to_serve(settings)
+    service = resolve_service(settings)
     own = set(ServiceSettings.model_fields)
     arguments = ApplicationSettings(
         **{name: getattr(settings, name) for name in own},
-        backbones=what.config.backbones,
-        counts_quotas=what.config.counts_quotas,
-        is_local=what.config.is_local,
+        backbones=service.config.backbones,
+        counts_quotas=service.config.counts_quotas,
+        is_local=service.config.is_local,
     )
-    live = user_configs(what.config, what.adapters, what.keys)
+    live = user_configs(service.config, service.adapters, service.keys)
     return {
         "proxy_location": "EveryNode",
         "http_options": {

@@ -19,41 +19,40 @@ from pipelines.data import storage
 from pipelines.serving.contract.adapters import Adapter, Backbones, require_shared_backbones
 from pipelines.serving.contract.config import ApiKey, ServingConfig
 from pipelines.serving.contract.errors import ApiError
-from pipelines.serving.http.heads import is_loopback
-from pipelines.serving.http.keys import read_keys
+from pipelines.serving.http.headers import is_loopback
+from pipelines.serving.http.keys import MAX_KEY_FILE_BYTES, read_keys
 from qformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "qformer"
-MAX_KEY_FILE_BYTES = 2**20
-# The service answers its own timeouts in JSON; the proxy's deadline only catches a service that is gone.
+# The service answers timeouts itself, in JSON; the proxy's later deadline is for a service that no longer answers.
 PROXY_GRACE_S = 10.0
 
 
 def main(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then shut down; SIGHUP reads checkpoints and keys anew.
+    """Serve until SIGINT or SIGTERM, then shut down; SIGHUP reloads checkpoints and keys.
 
     Raises:
         UserError: If the port is taken, a checkpoint cannot be used, or the endpoint would be open to the network.
     """
-    require_guarded(settings)
-    what = what_to_serve(settings)
+    require_protection(settings)
+    service = resolve_service(settings)
     require_free_port(settings.host, settings.port)
     with ray_session(settings.ray):
-        _require_replicas(settings, what.config)
-        # After Ray's start, which sets handlers of its own: on SIGTERM they abort, and Serve would be left half down.
+        _require_replicas(settings, service.config)
+        # After Ray's start, which sets its own handlers; on SIGTERM they would abort before Serve has shut down.
         _exit_on_signals()
-        with _served(settings, what) as url:
-            names = ", ".join(adapter.name for adapter in what.adapters)
+        with _deployed(settings, service) as url:
+            names = ", ".join(adapter.name for adapter in service.adapters)
             print(f"serving {names} at {url}/v1, and a page to try them at {url}/; stop with Ctrl-C", flush=True)
-            if what.adapters[0].generates:
+            if service.adapters[0].generates:
                 print(f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {url}/v1/caption", flush=True)
-            _renew_on_hangup(settings, what)
+            _reload_on_sighup(settings, service)
 
 
 @contextlib.contextmanager
-def served(settings: ServeSettings) -> Iterator[str]:
+def running_service(settings: ServeSettings) -> Iterator[str]:
     """Serve inside an initialised Ray for the length of a `with` block.
 
     Yields:
@@ -62,27 +61,27 @@ def served(settings: ServeSettings) -> Iterator[str]:
     Raises:
         UserError: If the port is taken or a checkpoint cannot be used.
     """
-    what = what_to_serve(settings)
+    service = resolve_service(settings)
     require_free_port(settings.host, settings.port)
-    with _served(settings, what) as url:
+    with _deployed(settings, service) as url:
         yield url
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """What a service is made of, and what it serves."""
+class Service:
+    """Everything that a service consists of: settings, adapters and API keys."""
 
     config: ServingConfig
     adapters: Sequence[Adapter]
     keys: Sequence[ApiKey]
 
 
-def what_to_serve(settings: ServeSettings) -> Served:
-    """Translate settings, and learn from the checkpoints what they are.
+def resolve_service(settings: ServeSettings) -> Service:
+    """Resolve settings to a service; reads the descriptions of the checkpoints.
 
     Raises:
-        UserError: If a checkpoint or the key file cannot be used, a file of a checkpoint is not as it was written,
-            adapters do not share their backbones, or `generation` searches with beams.
+        UserError: If a checkpoint or the key file cannot be used, a checkpoint is damaged, adapters do not share their
+            backbones, or `generation` asks for beam search.
     """
     if settings.fused is None:
         settings = settings.model_copy(update={"fused": not joins_cluster(settings.ray)})
@@ -94,14 +93,14 @@ def what_to_serve(settings: ServeSettings) -> Served:
     keys = _keys(settings.api_keys)
     is_local = is_loopback(settings.host) and not settings.allow_open
     config = settings.config(Backbones.of(adapters), counts_quotas=bool(keys), is_local=is_local)
-    return Served(config, adapters, keys)
+    return Service(config, adapters, keys)
 
 
-def require_guarded(settings: ServeSettings) -> None:
-    """Check that nobody opens a service to the network by accident.
+def require_protection(settings: ServeSettings) -> None:
+    """Check that a service that the network can reach is protected by API keys.
 
     Raises:
-        UserError: If the host is not loopback, there are no API keys, and `allow_open` does not say that this is meant.
+        UserError: If the host is not loopback, there are no API keys, and `allow_open` is not set.
     """
     if not is_loopback(settings.host) and settings.api_keys is None and not settings.allow_open:
         raise UserError(
@@ -111,14 +110,14 @@ def require_guarded(settings: ServeSettings) -> None:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Check that the address can be listened on.
+    """Check that a server can listen on the address.
 
     Raises:
-        UserError: If it is taken, or the host is none of this machine's.
+        UserError: If the port is taken, or the host is no address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the server does: connections of an earlier run that are still closing do not matter.
+        # The server sets it too, so closing connections of an earlier run do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -135,7 +134,7 @@ def _adapter(checkpoint: str, name: str | None) -> Adapter:
 
 
 def _absolute(folder: str) -> str:
-    """The same folder for processes that start elsewhere on this machine."""
+    """Absolute form of a local folder, for processes with another working directory."""
     return folder if "://" in folder else os.path.abspath(folder)
 
 
@@ -150,7 +149,7 @@ def _keys(file: str | None) -> tuple[ApiKey, ...]:
         ) from error
     keys = read_keys(content, file)
     if not keys:
-        raise UserError(f"api_keys={file!r} holds no key, so nobody could ask; make one with --make-key NAME")
+        raise UserError(f"api_keys={file!r} holds no key; make one with --make-key NAME")
     return keys
 
 
@@ -167,7 +166,7 @@ def _require_replicas(settings: ServeSettings, config: ServingConfig) -> None:
 
 
 def _exit_on_signals() -> None:
-    """Leave through all `finally` blocks with exit code 0 on the first SIGINT or SIGTERM; ignore further ones."""
+    """Exit with code 0, through all `finally` blocks, on the first SIGINT or SIGTERM; ignore further ones."""
 
     def leave(*_: object) -> None:
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -179,73 +178,80 @@ def _exit_on_signals() -> None:
         signal.signal(name, leave)
 
 
-def _renew_on_hangup(settings: ServeSettings, now: Served) -> None:
-    """Wait for signals, for ever; on SIGHUP serve what the settings' checkpoints and key file hold by then."""
-    # A signal may come while this thread holds the queue's lock: of all locks, only this queue's bears that.
-    asked: queue.SimpleQueue[None] = queue.SimpleQueue()
-    signal.signal(signal.SIGHUP, lambda *_: asked.put(None))
+def _reload_on_sighup(settings: ServeSettings, now: Service) -> None:
+    """Wait for signals for ever; on SIGHUP, reload the checkpoints and the key file of the settings."""
+    # A signal may arrive while this thread holds the lock of the queue; only SimpleQueue is reentrant.
+    requests: queue.SimpleQueue[None] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda *_: requests.put(None))
     while True:
-        asked.get()
+        requests.get()
         try:
-            what = what_to_serve(settings)
-            renew(now, what)
-        except Exception as error:  # a store that is away, a cluster that is short of something: it may pass
+            service = resolve_service(settings)
+            reload(now, service)
+        except Exception as error:  # possibly transient: storage that is unreachable, a cluster without free resources
             mistake = find_user_error(error)
-            logger.error("still serving what was: %s", mistake or repr(error), exc_info=mistake is None)
+            logger.error(
+                "reload failed, still serving the previous adapters: %s",
+                mistake or repr(error),
+                exc_info=mistake is None,
+            )
         else:
-            now = what
+            now = service
             logger.info("now serving %s", ", ".join(adapter.version for adapter in now.adapters))
 
 
-def renew(now: Served, wanted: Served) -> None:
-    """Serve other adapters and keys than now, while requests go on: what is new answers once before clients ask it.
+def reload(now: Service, wanted: Service) -> None:
+    """Replace adapters and keys without downtime; each new adapter must answer a test picture first.
 
     Raises:
         UserError: If an adapter cannot be used.
     """
     known = {adapter.key for adapter in now.adapters}
-    if wanted.config == now.config:  # else Serve starts other replicas, which load before they are asked
-        asyncio.run(_try_out([adapter for adapter in wanted.adapters if adapter.key not in known], wanted.config))
-    update(wanted)
+    # With another config, Serve starts new replicas, which load their models before they get requests.
+    if wanted.config == now.config:
+        asyncio.run(
+            _check_adapters([adapter for adapter in wanted.adapters if adapter.key not in known], wanted.config)
+        )
+    deploy(wanted)
 
 
-async def _try_out(adapters: Sequence[Adapter], config: ServingConfig) -> None:
-    """Send a picture through the running models for each adapter."""
-    from pipelines.serving.app.app import rehearse
+async def _check_adapters(adapters: Sequence[Adapter], config: ServingConfig) -> None:
+    """Send a test picture through the running models for each adapter."""
+    from pipelines.serving.app.app import check_adapter
 
     for adapter in adapters:
         try:
             async with asyncio.timeout(config.requests.timeout_s):
-                await rehearse(APP_NAME, config, adapter)
+                await check_adapter(APP_NAME, config, adapter)
         except (ApiError, TimeoutError) as error:
             reason = find_user_error(error) or str(error) or f"it took longer than {config.requests.timeout_s:g} s"
             raise UserError(f"{adapter.version} at {adapter.folder} does not answer: {reason}") from error
 
 
-def update(what: Served) -> None:
-    """Put an application into Serve. Into a running one come other adapters and keys, while requests go on.
+def deploy(service: Service) -> None:
+    """Deploy the application with Serve, or update adapters and keys of a running one without downtime.
 
     Raises:
-        UserError: If a replica cannot use them.
+        UserError: If a replica cannot load them.
     """
     from ray import serve
 
     from pipelines.serving.app.app import build_app
 
     try:
-        serve.run(build_app(what.config, what.adapters, what.keys), name=APP_NAME, route_prefix="/")
+        serve.run(build_app(service.config, service.adapters, service.keys), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise _why_not_deployed() or error from error
+        raise _deployment_mistake() or error from error
 
 
 @contextlib.contextmanager
-def _served(settings: ServeSettings, what: Served) -> Iterator[str]:
+def _deployed(settings: ServeSettings, service: Service) -> Iterator[str]:
     from ray import serve
 
-    # Serve's own progress lines tell a user nothing that this job does not say itself.
+    # Serve's progress lines repeat what this job prints.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if serve.status().proxies:
-        # Its port would not be ours, and shutting it down would end the applications of others.
+        # The port is fixed by the running Serve, and a shutdown would end the applications of other users.
         raise UserError("Ray Serve already runs on this cluster; stop it (`serve shutdown`) or use another cluster")
     serve.start(
         http_options={
@@ -253,19 +259,19 @@ def _served(settings: ServeSettings, what: Served) -> Iterator[str]:
             "port": settings.port,
             "request_timeout_s": settings.requests.timeout_s + PROXY_GRACE_S,
         },
-        # The service writes a line for each request, and more in it; the proxy's own would keep the next one waiting.
+        # The service logs each request itself; the proxy's log would only delay the next request.
         logging_config={"enable_access_log": False},
     )
     try:
-        update(what)
+        deploy(service)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         yield f"http://{host}:{settings.port}"
     finally:
         serve.shutdown()
 
 
-def _why_not_deployed() -> UserError | None:
-    """The user's mistake that a replica met when it started, None when it was none; Serve keeps it as text."""
+def _deployment_mistake() -> UserError | None:
+    """User error that stopped a replica at its start, from Serve's status text; None if there is none."""
     from ray import serve
 
     app = serve.status().applications.get(APP_NAME)

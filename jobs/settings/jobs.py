@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 from jobs.settings.data import (
     AudioSettings,
     DataSettings,
-    LimitSettings,
     RaySettings,
     Settings,
     SourceSettings,
@@ -15,6 +14,8 @@ from jobs.settings.data import (
 )
 from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.settings.serve import ServeSettings as ServeSettings
+from jobs.settings.specs import Audio, Language, Vision
+from pipelines.data.media.samples import Limits
 from qformer.config import GenerationSettings
 
 
@@ -60,7 +61,7 @@ class TrainSettings(Settings):
     learning rates stay what they are. null: `workers` or none."""
     use_gpu: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the computations; the bridge's own weights are always fp32. fp16 scales its losses."""
+    """Number format of the computations; the bridge's own weights are always fp32. fp16 scales its losses."""
     compile: bool = False
     """Compile the Q-Former's layers (torch.compile): faster steps on a GPU, after minutes of compiling."""
     checkpoint_every: int = Field(default=500, gt=0)
@@ -95,7 +96,7 @@ class PrepareSettings(Settings):
     num_frames: int = Field(default=8, ge=1)
     audio: AudioSettings | None = None
     """Try these segments of the videos' sound as well, as training with `model.audio` will; null: pictures alone."""
-    limits: LimitSettings = LimitSettings()
+    limits: Limits = Limits()
     max_quarantine_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share the summary warns; prepare itself still exits 0."""
     drop_training_duplicates: bool = False
@@ -113,14 +114,10 @@ class FeaturesSettings(Settings):
 
     output: str
     """Folder of the cache (local path or fsspec URI). A second run adds what is missing and leaves the rest."""
-    vision: str
-    """Vision encoder, as `model.vision` of `qformer train`."""
-    vision_pretrained: bool = True
-    vision_layer: int = -2
-    vision_image_size: int | None = Field(default=None, ge=1)
-    audio: str | None = None
-    """Audio encoder, as `model.audio` of `qformer train`, whose vectors are kept as well; null: no sound."""
-    audio_pretrained: bool = True
+    vision: Vision
+    """Vision encoder, as `model.vision` of `qformer train`; a string alone is its name."""
+    audio: Audio | None = None
+    """Audio encoder, as `model.audio` of `qformer train`, whose vectors are stored as well; null: no sound."""
     data: DataSettings
     dtype: Literal["fp16", "bf16", "int8"] = "fp16"
     """How tokens are stored; int8 keeps one scale a token and halves the size."""
@@ -193,7 +190,7 @@ class CaptionSettings(Settings):
     manifest: str | None = None
     """A corpus to caption, or to answer the questions of: as `data.manifest` of `qformer evaluate`."""
     split: str | None = None
-    """Of the manifest; null: all its rows."""
+    """Split of the manifest; null: all its rows."""
     output: str | None = None
     """Folder for a manifest's captions. A second run adds what is missing and leaves the rest."""
     num_frames: int | None = Field(default=None, ge=1)
@@ -201,9 +198,9 @@ class CaptionSettings(Settings):
     instruction: str = ""
     """Question or instruction about every file; empty: that of the manifest's row, else the prompt of training."""
     generation: GenerationSettings = GenerationSettings()
-    limits: LimitSettings = LimitSettings()
+    limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
-    """Of each model actor for a manifest."""
+    """Generation engine of each model actor for a manifest."""
     workers: int = Field(default=1, ge=1)
     """Model actors for a manifest."""
     decode_workers: int = Field(default=1, ge=1)
@@ -229,16 +226,14 @@ class ImportSettings(Settings):
     Blip2ForImageTextRetrieval or InstructBlipForConditionalGeneration with its processor."""
     output: str
     """New local folder; `checkpoint=` of the other jobs takes it."""
-    vision: str | None = None
+    vision: Vision | None = None
     """Encoder of a LAVIS file, which holds none; a Hugging Face folder brings its own."""
-    vision_pretrained: bool = True
-    vision_layer: int = -2
-    language: str | None = None
+    language: Language | None = None
     """Language model of a LAVIS stage-2 file; a Hugging Face folder brings its own."""
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of a LAVIS stage-1 file."""
     num_heads: int | None = Field(default=None, ge=1)
-    """Attention heads of a LAVIS Q-Former, which no tensor tells; null: 64 channels a head, as BERT."""
+    """Attention heads of a LAVIS Q-Former, which no tensor shows; null: 64 channels a head, as BERT."""
     prompt: str = ""
     """Text put before every caption, as in the training of the imported model."""
     num_frames: int = Field(default=8, ge=1)

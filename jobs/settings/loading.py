@@ -1,17 +1,19 @@
 """From YAML files and `--set` overrides to checked settings, with errors a person can act on."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.settings.data import Settings
+from jobs.settings.renamed import RENAMED, with_present_keys
 from jobs.settings.shipped import find_config
+from jobs.settings.specs import is_spec_at, models_in, with_long_forms
 from qformer.errors import UserError
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -41,17 +43,30 @@ def load(
     files = [(path, _read_mapping(path)) for path in paths]
     values: Any = {}
     for _, own in files:
-        values = _merged(values, own)
+        values = _merged(values, with_long_forms(model, own))
     assignments: list[tuple[tuple[str, ...], str]] = []
     for text in overrides:
         keys, value = _parse_override(text)
-        values = _assigned(values, keys, value, text)
+        # A frozen model's name alone leaves its other values as they are.
+        place = (*keys, "name") if isinstance(value, str) and is_spec_at(model, keys) else keys
+        values = with_long_forms(model, _assigned(values, place, value, text))
         assignments.append((keys, text))
     try:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_describe(model, details, files, assignments) for details in error.errors()]
     raise UserError("\n".join(lines))
+
+
+def load_saved(model: type[SettingsT], text: str) -> SettingsT | None:
+    """Settings as an earlier run wrote them (`resolved_yaml`), also under former keys; None of what is no such text."""
+    try:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            return None
+        return model.model_validate(with_present_keys(with_long_forms(model, values)))
+    except (yaml.YAMLError, ValidationError):
+        return None
 
 
 def resolved_yaml(settings: Settings) -> str:
@@ -63,13 +78,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Plain YAML lets a repeated key win silently; in a settings file that is always a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+            if key_node.value in keys and key_node.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
                 )
-            seen.add(str(key_node.value))
+            keys.add(str(key_node.value))
         return super().construct_mapping(node, deep=deep)
 
 
@@ -149,17 +164,25 @@ def _describe(
     origin = _origin(keys, files, assignments)
     match details["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
+            if (present := RENAMED.get(dotted)) in set(_dotted_keys(model)):
+                return f"{origin}: {dotted} is now {present}; rename it"
             return f"{origin}: unknown key {dotted!r}; {_suggestion(model, keys)}"
         case "missing":
             file = _file_of(keys, files)
             place = f"write `{keys[-1]}: …` in {file}" if file else "give a --config file"
             return f"{origin}: {dotted!r} is missing; {place} or add --set {dotted}=VALUE"
         case _:
-            problem = details["msg"].removeprefix("Value error, ")
-            problem = problem[:1].lower() + problem[1:]
-            return (
-                f"{origin}: {dotted} = {_shortened(details['input'])}: {problem}" if dotted else f"{origin}: {problem}"
-            )
+            return f"{origin}: {_problem(model, keys, details)}"
+
+
+def _problem(model: type[Settings], keys: tuple[str, ...], details: ErrorDetails) -> str:
+    """Key, value and what is wrong with it. What a dataclass finds wrong in itself begins with one of its fields."""
+    problem, value = details["msg"].removeprefix("Value error, "), details["input"]
+    found = re.match(r"(\w+)=\S+ (?=must )", problem)
+    if found and isinstance(value, dict) and found[1] in value:
+        keys, value, problem = (*keys, found[1]), value[found[1]], problem[found.end() :]
+    problem = problem[:1].lower() + problem[1:]
+    return f"{'.'.join(keys)} = {_shortened(value)}: {problem}" if keys else problem
 
 
 def _shortened(value: Any, length: int = 80) -> str:
@@ -233,14 +256,5 @@ def _dotted_keys(model: type[Any], prefix: str = "") -> Iterator[str]:
         if name == "model_config":
             continue
         yield prefix + name
-        for nested in _models_in(annotation):
+        for nested in models_in(annotation):
             yield from _dotted_keys(nested, f"{prefix}{name}.")
-
-
-def _models_in(annotation: Any) -> Iterator[type[Any]]:
-    """Settings classes named by an annotation: itself, or inside `X | None`, `list[X]`."""
-    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
-        yield annotation
-        return
-    for part in get_args(annotation):
-        yield from _models_in(part)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.cluster.circumstances import circumstances
-from jobs.folders.run import QUARANTINE_FILE
+from jobs.cluster.environment import current_environment
 from jobs.settings.jobs import TrainSettings
 from pipelines.data import storage
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import write_table
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.failures import Failure
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.records.metrics_log import MetricsLog
@@ -75,7 +75,7 @@ class RunReporter:
 
     def record_start(self, facts: dict[str, Any]) -> None:
         """Write a start of the workers to starts.jsonl: time, code, machine, and `facts` about the model."""
-        self._append(STARTS_FILE, {"time": _now(), **asdict(circumstances()), **facts})
+        self._append(STARTS_FILE, {"time": _now(), **asdict(current_environment()), **facts})
 
     def write_quarantine(self, accounting: Accounting) -> None:
         """Write the quarantine table; a failure is a warning, and the next write the next try."""

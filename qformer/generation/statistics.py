@@ -56,7 +56,7 @@ class EngineMeter:
             self._first_token_s.append(seconds)
 
     def step(self, num_tokens: int) -> None:
-        """Count a step that generated so many tokens, one a request."""
+        """Count a step that generated `num_tokens` tokens, one a request."""
         self.steps += 1
         self.completion_tokens += num_tokens
         with self._lock:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from tests.conftest import REPOSITORY
 from tests.docs.blocks import blocks_in
 
 pytestmark = pytest.mark.slow
-READY = "http://127.0.0.1:8000/readyz"
 SIX = next(block for block in blocks_in("sh") if block.page == "README.md" and "photos.yaml" in block.text)
 RECIPES = next(block for block in blocks_in("sh") if block.page == "docs/recipes.md" and "jobs.demo.toy" in block.text)
 CLIENT = next(block for block in blocks_in("python") if "openai" in block.text)
@@ -64,22 +64,38 @@ def write_photographs(folder, table):
 
 
 @pytest.fixture(scope="module")
-def six(clone):
+def port():
+    """A free port in the place of 8000, which other tests may use at the same time."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def six(clone, port):
     """The output of the six commands; afterwards the server still answers."""
     *before, serve, ask = SIX.text.replace("\\\n", "").strip().splitlines()
     assert len(before) == 4 and serve.startswith("qformer serve ") and ask.startswith("curl ")
     first = shell("\n".join(before), clone)
     assert first.returncode == 0, first.stdout + first.stderr
     server = subprocess.Popen(
-        ["bash", "-c", f". .venv/bin/activate && exec {serve}"], cwd=clone, start_new_session=True, env=environment()
+        ["bash", "-c", f". .venv/bin/activate && exec {serve} --set port={port}"],
+        cwd=clone,
+        start_new_session=True,
+        env=environment(),
     )
     try:
-        wait_until_ready(server)
-        yield first.stdout + first.stderr, shell(ask, clone)
+        wait_until_ready(server, f"http://127.0.0.1:{port}/readyz")
+        yield first.stdout + first.stderr, shell(at(port, ask), clone)
     finally:
         with contextlib.suppress(ProcessLookupError):
             server.send_signal(signal.SIGTERM)
         assert server.wait(120) is not None
+
+
+def at(port, text):
+    assert ":8000/" in text
+    return text.replace(":8000/", f":{port}/")
 
 
 def environment():
@@ -91,15 +107,15 @@ def shell(script, folder):
     return subprocess.run(["bash", "-c", script], cwd=folder, env=environment(), capture_output=True, text=True)
 
 
-def wait_until_ready(server, seconds=300):
+def wait_until_ready(server, url, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert server.poll() is None, "the server has ended"
-        with contextlib.suppress(OSError), urllib.request.urlopen(READY, timeout=15) as answer:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=15) as answer:
             assert answer.status == 200
             return
         time.sleep(1)
-    pytest.fail(f"no answer from {READY} in {seconds} s")
+    pytest.fail(f"no answer from {url} in {seconds} s")
 
 
 def test_the_six_commands_end_with_a_served_caption(six):
@@ -108,9 +124,9 @@ def test_the_six_commands_end_with_a_served_caption(six):
     assert answer.returncode == 0 and '"caption"' in answer.stdout, answer.stdout + answer.stderr
 
 
-def test_a_client_of_openai_asks_as_the_serving_page_shows(six, clone):
+def test_a_client_of_openai_asks_as_the_serving_page_shows(six, clone, port):
     shutil.copy(clone / "photos" / "beach.jpg", clone / "photo.jpg")
-    (clone / "client.py").write_text(CLIENT.text)
+    (clone / "client.py").write_text(at(port, CLIENT.text))
     asked = shell(". .venv/bin/activate\npython client.py", clone)
     assert asked.returncode == 0, asked.stderr
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.demo.backbones` makes the models anew."""
+"""`python -m jobs.demo.backbones` trains and saves the models again."""
 
 from jobs.demo.make_backbones import main
 

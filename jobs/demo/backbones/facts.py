@@ -1,11 +1,11 @@
-"""Facts about scenes as tokens, laid out in slots of soft prompts: what the tiny language model reads.
+"""Facts about scenes as tokens in slots of soft prompts: the training input of the tiny language model.
 
-A prompt has T frames of S slots. What is known of one thing (size, colour, shape, place) stands together in a slot:
-a weighted sum of fact tokens' embeddings, plus noise. So what belongs to what is told by the slot alone, and a query
-that looks at one part of a picture and copies what it sees is already a good bridge. Facts that said instead whose
-they are ("the first thing's colour is red") were measured to be learnt only after a thousand steps, or never: a query
-must then choose a thing and name it, and neither pays without the other. Relations and motions are told by places
-only. The slot a thing stands in and empty slots mean nothing; a thing may stand in several.
+A prompt has T frames of S slots. The facts of one thing (size, colour, shape, place) share a slot: a weighted sum of
+the embeddings of their tokens, plus noise. The slot alone binds facts to a thing, so a query that attends to one part
+of a picture and copies its content is already a good bridge. Facts that name their thing instead ("the first thing's
+colour is red") were learnt only after a thousand steps or never in measurements: a query must then both choose a thing
+and name it, and neither helps without the other. Relations and motions follow from places only. The index of a slot has
+no meaning, slots may be empty, and a thing may fill several.
 
 Dimensions: B batch, L = T * S slots, V vocabulary.
 """
@@ -16,33 +16,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jobs.demo.world.render import Placed, moved, place
+from jobs.demo.world.render import Placement, move_to, place
 from jobs.demo.world.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 NONE_FACT = "<none>"
 NUM_BINS = 5
 Group = dict[str, float]
-"""Facts that stand together, with their weights."""
+"""Facts of one slot, with their weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clutter:
-    """How far prompts depart from clean facts; every field 0 gives clean ones."""
+class PromptNoise:
+    """Corruption of prompts; with every field 0, prompts are clean."""
 
     noise_std_max: float = 0.0
-    """Noise on every slot, drawn up to this, relative to the embeddings' own standard deviation."""
+    """Largest noise on every slot, relative to the standard deviation of the embeddings."""
     scale_spread: float = 0.0
-    """A fact's weight is multiplied by 1 - 2/3 of this to 1 + this."""
+    """Range of the weight of a fact: factors from 1 - 2/3 of this to 1 + this."""
     copies_max: int = 0
-    """Up to so many further slots hold a thing's facts, each of them less and incomplete."""
+    """Largest number of further slots with weaker, incomplete copies of a thing's facts."""
     bleed_rate: float = 0.0
-    """Share of prompts whose slots also hold a weak mixture of all facts of the frame."""
+    """Share of prompts in which every slot also holds a weak mixture of all facts of the frame."""
     frame_drop_rate: float = 0.0
-    """Chance that a fact is dropped from one frame though others keep it."""
+    """Probability that a fact is missing in one frame while others have it."""
 
 
-CLEAN = Clutter()
-FULL = Clutter(
+CLEAN = PromptNoise()
+FULL = PromptNoise(
     noise_std_max=0.5,
     scale_spread=0.6,
     copies_max=3,
@@ -58,12 +58,12 @@ def fact_tokens() -> list[str]:
 
 
 def thing_facts(thing: Thing) -> Group:
-    """Return what a thing is."""
+    """Return the size, colour and shape of a thing."""
     return {f"<{value}>": 1.0 for value in (thing.size, thing.colour, thing.shape)}
 
 
-def place_facts(placed: Placed) -> Group:
-    """Return where a thing is: on each axis the two nearest of `NUM_BINS` marks, weighted by nearness."""
+def place_facts(placed: Placement) -> Group:
+    """Return the place of a thing: on each axis the two nearest of `NUM_BINS` bins, weighted by distance."""
     facts: Group = {}
     for axis, value in (("x", placed.x), ("y", placed.y)):
         position = min(1.0, max(0.0, (value - 0.1) / 0.8)) * (NUM_BINS - 1)
@@ -77,11 +77,11 @@ def image_facts(scene: Scene, rng: random.Random, *, place_rate: float = 1.0) ->
 
     Args:
         scene: The scene.
-        rng: Source of chance.
-        place_rate: Chance that the place of a thing without relation is told.
+        rng: Random number generator.
+        place_rate: Probability that a single thing gets the facts of its place.
     """
     placed = place(scene, rng)
-    # `place` answers in canonical order.
+    # `place` returns the things in canonical order.
     things = [thing_facts(one.thing) | place_facts(one) for one in placed]
     if scene.relation is None and rng.random() >= place_rate:
         things = [thing_facts(one.thing) for one in placed]
@@ -93,15 +93,15 @@ def clip_facts(scene: Scene, rng: random.Random, num_frames: int) -> list[list[G
 
     Args:
         scene: A scene of one thing with a motion.
-        rng: Source of chance.
-        num_frames: Frames to tell.
+        rng: Random number generator.
+        num_frames: Number of frames.
     """
     assert scene.motion is not None
     (placed,) = place(scene, rng)
     is_reversed = rng.random() < 0.5
     frames: list[list[Group]] = []
     for index in range(num_frames):
-        now = moved(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
+        now = move_to(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
         is_visible = now.is_visible
         if scene.motion == "blinking" and num_frames != 4:
             is_visible = (index % 2 == 0) != is_reversed
@@ -113,17 +113,17 @@ def fill_slots(
     prompts: list[list[list[Group]]],
     num_slots: int,
     id_of_token: dict[str, int],
-    clutter: Clutter,
+    noise: PromptNoise,
     rng: random.Random,
 ) -> Tensor:
-    """Spread each prompt's groups over its frames' slots at random.
+    """Assign the groups of each prompt to random slots of its frames.
 
     Args:
-        prompts: For each prompt, for each frame, the groups; all with the same number of frames.
-        num_slots: Slots in a frame.
+        prompts: Groups by prompt and frame; all prompts have the same number of frames.
+        num_slots: Number of slots per frame.
         id_of_token: Vocabulary.
-        clutter: How untidy.
-        rng: Source of chance.
+        noise: Corruption of the prompts.
+        rng: Random number generator.
 
     Returns:
         weights_BLV of every token in every slot.
@@ -131,16 +131,16 @@ def fill_slots(
     num_frames = len(prompts[0])
     weights_BLV = torch.zeros(len(prompts), num_frames * num_slots, len(id_of_token))
     for row, frames in enumerate(prompts):
-        has_bleed = rng.random() < clutter.bleed_rate
-        for index, groups in enumerate(_thin_out(frames, clutter, rng)):
-            for slot, facts in _assign(groups, num_slots, clutter, rng, has_bleed):
+        has_bleed = rng.random() < noise.bleed_rate
+        for index, groups in enumerate(_drop_from_frames(frames, noise, rng)):
+            for slot, facts in _assign(groups, num_slots, noise, rng, has_bleed):
                 for fact, weight in facts.items():
                     weights_BLV[row, index * num_slots + slot, id_of_token[fact]] += weight
     return weights_BLV
 
 
 def embed_prompts(weights_BLV: Tensor, embedding_VD: Tensor, noise_std_max: float) -> Tensor:
-    """Turn slots' weights into noisy soft prompts of shape BLD.
+    """Embed the weights of slots as noisy soft prompts of shape BLD.
 
     Each prompt draws its own noise strength; one in four draws none at all.
     """
@@ -152,37 +152,37 @@ def embed_prompts(weights_BLV: Tensor, embedding_VD: Tensor, noise_std_max: floa
 
 
 def _assign(
-    groups: list[Group], num_slots: int, clutter: Clutter, rng: random.Random, has_bleed: bool
+    groups: list[Group], num_slots: int, noise: PromptNoise, rng: random.Random, has_bleed: bool
 ) -> list[tuple[int, Group]]:
-    def scaled(group: Group, share: float, keep_rate: float = 1.0) -> Group:
-        spread = clutter.scale_spread
+    def scaled(group: Group, share: float, include_rate: float = 1.0) -> Group:
+        spread = noise.scale_spread
         return {
             fact: weight * share * rng.uniform(1 - spread * 2 / 3, 1 + spread)
             for fact, weight in group.items()
-            if rng.random() < keep_rate
+            if rng.random() < include_rate
         }
 
     free = rng.sample(range(num_slots), num_slots)
     entries = []
     for group in groups:
         entries.append((free.pop(), scaled(group, 1.0)))
-        for _ in range(rng.randint(0, clutter.copies_max)):
+        for _ in range(rng.randint(0, noise.copies_max)):
             if len(free) > len(groups):
-                entries.append((free.pop(), scaled(group, rng.uniform(0.3, 1.0), keep_rate=0.8)))
+                entries.append((free.pop(), scaled(group, rng.uniform(0.3, 1.0), include_rate=0.8)))
     if has_bleed:
         strength = rng.uniform(0.05, 0.4)
         entries += [(slot, scaled(group, strength)) for slot in range(num_slots) for group in groups]
     return entries
 
 
-def _thin_out(frames: list[list[Group]], clutter: Clutter, rng: random.Random) -> list[list[Group]]:
-    """Drop facts of what a thing is from single frames, but never from all of them; places stay, for they tell more."""
-    kept = [[dict(group) for group in groups] for groups in frames]
+def _drop_from_frames(frames: list[list[Group]], noise: PromptNoise, rng: random.Random) -> list[list[Group]]:
+    """Drop facts of size, colour and shape from single frames, never from all; facts of places stay."""
+    remaining = [[dict(group) for group in groups] for groups in frames]
     if len(frames) > 1:
-        for groups in kept:
+        for groups in remaining:
             for group in groups:
                 for fact in [fact for fact in group if fact[1:-1] in (*SIZES, *COLOURS, *SHAPES)]:
-                    holders = sum(fact in other for others in kept for other in others)
-                    if holders > 1 and rng.random() < clutter.frame_drop_rate:
+                    holders = sum(fact in other for others in remaining for other in others)
+                    if holders > 1 and rng.random() < noise.frame_drop_rate:
                         del group[fact]
-    return kept
+    return remaining

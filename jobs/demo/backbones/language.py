@@ -1,12 +1,12 @@
 """Train the demo's tiny causal language model to put facts from soft prompts into words.
 
-A model trained on captions alone ignores soft prompts; this one sees, before every caption, embeddings that
-hold the caption's facts in slots, as untidy as a half-trained bridge would deliver them (see `facts`).
+A model trained on captions alone ignores soft prompts. This one gets, before every caption, embeddings that hold the
+facts of the caption in slots, corrupted like the output of a half-trained bridge (`facts`).
 
-It must also name colour-shape pairs that it never met. Trained on the world's 32 pairs alone it learns that the
-other 8 do not exist (a quarter of held-out images right). So half of the colours and shapes are swapped for
-made-up ones, which leave the vocabulary after training: with some 500 pairs to name, copying is simpler than
-remembering which pairs exist. For the same reason a fact that is missing is not guessed: its word is not scored.
+It must also name colour-shape pairs that never occur in its training. Trained on the 32 training pairs alone, it learns
+that the other 8 do not exist (a quarter of held-out images right). So many colours and shapes are replaced by made-up
+ones, which are removed from the vocabulary after training: with some 500 pairs, copying is simpler than memorising the
+pairs. For the same reason, a word whose fact is missing is not scored, so that the model does not learn to guess it.
 """
 
 import logging
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from jobs.demo.backbones.facts import CLEAN, FULL, embed_prompts, fact_tokens
 from jobs.demo.backbones.language_batches import IGNORED, MADE_UP_COLOURS, MADE_UP_SHAPES, made_up_facts, sample_batch
-from jobs.demo.backbones.lookup import VALUES_OF_KIND, begin_as_lookup, mix_facts
+from jobs.demo.backbones.lookup_init import VALUES_OF_KIND, init_lookup, mix_facts
 from jobs.demo.world.grammar import vocabulary
 from jobs.demo.world.scenes import MOTIONS, RELATIONS
 from qformer.torch_build.torchvision import import_torchvision
@@ -40,7 +40,7 @@ PEAK_LEARNING_RATE = 3e-3
 LOG_EVERY_STEPS = 100
 MAX_NEW_TOKENS = 20
 HIDDEN_WORD_RATE = 0.1
-# Without it, "never seen together" is pushed towards impossible, and outweighs a fact that says otherwise.
+# Without smoothing, pairs outside the training set become impossible, which outweighs a fact in the prompt.
 LABEL_SMOOTHING = 0.1
 PHRASE_WEIGHT = 0.3
 PLACE_WEIGHT = 1.5
@@ -51,7 +51,7 @@ def build_tokenizer(made_up: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
     """Make a word-level tokenizer that begins every text with `<bos>` and never adds `<eos>`.
 
     Args:
-        made_up: Words that exist during training only; they come last, so that they can be cut off.
+        made_up: Words that exist during training only; they come last, so that they can be removed.
     """
     return word_tokenizer([*SPECIAL_TOKENS, *vocabulary(), *fact_tokens(), *made_up])
 
@@ -77,10 +77,10 @@ def build_model(vocabulary_size: int) -> "LlamaForCausalLM":
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=512,
-        # Slots are found by what they hold: let most of a head's width ignore the distance.
+        # Attention finds slots by content, so most of a head's width should not depend on the distance.
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         initializer_range=0.06,
-        # A fact's embedding holds its word's; were it also the output row, the fact would compete with the word.
+        # The embedding of a fact contains that of its word. With tied weights, the fact would compete with the word.
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
@@ -104,9 +104,9 @@ def caption_loss(
         model: The language model.
         prompts_BLD: Soft prompts.
         ids_BT: `<bos>` caption `<eos>`, then padding.
-        targets_BT: What is scored at each place but the last; `ids_BT` without padding if not given.
-        label_smoothing: Share of each target spread over all words.
-        weight_V: Of each word in the mean, but for first words, which weigh `PHRASE_WEIGHT`; all equal if not given.
+        targets_BT: Targets at all positions but the last; None: `ids_BT` without padding.
+        label_smoothing: Share of each target that is spread over all words.
+        weight_V: Weight of each word in the mean; first words weigh `PHRASE_WEIGHT`. None: equal weights.
     """
     words_BTD = model.get_input_embeddings()(ids_BT[:, :-1])
     hidden_BLD = model.model(inputs_embeds=torch.cat([prompts_BLD, words_BTD], dim=1)).last_hidden_state
@@ -120,7 +120,7 @@ def caption_loss(
     weights_BT = (targets_BT != IGNORED).float()
     if weight_V is not None:
         weights_BT = weights_BT * weight_V[targets_BT.clamp(min=0)]
-        # Which words begin a caption is chance, even where a relation does.
+        # The first words of a caption are random, even if they state a relation.
         weights_BT[:, 0] = PHRASE_WEIGHT
     return (losses_BT * weights_BT).sum() / weights_BT.sum()
 
@@ -133,27 +133,27 @@ def train_language(seed: int = 0, num_steps: int = NUM_STEPS) -> "tuple[LlamaFor
     model = build_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
     mixing_VN, parts_ND, row_of_part = mix_facts(tokenizer, WIDTH)
-    begin_as_lookup(model, tokenizer, parts_ND, row_of_part)
+    init_lookup(model, tokenizer, parts_ND, row_of_part)
     parts_ND.requires_grad_()
     optimizer.add_param_group({"params": [parts_ND]})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
     attribute_ids = _ids(tokenizer, (word for words in VALUES_OF_KIND.values() for word in words))
-    # Which paraphrase comes is chance; the words that facts decide shall not drown in it.
+    # Paraphrases are random; words that facts determine get a larger weight.
     weight_V = torch.full((len(tokenizer),), PHRASE_WEIGHT)
     weight_V[attribute_ids] = 1
-    # Relations and motions are the hardest to read, and the end says that there is no second thing.
+    # Relations and motions are the hardest to learn, and the end token states that there is no second thing.
     weight_V[_ids(tokenizer, {*" ".join((*MOTIONS, *RELATIONS)).split(), "<eos>"})] = PLACE_WEIGHT
     model.train()
     for step in range(num_steps):
-        clutter = CLEAN if step < NUM_CLEAN_STEPS else FULL
-        batch = sample_batch(tokenizer, rng, clutter)
+        noise = CLEAN if step < NUM_CLEAN_STEPS else FULL
+        batch = sample_batch(tokenizer, rng, noise)
         embedding_VD = mixing_VN @ torch.cat([model.get_input_embeddings().weight, parts_ND])
-        prompts_BLD = embed_prompts(batch.weights, embedding_VD, clutter.noise_std_max)
+        prompts_BLD = embed_prompts(batch.weights, embedding_VD, noise.noise_std_max)
         if step >= NUM_CLEAN_STEPS:
-            # A bridge's output has its own scale: be readable from half to three times the embeddings'.
+            # The output of a bridge has any scale, so train on half to three times that of the embeddings.
             log_scale_B11 = torch.empty(len(prompts_BLD), 1, 1).uniform_(math.log(0.5), math.log(3))
             prompts_BLD = prompts_BLD * log_scale_B11.exp()
-        # Words that are read as unknown cannot hint at their neighbours; the prompt must.
+        # Words that are replaced by <unk> give no hint about their neighbours; only the prompt does.
         is_hidden_BT = torch.isin(batch.ids, attribute_ids) & (torch.rand(batch.ids.shape) < HIDDEN_WORD_RATE)
         is_hidden_BT[:, 1:] |= (batch.targets == IGNORED) & (batch.ids[:, 1:] != tokenizer.pad_token_id)
         read_BT = batch.ids.masked_fill(is_hidden_BT, tokenizer.unk_token_id)
@@ -186,7 +186,7 @@ def greedy_captions(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFa
 
 
 def save_language(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Write both in the ordinary transformers layout."""
+    """Write model and tokenizer in the layout of transformers."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -196,7 +196,7 @@ def _ids(tokenizer: "PreTrainedTokenizerFast", words: Iterable[str]) -> Tensor:
 
 
 def import_transformers() -> ModuleType:
-    """Import transformers, safe beside a torchvision that does not fit."""
+    """Import transformers; works even if the installed torchvision does not fit torch."""
     import_torchvision()
     import transformers
 

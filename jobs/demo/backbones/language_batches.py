@@ -1,4 +1,4 @@
-"""Draw what the demo's language model learns from: facts in slots, and captions that tell them."""
+"""Training batches of the demo's language model: facts in slots, and captions that state them."""
 
 import random
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jobs.demo.backbones.facts import Clutter, Group, clip_facts, fill_slots, image_facts
+from jobs.demo.backbones.facts import Group, PromptNoise, clip_facts, fill_slots, image_facts
 from jobs.demo.world.grammar import captions
 from jobs.demo.world.scenes import Kind, Scene, sample_scene
 
@@ -25,15 +25,15 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class CaptionBatch:
     """Prompts and captions of equal prompt length."""
 
     weights: Tensor
-    """Of every token in every slot, BLV."""
+    """Weight of every token in every slot, BLV."""
     ids: Tensor
-    """`<bos>` caption `<eos>`, then padding, BT."""
+    """Token ids: `<bos>` caption `<eos>`, then padding, BT."""
     targets: Tensor
-    """What is scored: `ids` without `<bos>`, padding and words that no fact tells, B(T-1)."""
+    """Targets of the loss: `ids` without `<bos>`; padding and words without a fact are ignored, B(T-1)."""
 
 
 def made_up_facts() -> list[str]:
@@ -41,7 +41,7 @@ def made_up_facts() -> list[str]:
     return [f"<{value}>" for value in (*MADE_UP_COLOURS, *MADE_UP_SHAPES)]
 
 
-def sample_batch(tokenizer: "PreTrainedTokenizerFast", rng: random.Random, clutter: Clutter) -> Batch:
+def sample_batch(tokenizer: "PreTrainedTokenizerFast", rng: random.Random, noise: PromptNoise) -> CaptionBatch:
     """Draw prompts of one random shape, with one paraphrase each; no held-out pair ever occurs."""
     is_clip = rng.random() < CLIP_RATE
     num_frames, num_slots = _prompt_shape(rng, is_clip)
@@ -51,16 +51,16 @@ def sample_batch(tokenizer: "PreTrainedTokenizerFast", rng: random.Random, clutt
         kind: Kind = "clip" if is_clip else "pair" if rng.random() < PAIR_RATE else "single"
         scene = sample_scene(rng, kind, held_out=False)
         frames = clip_facts(scene, rng, num_frames) if is_clip else image_facts(scene, rng, place_rate=0.5)
-        scene, frames = _disguise(scene, frames, rng)
-        frames, word = _lose_fact(scene, frames, rng) if rng.random() < MISSING_RATE else (frames, "<pad>")
+        scene, frames = _swap_words(scene, frames, rng)
+        frames, word = _drop_fact(scene, frames, rng) if rng.random() < MISSING_RATE else (frames, "<pad>")
         prompts.append(frames)
         texts.append(captions(scene, rng, 1)[0])
         missing.append(id_of_token[word])
     ids_BT = caption_ids(tokenizer, texts)
     is_unscored_BT = (ids_BT == tokenizer.pad_token_id) | (ids_BT == torch.tensor(missing)[:, None])
     targets_BT = ids_BT.masked_fill(is_unscored_BT, IGNORED)[:, 1:]
-    weights_BLV = fill_slots(prompts, num_slots, id_of_token, clutter, rng)
-    return Batch(weights_BLV, ids_BT, targets_BT)
+    weights_BLV = fill_slots(prompts, num_slots, id_of_token, noise, rng)
+    return CaptionBatch(weights_BLV, ids_BT, targets_BT)
 
 
 def caption_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> Tensor:
@@ -77,8 +77,8 @@ def _prompt_shape(rng: random.Random, is_clip: bool) -> tuple[int, int]:
     return 4 if rng.random() < 0.6 else rng.choice((3, 5, 6)), num_slots
 
 
-def _disguise(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[Scene, list[list[Group]]]:
-    """Swap some colours and shapes, in the scene and its facts, for made-up ones."""
+def _swap_words(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[Scene, list[list[Group]]]:
+    """Replace some colours and shapes, in the scene and its facts, by made-up ones."""
     things = []
     swaps: list[dict[str, str]] = []
     for thing in scene.things:
@@ -86,18 +86,18 @@ def _disguise(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tu
         shape = rng.choice(MADE_UP_SHAPES) if rng.random() < MADE_UP_RATE else thing.shape
         swaps.append({f"<{thing.colour}>": f"<{colour}>", f"<{thing.shape}>": f"<{shape}>"})
         things.append(replace(thing, colour=colour, shape=shape))
-    disguised = [
+    swapped = [
         [
             {swap.get(fact, fact): weight for fact, weight in group.items()}
             for group, swap in zip(groups, swaps, strict=True)
         ]
         for groups in frames
     ]
-    return replace(scene, things=tuple(things)), disguised
+    return replace(scene, things=tuple(things)), swapped
 
 
-def _lose_fact(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[list[list[Group]], str]:
-    """Remove one thing's size, colour or shape from all frames; also return its word."""
+def _drop_fact(scene: Scene, frames: list[list[Group]], rng: random.Random) -> tuple[list[list[Group]], str]:
+    """Remove the size, colour or shape of one thing from all frames; also return its word."""
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
     word = rng.choice((thing.size, thing.colour, thing.shape))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.demo.world.render import (
     RGB_OF_COLOUR,
-    Placed,
+    Placement,
     canvas_size,
     clip_frames,
     encode_jpeg,
@@ -38,7 +38,7 @@ CLASSES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
 IGNORED = -100
 OTHER_COLOUR = "other"
 _CLOSE_COLOUR = 30.0
-"""Distance in RGB that no thing comes nearer to a colour held out for its shape; a named colour varies by 17."""
+"""Smallest distance in RGB between a random colour and those held out for its shape; a named colour varies by 17."""
 _NEIGHBOUR_DISTANCE = (30.0, 70.0)
 _MIN_SATURATION = 80
 _FRAMES_PER_CLIP = 4
@@ -47,28 +47,28 @@ _CLEAR_COVERAGE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class PatchExamples:
     """Rendered pictures with a label for every patch."""
 
     pixels: Tensor
     """BCHW, uint8."""
     labels: dict[str, Tensor]
-    """For each attribute BP; the number of its values stands for "no thing", IGNORED for a thing's rim."""
+    """Labels BP by attribute; the number of its values stands for "no thing", IGNORED for the rim of a thing."""
     offsets: Tensor
-    """BP2: from the patch's centre to its thing's centre, in sides of the picture."""
+    """Vectors BP2 from the centre of the patch to the centre of its thing, in sides of the picture."""
 
 
-def render_examples(count: int, rng: random.Random, held_out: bool, other_colour_rate: float = 0.0) -> Examples:
+def render_examples(count: int, rng: random.Random, held_out: bool, other_colour_rate: float = 0.0) -> PatchExamples:
     """Render stills through JPEG and clip frames through H.264, with patch labels.
 
     Args:
         count: Number of pictures.
-        rng: Source of chance.
-        held_out: Whether to show held-out pairs; see `scenes.sample_scene`.
-        other_colour_rate: Share of things in stills that get a colour without a name.
+        rng: Random number generator.
+        held_out: Whether scenes hold held-out pairs (`scenes.sample_scene`).
+        other_colour_rate: Share of things in stills with a colour outside the named ones.
     """
     pixels: list[NDArray[np.uint8]] = []
-    placements: list[tuple[Placed, ...]] = []
+    placements: list[tuple[Placement, ...]] = []
     with tempfile.TemporaryDirectory() as folder:
         while len(pixels) < count:
             if rng.random() < 0.1:
@@ -81,7 +81,9 @@ def render_examples(count: int, rng: random.Random, held_out: bool, other_colour
     labels, offsets = zip(*(_label(placed) for placed in placements[:count]), strict=True)
     pixels_BHWC = torch.from_numpy(np.stack(pixels[:count]))
     stacked = {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in CLASSES}
-    return Examples(pixels_BHWC.permute(0, 3, 1, 2).contiguous(), stacked, torch.from_numpy(np.stack(offsets)).float())
+    return PatchExamples(
+        pixels_BHWC.permute(0, 3, 1, 2).contiguous(), stacked, torch.from_numpy(np.stack(offsets)).float()
+    )
 
 
 def fit_square(image: Image.Image) -> Image.Image:
@@ -107,9 +109,9 @@ def flip(
 
 def _still_picture(
     rng: random.Random, held_out: bool, other_colour_rate: float
-) -> tuple[Image.Image, tuple[Placed, ...]]:
+) -> tuple[Image.Image, tuple[Placement, ...]]:
     width, height = canvas_size(rng, 72, 160)
-    placed: tuple[Placed, ...] = ()
+    placed: tuple[Placement, ...] = ()
     if rng.random() < 0.96:
         placed = place(sample_scene(rng, "image", held_out), rng)
         placed = tuple(_recolour(p, rng) if rng.random() < other_colour_rate else p for p in placed)
@@ -117,16 +119,16 @@ def _still_picture(
     return Image.open(io.BytesIO(encode_jpeg(image, rng))), placed
 
 
-def _recolour(placed: Placed, rng: random.Random) -> Placed:
-    """Paint a thing in a colour without a name: half of them near named ones, none close to its held-out ones.
+def _recolour(placed: Placement, rng: random.Random) -> Placement:
+    """Give a thing a colour outside the named ones: half near named ones, none close to those held out for its shape.
 
-    A wide berth around held-out pairs would itself teach that this shape never comes in such colours.
+    The excluded region is small, because a large one would teach that the shape never has such colours.
     """
     avoided = [RGB_OF_COLOUR[colour] for colour, shape in HELD_OUT if shape == placed.thing.shape]
     while True:
         rgb = _neighbour(rng) if rng.random() < 0.5 else _rgb([rng.uniform(0, 255) for _ in range(3)])
-        is_lively = max(rgb) - min(rgb) >= _MIN_SATURATION
-        if is_lively and all(math.dist(rgb, other) >= _CLOSE_COLOUR for other in avoided):
+        is_saturated = max(rgb) - min(rgb) >= _MIN_SATURATION
+        if is_saturated and all(math.dist(rgb, other) >= _CLOSE_COLOUR for other in avoided):
             return replace(placed, rgb=rgb, thing=replace(placed.thing, colour=OTHER_COLOUR))
 
 
@@ -143,7 +145,7 @@ def _rgb(values: list[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple[Image.Image, tuple[Placed, ...]]]:
+def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple[Image.Image, tuple[Placement, ...]]]:
     moments, rate_hz = clip_frames(sample_scene(rng, "clip", held_out), rng)
     encode_mp4([pixels for pixels, _ in moments], rate_hz, path)
     with av.open(str(path)) as container:
@@ -152,7 +154,7 @@ def _clip_pictures(rng: random.Random, held_out: bool, path: Path) -> list[tuple
     return [(decoded[i], (moments[i][1],) if moments[i][1].is_visible else ()) for i in chosen]
 
 
-def _label(things: tuple[Placed, ...]) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.float64]]:
+def _label(things: tuple[Placement, ...]) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.float64]]:
     num_patches = GRID_SIDE**2
     labels = {name: np.full(num_patches, len(values), np.int64) for name, values in CLASSES.items()}
     offsets = np.zeros((num_patches, 2))

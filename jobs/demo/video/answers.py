@@ -1,7 +1,7 @@
-"""What every bridge says of the held-out clips: as they are, with frames shuffled, with another clip's sound.
+"""Captions of the held-out clips by every bridge: unchanged, with frames shuffled, and with the sound of another clip.
 
-Of the order it also has to choose: which caption of all that differ in it alone is the likeliest? Free captions do not
-tell whether a bridge knows the order, for they can be wrong in many ways.
+Each bridge also ranks all captions that differ only in the order and chooses the likeliest. Generated captions do not
+show whether a bridge reads the order, because they can be wrong in many ways.
 
 Dimensions: B clips, F frames, C channels, Y/X pixels, P image tokens, V encoder width, A segments of sound,
 W samples of a segment, N soft prompts, L language-model width.
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
-from jobs.demo.video.bridges import BRIDGES, Bridge
+from jobs.demo.video.bridges import BRIDGES, DemoBridge
 from jobs.demo.video.scoring import choices
-from jobs.demo.video.world.corpus import read_stories
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.corpus import read_scenes
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.demo.world.render import SAMPLE_RATE_HZ
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
@@ -36,7 +36,7 @@ from qformer.preprocessing import Preprocessing
 ANSWERS_FILE, CHOICES_FILE = "answers.json", "choices.json"
 AS_IT_IS, FRAMES_SHUFFLED, SOUND_SHUFFLED = "as it is", "frames shuffled", "sounds shuffled"
 NUM_SHUFFLES = 3
-"""Answers under a shuffle are averaged over so many of them."""
+"""Number of shuffles to average over."""
 _CLIPS_PER_PASS = 64
 
 logger = logging.getLogger(__name__)
@@ -48,34 +48,34 @@ class Clips:
 
     sample_ids: list[str]
     pixels: Tensor
-    """BFCYX, uint8."""
+    """Pixels BFCYX, uint8."""
     waveforms: Tensor
-    """BAW."""
+    """Sound BAW."""
     audio_valid: Tensor
-    """BA, False where there is no sound."""
+    """Mask BA, False where there is no sound."""
     tokens: Tensor | None = None
-    """BFPV of the frozen encoder, which all bridges share; None before it has seen the clips."""
+    """Tokens BFPV of the frozen encoder, which all bridges share; None before `with_tokens`."""
 
-    def seen_by(self, captioner: Captioner) -> "Clips":
-        """With tokens."""
+    def with_tokens(self, captioner: Captioner) -> "Clips":
+        """Encode the frames."""
         parts = [captioner.encoder.features(self.pixels[part]) for part in _passes(len(self.sample_ids))]
         return replace(self, tokens=torch.cat(parts))
 
-    def bags(self) -> list[tuple[bytes, ...]]:
-        """What an observer without order sees of each: its frames, sorted by their content."""
+    def unordered_frames(self) -> list[tuple[bytes, ...]]:
+        """Frames of each clip without their order: sorted by content."""
         return [tuple(sorted(frame.numpy().tobytes() for frame in clip)) for clip in self.pixels]
 
     def with_frames_shuffled(self, rng: random.Random) -> "Clips":
-        """Every clip's frames in an order of its own."""
+        """Shuffle the frames of every clip independently."""
         orders = torch.tensor([rng.sample(range(n), n) for n in [self.pixels.shape[1]] * len(self.pixels)])
-        place = torch.arange(len(orders))[:, None], orders
-        return replace(self, pixels=self.pixels[place], tokens=None if self.tokens is None else self.tokens[place])
+        index = torch.arange(len(orders))[:, None], orders
+        return replace(self, pixels=self.pixels[index], tokens=None if self.tokens is None else self.tokens[index])
 
     def with_sound_shuffled(self, rng: random.Random) -> "Clips":
-        """Every clip that has sound gets another one's."""
-        heard = self.audio_valid.any(dim=1).nonzero()[:, 0].tolist()
-        order = rng.sample(heard, len(heard))
-        # A cycle through all of them in random order: none keeps its own.
+        """Give every clip with sound the sound of another one."""
+        with_sound = self.audio_valid.any(dim=1).nonzero()[:, 0].tolist()
+        order = rng.sample(with_sound, len(with_sound))
+        # A random cycle through all of them: no clip keeps its own sound.
         source = list(range(len(self.sample_ids)))
         for this, other in zip(order, [*order[1:], *order[:1]], strict=True):
             source[this] = other
@@ -83,7 +83,7 @@ class Clips:
 
 
 def decode_clips(manifest: Path, preprocessing: Preprocessing, *, split: str = "test") -> Clips:
-    """Decode a manifest's clips of one split as `qformer evaluate` does."""
+    """Decode the clips of one split as `qformer evaluate` does."""
     audio = AudioSampling(sample_rate_hz=SAMPLE_RATE_HZ, num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
     settings = DecodeSettings(preprocessing=preprocessing, num_frames=NUM_FRAMES, audio=audio)
     rows = [row for row in pq.read_table(manifest).to_pylist() if row["split"] == split]
@@ -101,30 +101,32 @@ def decode_clips(manifest: Path, preprocessing: Preprocessing, *, split: str = "
 
 
 def write_answers(output: Path, *, seed: int = 0) -> None:
-    """Write answers.json and choices.json: by bridge and condition, a caption of every held-out clip, a list a shuffle.
+    """Write answers.json and choices.json: captions of the held-out clips by bridge and condition, a table per shuffle.
 
-    The first holds what is generated; the second which of `scoring.choices` is likeliest, for bridges that only see.
+    The first holds generated captions; the second the likeliest of `scoring.choices`, for bridges without sound.
 
     Args:
-        output: Folder of the demo, with its clips and every bridge's run.
-        seed: Decides the shuffles, which are the same for all bridges.
+        output: Folder of the demo, with its clips and the runs of all bridges.
+        seed: Seed of the shuffles, which are the same for all bridges.
     """
-    stories, clips = read_stories(output / "clip_world"), None
+    scenes, clips = read_scenes(output / "clip_world"), None
     answers: dict[str, dict[str, list[dict[str, str]]]] = {}
     chosen: dict[str, dict[str, list[dict[str, str]]]] = {}
     for bridge in BRIDGES:
         captioner = load_captioner(Path(newest_checkpoint(str(output / bridge.name))))
         if clips is None:
-            clips = decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing).seen_by(captioner)
-        names, offered = clips.sample_ids, [choices(stories[sample_id]) for sample_id in clips.sample_ids]
+            clips = decode_clips(output / "clip_data" / "manifest.parquet", captioner.preprocessing).with_tokens(
+                captioner
+            )
+        names, offered = clips.sample_ids, [choices(scenes[sample_id]) for sample_id in clips.sample_ids]
         answers[bridge.name], chosen[bridge.name] = {}, {}
         for condition, several in _conditions(bridge, clips, seed).items():
             prompts = [_soft_prompts(captioner, bridge, one) for one in several]
             answers[bridge.name][condition] = [dict(zip(names, _answer(captioner, p), strict=True)) for p in prompts]
-            if not bridge.hears:
+            if not bridge.reads_sound:
                 tables = [dict(zip(names, _choose(captioner, p, offered), strict=True)) for p in prompts]
                 chosen[bridge.name][condition] = tables
-        logger.info("%s has answered", bridge.title)
+        logger.info("%s: answers written", bridge.title)
     folder = output / "clip_answers"
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in ((ANSWERS_FILE, answers), (CHOICES_FILE, chosen)):
@@ -135,14 +137,14 @@ def write_answers(output: Path, *, seed: int = 0) -> None:
 def likeliest(
     language: LanguageModel, prompts: list[Tensor], offered: list[list[str]], *, text: str, max_tokens: int
 ) -> list[str]:
-    """The caption of each clip that the language model finds likeliest of those offered.
+    """Select the likeliest caption of each clip by the language model.
 
     Args:
-        language: The frozen language model.
-        prompts: Soft prompts NL of each clip, equally many for all.
-        offered: Captions of each clip, equally many tokens each.
-        text: Stands between soft prompts and caption, as in training.
-        max_tokens: See `LanguageModel.tokenize`.
+        language: Frozen language model.
+        prompts: Soft prompts NL of each clip, with the same number of rows.
+        offered: Captions of each clip, with the same number of tokens.
+        text: Text between soft prompts and caption, as in training.
+        max_tokens: Limit of `LanguageModel.tokenize`.
     """
     chosen: list[str] = []
     for part in _passes(len(prompts)):
@@ -150,37 +152,37 @@ def likeliest(
         counts = [len(several) for several in offered[part]]
         prefix_BNL = torch.stack(prompts[part]).repeat_interleave(torch.tensor(counts), dim=0)
         batch = language.tokenize([text] * len(texts), texts, max_tokens=max_tokens)
-        # Means over tokens, which rank equally long captions as sums do.
+        # Means over tokens; equal lengths rank the same by sums.
         losses = answer_losses(language, prefix_BNL, batch).split(counts)
         chosen += [several[int(own.argmin())] for several, own in zip(offered[part], losses, strict=True)]
     return chosen
 
 
-def _conditions(bridge: Bridge, clips: Clips, seed: int) -> dict[str, Sequence[Clips]]:
-    shown: dict[str, Sequence[Clips]] = {AS_IT_IS: [clips]}
+def _conditions(bridge: DemoBridge, clips: Clips, seed: int) -> dict[str, Sequence[Clips]]:
+    conditions: dict[str, Sequence[Clips]] = {AS_IT_IS: [clips]}
     rngs = [random.Random(f"{seed}/{index}") for index in range(NUM_SHUFFLES)]
-    if bridge.hears:
-        shown[SOUND_SHUFFLED] = [clips.with_sound_shuffled(rng) for rng in rngs]
-    elif bridge.knows_order:
-        shown[FRAMES_SHUFFLED] = [clips.with_frames_shuffled(rng) for rng in rngs]
-    return shown
+    if bridge.reads_sound:
+        conditions[SOUND_SHUFFLED] = [clips.with_sound_shuffled(rng) for rng in rngs]
+    elif bridge.reads_order:
+        conditions[FRAMES_SHUFFLED] = [clips.with_frames_shuffled(rng) for rng in rngs]
+    return conditions
 
 
-def _soft_prompts(captioner: Captioner, bridge: Bridge, clips: Clips) -> list[Tensor]:
-    """NL of every clip."""
-    assert clips.tokens is not None, "call `seen_by` first"
+def _soft_prompts(captioner: Captioner, bridge: DemoBridge, clips: Clips) -> list[Tensor]:
+    """Soft prompts NL of every clip."""
+    assert clips.tokens is not None, "call `with_tokens` first"
     prompts: list[Tensor] = []
     for part in _passes(len(clips.sample_ids)):
-        audio = Waveforms(clips.waveforms[part], clips.audio_valid[part]) if bridge.hears else None
+        audio = Waveforms(clips.waveforms[part], clips.audio_valid[part]) if bridge.reads_sound else None
         prompts += captioner.soft_prompts_of_tokens(clips.tokens[part], audio=audio)
     return prompts
 
 
 def _answer(captioner: Captioner, prompts: list[Tensor]) -> list[str]:
-    said: list[str] = []
+    captions: list[str] = []
     for part in _passes(len(prompts)):
-        said += captioner.language.generate(prompts[part], captioner.prompts(None, len(prompts[part])))
-    return said
+        captions += captioner.language.generate(prompts[part], captioner.prompts(None, len(prompts[part])))
+    return captions
 
 
 def _choose(captioner: Captioner, prompts: list[Tensor], offered: list[list[str]]) -> list[str]:

@@ -1,61 +1,64 @@
-"""The bridges that the video demo compares, and how each is trained."""
+"""The bridges that the video demo compares, and their training settings."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jobs.demo.settings import ClipQuerySettings, DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
 from jobs.settings.jobs import TrainSettings
-from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from pipelines.training.run.model_choice import AudioBranchOptions
 from qformer.bridges.cascaded import CascadedConfig
 from qformer.bridges.mean import MeanConfig
 from qformer.bridges.spatio_temporal import SpatioTemporalConfig
 from qformer.bridges.table import BridgeConfig
+from qformer.config import AudioSpec, LanguageSpec, QFormerSizes, VisionSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bridge:
-    """One way to join frames and sound."""
+class DemoBridge:
+    """One bridge of the comparison."""
 
     name: str
-    """Of its step and run folder."""
+    """Name of its step and run folder."""
     title: str
     kind: Literal["mean", "cascaded", "spatio_temporal"]
-    begins_as: str
+    init_step: str
     """Step whose checkpoint it starts from."""
-    hears: bool = False
-    knows_order: bool = True
+    reads_sound: bool = False
+    reads_order: bool = True
 
 
 BRIDGES = (
-    Bridge(name="clip_mean", title="mean pooling", kind="mean", begins_as="stage2", knows_order=False),
-    Bridge(name="clip_cascaded", title="cascaded", kind="cascaded", begins_as="stage2"),
-    Bridge(name="clip_spatio_temporal", title="spatio-temporal", kind="spatio_temporal", begins_as="stage2"),
-    Bridge(
+    DemoBridge(name="clip_mean", title="mean pooling", kind="mean", init_step="stage2", reads_order=False),
+    DemoBridge(name="clip_cascaded", title="cascaded", kind="cascaded", init_step="stage2"),
+    DemoBridge(name="clip_spatio_temporal", title="spatio-temporal", kind="spatio_temporal", init_step="stage2"),
+    DemoBridge(
         name="clip_cascaded_sound",
         title="cascaded with sound",
         kind="cascaded",
-        begins_as="clip_cascaded",
-        hears=True,
+        init_step="clip_cascaded",
+        reads_sound=True,
     ),
-    Bridge(
+    DemoBridge(
         name="clip_spatio_temporal_sound",
         title="spatio-temporal with sound",
         kind="spatio_temporal",
-        begins_as="clip_spatio_temporal",
-        hears=True,
+        init_step="clip_spatio_temporal",
+        reads_sound=True,
     ),
 )
-"""Those that hear go on from those that see, as Video-LLaMA does; here both branches are then trained together."""
+"""Bridges with sound start from those without, as in Video-LLaMA; here both branches then train together."""
 
 
-def _config(bridge: Bridge, queries: ClipQuerySettings) -> BridgeConfig:
+def _config(bridge: DemoBridge, queries: ClipQuerySettings) -> BridgeConfig:
     """Kind and sizes of a bridge."""
     match bridge.kind:
         case "mean":
@@ -68,28 +71,28 @@ def _config(bridge: Bridge, queries: ClipQuerySettings) -> BridgeConfig:
             )
 
 
-def train_settings(bridge: Bridge, output: Path, settings: DemoSettings) -> TrainSettings:
+def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> TrainSettings:
     """Settings of `qformer train` for one bridge.
 
     Args:
-        bridge: Which.
-        output: Folder of the demo, with its image part and the clips' features.
-        settings: Of the demo.
+        bridge: Bridge to train.
+        output: Folder of the demo, with its image part and the features of the clips.
+        settings: Settings of the demo.
     """
     demo, training, queries = settings.demo, settings.demo.clips.training, settings.demo.clips.queries
-    seeing_steps = training.steps if bridge.knows_order else training.baseline_steps
-    steps = training.sound_steps if bridge.hears else seeing_steps
+    visual_steps = training.steps if bridge.reads_order else training.baseline_steps
+    steps = training.sound_steps if bridge.reads_sound else visual_steps
     return TrainSettings(
         output=str(output / bridge.name),
         stage=2,
-        init_from=str(output / bridge.begins_as),
+        init_from=str(output / bridge.init_step),
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            audio=str(MODELS / "audio") if bridge.hears else None,
-            audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
-            language=str(MODELS / "clip_language"),
+            vision=VisionSpec(str(MODELS / "vision")),
+            audio=AudioSpec(str(MODELS / "audio")) if bridge.reads_sound else None,
+            audio_branch=AudioBranchOptions(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
+            language=LanguageSpec(str(MODELS / "clip_language")),
             bridge=_config(bridge, queries),
-            qformer=QFormerSettings(**demo.qformer.model_dump()),
+            qformer=QFormerSizes(**dataclasses.asdict(demo.qformer)),
         ),
         data=TrainDataSettings(
             manifest=str(output / "clip_data" / "manifest.parquet"),

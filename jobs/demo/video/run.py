@@ -1,4 +1,4 @@
-"""The video part of `qformer demo`: a world of clips, bridges that read their order and their sound, and the proof."""
+"""The video part of `qformer demo`: a corpus of clips, bridges that read order and sound, and their evaluation."""
 
 from functools import partial
 from pathlib import Path
@@ -10,22 +10,25 @@ from jobs.demo.video import results
 from jobs.demo.video.answers import decode_clips, write_answers
 from jobs.demo.video.bridges import AUDIO, BRIDGES, MODELS, train_settings
 from jobs.demo.video.world.corpus import MANIFEST_FILE, write_clip_world
-from jobs.demo.video.world.film import NUM_FRAMES
+from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import DataSettings, SourceSettings
 from jobs.settings.jobs import FeaturesSettings, PrepareSettings
 from pipelines.evaluation.report.page import ResultRow
 from qformer.backbones import load_vision
+from qformer.config import AudioSpec, VisionSpec
 
 TRAINING_STEPS = (*(bridge.name for bridge in BRIDGES), "clip_answers")
 TITLE = "clips of held-out colour-shape combinations, forwards and backwards"
 
 
 def run_jobs(steps: Steps, settings: DemoSettings) -> None:
-    """Write, prepare, encode once, train every bridge, ask them. Needs an initialised Ray and the image demo's stage 2.
+    """Write, prepare and encode the clips, then train and evaluate every bridge.
+
+    Needs an initialised Ray and stage 2 of the image demo.
 
     Args:
-        steps: Of the demo; those that are done are reused.
-        settings: Of the demo.
+        steps: Steps of the demo; finished ones are reused.
+        settings: Settings of the demo.
     """
     from jobs.data import features, prepare
     from jobs.train import job as train
@@ -43,8 +46,8 @@ def run_jobs(steps: Steps, settings: DemoSettings) -> None:
     steps.run("clip_data", {}, lambda: prepare.main(prepare_settings), after=("clip_world",))
     features_settings = FeaturesSettings(
         output=str(steps.folder("clip_features")),
-        vision=str(MODELS / "vision"),
-        audio=str(MODELS / "audio"),
+        vision=VisionSpec(str(MODELS / "vision")),
+        audio=AudioSpec(str(MODELS / "audio")),
         data=DataSettings(manifest=str(data / "manifest.parquet"), num_frames=NUM_FRAMES, audio=AUDIO),
         workers=demo.workers,
         ray=settings.ray,
@@ -53,23 +56,23 @@ def run_jobs(steps: Steps, settings: DemoSettings) -> None:
     steps.run("clip_features", values, lambda: features.main(features_settings), after=("clip_data",))
     for bridge in BRIDGES:
         chosen = train_settings(bridge, steps.output, settings)
-        after = ("clip_features", bridge.begins_as)
+        after = ("clip_features", bridge.init_step)
         steps.run(bridge.name, chosen.model_dump(mode="json"), partial(train.main, chosen), after=after)
     names = tuple(bridge.name for bridge in BRIDGES)
     steps.run("clip_answers", {}, lambda: write_answers(steps.output), after=names)
 
 
 def report(output: Path, seconds: dict[str, float]) -> list[ResultRow]:
-    """Print the table, write the report and say where it lies.
+    """Print the table, write the report and print its path.
 
     Args:
         output: Folder of the demo.
-        seconds: That each step took.
+        seconds: Duration of each step.
 
     Returns:
         The table.
     """
-    preprocessing = load_vision(str(MODELS / "vision")).preprocessing
+    preprocessing = load_vision(VisionSpec(str(MODELS / "vision"))).preprocessing
     clips = decode_clips(output / "clip_data" / "manifest.parquet", preprocessing)
     own = {name: value for name, value in seconds.items() if name.startswith("clip_")}
     table = results.measure(output, clips, sum(own.values()))

@@ -1,4 +1,4 @@
-"""Write the demo's corpus: images, clips, captions, the truth behind them, and some broken files."""
+"""Write the demo's corpus: images, clips, captions, the ground truth, and some damaged files."""
 
 import json
 import random
@@ -19,7 +19,7 @@ LICENCE = "CC0-1.0"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One file to be made."""
+    """One file of the corpus."""
 
     sample_id: str
     media: str
@@ -39,19 +39,19 @@ def write_world(
     seed: int,
     broken_share: float = 0.01,
 ) -> None:
-    """Write `images/`, `clips/`, `manifest.jsonl` and `truth.json`; the same seed writes the same world.
+    """Write `images/`, `clips/`, `manifest.jsonl` and `truth.json`; the same seed gives the same corpus.
 
-    Training scenes hold no held-out colour-shape pair, test scenes at least one. Test images all differ in
-    meaning; test clips go round the 64 meanings that there are.
+    Training scenes have no held-out colour-shape pair, test scenes at least one. All test images differ in meaning;
+    test clips cycle through the 64 possible meanings.
 
     Args:
-        folder: Where to write; made if absent.
-        num_images: Training images, broken ones included.
-        num_clips: Training clips, broken ones included.
-        num_test_images: Test images.
-        num_test_clips: Test clips.
-        seed: Decides everything.
-        broken_share: Share of all rows whose file does not decode; 0 for none.
+        folder: Output folder; created if absent.
+        num_images: Number of training images, damaged ones included.
+        num_clips: Number of training clips, damaged ones included.
+        num_test_images: Number of test images.
+        num_test_clips: Number of test clips.
+        seed: Seed of everything.
+        broken_share: Share of all rows with a damaged file; 0 for none.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "clips").mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ def _row(kind: str, split: str, index: int, scene: Scene, seed: int, damages: di
 def _distinct_test_scenes(rng: random.Random, count: int) -> list[Scene]:
     singles = [Scene((Thing(size, *pair),)) for pair in HELD_OUT for size in SIZES]
     rng.shuffle(singles)
-    # A dict keeps the order of drawing, which a set would not.
+    # A dict preserves the order of drawing; a set does not.
     distinct = dict.fromkeys(singles[: count // 4])
     while len(distinct) < count:
         distinct[sample_scene(rng, "pair", held_out=True)] = None

@@ -1,4 +1,4 @@
-"""The demo's closed grammar: every scene has several captions, every caption has one scene."""
+"""The demo's closed grammar: each scene has several captions, each caption describes one scene."""
 
 import functools
 import random
@@ -24,7 +24,7 @@ PAIR_TEMPLATES = (
     f"here we see a {_A} {{relation}} a {_B}",
     f"{{relation}} a {_B} there is a {_A}",
 )
-"""Each also serves the mirrored scene, with the inverse relation."""
+"""Each template also describes the mirrored scene, with the inverse relation."""
 CLIP_TEMPLATES = (
     f"a {_A} {{motion}}",
     f"a {_A} is {{motion}}",
@@ -44,15 +44,15 @@ def captions(scene: Scene, rng: random.Random, count: int) -> list[str]:
     """Draw distinct paraphrases of a scene.
 
     Args:
-        scene: What to tell.
-        rng: Source of chance.
-        count: How many captions.
+        scene: Scene to describe.
+        rng: Random number generator.
+        count: Number of captions.
 
     Returns:
         Lower-case captions without punctuation, all different.
 
     Raises:
-        ValueError: If the grammar has fewer paraphrases than asked for.
+        ValueError: If the grammar has fewer paraphrases.
     """
     everything = all_captions(scene)
     if count > len(everything):
@@ -72,7 +72,7 @@ def all_captions(scene: Scene) -> list[str]:
 
 
 def parse(text: str) -> Scene | None:
-    """Return the canonical scene that a caption tells, or None if it is not in the grammar."""
+    """Return the canonical scene that a caption describes, or None if it is not in the grammar."""
     for pattern in _patterns():
         match = pattern.fullmatch(text)
         if match is not None:

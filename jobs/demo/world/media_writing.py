@@ -1,4 +1,4 @@
-"""Write a world's media files with all cores, and spoil some of them."""
+"""Write the media files of a corpus in parallel, and damage some of them."""
 
 import multiprocessing
 import os
@@ -17,18 +17,18 @@ Row = TypeVar("Row")
 
 
 def write_media(folder: Path, rows: Sequence[Row], write: Callable[[Path, Row], None]) -> None:
-    """Call `write` with the folder and every row, in other processes where there are many.
+    """Call a function for every row, in a process pool if there are many.
 
     Args:
-        folder: Of the world.
-        rows: One file each.
-        write: A function of a module, that other processes can import.
+        folder: Folder of the corpus.
+        rows: One row per file.
+        write: Module-level function of folder and row, which other processes can import.
     """
     if len(rows) < _POOL_FROM_ROWS:
         _write_chunk(folder, rows, write)
         return
     chunks = [rows[start : start + _CHUNK_ROWS] for start in range(0, len(rows), _CHUNK_ROWS)]
-    # Spawned, not forked: the caller may hold threads (torch, Ray) that do not survive a fork.
+    # Spawn, not fork: the caller may have threads (torch, Ray) that do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
         for future in [pool.submit(_write_chunk, folder, chunk, write) for chunk in chunks]:
@@ -36,12 +36,12 @@ def write_media(folder: Path, rows: Sequence[Row], write: Callable[[Path, Row], 
 
 
 def damage(path: Path, how: str, rng: random.Random) -> None:
-    """Spoil a file so that no decoder gets a picture out of it.
+    """Damage a file so that no decoder can read a picture from it.
 
     Args:
-        path: The file.
+        path: File to damage.
         how: One of `DAMAGES`.
-        rng: Source of chance.
+        rng: Random number generator.
     """
     content = path.read_bytes()
     match how:

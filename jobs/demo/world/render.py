@@ -1,7 +1,7 @@
 """Draw scenes as small JPEG images and H.264 clips.
 
-Positions and radii are in units of the canvas's central square, so that a centre crop cuts no thing but a
-travelling one at the ends of its way.
+Positions and radii are in units of the central square of the canvas, so a centre crop cuts only moving things at the
+ends of their path.
 """
 
 import io
@@ -30,22 +30,23 @@ RGB_OF_COLOUR = {
     "brown": (150, 88, 35),
 }
 REACH = 1.25
-"""Farthest point of any shape from its centre, in radii, with a little air."""
+"""Farthest point of any shape from its centre, in radii, with a margin."""
 CODEC_OPTIONS = {"preset": "ultrafast", "crf": "18"}
 SAMPLE_RATE_HZ = 16_000
 _SUPERSAMPLING = 4
 _GAP = 0.04
 _REST = (0.3, 0.7)
-"""Where the thing of a clip rests, and stays on the axis it does not move along."""
-_TRAVEL = (0.08, 0.92)
-"""Ends of a travel: beyond the places of rest, so that already one frame hints at the motion. Without a hint in single
-frames a bridge that sees frames apart was measured to learn no place at all: only pairs of places would tell."""
+"""Range of the resting place of a clip's thing, and of its position on the axis without motion."""
+_PATH = (0.08, 0.92)
+"""Ends of a path: beyond the resting places, so that single frames already hint at the motion. In measurements without
+such a hint, a bridge that reads frames separately learnt no places at all, because only pairs of places are
+informative."""
 _NUM_BLINK_PHASES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A thing with everything that chance decides about its looks."""
+class Placement:
+    """A thing with its random appearance: position, size, colour and angle."""
 
     thing: Thing
     x: float
@@ -56,16 +57,18 @@ class Placed:
     is_visible: bool = True
 
 
-def place(scene: Scene, rng: random.Random) -> tuple[Placed, ...]:
-    """Choose where a scene's things stand (for clips: where they rest) so that its relation is plain."""
-    looks = [_look(thing, rng) for thing in scene.things]
+def place(scene: Scene, rng: random.Random) -> tuple[Placement, ...]:
+    """Draw the positions of a scene's things (in clips: the resting places) such that the relation is clear."""
+    appearances = [_appearance(thing, rng) for thing in scene.things]
     if scene.relation is None:
-        low, high = (REACH * looks[0].radius, 1 - REACH * looks[0].radius) if scene.motion is None else _REST
-        return (replace(looks[0], x=rng.uniform(low, high), y=rng.uniform(low, high)),)
+        low, high = (
+            (REACH * appearances[0].radius, 1 - REACH * appearances[0].radius) if scene.motion is None else _REST
+        )
+        return (replace(appearances[0], x=rng.uniform(low, high), y=rng.uniform(low, high)),)
     canonical = scene.canonical()
     if canonical != scene:
-        looks.reverse()
-    first, second = looks
+        appearances.reverse()
+    first, second = appearances
     needed = 1.2 * (first.radius + second.radius) + _GAP
     start = rng.uniform(REACH * first.radius, 1 - REACH * second.radius - needed)
     end = rng.uniform(start + needed, 1 - REACH * second.radius)
@@ -77,20 +80,20 @@ def place(scene: Scene, rng: random.Random) -> tuple[Placed, ...]:
     return replace(first, x=across, y=start), replace(second, x=across + offset, y=end)
 
 
-def moved(placed: Placed, motion: str | None, progress: float, is_reversed: bool) -> Placed:
-    """Return a thing as it stands at a moment of its clip.
+def move_to(placed: Placement, motion: str | None, progress: float, is_reversed: bool) -> Placement:
+    """Return a thing at a moment of its clip.
 
     Args:
-        placed: The resting thing.
+        placed: Thing at its resting place.
         motion: One of `scenes.MOTIONS`, or None for an image.
         progress: Time from 0 to 1.
-        is_reversed: Travel right to left or bottom to top; for blinking, begin invisible.
+        is_reversed: Whether it moves right to left or bottom to top; for blinking, whether it starts invisible.
 
     Returns:
-        The thing at its new place.
+        The thing at its new position.
     """
     share = 1 - progress if is_reversed else progress
-    along = _TRAVEL[0] + share * (_TRAVEL[1] - _TRAVEL[0])
+    along = _PATH[0] + share * (_PATH[1] - _PATH[0])
     match motion:
         case "moving sideways":
             return replace(placed, x=along)
@@ -104,7 +107,7 @@ def moved(placed: Placed, motion: str | None, progress: float, is_reversed: bool
 
 
 def make_background(width: int, height: int, rng: random.Random) -> Image.Image:
-    """Paint a light or dark greyish ground with a slight gradient and a little noise."""
+    """Draw a light or dark grey background with a slight gradient and noise."""
     tone = rng.uniform(172, 225) if rng.random() < 0.5 else rng.uniform(30, 80)
     angle = rng.uniform(0, 2 * math.pi)
     strength = rng.uniform(0, 14)
@@ -118,7 +121,7 @@ def make_background(width: int, height: int, rng: random.Random) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def paint(background: Image.Image, things: tuple[Placed, ...]) -> Image.Image:
+def paint(background: Image.Image, things: tuple[Placement, ...]) -> Image.Image:
     """Return the background with the visible things drawn on it."""
     canvas = background.copy()
     for placed in things:
@@ -128,11 +131,11 @@ def paint(background: Image.Image, things: tuple[Placed, ...]) -> Image.Image:
     return canvas
 
 
-def shape_mask(placed: Placed, width: int, height: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Draw one thing's anti-aliased coverage.
+def shape_mask(placed: Placement, width: int, height: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Draw the anti-aliased coverage of one thing.
 
     Args:
-        placed: The thing.
+        placed: Thing to draw.
         width: Canvas width in pixels.
         height: Canvas height in pixels.
 
@@ -164,20 +167,20 @@ def encode_jpeg(image: Image.Image, rng: random.Random) -> bytes:
 
 
 def render_clip_frames(scene: Scene, rng: random.Random) -> tuple[list[NDArray[np.uint8]], int]:
-    """Draw a moving scene; return its frames (height, width, 3) and the frame rate in frames a second."""
+    """Draw a moving scene; return its frames (height, width, 3) and the frame rate in frames per second."""
     moments, rate_hz = clip_frames(scene, rng)
     return [pixels for pixels, _ in moments], rate_hz
 
 
-def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np.uint8], Placed]], int]:
-    """Draw a moving scene and say where its thing stands in every frame.
+def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np.uint8], Placement]], int]:
+    """Draw a moving scene, with the position of its thing in every frame.
 
     Args:
         scene: A scene of one thing with a motion.
-        rng: Source of chance.
+        rng: Random number generator.
 
     Returns:
-        The frames (height, width, 3), each with its thing, and the frame rate in frames a second.
+        The frames (height, width, 3), each with its thing, and the frame rate in frames per second.
     """
     width, height = canvas_size(rng, 64, 112)
     rate_hz = rng.choice((8, 10, 12, 15, 24))
@@ -187,7 +190,7 @@ def clip_frames(scene: Scene, rng: random.Random) -> tuple[list[tuple[NDArray[np
     is_reversed = rng.random() < 0.5
     moments = []
     for index in range(num_frames):
-        now = moved(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
+        now = move_to(placed, scene.motion, (index + 0.5) / num_frames, is_reversed)
         moments.append((np.asarray(paint(background, (now,))), now))
     return moments, rate_hz
 
@@ -204,9 +207,9 @@ def encode_mp4(
 
     Args:
         frames: Pictures (height, width, 3), of even height and width.
-        rate_hz: Frames a second.
+        rate_hz: Frames per second.
         path: File to write.
-        options: Of the video codec.
+        options: Options of the video codec.
         waveform: Mono sound within [-1, 1] at `SAMPLE_RATE_HZ`, for an AAC track; None for a clip without one.
     """
     height, width = frames[0].shape[:2]
@@ -226,7 +229,7 @@ def encode_mp4(
 
 
 def canvas_size(rng: random.Random, smallest: int, largest: int) -> tuple[int, int]:
-    """Draw an even width and height; one canvas in four is 4:3, lying or standing."""
+    """Draw an even width and height; one canvas in four is 4:3, landscape or portrait."""
     side = 2 * rng.randint(smallest // 2, largest // 2)
     if rng.random() < 0.75:
         return side, side
@@ -235,13 +238,13 @@ def canvas_size(rng: random.Random, smallest: int, largest: int) -> tuple[int, i
     return (long, short) if rng.random() < 0.7 else (short, long)
 
 
-def _look(thing: Thing, rng: random.Random) -> Placed:
+def _appearance(thing: Thing, rng: random.Random) -> Placement:
     red, green, blue = (min(255, max(0, c + rng.randint(-10, 10))) for c in RGB_OF_COLOUR[thing.colour])
     radius = RADIUS_OF_SIZE[thing.size] * rng.uniform(0.96, 1.04)
-    return Placed(thing, 0.5, 0.5, radius, (red, green, blue), rng.uniform(-7, 7))
+    return Placement(thing, 0.5, 0.5, radius, (red, green, blue), rng.uniform(-7, 7))
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, placed: Placed, centre: tuple[float, float], radius: float) -> None:
+def _draw_shape(draw: ImageDraw.ImageDraw, placed: Placement, centre: tuple[float, float], radius: float) -> None:
     def at(distance: float, degrees: float) -> tuple[float, float]:
         angle = math.radians(degrees + placed.angle_degrees - 90)
         return centre[0] + distance * math.cos(angle), centre[1] + distance * math.sin(angle)

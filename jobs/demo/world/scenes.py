@@ -1,4 +1,4 @@
-"""What the demo's pictures and clips show: things, relations and motions, as plain values."""
+"""Content of the demo's pictures and clips as plain values: things, relations and motions."""
 
 import random
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ RELATIONS = tuple(INVERSE)
 CANONICAL_RELATIONS = ("left of", "above")
 MOTIONS = ("moving sideways", "moving up and down", "blinking", "staying still")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-# Each colour once; stepping by two spreads the shapes. These pairs occur in no training data of any model.
+# Each colour once; a step of two spreads the shapes. These pairs occur in no training data of any model.
 HELD_OUT = tuple((colour, SHAPES[2 * index % len(SHAPES)]) for index, colour in enumerate(COLOURS))
 SINGLE_SHARE = 0.5
 """Share of one-thing scenes among training images."""
@@ -31,7 +31,7 @@ class Thing:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """Colour and shape: what is held out or not."""
+        """Colour and shape; some pairs are held out."""
         return self.colour, self.shape
 
 
@@ -52,7 +52,7 @@ class Scene:
             raise ValueError("only scenes of one thing move")
 
     def mirrored(self) -> "Scene":
-        """Return the same two-thing scene told from the other thing."""
+        """Return the same two-thing scene described from the other thing."""
         if self.relation is None:
             return self
         return Scene(self.things[::-1], INVERSE[self.relation], self.motion)
@@ -63,7 +63,7 @@ class Scene:
         return self if is_canonical else self.mirrored()
 
     def is_held_out(self) -> bool:
-        """Tell whether any thing's colour-shape pair is held out of training."""
+        """Whether any thing has a colour-shape pair that is held out of training."""
         return any(thing.pair in HELD_OUT for thing in self.things)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,9 +81,9 @@ def sample_scene(rng: random.Random, kind: Kind, held_out: bool) -> Scene:
     """Draw one scene in canonical form.
 
     Args:
-        rng: Source of chance.
+        rng: Random number generator.
         kind: "single" (one still thing), "pair" (two things), "image" (either), or "clip".
-        held_out: True draws a scene with at least one held-out colour-shape pair, False one with none.
+        held_out: Whether the scene has at least one held-out colour-shape pair, or none.
 
     Returns:
         The canonical scene.
@@ -105,11 +105,11 @@ def sample_scene(rng: random.Random, kind: Kind, held_out: bool) -> Scene:
 def attributes(truth: Scene, guess: Scene | None) -> dict[str, list[bool]]:
     """Score a guess attribute by attribute, thing by thing, in canonical order.
 
-    What the guess lacks (all of it, for an unparsable one) counts as wrong.
+    What the guess lacks counts as wrong; for an unparsable one, that is everything.
 
     Args:
-        truth: The scene that was shown.
-        guess: The scene that was told, or None.
+        truth: Scene of the picture or clip.
+        guess: Scene of the caption, or None.
 
     Returns:
         Right or wrong for each "size", "colour", "shape", "relation" and "motion" that the truth has.
@@ -119,10 +119,10 @@ def attributes(truth: Scene, guess: Scene | None) -> dict[str, list[bool]]:
     guessed = guess.things if guess is not None else ()
     scores: dict[str, list[bool]] = {"size": [], "colour": [], "shape": [], "relation": [], "motion": []}
     for index, thing in enumerate(truth.things):
-        told = guessed[index] if index < len(guessed) else None
-        scores["size"].append(told is not None and told.size == thing.size)
-        scores["colour"].append(told is not None and told.colour == thing.colour)
-        scores["shape"].append(told is not None and told.shape == thing.shape)
+        other = guessed[index] if index < len(guessed) else None
+        scores["size"].append(other is not None and other.size == thing.size)
+        scores["colour"].append(other is not None and other.colour == thing.colour)
+        scores["shape"].append(other is not None and other.shape == thing.shape)
     if truth.relation is not None:
         scores["relation"].append(guess is not None and guess.relation == truth.relation)
     if truth.motion is not None:

@@ -1,4 +1,4 @@
-"""What the recipes with sound read at toy size: clips with a tone, and an encoder of sound that knows nothing."""
+"""Toy inputs of the recipes with sound: clips with a tone, and an audio encoder with random weights."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from jobs.demo.world.scenes import sample_scene
 from qformer.torch_build.torchvision import import_torchvision
 
 NUM_CLIPS = 16
-_MUTE_EVERY = 8
+_SILENT_EVERY = 8
 _MEL_BINS, _COLUMNS = 32, 256
 
 
@@ -28,7 +28,7 @@ def write_clips(folder: Path) -> None:
         frames, rate_hz = render_clip_frames(scene, rng)
         times_s = np.arange(round(len(frames) / rate_hz * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
         tone = 0.3 * np.sin(2 * np.pi * rng.uniform(200, 800) * times_s)
-        waveform = None if index % _MUTE_EVERY == 0 else tone.astype(np.float32)
+        waveform = None if index % _SILENT_EVERY == 0 else tone.astype(np.float32)
         encode_mp4(frames, rate_hz, folder / name, waveform=waveform)
         texts = captions(scene, rng, 1)
         rows.append({"sample_id": name, "media": name, "kind": "video", "captions": texts, "licence": LICENCE})
@@ -37,7 +37,7 @@ def write_clips(folder: Path) -> None:
 
 
 def write_audio_encoder(folder: Path) -> None:
-    """Write an AST of random weights."""
+    """Write an AST with random weights."""
     import_torchvision()
     from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 

@@ -11,11 +11,11 @@ from pipelines.data import schema, storage
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.duplicates import find_duplicates, is_leak
 from pipelines.data.corpus.manifest_files import append_rows, iterate_rows, write_manifest
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.corpus.summary import CorpusSummary
 from pipelines.data.corpus.temporary_table import TemporaryTable
 from pipelines.data.failures import Failure
 
-QUARANTINE_FILE = "quarantine.parquet"
 QUARANTINED_ROWS_FILE = "quarantined_rows.parquet"
 """Manifest rows of failed files, for another try."""
 PROBE_FILE = "probe.parquet"

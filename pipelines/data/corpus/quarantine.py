@@ -8,6 +8,9 @@ from pipelines.data import schema
 from pipelines.data.failures import Failure
 from qformer.errors import UserError
 
+QUARANTINE_FILE = "quarantine.parquet"
+"""Name of the table in an output folder."""
+
 
 def to_table(failures: Iterable[Failure], epoch: int = 0) -> pa.Table:
     """Make quarantine rows.

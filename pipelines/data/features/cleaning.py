@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import fsspec
 
 from pipelines.data import storage
-from pipelines.data.features.files import INDEX_FILE, QUARANTINE_FILE
+from pipelines.data.corpus.quarantine import QUARANTINE_FILE
+from pipelines.data.features.files import INDEX_FILE
 from pipelines.data.features.spec import SPEC_FILE, read_spec
 from qformer.errors import UserError
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipelines.data import schema, storage
 from pipelines.data.storage.retries import with_retries
 
-INDEX_FILE, QUARANTINE_FILE = "index.parquet", "quarantine.parquet"
+INDEX_FILE = "index.parquet"
 SOURCE, STATE = "source", "state"
 FAILURE_COLUMNS = (schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
 INDEX_SCHEMA = pa.schema(

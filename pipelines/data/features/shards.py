@@ -25,7 +25,6 @@ from pipelines.data.features.files import (
     FAILURE_COLUMNS,
     INDEX_FILE,
     INDEX_SCHEMA,
-    QUARANTINE_FILE,
     ROWS_SCHEMA,
     SHARD_SCHEMA,
     SOURCE,
@@ -193,7 +192,7 @@ def write_quarantine(folder: str, num_shards: int) -> pa.Table:
     for rows in (read_table(path) for path in paths if storage.exists(path)):
         failures += quarantine.from_table(rows.filter(pc.is_valid(rows[schema.ERROR_CLASS])))
     table = quarantine.to_table(failures)
-    write_table(table, storage.join(folder, QUARANTINE_FILE))
+    write_table(table, storage.join(folder, quarantine.QUARANTINE_FILE))
     return table
 
 

@@ -41,7 +41,7 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipRequest:
-    """How to decode one clip."""
+    """Settings for decoding one clip."""
 
     preprocessing: Preprocessing
     num_frames: int
@@ -81,7 +81,7 @@ class ClipRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaveformRequest:
-    """How to decode the sound of a file."""
+    """Settings for decoding the sound of a file."""
 
     sample_rate_hz: int
     max_duration_s: float = MAX_DURATION_S

@@ -16,7 +16,7 @@ _ROUNDING_S = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the frames of a clip are chosen. Random strategies are random in training alone, where there is a seed."""
+    """Strategy for the choice of a clip's frames. Random strategies need a seed, which training has."""
 
     strategy: Strategy = "uniform"
     """uniform: centres of equal segments. random_segment: a random time in each (TSN); without seed uniform.
@@ -47,6 +47,10 @@ class Sampling:
     def is_random(self) -> bool:
         """Whether a seed changes the choice."""
         return self.strategy in ("random_segment", "head_tail")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the inverse of `from_dict`."""
+        return {"strategy": self.strategy, "fps": self.fps, "times_s": list(self.times_s)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sampling":

@@ -16,7 +16,7 @@ def decode_image_clip(data: bytes, request: ClipRequest, costs: StageCosts) -> C
 
     Args:
         data: The file's content.
-        request: How to decode it; its frame and time settings have no effect.
+        request: Decode settings; its frame and time settings have no effect.
         costs: Costs to which this image's are added.
 
     Raises:

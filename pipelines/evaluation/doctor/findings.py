@@ -1,4 +1,4 @@
-"""What a look at a run found: one line each, whether it is well, and what to do where it is not."""
+"""The form of a finding: topic, status, text and advice."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,31 +10,31 @@ _ORDER: tuple[Status, ...] = ("ok", "unknown", "warning", "problem")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     topic: str
-    """What was looked at, in two or three words."""
+    """Name of the check, in two or three words."""
     status: Status
-    """"unknown": it was not recorded, or could not be looked at."""
+    """Result; "unknown": the run did not record it, or the check could not run."""
     text: str
-    """What was found, with its figures."""
+    """One line with the measured values."""
     advice: str = ""
-    """What to do; "" where there is nothing to do."""
+    """Advice; "" if there is nothing to do."""
     figures: dict[str, Any] = field(default_factory=dict)
-    """For programs; JSON-ready."""
+    """Measured values for programs; JSON-ready."""
 
 
 def not_recorded(topic: str, what: str) -> Finding:
-    """A run that left no such record behind."""
+    """Finding of a run without the record that the check needs."""
     return Finding(topic=topic, status="unknown", text=f"not recorded: {what}")
 
 
 def worst(statuses: Iterable[Status]) -> Status:
-    """The gravest of some statuses; "ok" of none."""
+    """The most severe status; "ok" if there are none."""
     return max(statuses, key=_ORDER.index, default="ok")
 
 
 def listed(names: Sequence[Any], most: int = 4) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first names, and the total number if there are more."""
     more = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more

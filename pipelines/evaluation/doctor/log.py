@@ -1,4 +1,4 @@
-"""What a run's log says: losses beside chance, their course, waiting for data, steps that went wrong."""
+"""Findings from a run's log: losses against chance, their trend, waiting for data, bad steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from pipelines.evaluation.doctor.findings import Finding, Status, listed, not_re
 Record = Mapping[str, Any]
 
 DATA_BOUND, BADLY_DATA_BOUND = 0.1, 0.3
-"""Share of the time that the training waits for batches: told, and a problem."""
+"""Shares of the time spent waiting for batches: from the first on a warning, from the second on a problem."""
 _AT_CHANCE = 0.97
-"""A loss above this part of chance has learnt nothing yet."""
+"""Share of the chance level above which a loss counts as no better than chance."""
 _RISE, _RISE_SIGMAS = 1.05, 3.0
 _MIN_RECORDS = 9
 _MANY_OVERFLOWS = 0.05
@@ -21,13 +21,13 @@ _MANY_BAD_STEPS = 0.01
 def data_wait(
     metrics: Sequence[Record], *, has_features: bool, decode_workers: int | None, queue_depth: float | None
 ) -> Finding:
-    """Whether the run waits for its data, over its last half.
+    """Whether the run waits for data, over its last half.
 
     Args:
         metrics: Records of metrics.jsonl.
-        has_features: Whether it reads a feature cache.
-        decode_workers: As set; None: unknown.
-        queue_depth: Batches that were ready when one was taken, on average over the run; None: unknown.
+        has_features: Whether the run reads a feature cache.
+        decode_workers: Number of decode workers; None: unknown.
+        queue_depth: Mean number of ready batches over the run; None: unknown.
     """
     topic = "data-bound share"
     records = [record for record in _last_half(metrics) if _is_number(record.get("data_wait_share"))]
@@ -60,7 +60,7 @@ def losses(metrics: Sequence[Record], weights: Mapping[str, float]) -> list[Find
 
     Args:
         metrics: Records of metrics.jsonl.
-        weights: Factor of each loss term; a term of 0 is not trained, and may do what it likes. 1 where it is unknown.
+        weights: Weight of each loss term; a term of weight 0 is not trained and not checked. Missing terms weigh 1.
     """
     if not metrics:
         return [not_recorded("losses", "metrics.jsonl is missing or empty")]
@@ -72,11 +72,11 @@ def losses(metrics: Sequence[Record], weights: Mapping[str, float]) -> list[Find
         return [Finding(topic="losses", status="problem", text=text, advice=advice, figures={"bad": len(bad)})]
     last = _last_part(metrics)
     means = {name.removeprefix("loss/"): _mean(last, name) for name in names if all(name in one for one in last)}
-    told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-    first = Finding(topic="losses", status="ok", text=f"finite; at the end {told}", figures=means)
+    values_text = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+    first = Finding(topic="losses", status="ok", text=f"finite; at the end {values_text}", figures=means)
     trained = [name for name in names if weights.get(name.removeprefix("loss/"), 1.0) > 0]
-    of_trained = {name: value for name, value in means.items() if f"loss/{name}" in trained}
-    return [first, _beside_chance(last, of_trained), _course(metrics, trained)]
+    trained_means = {name: value for name, value in means.items() if f"loss/{name}" in trained}
+    return [first, _against_chance(last, trained_means), _trend(metrics, trained)]
 
 
 def steps(metrics: Sequence[Record], bad_steps: Sequence[Record], precision: str | None) -> list[Finding]:
@@ -84,8 +84,8 @@ def steps(metrics: Sequence[Record], bad_steps: Sequence[Record], precision: str
 
     Args:
         metrics: Records of metrics.jsonl.
-        bad_steps: Records of bad_steps.jsonl; none where there is no such file.
-        precision: As set; None: unknown.
+        bad_steps: Records of bad_steps.jsonl; empty without the file.
+        precision: Precision of the run; None: unknown.
     """
     done = max((_step(record) for record in metrics), default=0)
     found = [_bad_steps(bad_steps, done)]
@@ -119,18 +119,18 @@ def _bad_steps(bad_steps: Sequence[Record], done: int) -> Finding:
     count, share = len(bad_steps), len(bad_steps) / max(1, done)
     if not count:
         return Finding(topic="bad steps", status="ok", text="no step was left out for want of a finite gradient")
-    places = listed([record.get("step", "?") for record in bad_steps])
+    steps_text = listed([record.get("step", "?") for record in bad_steps])
     status: Status = "problem" if share > _MANY_BAD_STEPS else "warning"
     return Finding(
         topic="bad steps",
         status=status,
-        text=f"{count} of {done} steps had no finite gradient and changed nothing: {places}",
+        text=f"{count} of {done} steps had no finite gradient and changed nothing: {steps_text}",
         advice="look at their samples in bad_steps.jsonl, or lower optim.learning_rate",
         figures={"bad_steps": count, "share": share},
     )
 
 
-def _beside_chance(last: Sequence[Record], means: Mapping[str, float]) -> Finding:
+def _against_chance(last: Sequence[Record], means: Mapping[str, float]) -> Finding:
     chances = {
         name: _mean(last, f"chance/{name}") for name in means if all(f"chance/{name}" in record for record in last)
     }
@@ -139,15 +139,16 @@ def _beside_chance(last: Sequence[Record], means: Mapping[str, float]) -> Findin
         if "itc" in means:
             return not_recorded("chance", "metrics.jsonl holds no chance levels")
         return Finding(topic="chance", status="ok", text="this stage's losses have no chance level that is known")
-    told = ", ".join(f"{name} {means[name]:.3f} (chance {value:.3f})" for name, value in chances.items())
+    values_text = ", ".join(f"{name} {means[name]:.3f} (chance {value:.3f})" for name, value in chances.items())
     idle = [name for name, value in chances.items() if means[name] > _AT_CHANCE * value]
     status: Status = "ok" if not idle else "problem" if len(idle) == len(chances) else "warning"
     words = f"no better than chance: {', '.join(idle)}" if idle else "all below chance"
     advice = "see whether captions and media belong together, then train longer or at another rate" if idle else ""
-    return Finding(topic="chance", status=status, text=f"{words}; {told}", advice=advice, figures={"chance": chances})
+    text = f"{words}; {values_text}"
+    return Finding(topic="chance", status=status, text=text, advice=advice, figures={"chance": chances})
 
 
-def _course(metrics: Sequence[Record], names: Sequence[str]) -> Finding:
+def _trend(metrics: Sequence[Record], names: Sequence[str]) -> Finding:
     third = len(metrics) // 3
     if len(metrics) < _MIN_RECORDS:
         text = f"too few records ({len(metrics)}) to tell whether losses rise"
@@ -162,18 +163,18 @@ def _course(metrics: Sequence[Record], names: Sequence[str]) -> Finding:
                 rising[name.removeprefix("loss/")] = (before, after)
     if not rising:
         return Finding(topic="course of losses", status="ok", text="no loss rises towards the end")
-    told = ", ".join(f"{name} from {before:.3f} to {after:.3f}" for name, (before, after) in rising.items())
+    values_text = ", ".join(f"{name} from {before:.3f} to {after:.3f}" for name, (before, after) in rising.items())
     return Finding(
         topic="course of losses",
         status="warning",
-        text=f"rising in the last third: {told}",
+        text=f"rising in the last third: {values_text}",
         advice="lower optim.learning_rate, or go back to an earlier checkpoint",
         figures={"rising": {name: list(pair) for name, pair in rising.items()}},
     )
 
 
 def _last_half(metrics: Sequence[Record]) -> Sequence[Record]:
-    """Without the first record, in which the data plane starts up, where there is another."""
+    """Last half, without the first record, which includes the start of the data pipeline."""
     return metrics[max(len(metrics) // 2, min(1, len(metrics) - 1)) :]
 
 
@@ -182,14 +183,14 @@ def _last_part(metrics: Sequence[Record]) -> Sequence[Record]:
 
 
 def _slowest(records: Sequence[Record]) -> str | None:
-    """The data plane's most expensive stage."""
+    """Most expensive stage of the data pipeline."""
     stages = ("fetch", "decode", "transform")
     seconds = {name: sum(float(record.get(f"data/{name}_s", 0.0)) for record in records) for name in stages}
     return max(stages, key=lambda name: seconds[name]) if any(seconds.values()) else None
 
 
 def _counted(metrics: Sequence[Record], name: str) -> int:
-    """Sum of a counter that begins anew when a run is resumed."""
+    """Sum of a counter that restarts at 0 when a run is resumed."""
     total = previous = 0
     for value in (int(record[name]) for record in metrics if _is_number(record.get(name))):
         total += value - previous if value >= previous else value

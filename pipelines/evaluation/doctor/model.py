@@ -1,4 +1,4 @@
-"""What a probe's figures say of a model, in plain words: does it use its images, and do its queries live?"""
+"""Findings about a model from a probe: whether it uses its images, collapsed and dead queries, truncated texts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,22 +15,22 @@ _PAIRS_ADVICE = (
     "see whether captions and media belong together (open some rows of the manifest); if they do, train longer or "
     "start stage 2 from a trained stage 1 (init_from)"
 )
-_CUT_SHARE = 0.05
+_MAX_TRUNCATED_SHARE = 0.05
 
 
 def image_use(figures: ModelFigures, *, rows: str, weights: Mapping[str, float]) -> Finding:
     """Whether the model uses its images.
 
     Args:
-        figures: Of the probe.
-        rows: What they were taken on, e.g. "split 'val'".
-        weights: Factor of each loss term in training; a term of 0 was not trained, and does not count.
+        figures: Figures of the probe.
+        rows: Name of the probed rows, e.g. "split 'val'".
+        weights: Weight of each loss term in training; a term of weight 0 was not trained and does not count.
     """
     measures = {name: one for name, one in figures.measures.items() if weights.get(name, 1.0) > 0}
     verdicts = {name: one.verdict for name, one in measures.items()}
-    told = "; ".join(_told(name, one) for name, one in measures.items())
+    text_of_measures = "; ".join(_describe(name, one) for name, one in measures.items())
     if figures.picked is not None and figures.picked_chance is not None and "itc" in measures:
-        told += (
+        text_of_measures += (
             f"; picks its own text out of a batch {figures.picked:.0%} of the time (chance {figures.picked_chance:.0%})"
         )
     values = {
@@ -53,19 +53,22 @@ def image_use(figures: ModelFigures, *, rows: str, weights: Mapping[str, float])
         status, words, advice = "warning", "the model hardly uses the images", _PAIRS_ADVICE
     elif idle := [name for name, verdict in verdicts.items() if verdict != "used"]:
         terms = " and ".join(name.upper() for name in idle)
-        status, words = "warning", f"the model uses the images, but {terms} hardly tells right pairs from wrong ones"
+        status, words = (
+            "warning",
+            f"the model uses the images, but {terms} hardly differs between true and wrong pairs",
+        )
         advice = f"train longer, or raise optim.loss_weights.{idle[0]}; do not rely on {terms} until then"
     else:
         words, advice = "the model uses the images", ""
-    text = f"{words}, on {rows}: {told}"
+    text = f"{words}, on {rows}: {text_of_measures}"
     return Finding(topic="image use", status=status, text=text, advice=advice, figures=values)
 
 
 def queries(figures: ModelFigures) -> list[Finding]:
-    """Whether the queries have collapsed into one, and which of them say the same of every image."""
+    """Whether the queries have collapsed, and which of them do not change with the image."""
     found = figures.queries
     if found is None:
-        text = "no rows to look at them with"
+        text = "there are no rows to check them with"
         return [Finding(topic=topic, status="unknown", text=text) for topic in ("collapse of queries", "dead queries")]
     return [_collapse(found), _dead(found, figures)]
 
@@ -73,7 +76,7 @@ def queries(figures: ModelFigures) -> list[Finding]:
 def texts_cut(figures: ModelFigures) -> Finding:
     """Whether captions and prompts fit into `max_text_tokens`."""
     share = figures.num_truncated / max(1, figures.num_texts)
-    is_bad = share > _CUT_SHARE
+    is_bad = share > _MAX_TRUNCATED_SHARE
     return Finding(
         topic="texts cut",
         status="warning" if is_bad else "ok",
@@ -83,7 +86,7 @@ def texts_cut(figures: ModelFigures) -> Finding:
     )
 
 
-def _told(name: str, one: PairedFigures) -> str:
+def _describe(name: str, one: PairedFigures) -> str:
     return (
         f"{_WHAT[name]} {one.true_mean:.3f} with the right image and {one.permuted_mean:.3f} with another's, the right "
         f"one fits better for {one.share:.0%} of {one.num_pairs} texts (chance 50%, z {one.z:.1f}; by chance below "

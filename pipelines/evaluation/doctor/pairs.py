@@ -1,4 +1,4 @@
-"""Some pairs of image and text out of a corpus, chosen at random and decoded in this process.
+"""Random pairs of image and text from a corpus, decoded in this process.
 
 Dimensions: B pairs, F frames, C channels, Y/X pixels.
 """
@@ -25,31 +25,31 @@ from pipelines.inference.models import Waveforms
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairBatch:
-    """Samples of one kind that could be decoded."""
+    """Decoded samples of one kind."""
 
     pixels_BFCYX: Tensor
-    """uint8."""
+    """Pixels, uint8."""
     frame_valid_BF: Tensor
-    """False at frames that only repeat others of their clip."""
+    """False at padding frames, which repeat others of their clip."""
     captions: list[str]
     instructions: list[str]
-    """What each caption answers; "" where the prompt of training serves."""
+    """Instruction of each caption; "" where the prompt of training is used."""
     audio: Waveforms | None
-    """The clips' sound; None where the model reads none."""
+    """Sound of the clips; None if the model reads none."""
     may_swap_BB: Tensor
-    """True where text i may meet image j as a wrong one: another picture, which no such caption describes."""
+    """True where image j is a valid negative for text i: another picture, without such a caption."""
 
 
 @dataclass(slots=True)
 class PairSample:
-    """Random rows of a corpus; iterated over, it decodes them.
+    """Random rows of a corpus; iteration decodes them.
 
     Args:
-        corpus: Where they come from.
-        decode: How files become pixels; without chance.
-        num_rows: How many to take, if there are so many.
-        batch_size: Largest batch; texts and images are exchanged within one.
-        seed: Decides which rows, and which of their captions.
+        corpus: Source of the rows.
+        decode: Decode settings, without augmentation.
+        num_rows: Number of rows, at most those of the corpus.
+        batch_size: Largest batch; permutations stay within a batch.
+        seed: Seed of the choice of rows and captions.
     """
 
     corpus: Corpus
@@ -58,7 +58,7 @@ class PairSample:
     batch_size: int
     seed: int
     failures: list[Failure] = field(default_factory=list)
-    """Rows that could not be decoded so far."""
+    """Failures so far."""
 
     def __iter__(self) -> Iterator[PairBatch]:
         lookup = RowLookup(self.corpus, seed=self.seed, is_random=False)
@@ -75,7 +75,7 @@ class PairSample:
             rows.close()
 
     def _groups(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
-        """Row numbers of batches: of one kind each, and about equally many."""
+        """Row numbers of batches: one kind each, of about equal size."""
         count = min(self.num_rows, self.corpus.num_rows)
         chosen = np.random.default_rng(self.seed).choice(self.corpus.num_rows, count, replace=False)
         kinds: dict[str, list[NDArray[np.int64]]] = {}
@@ -94,8 +94,8 @@ def _pairs(batch: SampleBatch, all_captions: list[list[str]]) -> PairBatch:
     texts = [_plain(batch.captions[row]) for row in valid]
     described = [{_plain(text) for text in all_captions[row]} for row in valid]
     sources = [int(batch.image_ids[row]) for row in valid]
-    places = range(len(valid))
-    may_swap = [[sources[i] != sources[j] and texts[i] not in described[j] for j in places] for i in places]
+    indices = range(len(valid))
+    may_swap = [[sources[i] != sources[j] and texts[i] not in described[j] for j in indices] for i in indices]
     return PairBatch(
         pixels_BFCYX=torch.from_numpy(batch.images[batch.is_valid]),
         frame_valid_BF=torch.from_numpy(batch.frame_valid[batch.is_valid]),
@@ -107,5 +107,5 @@ def _pairs(batch: SampleBatch, all_captions: list[list[str]]) -> PairBatch:
 
 
 def _plain(text: str) -> str:
-    """Two captions that differ in case and spaces say the same."""
+    """Normalise case and spaces, so that captions that differ only in these are equal."""
     return " ".join(text.lower().split())

@@ -1,6 +1,6 @@
-"""What a checkpoint makes of true and of permuted pairs, and of its queries meanwhile.
+"""Probe of a checkpoint: its scores of true and permuted pairs, and statistics of its queries.
 
-Dimensions: B pairs, K of them whose text meets a wrong image too, F frames, P image tokens, V encoder width, N = F * Q
+Dimensions: B pairs, K of them whose text also gets a wrong image, F frames, P image tokens, V encoder width, N = F * Q
 queries of a sample, E joint width, G frames of several samples, L language-model width.
 """
 
@@ -20,26 +20,26 @@ from qformer.objectives import similarity
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFigures:
-    """What came of probing a model."""
+    """Figures of a probe."""
 
     measures: dict[str, PairedFigures]
-    """By loss term: "itc" (similarity) and "itm" (probability of a match) in stage 1, "lm" (loss a token) in stage 2.
-    """
+    """Comparisons by loss term: "itc" (similarity) and "itm" (match probability) in stage 1, "lm" (loss per token) in
+    stage 2."""
     picked: float | None
-    """Stage 1: share of the images whose own text is the most similar one of its batch."""
+    """Stage 1: share of images whose own text is the most similar one of the batch."""
     picked_chance: float | None
-    """That share of a model which picks at random."""
+    """Stage 1: the same share for a random choice."""
     unread_queries: list[int]
-    """Stage 1: queries that were never the most similar one to a text. Many are in a healthy model."""
+    """Stage 1: queries that were never the most similar one to a text; also common in a healthy model."""
     queries: QueryFigures | None
     num_texts: int
     num_truncated: int
-    """Texts that lost their last words."""
+    """Number of truncated texts."""
 
 
 @dataclass(slots=True)
 class _Sums:
-    """What the batches gave so far."""
+    """Accumulated scores of the batches."""
 
     true: dict[str, list[Tensor]] = field(default_factory=dict)
     permuted: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -48,12 +48,12 @@ class _Sums:
     num_truncated: int = 0
 
     def add(self, name: str, true_K: Tensor, permuted_K: Tensor) -> None:
-        """Take in what K texts gave beside their own and beside another image."""
+        """Add the scores of K texts with their own image and with another one."""
         self.true.setdefault(name, []).append(true_K.float().cpu())
         self.permuted.setdefault(name, []).append(permuted_K.float().cpu())
 
-    def compared(self, *, lower_is_better: bool, least_gain: float = 0.0) -> dict[str, PairedFigures]:
-        """The figures of each measure."""
+    def compare(self, *, lower_is_better: bool, least_gain: float = 0.0) -> dict[str, PairedFigures]:
+        """Compare true with permuted pairs, for each measure."""
         joined = {name: (torch.cat(parts), torch.cat(self.permuted[name])) for name, parts in self.true.items()}
         return {
             name: compare_pairs(*pair, lower_is_better=lower_is_better, least_gain=least_gain)
@@ -63,12 +63,12 @@ class _Sums:
 
 @torch.no_grad()
 def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: int) -> ModelFigures:
-    """Look at a stage-1 model.
+    """Probe a stage-1 model.
 
     Args:
-        retriever: Under test.
-        batches: Pairs to show it.
-        seed: Of the permutations.
+        retriever: Model to probe.
+        batches: Pairs of image and text.
+        seed: Seed of the permutations.
     """
     stage1, generator = retriever.stage1, torch.Generator().manual_seed(seed)
     sums = _Sums()
@@ -93,7 +93,7 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
         best |= set(nearest_B.tolist())
         sums.num_texts += len(batch.captions)
         sums.num_truncated += retriever.tokenizer.encode(batch.captions).num_truncated
-        text_K, other_K = _swapped(batch, generator, device)
+        text_K, other_K = _negative_images(batch, generator, device)
         if len(text_K):
             texts = [batch.captions[text] for text in text_K.tolist()]
             sums.add("itc", scores_BB[text_K, text_K], scores_BB[other_K, text_K])
@@ -104,7 +104,7 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
             hidden_BFQD = passes.hidden_GQD.unflatten(0, (len(queries_BNE), -1))
             sums.queries.add(*_both_real(hidden_BFQD, passes.frame_mask, text_K, other_K))
     return ModelFigures(
-        measures=sums.compared(lower_is_better=False),
+        measures=sums.compare(lower_is_better=False),
         picked=float(torch.cat(is_picked).mean()) if is_picked else None,
         picked_chance=float(torch.cat(chances).mean()) if chances else None,
         unread_queries=sorted(set(range(num_queries)) - best),
@@ -116,12 +116,18 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
 
 @torch.no_grad()
 def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: int) -> ModelFigures:
-    """Look at a stage-2 model; as `probe_retriever`."""
+    """Probe a stage-2 model.
+
+    Args:
+        captioner: Model to probe.
+        batches: Pairs of image and text.
+        seed: Seed of the permutations.
+    """
     stage2, language, info = captioner.stage2, captioner.language, captioner.info
     generator, sums = torch.Generator().manual_seed(seed), _Sums()
     device = stage2.language_projection.weight.device
     for batch in batches:
-        text_K, other_K = _swapped(batch, generator, device)
+        text_K, other_K = _negative_images(batch, generator, device)
         sums.num_texts += len(batch.captions)
         if not len(text_K):
             continue
@@ -142,7 +148,7 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
         sums.add("lm", *losses)
         sums.queries.add(*_where_both(*outputs, *masks))
     return ModelFigures(
-        measures=sums.compared(lower_is_better=True, least_gain=USED_GAIN_NATS),
+        measures=sums.compare(lower_is_better=True, least_gain=USED_GAIN_NATS),
         picked=None,
         picked_chance=None,
         unread_queries=[],
@@ -170,8 +176,8 @@ def _where_both(
     return own_GQD[is_both_G], other_GQD[is_both_G]
 
 
-def _swapped(batch: PairBatch, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which texts meet a wrong image, and which image that is."""
+def _negative_images(batch: PairBatch, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of the texts that get a wrong image, and of those images."""
     image_B = permute_images(batch.may_swap_BB, generator)
     text_K = (image_B >= 0).nonzero().flatten()
     return text_K.to(device), image_B[text_K].to(device)

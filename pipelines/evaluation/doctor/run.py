@@ -1,4 +1,4 @@
-"""What became of a run as a whole: checkpoints, restarts, rows that could not be used, alarms."""
+"""Findings about a run as a whole: checkpoints, restarts, quarantined rows, alarms, validation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,29 +9,29 @@ Record = Mapping[str, Any]
 
 _QUARANTINE_SHARE = 0.01
 _OVERFITTED = 0.7
-"""A best validation before this part of the run is told."""
+"""Share of the run; a best validation before it gives a warning."""
 
 
-def checkpoints(places: Sequence[str], damaged: Mapping[str, str], newest_step: int, steps: int | None) -> Finding:
-    """Whether there are whole checkpoints, and one of the last step.
+def checkpoints(names: Sequence[str], damaged: Mapping[str, str], newest_step: int, steps: int | None) -> Finding:
+    """Whether there are intact checkpoints, and one of the last step.
 
     Args:
-        places: Names of all finished checkpoints, the newest first.
-        damaged: Those that are not as they were written, and why.
-        newest_step: Of the newest whole one; 0: there is none.
-        steps: That the run should do; None: unknown.
+        names: Names of all finished checkpoints, the newest first.
+        damaged: Reasons of damage, by name of the checkpoint.
+        newest_step: Step of the newest intact checkpoint; 0: there is none.
+        steps: Planned steps of the run; None: unknown.
     """
-    topic, values = "checkpoints", {"finished": list(places), "damaged": dict(damaged)}
-    whole = [place for place in places if place not in damaged]
-    told = "; ".join(f"{place} is damaged ({why})" for place, why in damaged.items())
-    if not whole:
-        text = told or "there is no finished checkpoint"
-        advice = "train again in another output" if places else "let the run reach its first checkpoint_every steps"
+    topic, values = "checkpoints", {"finished": list(names), "damaged": dict(damaged)}
+    intact = [name for name in names if name not in damaged]
+    damage_text = "; ".join(f"{name} is damaged ({why})" for name, why in damaged.items())
+    if not intact:
+        text = damage_text or "there is no finished checkpoint"
+        advice = "train again in another output" if names else "let the run reach its first checkpoint_every steps"
         return Finding(topic=topic, status="problem", text=text, advice=advice, figures=values)
-    text = f"{len(whole)} whole, the newest after {newest_step} steps"
+    text = f"{len(intact)} whole, the newest after {newest_step} steps"
     if damaged:
         advice = "take an earlier one; --resume steps over it. See whether the disk is sound"
-        return Finding(topic=topic, status="problem", text=f"{text}; {told}", advice=advice, figures=values)
+        return Finding(topic=topic, status="problem", text=f"{text}; {damage_text}", advice=advice, figures=values)
     if steps is not None and newest_step < steps:
         text += f" of {steps}"
         advice = "the run goes on, ended early or was cut off; qformer train --resume goes on with it"
@@ -40,7 +40,7 @@ def checkpoints(places: Sequence[str], damaged: Mapping[str, str], newest_step: 
 
 
 def restarts(starts: Sequence[Record] | None) -> Finding:
-    """How often the workers were started, with what."""
+    """How often the workers were started, at which step and with how many workers."""
     topic = "starts"
     if starts is None:
         return not_recorded(topic, "no starts.jsonl")
@@ -62,20 +62,20 @@ def quarantine(rows: Mapping[str, int] | None, reasons: Mapping[str, int] | None
     """How many rows could not be used, and why.
 
     Args:
-        rows: rows_in, rows_used and rows_quarantined of the run; None: not recorded.
-        reasons: Rows of the quarantine table by class of error; None: there is no table.
-        max_share: As set; None: unknown.
+        rows: Counts rows_in, rows_used and rows_quarantined of the run; None: not recorded.
+        reasons: Rows of the quarantine table by error class; None: there is no table.
+        max_share: Allowed share of quarantined rows; None: unknown.
     """
     topic = "quarantine"
     if rows is None:
         return not_recorded(topic, "neither summary.json nor a checkpoint counts the rows")
-    bad, seen = rows["rows_quarantined"], rows["rows_in"]
-    share = bad / max(1, seen)
+    bad, num_rows = rows["rows_quarantined"], rows["rows_in"]
+    share = bad / max(1, num_rows)
     why = ", ".join(f"{name} {count}" for name, count in sorted((reasons or {}).items(), key=lambda one: -one[1])[:4])
-    text = f"{bad} of {seen} rows seen ({share:.1%}) could not be used{f': {why}' if bad and why else ''}"
+    text = f"{bad} of {num_rows} rows ({share:.1%}) could not be used{f': {why}' if bad and why else ''}"
     values = {"share": share, "reasons": dict(reasons or {})}
-    if seen != rows["rows_used"] + bad:
-        text = f"rows were lost: {seen} in, {rows['rows_used']} used, {bad} quarantined"
+    if num_rows != rows["rows_used"] + bad:
+        text = f"rows were lost: {num_rows} in, {rows['rows_used']} used, {bad} quarantined"
         return Finding(topic=topic, status="problem", text=text, advice="report this as a bug", figures=values)
     status: Status = "ok" if share <= _QUARANTINE_SHARE else "warning"
     if max_share is not None and share > max_share:
@@ -85,11 +85,11 @@ def quarantine(rows: Mapping[str, int] | None, reasons: Mapping[str, int] | None
 
 
 def alarms(events: Sequence[Record] | None, num_stacks: int) -> Finding:
-    """What the run itself was alarmed about.
+    """Alarms that the run raised.
 
     Args:
         events: Records of events.jsonl; None: there is no such file.
-        num_stacks: Ranks whose stacks were written because a step hung.
+        num_stacks: Number of ranks whose stacks were written because a step hung.
     """
     topic = "alarms"
     if events is None:
@@ -109,8 +109,8 @@ def validation(best: Record | None, last_step: int) -> Finding | None:
     """Whether the evaluation loss still falls; None where the run has no validation.
 
     Args:
-        best: best.json.
-        last_step: Steps done.
+        best: Content of best.json.
+        last_step: Number of finished steps.
     """
     if best is None or not best.get("step"):
         return None
@@ -121,7 +121,7 @@ def validation(best: Record | None, last_step: int) -> Finding | None:
         topic="validation",
         status="warning" if is_late else "ok",
         text=text,
-        advice=f"the model learns by heart since then: use the checkpoint of step {step}, or set validation.patience"
+        advice=f"the model has overfitted since then: use the checkpoint of step {step}, or set validation.patience"
         if is_late
         else "",
         figures={"step": step, "loss": loss},

@@ -1,4 +1,4 @@
-"""What was trained, and whether what was not trained stayed as it was."""
+"""Findings about weights: which were trained, and whether the frozen ones are unchanged."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from qformer.analysis.weight_changes import changed_tensors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trainables:
-    """What a run wrote down of its trainables when it started."""
+    """Trainable parameters as a run recorded them at a start."""
 
     names: list[str]
     parameters: int
@@ -19,20 +19,20 @@ class Trainables:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Tensors of a checkpoint."""
+    """Tensors of a checkpoint, with its name."""
 
-    place: str
-    """For people, e.g. "step-00000500"."""
+    name: str
+    """Name in messages, e.g. "step-00000500"."""
     tensors: Mapping[str, Tensor]
     is_own: bool = True
-    """Of the run itself; False: of a checkpoint that it started from."""
+    """True: a checkpoint of the run; False: the checkpoint that it started from."""
 
 
 def trainables(starts: Sequence[Trainables], newest: Weights | None) -> Finding:
-    """What was trained, and whether every start and the checkpoint say the same.
+    """List the trained parameters, and check whether all starts and the checkpoint agree.
 
     Args:
-        starts: As recorded, the first start first.
+        starts: Records of the starts, in order.
         newest: Newest checkpoint; None: there is none.
     """
     topic = "trainables"
@@ -44,8 +44,8 @@ def trainables(starts: Sequence[Trainables], newest: Weights | None) -> Finding:
     for name in last.names:
         part = name.partition(".")[0]
         parts[part] = parts.get(part, 0) + 1
-    told = ", ".join(f"{part} {count}" for part, count in sorted(parts.items()))
-    text = f"{last.parameters:,} numbers in {len(names)} tensors: {told}"
+    text_of_parts = ", ".join(f"{part} {count}" for part, count in sorted(parts.items()))
+    text = f"{last.parameters:,} numbers in {len(names)} tensors: {text_of_parts}"
     values = {"parameters": last.parameters, "tensors": len(names), "parts": parts}
     problems = []
     for number, start in enumerate(starts[:-1], start=1):
@@ -53,55 +53,57 @@ def trainables(starts: Sequence[Trainables], newest: Weights | None) -> Finding:
             problems.append(f"start {number} trained others than the last: {listed(differing)}")
     if newest is not None:
         if missing := sorted(names - newest.tensors.keys()):
-            problems.append(f"{newest.place} lacks {listed(missing)}")
+            problems.append(f"{newest.name} lacks {listed(missing)}")
         elif (count := sum(newest.tensors[name].numel() for name in names)) != last.parameters:
-            problems.append(f"{newest.place} holds {count:,} numbers in them")
+            problems.append(f"{newest.name} holds {count:,} numbers in them")
     if not problems:
         return Finding(topic=topic, status="ok", text=text, figures=values)
     advice = "the settings or the code changed in the middle of the run; start it anew in another output"
     return Finding(topic=topic, status="problem", text=f"{text}; {'; '.join(problems)}", advice=advice, figures=values)
 
 
-def unmoved(starts: Sequence[Trainables], own: Sequence[Weights]) -> Finding:
-    """Trainables that are the same in the oldest and in the newest checkpoint.
+def unchanged_trainables(starts: Sequence[Trainables], own: Sequence[Weights]) -> Finding:
+    """Trainables that are equal in the oldest and the newest checkpoint.
 
     Args:
-        starts: As for `trainables`.
-        own: The run's checkpoints, the oldest first.
+        starts: Records of the starts, in order.
+        own: Checkpoints of the run, the oldest first.
     """
     topic = "trainables that moved"
     if not starts:
         return not_recorded(topic, "neither starts.jsonl nor summary.json names the trainables")
     if len(own) < 2:
-        return Finding(topic=topic, status="unknown", text="there is only one checkpoint to look at")
+        return Finding(topic=topic, status="unknown", text="there is only one checkpoint to compare")
     oldest, newest = own[0], own[-1]
     names = [name for name in starts[-1].names if name in oldest.tensors and name in newest.tensors]
-    still = sorted(set(names) - set(changed_tensors(oldest.tensors, newest.tensors, names)))
-    between = f"between {oldest.place} and {newest.place}"
-    if not still:
+    unchanged = sorted(set(names) - set(changed_tensors(oldest.tensors, newest.tensors, names)))
+    between = f"between {oldest.name} and {newest.name}"
+    if not unchanged:
         return Finding(topic=topic, status="ok", text=f"all {len(names)} moved {between}")
-    all_still = len(still) == len(names)
+    all_unchanged = len(unchanged) == len(names)
     return Finding(
         topic=topic,
-        status="problem" if all_still else "warning",
-        text=f"{len(still)} of {len(names)} did not move {between}: {listed(still)}",
-        advice="see bad_steps.jsonl and optim.learning_rate" if all_still else "a loss term of weight 0 explains some",
-        figures={"unmoved": still},
+        status="problem" if all_unchanged else "warning",
+        text=f"{len(unchanged)} of {len(names)} did not move {between}: {listed(unchanged)}",
+        advice="see bad_steps.jsonl and optim.learning_rate"
+        if all_unchanged
+        else "a loss term of weight 0 may be the reason",
+        figures={"unmoved": unchanged},
     )
 
 
 def frozen_tensors(starts: Sequence[Trainables], weights: Sequence[Weights]) -> Finding:
-    """Whether tensors of the bridge that are not trained are the same wherever they are saved.
+    """Whether frozen tensors of the bridge are equal in all checkpoints.
 
     Args:
-        starts: As for `trainables`.
-        weights: The checkpoint that the run started from, if any, and then its own, the oldest first.
+        starts: Records of the starts, in order.
+        weights: Checkpoint that the run started from, if any, then those of the run, the oldest first.
     """
     topic = "frozen tensors"
     if not starts:
         return not_recorded(topic, "neither starts.jsonl nor summary.json names the trainables")
     if not weights or not weights[-1].is_own:
-        return Finding(topic=topic, status="unknown", text="there is no checkpoint to look at")
+        return Finding(topic=topic, status="unknown", text="there is no checkpoint to check")
     newest = weights[-1]
     names = sorted(newest.tensors.keys() - {name for start in starts for name in start.names})
     if not names:
@@ -109,31 +111,31 @@ def frozen_tensors(starts: Sequence[Trainables], weights: Sequence[Weights]) -> 
     if len(weights) < 2:
         text = f"{len(names)} tensors are not trained; one checkpoint alone does not tell whether they moved"
         return Finding(topic=topic, status="unknown", text=text)
-    found = {one.place: changed_tensors(one.tensors, newest.tensors, names) for one in weights[:-1]}
-    found = {place: changed for place, changed in found.items() if changed}
-    others = ", ".join(one.place for one in weights[:-1])
+    found = {one.name: changed_tensors(one.tensors, newest.tensors, names) for one in weights[:-1]}
+    found = {name: changed for name, changed in found.items() if changed}
+    others = ", ".join(one.name for one in weights[:-1])
     if not found:
-        text = f"{len(names)} tensors are not trained, and {newest.place} has them as {others} has"
+        text = f"{len(names)} tensors are not trained, and {newest.name} has them as {others} has"
         return Finding(topic=topic, status="ok", text=text, figures={"frozen": len(names), "moved": {}})
-    told = "; ".join(f"since {place}: {listed(changed)}" for place, changed in found.items())
-    if all(not one.is_own for one in weights if one.place in found):
-        told += " (unless that checkpoint was changed after this run began)"
+    text_of_parts = "; ".join(f"since {name}: {listed(changed)}" for name, changed in found.items())
+    if all(not one.is_own for one in weights if one.name in found):
+        text_of_parts += " (unless that checkpoint was changed after this run began)"
     return Finding(
         topic=topic,
         status="problem",
-        text=f"frozen layers moved, up to {newest.place}, {told}",
+        text=f"frozen layers moved, up to {newest.name}, {text_of_parts}",
         advice="do not use these checkpoints: something changed weights that are not trained; train again",
         figures={"frozen": len(names), "moved": found},
     )
 
 
 def backbones(recorded: Sequence[Mapping[str, str]], now: Mapping[str, Sequence[str] | str]) -> list[Finding]:
-    """Whether frozen models are the ones that training began with.
+    """Whether the frozen models are those of the start of training.
 
     Args:
-        recorded: SHA-256 of each frozen model, by its name, at each start.
-        now: Of each frozen model the SHA-256 that it has now, one for each dtype that it may have been loaded in, the
-            likeliest first; or, as a text, why it could not be loaded.
+        recorded: SHA-256 of each frozen model by name, for each start.
+        now: Current SHA-256 of each frozen model, one per dtype in which it may have been loaded, the likeliest first;
+            or the reason, as text, why it could not be loaded.
     """
     if not recorded:
         return [not_recorded("frozen models", "no frozen_sha256 in starts.jsonl or summary.json")]
@@ -141,11 +143,11 @@ def backbones(recorded: Sequence[Mapping[str, str]], now: Mapping[str, Sequence[
 
 
 def finite(newest: Weights) -> Finding:
-    """Whether a checkpoint's weights are numbers."""
+    """Whether a checkpoint's weights are finite."""
     bad = sorted(name for name, tensor in newest.tensors.items() if not bool(tensor.isfinite().all()))
     if not bad:
-        return Finding(topic="weights", status="ok", text=f"every tensor of {newest.place} is finite")
-    text = f"{newest.place} holds NaN or infinity in {len(bad)} tensors: {listed(bad)}"
+        return Finding(topic="weights", status="ok", text=f"every tensor of {newest.name} is finite")
+    text = f"{newest.name} holds NaN or infinity in {len(bad)} tensors: {listed(bad)}"
     advice = "use an earlier checkpoint, and lower optim.learning_rate"
     return Finding(topic="weights", status="problem", text=text, advice=advice, figures={"bad": bad})
 

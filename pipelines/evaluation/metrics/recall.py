@@ -1,7 +1,7 @@
 """Retrieval metrics: similarities in, recall out (BLIP-2 protocol, as LAVIS computes it).
 
-Dimensions: R rows that search (images or texts), C columns that are found.
-A text belongs to one image; an image may have several texts, and finding any of them is right.
+Dimensions: R queries (images or texts), C candidates.
+A text belongs to one image; an image may have several texts, and any of them counts as correct.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RECALL_AT = (1, 5, 10)
-# Keeps what the matching head did not see below everything it saw: probability + similarity is at least -1.
-UNSEEN = 100.0
+# Ranks what the matching head did not score below all that it did: probability + similarity is at least -1.
+NOT_CANDIDATE_PENALTY = 100.0
 
 
 def top_candidates(similarity_RC: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
@@ -29,24 +29,23 @@ def top_candidates(similarity_RC: NDArray[np.float32], top_k: int) -> NDArray[np
 def rerank(
     similarity_RC: NDArray[np.float32], match_RC: NDArray[np.float32], is_candidate_RC: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """Let the matching head decide among the candidates.
+    """Rerank the candidates by the matching head.
 
     Args:
         similarity_RC: ITC similarities.
         match_RC: ITM probabilities; read at candidates only.
-        is_candidate_RC: From `top_candidates`.
+        is_candidate_RC: Output of `top_candidates`.
 
     Returns:
         score_RC: probability + similarity for candidates; all others below them, in the order of similarity.
     """
-    return similarity_RC + np.where(is_candidate_RC, match_RC, -UNSEEN).astype(similarity_RC.dtype)
+    return similarity_RC + np.where(is_candidate_RC, match_RC, -NOT_CANDIDATE_PENALTY).astype(similarity_RC.dtype)
 
 
 def first_right_ranks(score_RC: NDArray[np.float32], is_right_RC: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How many wrong columns stand before each row's best right one.
+    """Number of wrong columns that rank above each row's best correct one.
 
-    A wrong column with an equal score counts as standing before, so that a model which scores everything alike
-    finds nothing.
+    A wrong column with an equal score counts as above, so that a model with constant scores gets no hits.
 
     Returns:
         rank_R, int64; 0 is a hit at 1.
@@ -61,5 +60,5 @@ def first_right_ranks(score_RC: NDArray[np.float32], is_right_RC: NDArray[np.boo
 
 
 def recall(ranks: NDArray[np.int64], recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """Share of rows whose first right answer is among the first k: {"r1": ..., "r5": ..., "r10": ...}."""
+    """Share of rows whose first correct column is among the first k: {"r1": ..., "r5": ..., "r10": ...}."""
     return {f"r{k}": float((ranks < k).mean()) for k in recall_at}

@@ -12,7 +12,7 @@ from pipelines.data.failures import Failure
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage.local_copies import local_folder
-from pipelines.evaluation.protocols.inference import answers, collect
+from pipelines.evaluation.protocols.row_results import collect, result_table
 from pipelines.inference.decoding import waveforms_of
 from pipelines.inference.models import load_captioner
 from qformer.config import GenerationSettings
@@ -23,20 +23,26 @@ _IS_TRUNCATED = "is_truncated"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Captions:
-    """What captioning a manifest gave."""
+class CaptionResult:
+    """Result of captioning a manifest."""
 
     predictions: pa.Table
     """sample_id, kind, instruction, prediction, references (list of strings), in the manifest's order. The instruction
-    is "" where the prompt of training served."""
+    is "" where the prompt of training was used."""
     failures: list[Failure]
-    """The rows without a prediction."""
+    """Failures of the rows without a prediction."""
     num_truncated: int
-    """Instructions that lost their last words."""
+    """Number of truncated instructions."""
 
 
 class CaptionBlocks:
-    """Actor: decoded blocks in, captions out."""
+    """Actor that captions decoded blocks.
+
+    Args:
+        checkpoint: Folder or URI of a stage-2 checkpoint.
+        device: Device of the model.
+        generation: Generation settings.
+    """
 
     def __init__(self, checkpoint: str, device: str, generation: GenerationSettings) -> None:
         self._captioner = load_captioner(local_folder(checkpoint), device=device)
@@ -56,7 +62,7 @@ class CaptionBlocks:
         results = {schema.INSTRUCTION: instructions, PREDICTION: captions}
         columns = {name: pa.array(texts, pa.string()) for name, texts in results.items()}
         columns[_IS_TRUNCATED] = pa.array([self._captioner.num_truncated([t]) > 0 for t in instructions], pa.bool_())
-        return answers(batch, columns)
+        return result_table(batch, columns)
 
 
 def caption_manifest(
@@ -69,18 +75,18 @@ def caption_manifest(
     workers: int,
     decode_workers: int,
     use_gpu: bool,
-) -> Captions:
+) -> CaptionResult:
     """Caption every row of `manifest` once.
 
     Args:
         manifest: Rows with unique sample ids.
         checkpoint: Folder or URI of a stage-2 checkpoint.
-        decode: How files become pixels.
-        batch_size: Rows of one pass.
-        generation: How captions are generated.
-        workers: Model actors.
-        decode_workers: Decode actors.
-        use_gpu: One GPU for each model actor.
+        decode: Decode settings.
+        batch_size: Rows per pass.
+        generation: Generation settings.
+        workers: Number of model actors.
+        decode_workers: Number of decode actors.
+        use_gpu: Whether each model actor gets a GPU.
     """
     datasets = evaluation_datasets(
         TableRows(manifest), batch_size=batch_size, decode=decode, decode_workers=decode_workers
@@ -107,4 +113,4 @@ def caption_manifest(
     )
     assert used.num_rows + len(failures) == manifest.num_rows, "a row came back twice"
     num_truncated = sum(row[_IS_TRUNCATED] for row in found.values())
-    return Captions(predictions=predictions, failures=failures, num_truncated=num_truncated)
+    return CaptionResult(predictions=predictions, failures=failures, num_truncated=num_truncated)

@@ -1,7 +1,7 @@
-"""Captions of a whole corpus, shard by shard: an actor that writes them, and the check that a shard is still right.
+"""Captions of a whole corpus, shard by shard: an actor that writes them, and the check that a shard is up to date.
 
-A shard is one Parquet file of consecutive manifest rows of one kind, each with its text or with why it has none; it is
-whole or not there. Which rows it holds follows from the manifest alone, so a killed job leaves nothing to repair.
+A shard is one Parquet file of consecutive manifest rows of one kind, each with its text or its failure. It is written
+atomically, and the manifest alone decides which rows it holds, so a killed job leaves nothing to repair.
 """
 
 import time
@@ -47,40 +47,40 @@ SHARD_SCHEMA = pa.schema(
         (schema.TRIES, pa.int32()),
     ]
 )
-"""`text` to `is_truncated` (whether the instruction lost its last words) only of rows with a text; `stage` and what
-follows only of the others."""
+"""Columns of a shard. `text` to `is_truncated` (whether the instruction was truncated) are null in rows without a text;
+`stage` and all after it are null in the others."""
 
 MODEL_FAILURE = "model"
-"""Error class of rows that the models failed on."""
+"""Error class of rows on which the model fails."""
 _MAX_ROWS = 256
-"""Of a shard: what a killed job does again at most, for each actor."""
+"""Largest shard, and thus what a killed job repeats at most, per actor."""
 _FRAMES_PER_PASS = 64
 
 
 def caption_blocks(manifest: pa.Table, decode: DecodeSettings, instruction: str) -> list[pa.Table]:
-    """Cut a manifest into the rows of each shard.
+    """Split a manifest into shards.
 
     Args:
-        manifest: The corpus.
-        decode: How files become pixels and sound.
-        instruction: Asked of every row in place of its own; "" keeps those.
+        manifest: Manifest of the corpus.
+        decode: Decode settings.
+        instruction: Instruction for all rows, in index of their own; "" keeps those.
     """
     blocks = shard_blocks(manifest, decode, _MAX_ROWS)
     if not instruction:
         return blocks
-    place = [block.schema.get_field_index(schema.INSTRUCTION) for block in blocks]
-    asked = [pa.array([instruction] * len(block), pa.string()) for block in blocks]
-    columns = zip(blocks, place, asked, strict=True)
+    indices = [block.schema.get_field_index(schema.INSTRUCTION) for block in blocks]
+    texts_of_blocks = [pa.array([instruction] * len(block), pa.string()) for block in blocks]
+    columns = zip(blocks, indices, texts_of_blocks, strict=True)
     return [block.set_column(index, schema.INSTRUCTION, texts) for block, index, texts in columns]
 
 
-def captioned_shard(folder: str, shard: int, rows: pa.Table) -> bool:
-    """Whether `shard` is there with these rows, asked the same, of files as they are now, and no failure that may pass.
+def is_shard_current(folder: str, shard: int, rows: pa.Table) -> bool:
+    """Whether a shard exists with these rows and instructions, current files, and no transient failure.
 
     Args:
-        folder: Of the captions.
-        shard: Its number.
-        rows: One of `caption_blocks`.
+        folder: Folder of the captions.
+        shard: Number of the shard.
+        rows: Rows of the shard, from `caption_blocks`.
     """
     path = storage.join(folder, rows_file(shard))
     if not storage.exists(path):
@@ -90,7 +90,7 @@ def captioned_shard(folder: str, shard: int, rows: pa.Table) -> bool:
 
 
 def remove_other_shards(folder: str, num_shards: int) -> None:
-    """Remove shards of a manifest that was longer."""
+    """Remove shards left from a longer manifest."""
     expected = {rows_file(shard) for shard in range(num_shards)}
     for name in storage.folder_names(folder):
         if name.startswith("shard-") and name.endswith(".parquet") and name not in expected:
@@ -98,14 +98,14 @@ def remove_other_shards(folder: str, num_shards: int) -> None:
 
 
 class CaptionShards:
-    """Actor: captions one decoded shard, or answers its instructions, and writes it.
+    """Actor that captions a decoded shard, or answers its instructions, and writes it.
 
     Args:
         checkpoint: Folder or URI of a stage-2 checkpoint.
-        folder: Of the captions.
-        generation: How texts are generated, without beams.
-        kv_tokens: See `Engine`.
-        max_requests: See `Engine`.
+        folder: Folder of the captions.
+        generation: Generation settings, without beam search.
+        kv_tokens: Size of the key-value cache in tokens.
+        max_requests: Answers generated at once.
         device: "cpu" or "cuda".
     """
 
@@ -124,10 +124,10 @@ class CaptionShards:
         self._idle_since_s = time.perf_counter()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Write a shard, out of `DecodeShards`.
+        """Write one shard, given the output of `DecodeShards`.
 
         Returns:
-            One row about it, as `EncodeShards` gives.
+            One row of counts and costs, in the format of `EncodeShards`.
         """
         wait_s, queued_s = time.perf_counter() - self._idle_since_s, queued_seconds(block)
         batch = unpack(block)
@@ -145,7 +145,7 @@ class CaptionShards:
         return pa.table({**{name: [value] for name, value in counts.items()}, **cost_columns([batch.costs])})
 
     def _inputs(self, batch: SampleBatch) -> list[Tensor | Exception | None]:
-        """What the engine reads of each row; why there is nothing; None where the row was not decoded."""
+        """Engine input of each row, or the error of its encoding; None where the row was not decoded."""
         inputs: list[Tensor | Exception | None] = [None] * len(batch.sample_ids)
         valid = [row for row, is_valid in enumerate(batch.is_valid) if is_valid]
         rows_per_pass = max(1, _FRAMES_PER_PASS // batch.images.shape[1])
@@ -156,7 +156,7 @@ class CaptionShards:
         return inputs
 
     def _pass(self, batch: SampleBatch, rows: Sequence[int]) -> list[Tensor | Exception]:
-        """Some rows' inputs; a pass that fails is tried again row by row."""
+        """Engine inputs of some rows; a pass that fails is repeated row by row."""
         pixels, frame_valid = torch.from_numpy(batch.images[rows]), torch.from_numpy(batch.frame_valid[rows])
         instructions = [batch.instructions[row] for row in rows]
         try:
@@ -187,26 +187,26 @@ class CaptionShards:
 def _shard_table(
     block: pa.Table, batch: SampleBatch, results: Sequence[Completion | Exception | None], is_truncated: Sequence[bool]
 ) -> pa.Table:
-    """Every row of a shard once, with its text or with why it has none."""
+    """Table of a shard: every row once, with its text or its failure."""
     failures = {failure.sample_id: failure for failure in batch.failures}
     media = block[schema.MEDIA].to_pylist()
     rows = []
-    for place, (sample_id, result) in enumerate(zip(batch.sample_ids, results, strict=True)):
+    for index, (sample_id, result) in enumerate(zip(batch.sample_ids, results, strict=True)):
         text, failure = (result, None) if isinstance(result, Completion) else (None, failures.get(sample_id))
         if isinstance(result, Exception):
-            failure = Failure(sample_id, media[place], "generate", MODEL_FAILURE, str(result))
+            failure = Failure(sample_id, media[index], "generate", MODEL_FAILURE, str(result))
         assert (text is None) != (failure is None), f"{sample_id} has neither a text nor a failure"
         rows.append(
             {
                 schema.SAMPLE_ID: sample_id,
-                schema.MEDIA: media[place],
-                schema.INSTRUCTION: batch.instructions[place],
+                schema.MEDIA: media[index],
+                schema.INSTRUCTION: batch.instructions[index],
                 TEXT: text and text.text,
                 FINISH_REASON: text and text.finish_reason,
                 NUM_TOKENS: text and text.usage.completion_tokens,
-                IS_TRUNCATED: None if text is None else is_truncated[place],
-                SOURCE: int(batch.image_ids[place]),
-                STATE: block[STATE][place].as_py(),
+                IS_TRUNCATED: None if text is None else is_truncated[index],
+                SOURCE: int(batch.image_ids[index]),
+                STATE: block[STATE][index].as_py(),
                 **{column: failure and getattr(failure, column) for column in FAILURE_COLUMNS},
             }
         )

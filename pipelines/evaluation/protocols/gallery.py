@@ -1,4 +1,4 @@
-"""Images and texts of one kind that are searched for each other.
+"""Retrieval galleries: the images (or clips) of one kind with their texts.
 
 Dimensions: I images (or clips), T texts.
 """
@@ -18,21 +18,21 @@ from pipelines.evaluation.metrics.recall import first_right_ranks, recall, reran
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """The images of one kind with their texts, scored both ways."""
+    """Images of one kind and their texts, with scores in both directions."""
 
     kind: str
     sample_ids: list[str]
     texts: list[str]
     text_index_T: NDArray[np.int64]
-    """Place of each text among the texts of the whole manifest."""
+    """Index of each text among the texts of the whole manifest."""
     owner_T: NDArray[np.int64]
-    """Row of the image that each text belongs to."""
+    """Index of the image that each text belongs to."""
     similarity_IT: NDArray[np.float32]
-    """ITC."""
+    """ITC similarities."""
     image_to_text_IT: NDArray[np.float32]
-    """Scores by which an image finds texts."""
+    """Scores for image-to-text retrieval."""
     text_to_image_IT: NDArray[np.float32]
-    """Scores by which a text finds images."""
+    """Scores for text-to-image retrieval."""
 
     @property
     def is_right_IT(self) -> NDArray[np.bool_]:  # noqa: N802 - dimensions are a suffix
@@ -41,16 +41,16 @@ class Gallery:
 
     @property
     def image_ranks(self) -> NDArray[np.int64]:
-        """For each image, how many wrong texts stand before its best right one."""
+        """Rank of each image's best correct text, counted from 0."""
         return first_right_ranks(self.image_to_text_IT, self.is_right_IT)
 
     @property
     def text_ranks(self) -> NDArray[np.int64]:
-        """For each text, how many wrong images stand before its own."""
+        """Rank of each text's own image, counted from 0."""
         return first_right_ranks(self.text_to_image_IT.T, self.is_right_IT.T)
 
     def metrics(self) -> dict[str, Any]:
-        """Recall both ways, and how large the gallery is."""
+        """Recall in both directions, and the size of the gallery."""
         return {
             "images": len(self.sample_ids),
             "texts": len(self.texts),
@@ -59,7 +59,7 @@ class Gallery:
         }
 
     def examples(self, num_texts: int) -> list[dict[str, Any]]:
-        """For each image: sample_id, kind, its own texts, the best `num_texts` found, and the rank of the first right.
+        """Result rows: sample_id, kind, the own texts, the best `num_texts`, and the rank of the best own text.
 
         Ranks count from 0.
         """
@@ -78,9 +78,9 @@ class Gallery:
         return rows
 
     def candidates(self, top_k: int) -> dict[str, NDArray[np.int32]]:
-        """Texts (places in the whole manifest) that the matching head must score, by sample id.
+        """Texts to score with the matching head, as indices into the whole manifest, by sample id.
 
-        They are the best of each image, and the images that are among the best of a text.
+        These are the best texts of each image, and the texts for which the image is among the best.
         """
         chosen_IT = top_candidates(self.similarity_IT, top_k) | top_candidates(self.similarity_IT.T, top_k).T
         return {
@@ -89,29 +89,29 @@ class Gallery:
         }
 
     def reranked(self, matches: Mapping[str, tuple[NDArray[np.int32], NDArray[np.float32]]], top_k: int) -> "Gallery":
-        """Let the matching head decide among the candidates.
+        """Rerank the candidates by the matching head.
 
         Args:
-            matches: By sample id the texts scored and their probabilities, for what `candidates` asked. Images
-                that are missing leave the gallery with their texts.
-            top_k: As in `candidates`.
+            matches: Scored texts and their probabilities, by sample id, for the output of `candidates`. Missing
+                images are dropped with their texts.
+            top_k: Number of candidates, as given to `candidates`.
         """
         match_IT = np.zeros_like(self.similarity_IT)
-        place = {index: column for column, index in enumerate(self.text_index_T.tolist())}
+        column_of = {index: column for column, index in enumerate(self.text_index_T.tolist())}
         for row, name in enumerate(self.sample_ids):
             for index, probability in zip(*matches.get(name, ((), ())), strict=True):
-                match_IT[row, place[int(index)]] = probability
+                match_IT[row, column_of[int(index)]] = probability
         text_side_TI = rerank(self.similarity_IT.T, match_IT.T, top_candidates(self.similarity_IT.T, top_k))
         scored = dataclasses.replace(
             self,
             image_to_text_IT=rerank(self.similarity_IT, match_IT, top_candidates(self.similarity_IT, top_k)),
             text_to_image_IT=text_side_TI.T,
         )
-        return scored.keep([name in matches for name in self.sample_ids])
+        return scored.select([name in matches for name in self.sample_ids])
 
-    def keep(self, is_kept: list[bool]) -> "Gallery":
-        """Return the gallery of some of its images and their texts."""
-        rows = np.flatnonzero(is_kept)
+    def select(self, is_selected: list[bool]) -> "Gallery":
+        """Return the gallery of a subset of the images, with their texts."""
+        rows = np.flatnonzero(is_selected)
         columns = np.flatnonzero(np.isin(self.owner_T, rows))
         square = np.ix_(rows, columns)
         return Gallery(
@@ -127,12 +127,12 @@ class Gallery:
 
 
 def build_galleries(manifest: pa.Table, similarity: Mapping[str, NDArray[np.float32]]) -> list[Gallery]:
-    """Part a manifest's rows by kind.
+    """Split a manifest's rows by kind.
 
     Args:
         manifest: Rows with captions.
-        similarity: By sample id, the ITC similarity with every caption of the manifest in its order. Rows that are
-            missing stay out.
+        similarity: ITC similarities with all captions of the manifest, in its order, by sample id. Missing rows are
+            left out.
 
     Returns:
         A gallery for each kind that has a row, scored by ITC.

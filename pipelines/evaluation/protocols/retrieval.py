@@ -1,10 +1,10 @@
 """Retrieval over a manifest by a stage-1 checkpoint, in two passes of Ray Data.
 
-The first pass compares every image with every text by ITC. The second decodes the images again and lets the
-matching head (ITM) score each image's candidates. Reading twice keeps the encoder's tokens, by far the largest
-tensors here, out of the object store: only rows of similarities travel.
+The first pass compares every image with every text (ITC). The second decodes the images again and scores each image's
+candidates with the matching head (ITM). Decoding twice keeps the encoder's tokens, by far the largest tensors here, out
+of the object store, which holds similarities only.
 
-Images and clips are scored apart, each against the texts of its own kind.
+Images and clips are evaluated separately, each against the texts of their own kind.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.evaluation.protocols.gallery import Gallery, build_galleries
-from pipelines.evaluation.protocols.inference import answers, collect
+from pipelines.evaluation.protocols.row_results import collect, result_table
 from pipelines.inference.models import load_retriever
 from qformer.objectives import similarity
 
@@ -31,29 +31,35 @@ SIMILARITY = "similarity"
 TEXT_INDEX = "text_index"
 MATCH = "match"
 _NUM_TRUNCATED = "num_truncated"
-_TEXTS_AT_A_TIME = 256
+_TEXTS_PER_PASS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Retrieval:
-    """What retrieval over a manifest gave."""
+class RetrievalResult:
+    """Result of retrieval over a manifest."""
 
     galleries: dict[str, Gallery]
-    """By kind; kinds without a usable row are absent."""
+    """Galleries by kind; kinds without a usable row are absent."""
     failures: list[Failure]
     num_truncated: int
-    """Texts that lost their last words."""
+    """Number of truncated texts."""
 
 
 class CompareBlocks:
-    """Actor of the first pass: ITC similarity of every image with all texts."""
+    """Actor of the first pass: ITC similarity of every image with all texts.
+
+    Args:
+        checkpoint: Folder or URI of a stage-1 checkpoint.
+        device: Device of the model.
+        texts: All texts of the manifest.
+    """
 
     def __init__(self, checkpoint: str, device: str, texts: list[str]) -> None:
         self._retriever = load_retriever(local_folder(checkpoint), device=device)
-        # Each actor embeds all texts for itself: cheap beside images, and it saves a pass of its own.
+        # Each actor embeds all texts itself: cheap compared with images, and it saves a pass over the data.
         parts = [
-            self._retriever.embed_text(texts[start : start + _TEXTS_AT_A_TIME])
-            for start in range(0, len(texts), _TEXTS_AT_A_TIME)
+            self._retriever.embed_text(texts[start : start + _TEXTS_PER_PASS])
+            for start in range(0, len(texts), _TEXTS_PER_PASS)
         ]
         self._text_embeds_TE = torch.cat(parts)
         self._num_truncated = self._retriever.tokenizer.encode(texts).num_truncated
@@ -72,11 +78,18 @@ class CompareBlocks:
             SIMILARITY: pa.FixedSizeListArray.from_arrays(flat, num_texts),
             _NUM_TRUNCATED: pa.array([self._num_truncated] * len(similarity_IT), pa.int64()),
         }
-        return answers(batch, results)
+        return result_table(batch, results)
 
 
 class MatchBlocks:
-    """Actor of the second pass: ITM probability of every image with its candidates."""
+    """Actor of the second pass: ITM probability of every image with its candidates.
+
+    Args:
+        checkpoint: Folder or URI of a stage-1 checkpoint.
+        device: Device of the model.
+        texts: All texts of the manifest.
+        candidates: Indices of the texts to score, by sample id.
+    """
 
     def __init__(
         self, checkpoint: str, device: str, texts: list[str], candidates: Mapping[str, NDArray[np.int32]]
@@ -96,7 +109,7 @@ class MatchBlocks:
                 self._match(tokens_FPV, is_frame_F, self._candidates[name])
                 for name, tokens_FPV, is_frame_F in zip(names, tokens_IFPV, is_frame_IF, strict=True)
             ]
-        return answers(
+        return result_table(
             batch,
             {
                 TEXT_INDEX: pa.array([self._candidates[name] for name in names], pa.list_(pa.int32())),
@@ -108,8 +121,8 @@ class MatchBlocks:
         self, tokens_FPV: torch.Tensor, is_frame_F: torch.Tensor, text_index: NDArray[np.int32]
     ) -> NDArray[np.float32]:
         parts = [np.zeros(0, dtype=np.float32)]
-        for start in range(0, len(text_index), _TEXTS_AT_A_TIME):
-            texts = [self._texts[index] for index in text_index[start : start + _TEXTS_AT_A_TIME]]
+        for start in range(0, len(text_index), _TEXTS_PER_PASS):
+            texts = [self._texts[index] for index in text_index[start : start + _TEXTS_PER_PASS]]
             tokens_BFPV = tokens_FPV[None].expand(len(texts), -1, -1, -1)
             is_frame_BF = is_frame_F[None].expand(len(texts), -1)
             parts.append(self._retriever.match(tokens_BFPV, texts, is_frame_BF).cpu().numpy())
@@ -126,18 +139,18 @@ def retrieve(
     workers: int,
     decode_workers: int,
     use_gpu: bool,
-) -> Retrieval:
-    """Score every image and text of `manifest` against each other.
+) -> RetrievalResult:
+    """Score all images and texts of `manifest` against each other.
 
     Args:
         manifest: Rows with unique sample ids and at least one caption each.
         checkpoint: Folder or URI of a stage-1 checkpoint.
-        decode: How files become pixels.
-        batch_size: Images of one pass.
-        rerank_top_k: Candidates of each image and of each text that ITM scores again; 0 ranks by ITC alone.
-        workers: Model actors.
-        decode_workers: Decode actors.
-        use_gpu: One GPU for each model actor.
+        decode: Decode settings.
+        batch_size: Images per pass.
+        rerank_top_k: Candidates of each image and each text that ITM reranks; 0 ranks by ITC alone.
+        workers: Number of model actors.
+        decode_workers: Number of decode actors.
+        use_gpu: Whether each model actor gets a GPU.
     """
     texts = [text for captions in manifest[schema.CAPTIONS].to_pylist() for text in captions]
     arguments: dict[str, Any] = {
@@ -156,13 +169,13 @@ def retrieve(
     compared, failures = answer(manifest, CompareBlocks, {})
     galleries = build_galleries(manifest, _similarities(compared))
     if rerank_top_k > 0 and galleries:
-        wanted = {name: places for gallery in galleries for name, places in gallery.candidates(rerank_top_k).items()}
+        wanted = {name: index for gallery in galleries for name, index in gallery.candidates(rerank_top_k).items()}
         is_wanted = pa.array([name in wanted for name in manifest[schema.SAMPLE_ID].to_pylist()])
         matched, late_failures = answer(manifest.filter(is_wanted), MatchBlocks, {"candidates": wanted})
         failures += late_failures
         galleries = [gallery.reranked(_matches(matched), rerank_top_k) for gallery in galleries]
-    num_truncated = max(compared[_NUM_TRUNCATED].to_pylist(), default=0)  # of all texts, told with every row
-    return Retrieval(
+    num_truncated = max(compared[_NUM_TRUNCATED].to_pylist(), default=0)  # counts all texts; the same in every row
+    return RetrievalResult(
         galleries={gallery.kind: gallery for gallery in galleries}, failures=failures, num_truncated=num_truncated
     )
 

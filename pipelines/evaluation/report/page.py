@@ -1,4 +1,4 @@
-"""A run's report as one HTML file that needs nothing else: style, pictures and plots are inside."""
+"""A report as one self-contained HTML file, with style, pictures and plots inside."""
 
 import base64
 import html
@@ -24,9 +24,9 @@ class ResultRow:
     name: str
     measured: str
     bar: str = ""
-    """What was asked for, as text; "" when nothing was."""
+    """Required value, as text; "" if there is none."""
     ok: bool | None = None
-    """None: a figure without a bar."""
+    """Whether the bar is met; None without a bar."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +35,10 @@ class GalleryItem:
 
     title: str
     frames: list[NDArray[np.uint8]]
-    """RGB [H, W, 3] each."""
+    """Pictures, RGB [H, W, 3]."""
     lines: list[str]
     ok: bool | None = None
-    """Colours the item's edge: right, wrong, or neither."""
+    """Colour of the item's edge: right, wrong, or neutral (None)."""
 
 
 def write_report(
@@ -56,7 +56,7 @@ def write_report(
     Args:
         path: Local path or URI of the HTML file.
         title: Heading.
-        results: The table of measured against bar; none leaves it out.
+        results: Table of measured values and bars; empty leaves it out.
         curves: (step, value) points by name. Names with the same part before a "/" share a plot.
         galleries: Items by section heading.
         summary: A paragraph below the heading.
@@ -137,7 +137,7 @@ def _plot(heading: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str
     if len(lines) > 1:
         axes.legend(fontsize=8, frameon=False)
     buffer = io.BytesIO()
-    # As a picture, not inlined: ids inside several SVGs of one page would clash.
+    # Embedded as an image, because ids of several inline SVGs would clash.
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img class=plot alt="{_escape(heading)}" src="data:image/svg+xml;base64,{data}">'

@@ -1,4 +1,4 @@
-"""The look of the HTML report."""
+"""CSS of the HTML report."""
 
 STYLE = """
 :root { --ink: #1d2430; --soft: #5d6878; --line: #dde2ea; --paper: #ffffff; --ground: #f5f6f9;

@@ -1,4 +1,4 @@
-"""Ask a running caption service."""
+"""A minimal client of the caption endpoint."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ def request_caption(base_url: str, media: bytes, *, timeout_s: float = 60.0) -> 
     """Send one image or video and return the answer: caption, kind, num_frames, model.
 
     Args:
-        base_url: As `jobs.serve.job.served` yields it.
-        media: Content of the file; its kind is read from its first bytes.
-        timeout_s: For each of connecting, sending and waiting.
+        base_url: URL of the service, such as "http://127.0.0.1:8000".
+        media: Content of the file. Its first bytes decide whether it is an image or a video.
+        timeout_s: Limit of each phase: connecting, sending, waiting.
 
     Raises:
-        ServiceError: With the service's own message.
+        ServiceError: If the service answers with an error; holds its message.
         httpx.HTTPError: If the service cannot be reached.
     """
     kind = sniff_kind(media[:SNIFFED_BYTES]) or "image"
-    # The subtype is free: the service looks at the content.
+    # Any subtype will do: the service detects the format from the content.
     headers = {"Content-Type": f"{kind}/*"}
     response = httpx.post(f"{base_url}/v1/caption", content=media, headers=headers, timeout=timeout_s)
     if response.status_code != httpx.codes.OK:

@@ -1,4 +1,4 @@
-"""The ingress deployment: HTTP in, calls to the other deployments, HTTP out. Holds no model and loads no torch."""
+"""The ingress deployment: serves HTTP and calls the other deployments. It holds no model and loads no torch."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ingress:
-    """One replica. Which adapters and keys there are comes by `reconfigure`, so that a change restarts nothing."""
+    """One ingress replica. `reconfigure` sets adapters and keys, so a change of them restarts nothing."""
 
     def __init__(
         self,
@@ -32,31 +32,31 @@ class Ingress:
         self._api = Api(config, RemoteModels(media, encoder, generator, quotas))
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take what `live_config` gives."""
+        """Serve the adapters and keys of a `live_config`."""
         self._api.update(*read_live_config(user_config))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray Serve's hook: the ASGI application of this replica, made in the replica."""
+        """Build the ASGI application of this replica; Ray Serve calls this in the replica."""
         return build_http(self._api)
 
 
-class QuotaKeeper:
-    """The one place that counts requests of keys, for all ingress replicas."""
+class QuotaWorker:
+    """Deployment of one replica that counts the requests of API keys for all ingress replicas."""
 
     def __init__(self, lease_s: float) -> None:
         self._quotas = Quotas(lease_s)
 
     async def take(self, key: ApiKey) -> int | Refusal:
-        """See `Quotas`."""
+        """Call `Quotas.take`."""
         return self._quotas.take(key)
 
     async def give_back(self, key: ApiKey, lease: int) -> None:
-        """See `Quotas`."""
+        """Call `Quotas.give_back`."""
         self._quotas.give_back(key, lease)
 
 
 def live_config(adapters: Sequence[Adapter], keys: Sequence[ApiKey]) -> dict[str, Any]:
-    """JSON-ready, for `Ingress.reconfigure`; keys are their hashes."""
+    """User config of `Ingress.reconfigure`: JSON-ready, with API keys as hashes."""
     return {"adapters": [adapter.to_dict() for adapter in adapters], "keys": [asdict(key) for key in keys]}
 
 

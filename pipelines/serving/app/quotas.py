@@ -1,4 +1,4 @@
-"""Limits of each key: a token bucket for the rate, leases for what is in work. One place counts for all replicas."""
+"""Limits of each API key: a token bucket for the request rate, leases for concurrent requests."""
 
 import itertools
 import time
@@ -9,7 +9,7 @@ from pipelines.serving.contract.config import ApiKey
 from pipelines.serving.contract.errors import Refusal
 
 BURST_S = 10.0
-"""A key that was idle may ask as much at once as its rate gives in this time."""
+"""Capacity of the token bucket, as the time in which the rate fills it."""
 
 
 @dataclass(slots=True)
@@ -17,15 +17,15 @@ class _Account:
     tokens: float
     filled_s: float
     leases: dict[int, float] = field(default_factory=dict)
-    """Lease -> when it ends by itself: its ingress replica may be gone."""
+    """Lease -> time at which it expires, for the case that its ingress replica is lost."""
 
 
 class Quotas:
-    """Counts of each key.
+    """Request counts of each key.
 
     Args:
-        lease_s: The longest time that a request may be in work.
-        clock: Seconds that never go back.
+        lease_s: Longest duration of a request.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +34,7 @@ class Quotas:
         self._numbers = itertools.count(1)
 
     def take(self, key: ApiKey) -> int | Refusal:
-        """Let a request of `key` in: the lease to give back at its end, or 429 with the seconds to wait."""
+        """Admit a request of `key`: a lease to release at its end, or a 429 refusal with the seconds to wait."""
         now_s = self._clock()
         account = self._accounts.setdefault(key.name, _Account(_burst(key), now_s))
         account.leases = {lease: end_s for lease, end_s in account.leases.items() if end_s > now_s}
@@ -55,7 +55,7 @@ class Quotas:
         return lease
 
     def give_back(self, key: ApiKey, lease: int) -> None:
-        """The request has ended."""
+        """Release the lease of a request that has ended."""
         if (account := self._accounts.get(key.name)) is not None:
             account.leases.pop(lease, None)
 

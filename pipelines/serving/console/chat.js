@@ -1,11 +1,11 @@
-// The server's interface: models, limits, and an answer that streams. Nothing here touches the page.
+// Client of the server: models, limits and streamed answers. Independent of the page.
 
-/** A request that failed, in words for the person who asked. */
+/** A failed request, with a message for the user. */
 export class ChatError extends Error {
   /**
    * @param {string} title What happened.
    * @param {string} advice What to do about it.
-   * @param {"key"|"models"|null} remedy What the page can offer beside another try.
+   * @param {"key"|"models"|null} remedy Action that the page offers besides another try.
    */
   constructor(title, advice, remedy = null) {
     super(title);
@@ -15,13 +15,13 @@ export class ChatError extends Error {
   }
 }
 
-/** Where the interface lies; the page may be mounted below a prefix. */
+/** URL of the endpoints; the page may be mounted below a prefix. */
 export const API_URL = new URL("v1", document.baseURI).href;
 
-const GONE = ["The server does not answer.", "It may have stopped or be starting again. Check that it runs, then try again."];
+const GONE = ["The server does not answer.", "It may have stopped or be restarting. Check that it runs, then try again."];
 const CUT_OFF = ["The connection broke before the answer was complete.", "Check that the server runs, then try again."];
 
-// By status: what happened, what to do where the server gives no advice, and a remedy of the page.
+// By status: what happened, advice, and a remedy of the page.
 const REFUSALS = {
   401: ["The server wants a valid API key.", "Enter the key that its operator gave you.", "key"],
   403: ["This API key may not do that.", "Enter another key, or ask the operator of the server.", "key"],
@@ -30,13 +30,13 @@ const REFUSALS = {
   413: ["The request is too large for this server.", "Use a smaller or shorter file, or start a new chat."],
   415: ["The server cannot use this kind of file.", "Convert it to JPEG, PNG or MP4."],
   422: ["The server cannot use this request.", "Use a smaller file or a shorter question."],
-  429: ["The server takes no more requests from you just now.", "Wait a little, then try again."],
+  429: ["The server accepts no more requests from you now.", "Wait a little, then try again."],
   503: ["The server is busy.", "Wait a little, then try again."],
   504: ["The answer took too long.", "Try a shorter clip or a shorter answer."],
 };
 
 /**
- * What the server says of itself.
+ * List the models of the server.
  * @param {string} key API key, or "".
  * @returns {Promise<string[]>} Names of the models.
  */
@@ -46,7 +46,7 @@ export async function listModels(key) {
   return data.map((model) => model.id);
 }
 
-/** @returns {Promise<number>} The longest request body in bytes; Infinity where the server does not tell. */
+/** @returns {Promise<number>} The longest request body in bytes; Infinity if the server gives no limit. */
 export async function bodyLimit() {
   try {
     const response = await fetch("console/limits.json");
@@ -57,10 +57,10 @@ export async function bodyLimit() {
 }
 
 /**
- * Ask, and yield the answer piece by piece.
- * @param {object} body As of POST /v1/chat/completions, with `stream: true`.
+ * Send a request, and yield the answer piece by piece.
+ * @param {object} body Body of POST /v1/chat/completions, with `stream: true`.
  * @param {string} key API key, or "".
- * @param {AbortSignal} signal Ends the request.
+ * @param {AbortSignal} signal Signal that ends the request.
  * @yields {{text: string, finish: string|null}}
  */
 export async function* streamAnswer(body, key, signal) {
@@ -97,20 +97,20 @@ async function request(url, options) {
 }
 
 async function refusal(response) {
-  let said = "";
+  let message = "";
   try {
-    said = (await response.json()).error.message ?? "";
+    message = (await response.json()).error.message ?? "";
   } catch {
-    // A proxy's page, not the server's answer: the status says enough.
+    // The page of a proxy, not the server's answer: use the status.
   }
   const fallback = response.status < 500 ? "The server refused this request." : "The server failed on this request.";
-  const [title, advice, remedy] = REFUSALS[response.status] ?? [fallback, "Try again; if it stays so, look into the server’s log."];
+  const [title, advice, remedy] = REFUSALS[response.status] ?? [fallback, "Try again. If it fails again, see the server’s log."];
   const seconds = Number(response.headers.get("Retry-After"));
   const wait = seconds > 0 ? ` It says to wait ${seconds} s.` : "";
-  return new ChatError(title, (said ? `It says: ${sentence(said)} ` : "") + advice + wait, remedy);
+  return new ChatError(title, (message ? `It says: ${sentence(message)} ` : "") + advice + wait, remedy);
 }
 
-/** Data of server-sent events; one of several lines is joined, as the standard says. */
+/** Data of server-sent events; several data lines of one event are joined, as in the standard. */
 async function* events(response, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -5,7 +5,7 @@ import { asCurl, asPython } from "./snippets.js";
 
 const $ = (id) => document.getElementById(id);
 
-/** @param {() => {about: string, request: object, hasKey: boolean}} describe The request to show, asked at each opening. */
+/** @param {() => {about: string, request: object, hasKey: boolean}} describe Function that gives the request, called at each opening. */
 export function listenForCode(describe) {
   const tabs = { curl: $("tab-curl"), python: $("tab-python") };
   const writers = { curl: asCurl, python: asPython };
@@ -49,7 +49,7 @@ async function copy() {
     await navigator.clipboard.writeText($("snippet").textContent);
     $("copied").textContent = "Copied.";
   } catch {
-    // Browsers lend the clipboard to pages on HTTPS or this machine only.
+    // Browsers allow clipboard access only to pages on HTTPS or this machine.
     getSelection().selectAllChildren($("snippet"));
     $("copied").textContent = document.execCommand("copy") ? "Copied." : "Selected: press Ctrl+C.";
   }

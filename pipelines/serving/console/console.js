@@ -2,15 +2,15 @@
 
 import { bodyLimit, ChatError, listModels, streamAnswer } from "./chat.js";
 import { listenForCode } from "./code.js";
-import { element, preview, told, TurnView } from "./conversation.js";
+import { element, errorView, preview, TurnView } from "./conversation.js";
 import { Attachment, inMegabytes, kindOf, listenForFiles } from "./media.js";
-import { wired } from "./snippets.js";
+import { toMessage } from "./snippets.js";
 
 const $ = (id) => document.getElementById(id);
-const ENVELOPE_BYTES = 4096; // of a request, around texts and files
+const ENVELOPE_BYTES = 4096; // size of a request without texts and files
 
-let attachments = []; // of the question being written
-let turns = []; // {files, text, model, answer, view}; those with an answer are sent along
+let attachments = []; // files of the next question
+let turns = []; // {files, text, model, answer, view}; those with an answer are part of the next request
 let running = null; // {abort, turn} while an answer streams
 let maxBodyBytes = Infinity;
 
@@ -21,7 +21,7 @@ async function loadModels() {
   const wanted = select.value;
   try {
     const names = await listModels($("key").value.trim());
-    if (!names.length) throw new ChatError("The server has no model.", "Look into its log, then try again.");
+    if (!names.length) throw new ChatError("The server has no model.", "See its log, then try again.");
     select.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
     if (names.includes(wanted)) select.value = wanted;
     select.disabled = false;
@@ -31,7 +31,7 @@ async function loadModels() {
     select.disabled = true;
     const remedies = [["Try again", loadModels]];
     if (error.remedy === "key") remedies.unshift(["Enter API key", askForKey]);
-    $("notice").replaceChildren(...told(asChatError(error), remedies));
+    $("notice").replaceChildren(...errorView(asChatError(error), remedies));
     $("notice").hidden = false;
   }
 }
@@ -63,7 +63,7 @@ function attach(files) {
   $("question").focus();
 }
 
-/** Bytes of the next request, with everything that is sent along. */
+/** Size of the next request in bytes, including earlier turns. */
 function sizeWith(files) {
   const sent = [...answered().flatMap((turn) => turn.files), ...files];
   return sent.reduce((sum, file) => sum + file.requestBytes, ENVELOPE_BYTES);
@@ -140,7 +140,7 @@ async function answer(turn) {
       turn.view.end("Stopped.");
       say("Stopped.");
     } else {
-      turn.answer = ""; // half an answer is not sent along
+      turn.answer = ""; // an incomplete answer is not part of later requests
       turn.view.fail(asChatError(error), remediesOf(error, turn));
     }
   } finally {
@@ -161,12 +161,12 @@ function remediesOf(error, turn) {
   return remedies;
 }
 
-/** Turns that a model has answered. */
+/** Turns with an answer. */
 function answered() {
   return turns.filter((turn) => turn.answer);
 }
 
-/** The messages that lead up to a turn, with its own question last; files still as attachments. */
+/** Messages up to and including the question of a turn; files are still attachments. */
 function conversation(turn) {
   const before = answered().filter((other) => other !== turn);
   return [
@@ -178,10 +178,10 @@ function conversation(turn) {
 async function withContent(message) {
   const urls = new Map();
   for (const file of message.files) urls.set(file, await file.dataUrl());
-  return wired(message, (file) => urls.get(file));
+  return toMessage(message, (file) => urls.get(file));
 }
 
-/** max_tokens and temperature, where the settings name them. */
+/** max_tokens and temperature, if set. */
 function options() {
   const found = {};
   if ($("max-tokens").value) found.max_tokens = Number($("max-tokens").value);
@@ -225,7 +225,7 @@ function scrollDown() {
   $("scroller").scrollTop = $("scroller").scrollHeight;
 }
 
-/** Keep the end in sight while the log grows, unless its reader has scrolled up. */
+/** Keep the end of the log visible while it grows, unless the user has scrolled up. */
 function followTheEnd() {
   const area = $("scroller");
   let isAtEnd = true;
@@ -235,7 +235,7 @@ function followTheEnd() {
   new ResizeObserver(() => isAtEnd && turns.length && scrollDown()).observe($("log"));
 }
 
-/** What Send would ask now, or the last question asked here. */
+/** The request that Send would make, or the last one. */
 function requestForCode() {
   const text = $("question").value.trim();
   const isDraft = Boolean(text || attachments.length || !turns.length);
@@ -287,4 +287,4 @@ bodyLimit().then((bytes) => {
   maxBodyBytes = bytes;
   if (bytes < Infinity) $("limit-hint").textContent = `up to ${inMegabytes((bytes - ENVELOPE_BYTES) * 0.75)}`;
 });
-if (matchMedia("(pointer: fine)").matches) $("question").focus(); // on a phone it would raise the keyboard
+if (matchMedia("(pointer: fine)").matches) $("question").focus(); // on a phone, focus opens the keyboard

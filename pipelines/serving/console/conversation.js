@@ -1,12 +1,12 @@
-// What the page shows of a conversation. Text of people and models enters as text nodes only.
+// View of a conversation. Texts of users and models are inserted as text nodes only.
 
 import { inMegabytes } from "./media.js";
 
 /** @param {string} tag @param {object} properties @param {...(Node|string)} children @returns {HTMLElement} */
 export function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
 }
 
 /** A preview of one attached file: the picture, a player, or its name where the browser shows neither. */
@@ -41,7 +41,7 @@ export class TurnView {
     log.append(this.root);
   }
 
-  /** Empty the answer and wait for its first words. */
+  /** Clear the answer and wait for its first piece. */
   begin() {
     this.text.data = "";
     this.note.hidden = this.failure.hidden = true;
@@ -68,18 +68,18 @@ export class TurnView {
    */
   fail(error, remedies) {
     this.end();
-    this.failure.replaceChildren(...told(error, remedies));
+    this.failure.replaceChildren(...errorView(error, remedies));
     this.failure.hidden = false;
   }
 
-  /** Take the buttons away: a later question makes them pointless. */
+  /** Remove the buttons, which have no use after a later question. */
   settle() {
     this.failure.querySelectorAll("button").forEach((button) => button.remove());
   }
 }
 
 /** An error's title, advice and buttons. */
-export function told(error, remedies) {
+export function errorView(error, remedies) {
   const buttons = remedies.map(([label, act]) => {
     const button = element("button", { type: "button" }, label);
     button.addEventListener("click", act);

@@ -1,11 +1,11 @@
-// Files that a person attaches: their kind, their size in a request, their content as a data URL.
+// Attached files: kind, size in a request, content as a data URL.
 
 const EXTENSIONS = {
   image: ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"],
   video: ["mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ogv"],
 };
 
-/** One file, with what the page and a request need of it. */
+/** One attached file. */
 export class Attachment {
   /** @param {File} file @param {"image"|"video"} kind */
   constructor(file, kind) {
@@ -15,12 +15,12 @@ export class Attachment {
     this.previewUrl = URL.createObjectURL(file);
   }
 
-  /** Bytes that it takes in a request: base64 writes three bytes as four. */
+  /** Size in a request, in bytes: base64 encodes three bytes as four. */
   get requestBytes() {
     return Math.ceil(this.file.size / 3) * 4;
   }
 
-  /** MIME type for the data URL; the server looks at the content in any case. */
+  /** MIME type for the data URL; the server detects the format from the content. */
   get mime() {
     return this.file.type || `${this.kind}/${this.name.split(".").pop().toLowerCase()}`;
   }
@@ -32,7 +32,7 @@ export class Attachment {
     return `data:${this.mime};base64,${url.slice(url.indexOf(",") + 1)}`;
   }
 
-  /** Let the browser forget it. */
+  /** Free the memory of the file. */
   release() {
     URL.revokeObjectURL(this.previewUrl);
     this.content = undefined;
@@ -53,7 +53,7 @@ export function inMegabytes(bytes) {
   return megabytes >= 10 ? `${Math.round(megabytes)} MB` : megabytes >= 0.1 ? `${megabytes.toFixed(1)} MB` : `${Math.ceil(bytes / 2 ** 10)} kB`;
 }
 
-/** @param {(files: FileList) => void} attach Called with files that are dropped on or pasted into the page. */
+/** @param {(files: FileList) => void} attach Callback for files that are dropped on or pasted into the page. */
 export function listenForFiles(attach) {
   const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
   addEventListener("dragover", (event) => {

@@ -1,31 +1,31 @@
 // A request as a shell command and as a Python program. Both read the attached files from the folder they run in.
 
 /**
- * @typedef {object} Described A request with names of files in place of their content.
+ * @typedef {object} RequestDescription A request with names of files in place of their content.
  * @property {string} model
  * @property {{role: string, text: string, files: {name: string, kind: string, mime: string}[]}[]} messages
  * @property {object} options max_tokens and temperature, where set.
  */
 
-/** @param {string} apiUrl @param {Described} request @param {boolean} hasKey */
+/** @param {string} apiUrl @param {RequestDescription} request @param {boolean} hasKey */
 export function asCurl(apiUrl, request, hasKey) {
   const files = [];
-  const mark = `@${Math.random()}@`; // which no question contains
+  const mark = `@${Math.random()}@`; // occurs in no question
   const body = {
     model: request.model,
-    messages: request.messages.map((message) => wired(message, (file) => `${mark}${files.push(file) - 1}${mark}`)),
+    messages: request.messages.map((message) => toMessage(message, (file) => `${mark}${files.push(file) - 1}${mark}`)),
     ...request.options,
     stream: true,
   };
-  // An unquoted here-document: the shell replaces $(…), so our own dollars, backticks and backslashes are escaped.
+  // In an unquoted here-document the shell expands $(…), so other dollars, backticks and backslashes are escaped.
   const text = JSON.stringify(body, null, 2)
     .replace(/[\\$`]/g, "\\$&")
-    .replace(new RegExp(`"${mark}(\\d+)${mark}"`, "g"), (_, place) => `"data:${files[place].mime};base64,$(base64 < ${shellQuoted(files[place].name)} | tr -d '\\n')"`);
+    .replace(new RegExp(`"${mark}(\\d+)${mark}"`, "g"), (_, index) => `"data:${files[index].mime};base64,$(base64 < ${shellQuoted(files[index].name)} | tr -d '\\n')"`);
   const key = hasKey ? ` \\\n  -H "Authorization: Bearer $QFORMER_API_KEY"` : "";
   return `curl -N ${shellQuoted(`${apiUrl}/chat/completions`)} \\\n  -H 'Content-Type: application/json'${key} \\\n  --data-binary @- <<END\n${text}\nEND`;
 }
 
-/** @param {string} apiUrl @param {Described} request @param {boolean} hasKey */
+/** @param {string} apiUrl @param {RequestDescription} request @param {boolean} hasKey */
 export function asPython(apiUrl, request, hasKey) {
   const hasFiles = request.messages.some((message) => message.files.length);
   const imports = [hasFiles && "import base64", hasKey && "import os", hasFiles && "from pathlib import Path"].filter(Boolean);
@@ -49,11 +49,11 @@ for chunk in stream:
 }
 
 /**
- * A message as the interface takes it; the text of a message without files stays a plain string.
+ * A message in the format of the API; without files, its content is a plain string.
  * @param {{role: string, text: string, files: object[]}} message
  * @param {(file: object) => string} urlOf
  */
-export function wired(message, urlOf) {
+export function toMessage(message, urlOf) {
   if (!message.files.length) return { role: message.role, content: message.text };
   const parts = message.files.map((file) => ({ type: `${file.kind}_url`, [`${file.kind}_url`]: { url: urlOf(file) } }));
   if (message.text) parts.push({ type: "text", text: message.text });

@@ -1,4 +1,4 @@
-"""What a service is told when it starts. Which adapters and keys it has may change while it runs (`ingress.Live`)."""
+"""Settings of a service, fixed at its start. Adapters and keys may change while it runs (`app.ingress.live_config`)."""
 
 from dataclasses import dataclass, field
 
@@ -9,23 +9,23 @@ from qformer.config import GenerationSettings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """How many replicas a deployment has, and when that changes.
+    """Autoscaling of a deployment.
 
     Raises:
         ValueError: If the bounds cross or a value is out of its range.
     """
 
     min_replicas: int = 1
-    """0: none while nobody asks; the first request then waits for one to start."""
+    """0: no replica while there are no requests; the next request then waits for one to start."""
     max_replicas: int = 2
     num_cpus: float = 1.0
-    """That Ray sets aside for a replica; torch uses as many threads."""
+    """CPUs that Ray reserves for a replica; torch uses as many threads."""
     target_requests: float = 8.0
-    """Requests in a replica above which another is started."""
+    """Concurrent requests per replica above which Serve starts another."""
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
     to_zero_delay_s: float = 600.0
-    """Idle time after which the last replica goes, where `min_replicas` is 0."""
+    """Idle time after which the last replica stops, where `min_replicas` is 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
@@ -42,7 +42,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IngressScale(Scale):
-    """Cheap replicas that hold no model."""
+    """Autoscaling of the ingress, whose replicas hold no model."""
 
     num_cpus: float = 0.5
     target_requests: float = 16.0
@@ -50,7 +50,7 @@ class IngressScale(Scale):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaScale(Scale):
-    """Replicas whose decoding children work."""
+    """Autoscaling of media decoding, which runs in child processes of the replicas."""
 
     num_cpus: float = 0.5
     target_requests: float = 4.0
@@ -58,19 +58,19 @@ class MediaScale(Scale):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderScale(Scale):
-    """Replicas of the vision encoder."""
+    """Autoscaling of the vision encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratorScale(Scale):
-    """Replicas of the language model."""
+    """Autoscaling of the language model."""
 
     target_requests: float = 16.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """What one request may cost.
+    """Limits of one request, and of concurrent requests.
 
     Raises:
         ValueError: If a limit is not positive.
@@ -78,20 +78,20 @@ class RequestLimits:
 
     max_body_bytes: int = 64 * 2**20
     timeout_s: float = 60.0
-    """The whole time: upload, decoding, waiting and generation."""
+    """Total time of a request: upload, decoding, queues and generation."""
     body_timeout_s: float = 20.0
-    """Within it, for the body to come in."""
+    """Part of `timeout_s` in which the body must arrive."""
     max_concurrent: int = 32
-    """Requests in work per ingress replica; bounds the memory of bodies. More are told to come again."""
+    """Concurrent requests per ingress replica; bounds the memory of bodies. Further ones get 503 with Retry-After."""
     max_media: int = 16
-    """Images and videos of one request."""
+    """Images and videos per request."""
     max_messages: int = 64
     max_text_characters: int = 32_768
-    """Of all texts together, before anything else looks at them."""
+    """Total length of all texts, checked before tokenisation."""
     max_prompt_tokens: int = 2048
-    """Text tokens of the conversation, with the tokenizer's leading one; soft prompts are not counted."""
+    """Text tokens of the conversation including the tokenizer's start token; soft prompts are not counted."""
     max_new_tokens: int = 1024
-    """The most that `max_tokens` may ask for."""
+    """Largest accepted `max_tokens`."""
     max_embedding_inputs: int = 64
 
     def __post_init__(self) -> None:
@@ -101,8 +101,18 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServingLimits(Limits):
+    """Limits for one media file, with a deadline that a waiting client can bear."""
+
+    max_duration_s: float = 3600.0
+    """Duration of a video."""
+    video_timeout_s: float = 10.0
+    """Deadline of one clip's decoding; the decoding process is killed after it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FetchPolicy:
-    """Which remote media are fetched: none unless hosts are named.
+    """Rules for fetching remote media: without hosts, none are fetched.
 
     Raises:
         ValueError: If a limit is not positive.
@@ -111,7 +121,7 @@ class FetchPolicy:
     hosts: tuple[str, ...] = ()
     """Exact names, or "*.example.org" for all names below it. Private addresses are refused under every name."""
     allow_http: bool = False
-    """Fetch `http:` too, which anyone on the way can change."""
+    """Also fetch `http:` URLs, whose content is not protected on the way."""
     max_bytes: int = 64 * 2**20
     timeout_s: float = 15.0
     max_redirects: int = 3
@@ -126,51 +136,51 @@ class FetchPolicy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiKey:
-    """One client's key, as it is kept: the key itself is known to the client alone."""
+    """Stored form of a client's API key: a hash, never the key itself."""
 
     name: str
-    """For logs and metrics."""
+    """Name of the client in logs and metrics."""
     sha256: str
-    """Hexadecimal. Keys are 32 random bytes, which no one can try out; so a fast hash is enough."""
+    """Hexadecimal. A fast hash is enough, because keys are 32 random bytes."""
     requests_per_minute: float | None = None
-    """null: no limit."""
+    """Request rate; null: no limit."""
     max_concurrent: int | None = None
-    """Requests in work at a time; null: no limit."""
+    """Concurrent requests; null: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingConfig:
-    """One encoder and one language model behind HTTP; adapters and keys come by themselves (`live_config`)."""
+    """One encoder and one language model behind HTTP; `app.ingress.live_config` holds adapters and keys."""
 
     backbones: Backbones
     counts_quotas: bool = False
-    """Whether there are API keys, whose requests are to be counted."""
+    """Whether requests of API keys are counted; True where there are keys."""
     is_local: bool = False
-    """Whether it is for this machine alone: while there are no keys, `Host` must be a name of this machine."""
+    """Whether the service is for this machine alone: without keys, `Host` must then be a loopback name."""
     requests: RequestLimits = field(default_factory=RequestLimits)
     media_limits: Limits = field(default_factory=Limits)
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    """What requests get that do not ask otherwise."""
+    """Defaults for requests that set nothing else."""
     fused: bool = False
-    """Everything in the replicas of the ingress, which then scale by its settings."""
+    """Run all workers inside the ingress replicas, which scale by the settings of `ingress`."""
     ingress: IngressScale = field(default_factory=IngressScale)
     media: MediaScale = field(default_factory=MediaScale)
     encoder: EncoderScale = field(default_factory=EncoderScale)
     generator: GeneratorScale = field(default_factory=GeneratorScale)
     decode_children: int = 2
-    """Files that a media replica decodes side by side."""
+    """Files that a media replica decodes in parallel."""
     max_batch_frames: int = 32
-    """Images and frames of one pass of the encoder."""
+    """Images and frames per encoder pass."""
     max_loaded_adapters: int = 16
-    """Adapters that an encoder replica keeps; the one used longest ago goes first."""
+    """Adapters that an encoder replica keeps loaded; the least recently used is dropped first."""
     max_sequences: int = 32
-    """Answers that a generator replica writes at a time; others wait."""
+    """Answers that a generator replica generates at once; further ones wait."""
     kv_tokens: int = 16_384
-    """Tokens of prompts and answers whose keys and values a generator replica keeps at a time."""
+    """Size of a generator replica's key-value cache, in tokens of prompts and answers."""
     use_gpu: bool = False
 
     @property
     def num_cpus(self) -> float:
-        """Of one replica of everything."""
+        """CPUs of a fused replica."""
         return sum(scale.num_cpus for scale in (self.ingress, self.media, self.encoder, self.generator))

@@ -1,4 +1,4 @@
-"""Errors of the HTTP interface: an answer that is no success is OpenAI's `{"error": {message, type, param, code}}`."""
+"""Errors of the HTTP interface, in OpenAI's shape: `{"error": {message, type, param, code}}`."""
 
 import logging
 from dataclasses import dataclass
@@ -9,37 +9,40 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 logger = logging.getLogger("ray.serve")
-"""As `records.logger`."""
+"""Logger of Ray Serve, which writes to the replica's own log file."""
 
 RETRY_AFTER_S = 1
-# What routing itself refuses; all other statuses come from `ApiError`.
+# Statuses that routing gives; all others come from `ApiError`.
 _ROUTING_CODES = {404: "not_found", 405: "method_not_allowed"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a client is told; crosses processes as a value, where an exception would be a stack trace in a log."""
+    """An error answer as a plain value, which crosses processes without the stack trace that an exception would log."""
 
     status: int
     """HTTP status code."""
     code: str
-    """Stable machine-readable word."""
+    """Stable machine-readable code."""
     message: str
-    """One line for a person that says what to change."""
+    """One line for a person: what is wrong and what to change."""
     param: str | None = None
-    """The field of the request that is wrong, as `messages[0].content[1].image_url`."""
+    """Field of the request that is wrong, such as `messages[0].content[1].image_url`."""
     retry_after_s: int | None = None
-    """Sent as `Retry-After` when the same request may succeed later."""
+    """Value of the `Retry-After` header; set when the same request may succeed later."""
 
     def body(self) -> dict[str, Any]:
-        """The JSON answer."""
+        """JSON body of the answer."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class ApiError(Exception):
-    """A refusal that the client may read; arguments as `Refusal`."""
+    """A refusal as an exception; its message is shown to the client.
+
+    The arguments are the fields of `Refusal`.
+    """
 
     def __init__(
         self, status: int, code: str, message: str, *, param: str | None = None, retry_after_s: int | None = None
@@ -49,7 +52,7 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, refusal: Refusal, param: str | None = None) -> "ApiError":
-        """Raise what another process refused, at a place of this request."""
+        """Build the error of a refusal, optionally with the field of this request that caused it."""
         return cls(
             refusal.status,
             refusal.code,
@@ -65,7 +68,7 @@ class ApiError(Exception):
 
     @property
     def code(self) -> str:
-        """Machine-readable word."""
+        """Machine-readable code."""
         return self.refusal.code
 
 
@@ -75,26 +78,26 @@ def unavailable(message: str = "the model is not available; try again") -> ApiEr
 
 
 def internal_error() -> ApiError:
-    """500: the client learns nothing of our insides; the log does."""
+    """500 without details, which are in the log alone."""
     return ApiError(500, "internal", "the server failed on this request; its log says why")
 
 
 def error_response(refusal: Refusal) -> JSONResponse:
-    """The one shape of an error answer."""
+    """HTTP response of a refusal."""
     extra = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
     if refusal.status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     return JSONResponse(refusal.body(), status_code=refusal.status, headers=extra)
 
 
-def turned_away(request: Request, refusal: Refusal) -> JSONResponse:
-    """Answer a request that no endpoint sees, and tell of it as endpoints do of theirs."""
-    told = {
+def refuse_and_log(request: Request, refusal: Refusal) -> JSONResponse:
+    """Answer and log a request that reaches no endpoint."""
+    fields = {
         "method": request.method,
         "path": request.scope["path"][:200],
         "client": request.client and request.client.host,
     }
-    logger.info("refused", extra={**told, "status": refusal.status, "error": refusal.code})
+    logger.info("refused", extra={**fields, "status": refusal.status, "error": refusal.code})
     return error_response(refusal)
 
 
@@ -109,7 +112,7 @@ def add_error_handlers(http: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         code = _ROUTING_CODES.get(error.status_code, "http_error")
         message = f"{request.method} {request.scope['path'][:200]}: {error.detail}; /openapi.json lists what there is"
-        response = turned_away(request, Refusal(error.status_code, code, message))
+        response = refuse_and_log(request, Refusal(error.status_code, code, message))
         response.headers.update(error.headers or {})
         return response
 

@@ -1,4 +1,4 @@
-"""The OpenAPI page, made of the request schemas that are enforced, with examples of every endpoint."""
+"""The OpenAPI document, generated from the request schemas, with examples of every endpoint."""
 
 import functools
 from typing import Any
@@ -32,26 +32,26 @@ _VIDEO = (
     "EuMDAwMDAwMDAwAB9DtnXW54EAo6OBAACAEAIAnQEqEAAQAABHCIWFiIWEiAICAAwNYAD+/6tQgKOsgQH0ABECAAUQrAAYCdaoCDLmsvNAJAD+"
     "7+5j61MjH0Yv/rgP/nAf/OA/lYAcU7trkbuPs4EAt4r3gQHxggF48IED"
 )
-"""Two frames, one black and one red."""
+"""A clip of two frames, black and red."""
 _REFUSALS = {
-    400: ("The request is wrong; `message` says what to change.", "invalid_request", "'messages' is missing"),
+    400: ("The request is invalid; `message` says what to change.", "invalid_request", "'messages' is missing"),
     401: ("No API key, or a wrong one.", "invalid_api_key", "the API key is not known; check the Authorization header"),
     403: (
-        "A URL that may not be fetched; or a name of the server that is not its own.",
+        "A URL that may not be fetched, or a `Host` that is not the server's.",
         "url_not_allowed",
         "this server fetches nothing from 'example.org'",
     ),
     404: ("No such model or page.", "model_not_found", "the model 'x' does not exist; GET /v1/models lists all"),
-    405: ("Not with this method; see Allow.", "method_not_allowed", "GET /v1/caption: Method Not Allowed"),
-    408: ("The body did not come in time.", "body_timeout", "the body did not come within 20 s; send it faster"),
+    405: ("Wrong method; see Allow.", "method_not_allowed", "GET /v1/caption: Method Not Allowed"),
+    408: ("The body did not arrive in time.", "body_timeout", "the body did not come within 20 s; send it faster"),
     413: ("The body is too large.", "body_too_large", "the body exceeds 67108864 bytes; send a smaller file"),
     415: (
-        "Not the media type that was declared, or one that is not read.",
+        "Another media type than declared, or an unsupported one.",
         "unsupported_media_type",
         "Content-Type is 'text/plain'; send JSON as application/json",
     ),
     422: (
-        "The media cost too much, or cannot be fetched.",
+        "The media exceed a limit, or cannot be fetched.",
         "media_too_large",
         "the video cannot be used: 7200 s exceed the limit of 3600 s; send a smaller one",
     ),
@@ -60,7 +60,7 @@ _REFUSALS = {
     503: ("Busy, or a replica was lost; see Retry-After.", "overloaded", "too many requests in work; try again"),
     504: ("The request took too long.", "timeout", "the request took longer than 60 s; ask for less, or try again"),
 }
-_OF_GET, _OF_PROBE = (401, 403, 404, 405, 429, 500, 503, 504), (403, 405, 503)
+_GET_STATUSES, _PROBE_STATUSES = (401, 403, 404, 405, 429, 500, 503, 504), (403, 405, 503)
 
 
 async def document(request: Request) -> JSONResponse:
@@ -86,13 +86,13 @@ def _document() -> dict[str, Any]:
             "/v1/caption": {"post": _caption()},
             "/v1/vqa": {"post": _vqa()},
             "/v1/match": {"post": _match()},
-            "/v1/models": {"get": _get("The models of this server", "Models", _OF_GET)},
+            "/v1/models": {"get": _get("The models of this server", "Models", _GET_STATUSES)},
             "/v1/models/{model}": {
-                "get": _get("One model", "Model", _OF_GET)
+                "get": _get("One model", "Model", _GET_STATUSES)
                 | {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
             },
-            "/healthz": {"get": _get("Whether the process answers", "Health", _OF_PROBE)},
-            "/readyz": {"get": _get("Whether the models answer", "Health", _OF_PROBE)},
+            "/healthz": {"get": _get("Whether the process answers", "Health", _PROBE_STATUSES)},
+            "/readyz": {"get": _get("Whether the models answer", "Health", _PROBE_STATUSES)},
         },
         "components": {
             "schemas": {**schemas["$defs"], **SCHEMAS},
@@ -105,8 +105,12 @@ def _post(summary: str, model: type[BaseModel], answer: str, requests: dict[str,
     schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     named = {name: {"value": value} for name, value in requests.items()}
     body = {"required": True, "content": {"application/json": {"schema": schema, "examples": named}}}
-    told = {"summary": summary, "security": _KEYED, "requestBody": body}
-    return told | {"responses": _responses(answer, tuple(_REFUSALS))}
+    return {
+        "summary": summary,
+        "security": _KEYED,
+        "requestBody": body,
+        "responses": _responses(answer, tuple(_REFUSALS)),
+    }
 
 
 def _get(summary: str, answer: str, statuses: tuple[int, ...]) -> dict[str, Any]:
@@ -131,20 +135,20 @@ def _chat() -> dict[str, Any]:
     image = {"type": "image_url", "image_url": {"url": _IMAGE}}
     video = {"type": "video_url", "video_url": {"url": _VIDEO}}
     question = {"role": "user", "content": [image, {"type": "text", "text": "What colour is the ball?"}]}
-    watched = {"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}
+    video_question = {"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}
     more = [question, {"role": "assistant", "content": "red"}, {"role": "user", "content": "How many are there?"}]
     requests = {
         "image": {"messages": [question], "max_tokens": 16},
-        "video": {"messages": [watched], "max_tokens": 16},
+        "video": {"messages": [video_question], "max_tokens": 16},
         "several turns": {"messages": more, "temperature": 0.7, "top_p": 0.9, "seed": 1},
         "stream": {"messages": [question], "stream": True, "stream_options": {"include_usage": True}},
     }
     operation = _post("Chat about images and videos", ChatRequest, "ChatCompletion", requests)
-    told = (
+    description = (
         "Where `stream` is true: the data of each event is a ChatCompletionChunk, at the end `[DONE]`; or, where the "
         "answer breaks off, an Error."
     )
-    stream = {"schema": {"type": "string", "description": told}, "example": STREAM}
+    stream = {"schema": {"type": "string", "description": description}, "example": STREAM}
     operation["responses"]["200"]["content"]["text/event-stream"] = stream
     return operation
 
@@ -164,8 +168,8 @@ def _caption() -> dict[str, Any]:
     requests = {"image": {"image": _IMAGE}, "video": {"video": _VIDEO}}
     operation = _post("Caption an image or a video", CaptionRequest, "Caption", requests)
     for kind, file in (("image/jpeg", "photo.jpg"), ("video/mp4", "clip.mp4")):
-        told = f"curl --data-binary @{file} -H 'Content-Type: {kind}' http://127.0.0.1:8000/v1/caption"
-        raw = {"schema": {"type": "string", "format": "binary"}, "examples": {"file": {"summary": told}}}
+        command = f"curl --data-binary @{file} -H 'Content-Type: {kind}' http://127.0.0.1:8000/v1/caption"
+        raw = {"schema": {"type": "string", "format": "binary"}, "examples": {"file": {"summary": command}}}
         operation["requestBody"]["content"][kind.split("/")[0] + "/*"] = raw
     return operation
 

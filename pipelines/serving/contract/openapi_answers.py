@@ -1,4 +1,4 @@
-"""What the endpoints answer, as JSON schemas with an example each; tests hold real answers against them."""
+"""JSON schemas of the answers, each with an example; tests validate real answers against them."""
 
 import json
 from typing import Any
@@ -25,14 +25,14 @@ def _described(schema: Schema, text: str) -> Schema:
 
 
 _USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
-_HEAD = {"id": _TEXT, "created": _COUNT, "model": _described(_TEXT, "Which checkpoint answered.")}
-_MEDIUM = {"kind": _KIND, "num_frames": _described(_COUNT, "That the model saw."), "model": _TEXT}
+_HEAD = {"id": _TEXT, "created": _COUNT, "model": _described(_TEXT, "Checkpoint that answered.")}
+_MEDIUM = {"kind": _KIND, "num_frames": _described(_COUNT, "Frames that the model read."), "model": _TEXT}
 _MODEL = _object(
-    id=_described(_TEXT, "As requests name it."),
+    id=_described(_TEXT, "Name for requests."),
     object={"const": "model"},
     created=_COUNT,
     owned_by=_TEXT,
-    version=_described(_TEXT, "Which checkpoint it is now."),
+    version=_described(_TEXT, "Checkpoint that is loaded now."),
     tasks=_array(_TEXT),
 )
 SCHEMAS: dict[str, Schema] = {
@@ -68,9 +68,9 @@ SCHEMAS: dict[str, Schema] = {
                 logprobs=_NULL,
                 finish_reason={"enum": ["stop", "length", None]},
             ),
-            "None in the chunk that tells the usage.",
+            "Empty in the chunk with the usage.",
         ),
-        usage={"anyOf": [_USAGE, _NULL], "description": "Where stream_options.include_usage asks for it."},
+        usage={"anyOf": [_USAGE, _NULL], "description": "Present with stream_options.include_usage."},
     ),
     "Embeddings": _object(
         object={"const": "list"},
@@ -90,10 +90,10 @@ SCHEMAS: dict[str, Schema] = {
     "Matches": _object(
         scores=_array(
             _object(
-                probability=_described(_NUMBER, "Of the matching head, 0 to 1."),
-                similarity=_described(_NUMBER, "Of the embeddings, -1 to 1."),
+                probability=_described(_NUMBER, "Output of the matching head (ITM), 0 to 1."),
+                similarity=_described(_NUMBER, "Cosine similarity of the embeddings (ITC), -1 to 1."),
             ),
-            "Of each text, in order.",
+            "One entry per text, in order.",
         ),
         **_MEDIUM,
     ),
@@ -102,7 +102,7 @@ SCHEMAS: dict[str, Schema] = {
     "Health": _object(status={"const": "ok"}, model=_TEXT),
 }
 
-_ANSWERED = {"kind": "image", "num_frames": 1, "model": "demo/step-300"}
+_ANSWER_FIELDS = {"kind": "image", "num_frames": 1, "model": "demo/step-300"}
 _CHUNK = {"id": "chatcmpl-0123456789abcdef", "created": 1764180000, "model": "demo/step-300"}
 _CHAT_USAGE = {"prompt_tokens": 40, "completion_tokens": 2, "total_tokens": 42}
 _DEMO = {
@@ -133,11 +133,11 @@ EXAMPLES: dict[str, Any] = {
         "model": "search/step-300",
         "usage": {"prompt_tokens": 5, "total_tokens": 5},
     },
-    "Caption": {"caption": "a red ball", **_ANSWERED},
-    "Answer": {"answer": "red", **_ANSWERED},
+    "Caption": {"caption": "a red ball", **_ANSWER_FIELDS},
+    "Answer": {"answer": "red", **_ANSWER_FIELDS},
     "Matches": {
         "scores": [{"probability": 0.98, "similarity": 0.41}, {"probability": 0.02, "similarity": 0.11}],
-        **_ANSWERED,
+        **_ANSWER_FIELDS,
         "model": "search/step-300",
     },
     "Models": {"object": "list", "data": [_DEMO]},
@@ -165,7 +165,7 @@ def _stream() -> str:
 
 
 STREAM = _stream()
-"""Of an answer as server-sent events, with usage."""
+"""A streamed answer as server-sent events, with usage."""
 
 
 def refusal_example(status: int, code: str, message: str) -> dict[str, Any]:

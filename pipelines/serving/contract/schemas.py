@@ -1,8 +1,7 @@
-"""Requests of the HTTP interface as pydantic models: what OpenAI's clients send, and our task endpoints.
+"""Requests of the HTTP interface as pydantic models: those of OpenAI's clients and those of the task endpoints.
 
-A field that is unknown, or known but without effect here, is refused by name: a client that asks for tools and gets
-none should know. Neutral values of OpenAI's fields (null, 0 penalties) are let through, for clients that always send
-them.
+A field that is unknown, or has no effect here, is an error that names it: a client that sends tools learns that there
+are none. Neutral values of OpenAI's fields (null, penalties of 0) are accepted, for clients that always send them.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,22 +13,22 @@ from pipelines.serving.contract.errors import ApiError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class Strict(BaseModel):
-    """Frozen, without unknown fields, and without conversions: "16" is no number."""
+class StrictModel(BaseModel):
+    """Base of all requests: frozen, no unknown fields, no conversions ("16" is not a number)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Url(Strict):
+class Url(StrictModel):
     """A data: URL (`data:image/jpeg;base64,…`), or an https: URL of a host that the server fetches from."""
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
-    """Without effect: the size is the encoder's."""
+    """Without effect: the encoder sets the image size."""
 
 
-class TextPart(Strict):
-    """A piece of text."""
+class TextPart(StrictModel):
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -40,14 +39,14 @@ class TextPart(Strict):
         return _not_blank(value)
 
 
-class ImagePart(Strict):
+class ImagePart(StrictModel):
     """A picture."""
 
     type: Literal["image_url"]
     image_url: Url
 
 
-class VideoPart(Strict):
+class VideoPart(StrictModel):
     """A video; frames are sampled from it as in training."""
 
     type: Literal["video_url"]
@@ -57,7 +56,7 @@ class VideoPart(Strict):
 Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
-class Message(Strict):
+class Message(StrictModel):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -67,8 +66,8 @@ class Message(Strict):
     refusal: None = None
 
 
-class StreamOptions(Strict):
-    """Of a streamed answer."""
+class StreamOptions(StrictModel):
+    """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
@@ -79,16 +78,16 @@ class StreamOptions(Strict):
         return _true_or_false(value)
 
 
-class Sampled(Strict):
-    """How the answer's text is generated."""
+class SamplingRequest(StrictModel):
+    """Fields that control text generation."""
 
     model: str | None = Field(default=None, min_length=1, max_length=200)
-    """A name from /v1/models; left out, the server's first."""
+    """A name from /v1/models; default: the server's first model."""
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    """The newer name of `max_tokens`."""
+    """Newer name of `max_tokens`."""
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
-    """0 takes the likeliest token; left out, as the server is set up (greedy by default)."""
+    """0 selects the likeliest token; default: the server's setting (greedy unless changed)."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
@@ -103,7 +102,7 @@ class Sampled(Strict):
         return value
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -127,7 +126,7 @@ class ChatRequest(Sampled):
     @field_validator("n", "frequency_penalty", "presence_penalty", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
-        """To Python, false equals 0; to JSON, 0.0 does."""
+        """Reject booleans, which equal 0 and 1 in Python, and accept 0.0, which equals 0 in JSON."""
         if isinstance(value, bool):
             raise ValueError("give a number")
         return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -138,33 +137,33 @@ class ChatRequest(Sampled):
         return _true_or_false(value)
 
 
-class EmbeddingRequest(Strict):
-    """POST /v1/embeddings: texts as OpenAI's clients send them, or parts of a chat message for pictures and videos."""
+class EmbeddingRequest(StrictModel):
+    """POST /v1/embeddings: texts, as OpenAI's clients send them, or chat parts for pictures and videos."""
 
     model: str | None = Field(default=None, min_length=1, max_length=200)
     input: str | list[str] | list[Part] = Field(min_length=1)
-    """Each text, picture and video gets an entry of its own, in order."""
+    """Inputs; each gets its own entry in the answer, in order."""
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "queries"] = "mean"
-    """Of pictures and videos. mean: one normalised vector, the mean of the queries'. queries: all of them, whose
-    largest product with a text's vector is the similarity that the model was trained on."""
+    """Pooling of pictures and videos. mean: one normalised vector, the mean over the queries. queries: one vector per
+    query; the largest product with a text's vector is the similarity of training (ITC)."""
     dimensions: None = None
     user: str | None = None
     """Without effect."""
 
 
-class TaskMedia(Strict):
+class TaskMedia(StrictModel):
     """A picture or a video: base64, a data: URL, or an https: URL of a host that the server fetches from."""
 
     image: str | None = Field(default=None, min_length=1)
     video: str | None = Field(default=None, min_length=1)
 
 
-class CaptionRequest(TaskMedia, Sampled):
-    """POST /v1/caption as JSON; the raw bytes of a picture or video do, too."""
+class CaptionRequest(TaskMedia, SamplingRequest):
+    """POST /v1/caption as JSON; the endpoint also takes the raw bytes of a picture or video."""
 
 
-class VqaRequest(TaskMedia, Sampled):
+class VqaRequest(TaskMedia, SamplingRequest):
     """POST /v1/vqa: one question, one answer."""
 
     question: str = Field(min_length=1)
@@ -194,22 +193,22 @@ def _not_blank(text: str) -> str:
 
 
 def _true_or_false(value: Any) -> Any:
-    """`value`, unless it is a number that Python holds for one of the two."""
+    """Return `value`; reject 0 and 1, which equal booleans in Python."""
     if value is not None and not isinstance(value, bool):
         raise ValueError("give true or false")
     return value
 
 
-def validated(model: type[ModelT], value: Any) -> ModelT:
-    """`value` as a request.
+def parse_request(model: type[ModelT], value: Any) -> ModelT:
+    """Validate a JSON value as a request.
 
     Raises:
-        ApiError: 400 that names a field that is wrong.
+        ApiError: 400 with the name of an invalid field.
     """
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        # Where several shapes are allowed, the one that fits furthest was meant.
+        # Of the members of a union, report the error that lies deepest: the client most likely meant that one.
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         first = max(errors, key=lambda one: len(one["loc"]))
         param = _place(first["loc"])
@@ -226,7 +225,7 @@ _UNION_TAGS = {"text", "image_url", "video_url", "str", "TextPart", "ImagePart",
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    """messages[0].content[1].image_url.url; pydantic adds the member of a union that it tried."""
+    """Format a location as messages[0].content[1].image_url.url, without the union tags that pydantic adds."""
     place, previous = "", None
     for part in location:
         is_tag = isinstance(part, str) and (part.startswith("list[") or part == "str")

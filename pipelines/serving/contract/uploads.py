@@ -1,8 +1,8 @@
-"""From an HTTP body to media bytes of a known kind.
+"""Media bytes of a known kind, from an HTTP body.
 
-Nothing here opens a path or a connection. The first bytes decide what a body is, and only binary containers are let
-through. That keeps playlists (HLS, DASH, concat) away from the demuxers, which would follow the paths and addresses
-written in them.
+Nothing here opens a path or a connection. The first bytes decide what a body is, and only binary containers are
+accepted. Playlists (HLS, DASH, concat) therefore never reach the demuxers, which would follow the paths and addresses
+in them.
 """
 
 import base64
@@ -17,24 +17,24 @@ from pipelines.serving.contract.errors import ApiError
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:([^;,]{0,100})(?:;[^;,]{0,100})*?(;base64)?,", re.IGNORECASE)
 _MAX_HEAD_CHARACTERS = 1024
-"""Of a data: URL; the expression keeps some 150 bytes for each character that it reads."""
+"""Longest header of a data: URL; the regular expression needs about 150 bytes per character."""
 _BLANKS = b" \t\r\n"
-"""What encoders put between lines of base64."""
+"""Whitespace between lines of base64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One image or video as it came in."""
+    """One image or video of a request."""
 
     kind: str
     """"image" or "video"."""
     data: bytes = b""
     url: str | None = None
-    """Where it is to be fetched from; None: it came in `data`."""
+    """URL to fetch the media from; None: `data` holds the media."""
 
 
 def parse_raw(content_type: str | None, body: bytes) -> Upload:
-    """The media of a raw body under `image/*` or `video/*`.
+    """Read the media of a raw body with the content type `image/*` or `video/*`.
 
     Raises:
         ApiError: 415 for other content types and for content of the other kind, 400 for an empty body and bytes that
@@ -52,7 +52,7 @@ def parse_raw(content_type: str | None, body: bytes) -> Upload:
 
 
 def parse_reference(kind: str, text: str, param: str) -> Upload:
-    """The media that a JSON field holds: base64, a data: URL, or another URL (which whoever fetches it checks).
+    """Read the media of a JSON field: base64, a data: URL, or another URL, which is checked when it is fetched.
 
     Raises:
         ApiError: 415 for content of the other kind, 400 for bad base64 and bytes that are no known format.
@@ -79,7 +79,7 @@ def parse_reference(kind: str, text: str, param: str) -> Upload:
 
 
 def kinds_of(data: bytes) -> tuple[str, ...]:
-    """What the first bytes say the content can be: a GIF both, unknown formats neither."""
+    """Media kinds of the content, by its first bytes: both for a GIF, none for unknown formats."""
     if data.startswith((b"GIF87a", b"GIF89a")):
         return (IMAGE, VIDEO)
     found = sniff_kind(data[:SNIFFED_BYTES])
@@ -87,10 +87,10 @@ def kinds_of(data: bytes) -> tuple[str, ...]:
 
 
 def require_kind(declared: str, data: bytes, param: str | None = None) -> None:
-    """Check that the content is what it is said to be.
+    """Check that the content is of the declared kind.
 
     Raises:
-        ApiError: 400 for no known format, 415 for the other kind.
+        ApiError: 400 for an unknown format, 415 for the other kind.
     """
     found = kinds_of(data)
     if not found:

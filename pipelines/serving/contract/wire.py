@@ -1,4 +1,4 @@
-"""What the deployments tell each other: plain values, so that no process loads a library only to read them.
+"""Values that deployments exchange: plain types, so that no process loads a library only to read them.
 
 F frames, C channels, Y/X pixels, N soft-prompt rows, L language-model width, E embedding width.
 """
@@ -13,24 +13,24 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Decoded:
-    """One image or video as the models take it."""
+class DecodedMedia:
+    """One decoded image or video."""
 
     pixels: NDArray[np.uint8]
     """[F, C, Y, X]; F is 1 for an image."""
     frame_valid: NDArray[np.bool_]
-    """[F], False at frames that only repeat others."""
+    """[F], False at padding frames, which repeat others."""
     waveforms: NDArray[np.float32] | None = None
-    """[segments, samples] of sound; None where the adapter hears none."""
+    """[segments, samples] of sound; None where the adapter reads no sound."""
     audio_valid: NDArray[np.bool_] | None = None
     """[segments], False where there is no sound."""
     size_bytes: int
-    """Of the file."""
+    """Size of the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerSettings:
-    """How one answer is generated; greedy at temperature 0."""
+    """Generation settings of one answer; temperature 0 is greedy."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class AnswerSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prompt:
-    """What the language model reads: texts and soft prompts [N, L], in order."""
+    """Input of the language model: texts and soft prompts [N, L], in order."""
 
     segments: tuple[str | NDArray[np.float32], ...]
     settings: AnswerSettings
@@ -50,24 +50,24 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """What an answer grew by; the last one says why it ended."""
+    """A piece of a generated answer; the last one has a finish reason."""
 
     text: str
     finish_reason: FinishReason | None
     prompt_tokens: int
-    """Rows that the language model read: soft prompts and text tokens."""
+    """Input rows of the language model: soft prompts and text tokens."""
     completion_tokens: int
-    """Generated so far, with the one that ended the answer."""
+    """Tokens generated so far, including the one that ended the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Matched:
-    """How one text fits one image or video."""
+class MatchScore:
+    """Score of one text against one image or video."""
 
     probability: float
-    """Of the matching head (ITM), between 0 and 1."""
+    """Probability of the matching head (ITM), between 0 and 1."""
     similarity: float
-    """Of the embeddings (ITC): the largest product over the queries, between -1 and 1."""
+    """Similarity of the embeddings (ITC): the largest product over the queries, between -1 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,4 +77,4 @@ class TextEmbeddings:
     vectors: NDArray[np.float32]
     """[texts, E], normalised."""
     num_tokens: int
-    """That the Q-Former read."""
+    """Text tokens that the Q-Former read."""

@@ -1,1 +1,5 @@
-"""Endpoints: HTTP requests in, calls of the workers, HTTP answers out."""
+"""HTTP requests in, calls to the workers, HTTP answers out.
+
+`api.py` has the endpoints and routes, `chat.py` the chat template, `admission.py` what surrounds every request (API
+key, concurrency, deadline, log line), `health.py` the readiness check, `console_files.py` the web page.
+"""

@@ -1,24 +1,27 @@
-"""Bodies of requests: read within a size and a time, and parsed without trusting their shape."""
+"""Request bodies: read within limits of size and time, and parsed within a limit of structure."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, TypeVar
 
 import pydantic_core
 
 from pipelines.serving.contract.config import RequestLimits
 from pipelines.serving.contract.errors import ApiError
 
+ValueT = TypeVar("ValueT")
+
+LARGE_BODY_BYTES = 256 * 1024
+"""Size from which bodies are parsed in a thread."""
 MAX_STRUCTURE = 100_000
-"""Brackets and commas of a JSON body: each costs a Python object, which is many times what it takes in the body."""
+"""Largest number of brackets and commas in a JSON body: each becomes a Python object many times its size."""
 
 
 async def read_body(stream: AsyncIterator[bytes], content_length: str | None, limits: RequestLimits) -> bytes:
     """Read a body chunk by chunk and stop at the limits, whether or not the client declared a length.
 
     Raises:
-        ApiError: 413 over `max_body_bytes`, 408 after `body_timeout_s`, 400 for a Content-Length that is no number or
-            is not kept.
+        ApiError: 413 over `max_body_bytes`, 408 after `body_timeout_s`, 400 if Content-Length is no number.
     """
     message = f"the body exceeds {limits.max_body_bytes} bytes; send a smaller file"
     too_large = ApiError(413, "body_too_large", message)
@@ -41,16 +44,26 @@ async def read_body(stream: AsyncIterator[bytes], content_length: str | None, li
     return b"".join(chunks)
 
 
+async def parse_off_loop(body: bytes, parse: Callable[[bytes], ValueT]) -> ValueT:
+    """Parse a body; a large one in a thread, so that the event loop stays free."""
+    return parse(body) if len(body) < LARGE_BODY_BYTES else await asyncio.to_thread(parse, body)
+
+
+def is_json(headers: Mapping[str, str]) -> bool:
+    """Whether the headers declare a JSON body."""
+    return headers.get("content-type", "").split(";")[0].strip().lower() == "application/json"
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object in a JSON body.
+    """Parse a JSON body that holds one object.
 
     Raises:
-        ApiError: 400 when it is none, is nested too deeply, or has too many parts.
+        ApiError: 400 if it does not, is nested too deeply, or has too many parts.
     """
     if sum(body.count(sign) for sign in (b"[", b"{", b",")) > MAX_STRUCTURE:
         raise ApiError(400, "invalid_request", f"the JSON body has more than {MAX_STRUCTURE} parts; send fewer")
     try:
-        # Stops at a depth of 200, and refuses what is no Unicode.
+        # The parser limits the depth to 200 and rejects invalid Unicode.
         value = pydantic_core.from_json(body, allow_inf_nan=False)
     except (ValueError, RecursionError) as error:
         reason = str(error)[:200]

@@ -1,9 +1,9 @@
-"""From a request's messages to what the models read.
+"""The chat template: from the messages of a request to the input of the models.
 
-Template: a turn's images and videos come first, as soft prompts, then its text; all texts are joined by single spaces,
-as prompt and answer are in training; a system message is the beginning of the first text. One image and one instruction
-are thus what `Captioner.answer` makes of them. A last turn of images and videos alone gets the prompt of the adapter's
-training. The Q-Former of an instruction-aware adapter reads the text of the last turn beside every image.
+The images and videos of a turn come first, as soft prompts, then its text. Single spaces join all texts, like prompt
+and answer in training; a system message begins the first text. One image with one instruction therefore gives the same
+input as `Captioner.answer`. A last turn without text gets the prompt of the adapter's training. The Q-Former of an
+instruction-aware adapter reads the text of the last turn with every image.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipelines.data.schema import IMAGE, VIDEO
 from pipelines.serving.contract.config import RequestLimits
 from pipelines.serving.contract.errors import ApiError
-from pipelines.serving.contract.schemas import ImagePart, Message, Sampled, TextPart, VideoPart
+from pipelines.serving.contract.schemas import ImagePart, Message, SamplingRequest, TextPart, VideoPart
 from pipelines.serving.contract.uploads import Upload, parse_reference
 from pipelines.serving.contract.wire import AnswerSettings
 from qformer.config import GenerationSettings
@@ -21,8 +21,8 @@ _SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Medium:
-    """One image or video and the field that it came in."""
+class MediaInput:
+    """One image or video, with the field of the request that holds it."""
 
     upload: Upload
     param: str | None
@@ -30,33 +30,33 @@ class Medium:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Media and texts in the order in which the language model reads them."""
+    """Media and texts in the order of the language model's input."""
 
-    segments: tuple[Medium | str, ...]
+    segments: tuple[MediaInput | str, ...]
     instruction: str
-    """What an instruction-aware Q-Former reads."""
+    """Instruction for an instruction-aware Q-Former."""
 
     @property
-    def media(self) -> list[Medium]:
+    def media(self) -> list[MediaInput]:
         """Images and videos in order."""
-        return [segment for segment in self.segments if isinstance(segment, Medium)]
+        return [segment for segment in self.segments if isinstance(segment, MediaInput)]
 
 
 def single_turn(upload: Upload, text: str, param: str | None) -> Conversation:
-    """One image or video and one instruction."""
-    return Conversation(segments=(Medium(upload=upload, param=param), text), instruction=text)
+    """Conversation of one image or video and one instruction."""
+    return Conversation(segments=(MediaInput(upload=upload, param=param), text), instruction=text)
 
 
 def read_conversation(messages: Sequence[Message], prompt: str, limits: RequestLimits) -> Conversation:
-    """Take a request's messages apart.
+    """Apply the chat template to the messages of a request.
 
     Args:
-        messages: As they came in.
-        prompt: The adapter's, for a last turn of images and videos alone.
-        limits: Of one request.
+        messages: Messages of the request.
+        prompt: Prompt of the adapter, for a last turn without text.
+        limits: Limits of one request.
 
     Raises:
-        ApiError: 400 or 415 for what cannot be answered, with the field that is wrong.
+        ApiError: 400 or 415 for invalid messages, with the name of the field.
     """
     _require_answerable(messages, limits)
     turns = [(*_turn(message, f"messages[{place}]"), message.role) for place, message in enumerate(messages)]
@@ -64,8 +64,8 @@ def read_conversation(messages: Sequence[Message], prompt: str, limits: RequestL
         message = "the last message holds neither text nor image nor video; ask something"
         raise ApiError(400, "invalid_request", message, param=f"messages[{len(messages) - 1}].content")
     pending = " ".join(text for _, text, role in turns if role in _SYSTEM and text)
-    segments: list[Medium | str] = []
-    has_text = False  # besides the system's, which waits for the first turn's media
+    segments: list[MediaInput | str] = []
+    has_text = False  # the text of system messages does not count: it follows the first turn's media
     for place, (media, text, role) in enumerate(turns):
         if role in _SYSTEM:
             continue
@@ -79,11 +79,11 @@ def read_conversation(messages: Sequence[Message], prompt: str, limits: RequestL
     return Conversation(segments=(*segments, pending), instruction=turns[-1][1] or prompt)
 
 
-def answer_settings(request: Sampled, default: GenerationSettings, limits: RequestLimits) -> AnswerSettings:
-    """How to generate, by the request where it says so and else by the server's settings.
+def answer_settings(request: SamplingRequest, default: GenerationSettings, limits: RequestLimits) -> AnswerSettings:
+    """Generation settings: those of the request, completed by the server's defaults.
 
     Raises:
-        ApiError: 400 when two fields contradict each other, or more tokens are wanted than allowed.
+        ApiError: 400 if two fields contradict each other, or the request exceeds the token limit.
     """
     if request.max_tokens and request.max_completion_tokens and request.max_tokens != request.max_completion_tokens:
         message = "max_tokens and max_completion_tokens differ; give one of them"
@@ -95,7 +95,7 @@ def answer_settings(request: Sampled, default: GenerationSettings, limits: Reque
     is_sampling = default.top_p is not None
     temperature = request.temperature
     if temperature is None:
-        # As OpenAI's clients expect: who gives top_p alone wants to sample.
+        # OpenAI's clients expect sampling when they set top_p alone.
         temperature = default.temperature if is_sampling else 1.0 if request.top_p is not None else 0.0
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return AnswerSettings(
@@ -108,7 +108,7 @@ def answer_settings(request: Sampled, default: GenerationSettings, limits: Reque
     )
 
 
-def _turn(message: Message, place: str) -> tuple[list[Medium], str]:
+def _turn(message: Message, place: str) -> tuple[list[MediaInput], str]:
     if isinstance(message.content, str):
         return [], message.content.strip()
     if not message.content:
@@ -126,16 +126,16 @@ def _turn(message: Message, place: str) -> tuple[list[Medium], str]:
     return media, " ".join(text for text in texts if text)
 
 
-def _medium(part: ImagePart | VideoPart, param: str) -> Medium:
+def _medium(part: ImagePart | VideoPart, param: str) -> MediaInput:
     if isinstance(part, ImagePart):
         param += ".image_url.url"
-        return Medium(upload=parse_reference(IMAGE, part.image_url.url, param), param=param)
+        return MediaInput(upload=parse_reference(IMAGE, part.image_url.url, param), param=param)
     param += ".video_url.url"
-    return Medium(upload=parse_reference(VIDEO, part.video_url.url, param), param=param)
+    return MediaInput(upload=parse_reference(VIDEO, part.video_url.url, param), param=param)
 
 
 def _require_answerable(messages: Sequence[Message], limits: RequestLimits) -> None:
-    """Count before anything is decoded."""
+    """Check roles and counts before any media are decoded."""
     if len(messages) > limits.max_messages:
         message = f"{len(messages)} messages exceed the limit of {limits.max_messages}; drop the oldest"
         raise ApiError(400, "too_many_messages", message, param="messages")
@@ -151,10 +151,10 @@ def _require_answerable(messages: Sequence[Message], limits: RequestLimits) -> N
 
 
 def require_short(texts: Sequence[str], limits: RequestLimits, param: str) -> None:
-    """Refuse what would keep the tokenizer busy for long.
+    """Check the total length of texts, before the tokenizer spends time on them.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400 if it exceeds the limit.
     """
     if (count := sum(map(len, texts))) > limits.max_text_characters:
         message = f"{count} characters of text exceed the limit of {limits.max_text_characters}; shorten them"

@@ -1,4 +1,4 @@
-"""The console: a page of static files at `/`, with the headers that keep it to itself."""
+"""The web page at `/`: static files with strict security headers."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Nothing from elsewhere, nothing inline, no text that becomes markup (trusted types forbid innerHTML and its kin);
-# blob: is what previews of a person's own files are.
+# No other hosts, nothing inline, no text parsed as markup (trusted types forbid innerHTML and similar); previews of the
+# user's own files are blob: URLs.
 _POLICY = (
     "default-src 'none'",
     "script-src 'self'",
@@ -37,14 +37,14 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Asked for anew each time, answered with 304 while unchanged: a page never runs with scripts of another release.
+    # Revalidated at each load (304 while unchanged), so a page never runs with scripts of another release.
     "Cache-Control": "no-cache",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ConsoleFile:
-    """One file as it is sent."""
+    """One file with its response headers."""
 
     content: bytes
     media_type: str
@@ -52,12 +52,12 @@ class ConsoleFile:
 
     @classmethod
     def read(cls, path: Path) -> "ConsoleFile":
-        """Read one file of the console."""
+        """Read a file."""
         content = path.read_bytes()
         return cls(content, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
-    def answer(self, request: Request) -> Response:
-        """The file, or 304 when the client has it already."""
+    def respond(self, request: Request) -> Response:
+        """Respond with the file, or with 304 if the client has it."""
         headers = {**HEADERS, "ETag": self.etag}
         known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         if known & {self.etag, "*"}:
@@ -66,22 +66,21 @@ class ConsoleFile:
 
 
 def add_console(http: FastAPI, *, max_body_bytes: int) -> None:
-    """Answer `/` with the page and `/console/NAME` with its files; all of them need no API key.
+    """Serve the page at `/` and its files at `/console/NAME`, without an API key.
 
-    The files are read once, here: a request can name none but these. The page talks to the interface beside it, under
-    `v1/`.
+    The files are read once, here, so a request can reach no other file. The page calls the endpoints under `v1/`.
 
     Args:
-        http: The application; gets routes that its OpenAPI page does not list.
-        max_body_bytes: What one request may carry, so that the page can refuse a file before it is sent.
+        http: Application that gets the routes; the OpenAPI document does not list them.
+        max_body_bytes: Size limit of a request body; the page checks files against it before it sends them.
     """
     files = {path.name: ConsoleFile.read(path) for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
 
     def serve(route: str, file: ConsoleFile) -> None:
-        async def answer(request: Request) -> Response:
-            return file.answer(request)
+        async def respond(request: Request) -> Response:
+            return file.respond(request)
 
-        http.add_api_route(route, answer, methods=["GET", "HEAD"], include_in_schema=False)
+        http.add_api_route(route, respond, methods=["GET", "HEAD"], include_in_schema=False)
 
     async def limits() -> JSONResponse:
         return JSONResponse({"max_body_bytes": max_body_bytes}, headers=HEADERS)

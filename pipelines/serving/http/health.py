@@ -1,4 +1,4 @@
-"""Readiness: a small picture sent through the whole graph, as a client's would go."""
+"""Readiness: a small test picture goes through all models, like a client's."""
 
 import asyncio
 import base64
@@ -16,43 +16,43 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 FRESH_S = 5.0
-"""A song tells for so long, however it ended and however many ask."""
+"""Time for which a result is reused, whether the models answered or not."""
 _PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAALUlEQVR4nGOM6jnBQEvARFPTRy0YtWDUglELRi0YtWDUglEL"
     "Ri0YtWDUAioCAOtRAe7p4y8bAAAAAElFTkSuQmCC"
 )
-"""32 x 32 pixels."""
+"""Test picture of 32 x 32 pixels."""
 
 
-class Canary:
-    """Sings where the models can be reached: one song at a time, for all who ask meanwhile and a moment after.
+class ReadinessProbe:
+    """Readiness check; concurrent and shortly following calls share one run.
 
     Args:
-        models: To send the picture to.
+        models: Models to check.
     """
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._song: asyncio.Task[bool] | None = None
+        self._run: asyncio.Task[bool] | None = None
         self._ended_s = 0.0
 
-    async def sing(self, adapters: AdapterTable) -> None:
-        """Return when an adapter of each stage has answered, now or a moment ago.
+    async def check(self, adapters: AdapterTable) -> None:
+        """Return when an adapter of each stage has answered, now or within the last `FRESH_S`.
 
         Raises:
-            ApiError: 503 when one does not.
+            ApiError: 503 if one does not answer.
         """
-        if self._song is None or (self._song.done() and time.monotonic() - self._ended_s >= FRESH_S):
-            self._song = asyncio.create_task(self._sing(adapters))
-        if not await asyncio.shield(self._song):
+        if self._run is None or (self._run.done() and time.monotonic() - self._ended_s >= FRESH_S):
+            self._run = asyncio.create_task(self._check(adapters))
+        if not await asyncio.shield(self._run):
             raise unavailable("the models do not answer yet; try again")
 
-    async def _sing(self, adapters: AdapterTable) -> bool:
+    async def _check(self, adapters: AdapterTable) -> bool:
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                # The first of each stage, for stages ask different models.
+                # The first adapter of each stage, because the stages use different models.
                 for adapter in {adapter.stage: adapter for adapter in reversed(adapters.all)}.values():
-                    await ask(self._models, adapter)
+                    await probe_models(self._models, adapter)
             return True
         except (ApiError, TimeoutError) as error:
             logger.warning("not ready: %r", error)
@@ -61,11 +61,11 @@ class Canary:
             self._ended_s = time.monotonic()
 
 
-async def ask(models: Models, adapter: Adapter) -> None:
-    """Send the picture through the models, as `adapter` has them read it.
+async def probe_models(models: Models, adapter: Adapter) -> None:
+    """Send the test picture through the models of an adapter.
 
     Raises:
-        ApiError: When they do not answer.
+        ApiError: If they do not answer.
     """
     decoded = await models.decode(Upload(IMAGE, _PNG), adapter)
     if not adapter.generates:

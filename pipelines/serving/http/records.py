@@ -1,4 +1,4 @@
-"""What is told of each request: one structured log line and a few Prometheus figures. Never what was asked or sent."""
+"""Log line and Prometheus metrics of each request. They never contain content of requests or answers."""
 
 import asyncio
 import logging
@@ -11,31 +11,31 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from pipelines.serving.contract.adapters import Adapter
 
 logger = logging.getLogger("ray.serve")
-"""Serve writes it to its own files, as JSON where the deployment asks for that."""
+"""Logger of Ray Serve, which writes to its own files, as JSON where the deployment is configured so."""
 
-TOLD_AFTER_S = 0.001
-"""From a request's end, for its answer to leave first, and short, for the same client's next request comes some
-milliseconds later: to tell of one takes most of a millisecond, which a model that computes meanwhile waits for."""
+REPORT_DELAY_S = 0.001
+"""Delay between the end of a request and its report. The answer is sent first, and the report, which takes most of a
+millisecond of CPU time, is done before the same client's next request arrives."""
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 
 
 @dataclass(slots=True)
-class Record:
-    """One request as it goes on."""
+class RequestRecord:
+    """Measurements of one request."""
 
     id: str
     route: str
-    begun_s: float = field(default_factory=time.perf_counter)
+    started_s: float = field(default_factory=time.perf_counter)
     ended_s: float | None = None
     adapter: Adapter | None = None
     key: str | None = None
     """Name of the API key."""
     status: int = 499
-    """As answered; 499 while the client has no whole answer, and when it left before. Of a stream that broke off, what
-    its error event says."""
+    """HTTP status; 499 until the client has the whole answer, and if it disconnects before. A stream that breaks off
+    has the status of its error event."""
     error: str | None = None
-    """Code of the refusal."""
+    """Error code of the answer."""
     body_bytes: int = 0
     num_media: int = 0
     num_frames: int = 0
@@ -44,24 +44,24 @@ class Record:
     is_streamed: bool = False
     first_token_s: float | None = None
     stages_s: dict[str, float] = field(default_factory=dict)
-    """Seconds until each stage was done, from the beginning."""
+    """Seconds from the start of the request to the end of each stage."""
 
-    def reached(self, stage: str) -> None:
-        """Note that a stage is done."""
+    def finish_stage(self, stage: str) -> None:
+        """Record the end of a stage."""
         self.stages_s[stage] = self.seconds
 
     def first_token(self) -> None:
-        """Note that the first piece of the answer is there."""
+        """Record the time of the first piece of the answer."""
         if self.first_token_s is None:
             self.first_token_s = self.seconds
 
     @property
     def seconds(self) -> float:
-        """From the beginning to the end, or until now."""
-        return (time.perf_counter() if self.ended_s is None else self.ended_s) - self.begun_s
+        """Duration from the start to the end, or until now."""
+        return (time.perf_counter() if self.ended_s is None else self.ended_s) - self.started_s
 
     def fields(self) -> dict[str, Any]:
-        """For the log."""
+        """Fields of the log line."""
         return {
             "qformer_request_id": self.id,
             "endpoint": self.route,
@@ -81,31 +81,36 @@ class Record:
         }
 
 
-class Reporter:
-    """Writes records down when requests end."""
+class RequestReporter:
+    """Logs requests at their end and updates the metrics."""
 
     def __init__(self) -> None:
-        prefix, of_adapter = "qformer_serve", ("endpoint", "adapter")
-        self._requests = Counter(
-            f"{prefix}_requests_total", "Requests by what they were answered.", tag_keys=(*of_adapter, "status")
+        prefix, tags = "qformer_serve", ("endpoint", "adapter")
+        self._requests = Counter(f"{prefix}_requests_total", "Requests by status.", tag_keys=(*tags, "status"))
+        self._seconds = Histogram(
+            f"{prefix}_request_seconds", "Total time of a request.", boundaries=_SECONDS, tag_keys=tags
         )
-        self._seconds = Histogram(f"{prefix}_request_seconds", "Time in all.", boundaries=_SECONDS, tag_keys=of_adapter)
         self._first = Histogram(
-            f"{prefix}_first_token_seconds", "Time to the first piece.", boundaries=_SECONDS, tag_keys=of_adapter
+            f"{prefix}_first_token_seconds",
+            "Time to the first piece of a streamed answer.",
+            boundaries=_SECONDS,
+            tag_keys=tags,
         )
-        self._tokens = Counter(f"{prefix}_tokens_total", "Tokens.", tag_keys=("adapter", "kind"))
-        self._in_work = Gauge(f"{prefix}_requests_in_work", "Requests in an ingress replica.")
+        self._tokens = Counter(
+            f"{prefix}_tokens_total", "Tokens of prompts and completions.", tag_keys=("adapter", "kind")
+        )
+        self._in_work = Gauge(f"{prefix}_requests_in_work", "Concurrent requests of an ingress replica.")
 
     def count(self, num_in_work: int) -> None:
-        """Tell how many requests are in work."""
+        """Set the gauge of concurrent requests."""
         self._in_work.set(num_in_work)
 
-    def end(self, record: Record) -> None:
-        """Tell of a request that has ended, soon."""
+    def end(self, record: RequestRecord) -> None:
+        """Report a request that has ended, after `REPORT_DELAY_S`."""
         record.ended_s = time.perf_counter()
-        asyncio.get_running_loop().call_later(TOLD_AFTER_S, self._tell, record)
+        asyncio.get_running_loop().call_later(REPORT_DELAY_S, self._report, record)
 
-    def _tell(self, record: Record) -> None:
+    def _report(self, record: RequestRecord) -> None:
         adapter = record.adapter.name if record.adapter else ""
         tags = {"endpoint": record.route, "adapter": adapter}
         self._requests.inc(1, tags={**tags, "status": str(record.status)})

@@ -1,4 +1,4 @@
-"""Answers of the chat endpoint in OpenAI's shapes: whole, and as server-sent events."""
+"""Answers of the chat endpoint in OpenAI's format, whole or as server-sent events."""
 
 import asyncio
 import contextlib
@@ -10,15 +10,15 @@ from typing import Any
 
 from pipelines.serving.contract.errors import ApiError, internal_error
 from pipelines.serving.contract.wire import Piece
-from pipelines.serving.http.admission import Context
+from pipelines.serving.http.admission import RequestContext
 
 logger = logging.getLogger(__name__)
 
 DONE = "data: [DONE]\n\n"
 
 
-def whole_answer(context: Context, model: str, piece: Piece) -> dict[str, Any]:
-    """A `chat.completion`."""
+def chat_completion(context: RequestContext, model: str, piece: Piece) -> dict[str, Any]:
+    """Body of a whole answer (`chat.completion`)."""
     message = {"role": "assistant", "content": piece.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.finish_reason}
     return {
@@ -32,7 +32,7 @@ def whole_answer(context: Context, model: str, piece: Piece) -> dict[str, Any]:
 
 
 def usage(prompt_tokens: int, completion_tokens: int = 0) -> dict[str, int]:
-    """Counts of tokens."""
+    """Token counts in OpenAI's format."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -41,16 +41,16 @@ def usage(prompt_tokens: int, completion_tokens: int = 0) -> dict[str, int]:
 
 
 async def events(
-    context: Context, model: str, first: Piece, rest: AsyncGenerator[Piece, None], *, with_usage: bool
+    context: RequestContext, model: str, first: Piece, rest: AsyncGenerator[Piece, None], *, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Chunks of a streamed answer, its usage where wanted, and `[DONE]`; or, when it breaks off, an error event.
+    """Yield the chunks of a streamed answer, its usage if wanted, and `[DONE]`; on a failure, an error event.
 
     Args:
-        context: Of the request; its deadline holds for the whole stream.
-        model: As the answer names it.
-        first: The first piece, which the handler has waited for: what fails before it gets a status of its own.
-        rest: The others.
-        with_usage: `stream_options.include_usage`.
+        context: Context of the request, whose deadline holds for the whole stream.
+        model: Name of the model in the answer.
+        first: First piece, which the handler has awaited, so that earlier failures get their own status code.
+        rest: Further pieces.
+        with_usage: Value of `stream_options.include_usage`.
     """
     head = {
         "id": f"chatcmpl-{context.record.id}",
@@ -88,8 +88,8 @@ async def events(
     yield DONE
 
 
-def closing(rest: AsyncGenerator[Piece, None], stack: contextlib.AsyncExitStack) -> contextlib.AsyncExitStack:
-    """Have the answer's work ended with its stream."""
+def close_with(rest: AsyncGenerator[Piece, None], stack: contextlib.AsyncExitStack) -> contextlib.AsyncExitStack:
+    """Add the cancellation of the generation to the callbacks of a stream's end."""
     stack.push_async_callback(rest.aclose)
     return stack
 
@@ -100,6 +100,6 @@ def _chunk(head: dict[str, Any], delta: dict[str, str], finish_reason: str | Non
     return f"data: {json.dumps({**head, 'choices': [choice], **extra})}\n\n"
 
 
-def _error(context: Context, error: ApiError) -> str:
+def _error(context: RequestContext, error: ApiError) -> str:
     context.record.status, context.record.error = error.status, error.code
     return f"data: {json.dumps(error.refusal.body())}\n\n"

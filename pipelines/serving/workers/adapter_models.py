@@ -3,10 +3,10 @@
 B batch, F frames, P image tokens, V encoder width, N rows (F * Q queries), L language-model width, E embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.inference.models import Retriever, load_audio_encoder, load_tokenizer
+from pipelines.serving.contract.adapters import SharedEncoder
 from pipelines.serving.contract.errors import Refusal
-from pipelines.serving.contract.wire import Decoded, Matched, TextEmbeddings
+from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from qformer.audio import AudioEncoder
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.bridges.audio_branch import Sound
@@ -33,20 +34,20 @@ class Writer:
 
     stage2: Stage2
     tokenizer: TextTokenizer | None
-    """Of an instruction-aware Q-Former."""
+    """Text tokenizer of an instruction-aware Q-Former."""
     audio_encoder: AudioEncoder | None
     """Frozen; for a bridge that reads sound."""
 
     @torch.inference_mode()
     def soft_prompts(
-        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, clips: Sequence[Decoded], instructions: Sequence[str]
+        self, tokens_BFPV: Tensor, is_frame_BF: Tensor, clips: Sequence[DecodedMedia], instructions: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         """Soft prompts [N, L] of each image or clip, as `Captioner.soft_prompts` gives them."""
         text, _ = encode_instructions(self.tokenizer, instructions, tokens_BFPV.device)
         prompts = self.stage2(tokens_BFPV, text, is_frame_BF, self._encode_audio(clips, tokens_BFPV.device))
         return [prompts_NL.float().cpu().numpy() for prompts_NL in prompts.rows()]
 
-    def _encode_audio(self, clips: Sequence[Decoded], device: torch.device) -> Sound | None:
+    def _encode_audio(self, clips: Sequence[DecodedMedia], device: torch.device) -> Sound | None:
         if self.audio_encoder is None:
             return None
         waveforms_BAW = torch.from_numpy(np.stack([clip.waveforms for clip in clips if clip.waveforms is not None]))
@@ -83,31 +84,27 @@ class Matcher:
         return TextEmbeddings(vectors=self.retriever.embed_text(texts).cpu().numpy(), num_tokens=num_tokens)
 
     @torch.inference_mode()
-    def match(self, tokens_FPV: Tensor, is_frame_F: Tensor, texts: Sequence[str]) -> list[Matched]:
+    def match(self, tokens_FPV: Tensor, is_frame_F: Tensor, texts: Sequence[str]) -> list[MatchScore]:
         """Scores of one image or clip with each text."""
         embeds_NE = self.retriever.embed_tokens(tokens_FPV[None], is_frame_F[None])[0]
         similarity_B = (self.retriever.embed_text(texts) @ embeds_NE.T).amax(dim=1)
         tokens_BFPV = tokens_FPV[None].expand(len(texts), -1, -1, -1)
         probability_B = self.retriever.match(tokens_BFPV, texts, is_frame_F[None].expand(len(texts), -1))
         scores = zip(probability_B.tolist(), similarity_B.tolist(), strict=True)
-        return [Matched(probability=probability, similarity=similarity) for probability, similarity in scores]
+        return [MatchScore(probability=probability, similarity=similarity) for probability, similarity in scores]
 
 
-def load_backbone(source: Mapping[str, Any], device: str) -> VisionEncoder:
-    """The frozen encoder of all adapters (`Adapter.encoder`).
+def load_backbone(source: SharedEncoder, device: str) -> VisionEncoder:
+    """The frozen encoder of all adapters.
 
     Raises:
         UserError: If it cannot be loaded, or is another model than in training.
     """
-    name = source["vision"]
-    encoder = load_vision(
-        str(local_folder(name)) if "://" in name else name,
-        pretrained=source["vision_pretrained"],
-        layer=source["vision_layer"],
-        image_size=source["vision_image_size"],
-    )
-    if encoder.width != source["width"]:
-        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source['width']}; it is another model")
+    name = source.vision.name
+    local = dataclasses.replace(source.vision, name=str(local_folder(name))) if "://" in name else source.vision
+    encoder = load_vision(local)
+    if encoder.width != source.width:
+        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source.width}; it is another model")
     return encoder.to(device)
 
 

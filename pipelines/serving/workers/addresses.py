@@ -1,8 +1,8 @@
-"""Which addresses of the network remote media may come from: those of the public internet, nothing nearer."""
+"""Network addresses that remote media may come from: those of the public internet."""
 
 import ipaddress
 
-_CARRIERS = tuple(
+_IPV4_EMBEDDING = tuple(
     ipaddress.ip_network(network)
     for network in (
         "64:ff9b::/96",  # NAT64: an IPv4 address lies in the last 32 bits
@@ -13,14 +13,14 @@ _CARRIERS = tuple(
         "192.88.99.0/24",  # relays of 6to4
     )
 )
-"""Networks where IPv6 stands for IPv4 addresses, which might be private ones."""
+"""IPv6 networks whose addresses embed IPv4 addresses, which may be private."""
 
 
 def is_public(address: str) -> bool:
     """Whether `address` is a unicast address of the public internet.
 
-    False for loopback, private, site-local, link-local (with the metadata services of clouds), shared, multicast,
-    reserved and unspecified ones, for IPv6 that wraps IPv4, and for what is no address.
+    False for loopback, private, site-local, link-local (such as the metadata services of clouds), shared, multicast,
+    reserved and unspecified addresses, for IPv6 that embeds IPv4, and for text that is no address.
     """
     try:
         found = ipaddress.ip_address(address)
@@ -31,6 +31,6 @@ def is_public(address: str) -> bool:
             return False
         if found.ipv4_mapped is not None:
             found = found.ipv4_mapped
-    if any(found in network for network in _CARRIERS):
+    if any(found in network for network in _IPV4_EMBEDDING):
         return False
     return found.is_global and not found.is_multicast and not found.is_reserved and not found.is_unspecified

@@ -1,7 +1,7 @@
-"""Shared passes through a model: what waits is taken together, up to a budget, as soon as the model is free.
+"""Dynamic batching: waiting items share one model pass, up to a cost budget, as soon as the model is free.
 
-No timer holds a lone request back, and no exception stops the loop: the cost of an item is known when it is handed in,
-and a pass that fails is tried again item by item, so that one bad item fails alone.
+No timer delays a single request, and no exception stops the loop: the cost of an item is known when it is submitted,
+and a pass that fails is repeated item by item, so that one bad item fails alone.
 """
 
 import asyncio
@@ -27,12 +27,13 @@ class _Waiting(Generic[ItemT, ResultT]):
 
 
 class Batcher(Generic[ItemT, ResultT]):
-    """Runs `run` on batches in one thread of its own, so that the event loop stays free.
+    """Runs a function on batches in its own thread, so that the event loop stays free.
 
     Args:
-        run: One result an item, in order. Its exceptions reach the callers of the items that cause them.
-        max_cost: Sum of the costs of a pass; an item that costs more goes alone.
-        observe: Told the items of each pass.
+        run: Function from items to one result each, in order. An exception reaches the callers of the items that
+            cause it.
+        max_cost: Largest total cost of a pass; an item that costs more runs alone.
+        observe: Callback with the items of each pass.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class Batcher(Generic[ItemT, ResultT]):
 
     @property
     def num_waiting(self) -> int:
-        """Items that no pass has taken yet."""
+        """Number of items that wait for a pass."""
         return len(self._waiting)
 
     async def submit(self, item: ItemT, cost: int) -> ResultT:
-        """Wait for the item's result; an item whose caller is cancelled is left out of later passes."""
+        """Wait for the item's result. An item whose caller is cancelled joins no later pass."""
         waiting = _Waiting(item, cost, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._loop_task is None or self._loop_task.done():
@@ -60,7 +61,7 @@ class Batcher(Generic[ItemT, ResultT]):
         try:
             return await waiting.result
         except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):  # a pass has it
+            with contextlib.suppress(ValueError):  # already in a pass
                 self._waiting.remove(waiting)
             raise
 
@@ -91,7 +92,7 @@ class Batcher(Generic[ItemT, ResultT]):
 
     async def _in_thread(self, batch: Sequence[_Waiting[ItemT, ResultT]]) -> Sequence[ResultT]:
         items = [waiting.item for waiting in batch]
-        with contextlib.suppress(Exception):  # figures must not fail a pass
+        with contextlib.suppress(Exception):  # metrics must not fail a pass
             self._observe(items)
 
         def work() -> Sequence[ResultT]:

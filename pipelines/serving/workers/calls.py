@@ -1,4 +1,4 @@
-"""Calls from the ingress to other deployments: retried where a replica is lost, cancelled where the caller is gone."""
+"""Calls from the ingress to other deployments: retried when a replica is lost, cancelled with their caller."""
 
 import asyncio
 import logging
@@ -13,9 +13,9 @@ from pipelines.serving.contract.errors import RETRY_AFTER_S, ApiError, internal_
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 4
-"""A request that loses so many replicas in a row may be what kills them."""
+"""Tries of one call. A request that loses this many replicas in a row may be what crashes them."""
 FIRST_WAIT_S = 0.05
-"""Before the second try; doubled for each further one."""
+"""Wait before the second try; doubled for each further one."""
 
 ResultT = TypeVar("ResultT")
 
@@ -23,14 +23,14 @@ _LOST = (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError, Tas
 
 
 async def call(start: Callable[[], Any], what: str) -> Any:
-    """Await one call, from the start again when its replica dies. Only for calls that may be repeated.
+    """Await one call, and repeat it when its replica is lost. Only for calls that may be repeated.
 
     Args:
-        start: Begins the call: `lambda: handle.remote(…)`.
-        what: Of the deployment, for the log.
+        start: Function that begins the call: `lambda: handle.remote(…)`.
+        what: Name of the call in the log.
 
     Raises:
-        ApiError: 503 when the deployment is busy or its replicas die again and again, 500 when the call fails.
+        ApiError: 503 if the deployment is busy or replicas are lost in every try, 500 if the call fails.
     """
     for number in range(1, MAX_TRIES + 1):
         response = start()
@@ -40,15 +40,18 @@ async def call(start: Callable[[], Any], what: str) -> Any:
             response.cancel()
             raise
         except Exception as error:
-            await _judge(error, what, number)
+            await _wait_or_raise(error, what, number)
     raise unavailable()
 
 
 async def stream(start: Callable[[], Any], what: str) -> AsyncGenerator[Any, None]:
-    """The items of a streaming call; begun again when its replica dies before the first. Closing it ends the work.
+    """Yield the items of a streaming call, and repeat it when its replica is lost before the first item.
+
+    Closing the iterator cancels the call.
 
     Raises:
-        ApiError: As `call`; 503 as well when the replica dies later.
+        ApiError: 503 if the deployment is busy, or a replica is lost in every try or after the first item; 500 if the
+            call fails.
     """
     for number in range(1, MAX_TRIES + 1):
         response, has_begun = start(), False
@@ -64,15 +67,15 @@ async def stream(start: Callable[[], Any], what: str) -> AsyncGenerator[Any, Non
             if has_begun and _is_loss(error):
                 logger.warning("%s: a replica died in the middle of an answer: %r", what, error)
                 raise unavailable("the answer was cut off, for its replica was lost; ask again") from None
-            await _judge(error, what, number)
+            await _wait_or_raise(error, what, number)
     raise unavailable()
 
 
-async def _judge(error: Exception, what: str, number: int) -> None:
-    """Return when the call is worth another try.
+async def _wait_or_raise(error: Exception, what: str, number: int) -> None:
+    """Wait if the call should be repeated.
 
     Raises:
-        ApiError: When it is not.
+        ApiError: If it should not.
     """
     if isinstance(error, BackPressureError):
         message = "the server is busy; try again"
@@ -86,7 +89,7 @@ async def _judge(error: Exception, what: str, number: int) -> None:
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether the replica is to blame, not what it was asked; an exception of our own code is a RayTaskError."""
+    """Whether the replica was lost. An exception of the worker's own code is a RayTaskError, and no loss."""
     if isinstance(error, _LOST):
         return True
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)

@@ -1,15 +1,15 @@
 """The encoder deployment: the frozen vision encoder, and the adapters that read its tokens.
 
-One pass of the encoder takes images and frames of all adapters together, for it is the same for all; each adapter's
-Q-Former then reads its own. Adapters are loaded when they are first asked for and forgotten by least use
-(Serve's multiplexing), so a replica serves more of them than it holds.
+Images and frames of all adapters share one pass of the encoder; then each adapter's Q-Former reads its own tokens.
+Adapters are loaded on first use and dropped least recently used first (Serve's multiplexing), so a replica serves more
+of them than it holds.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ from ray import serve
 from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
-from pipelines.serving.contract.adapters import Adapter
+from pipelines.serving.contract.adapters import Adapter, SharedEncoder
 from pipelines.serving.contract.errors import Refusal
-from pipelines.serving.contract.wire import Decoded, Matched, TextEmbeddings
+from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from pipelines.serving.workers.adapter_models import Matcher, Writer, load_adapter, load_backbone
 from pipelines.serving.workers.batcher import Batcher
 
@@ -31,33 +31,34 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """One image or clip, and what becomes of the encoder's tokens."""
+class EncoderTask:
+    """One image or clip, and the function that reads its tokens."""
 
-    clip: Decoded
+    clip: DecodedMedia
     group: tuple[object, ...]
-    """Works of the same group, alike in shape, are finished together."""
-    finish: Callable[[Tensor, Tensor, Sequence["Work"]], Sequence[Any]]
-    """tokens_BFPV and is_frame_BF of a group, and its works -> a result each."""
+    """Key of the tasks that are finished together, if their pixels also have the same shape."""
+    finish: Callable[[Tensor, Tensor, Sequence["EncoderTask"]], Sequence[Any]]
+    """Function from tokens_BFPV, is_frame_BF and the tasks of a group to one result per task."""
     argument: Any = None
+    """Further input of `finish`: an instruction, or texts."""
 
 
-def run_works(features: Callable[[Tensor], Tensor], works: Sequence[Work]) -> list[Any]:
-    """Encode all images and frames in as few passes as their sizes allow, then finish group by group."""
-    results: list[Any] = [None] * len(works)
+def run_tasks(features: Callable[[Tensor], Tensor], tasks: Sequence[EncoderTask]) -> list[Any]:
+    """Encode all images and frames, one pass per image size, then finish each group."""
+    results: list[Any] = [None] * len(tasks)
     tokens_of: dict[int, Tensor] = {}
-    for places in _grouped(works, lambda work: work.clip.pixels.shape[1:]):
-        frames = np.concatenate([works[place].clip.pixels for place in places])
+    for indices in _group_indices(tasks, lambda task: task.clip.pixels.shape[1:]):
+        frames = np.concatenate([tasks[index].clip.pixels for index in indices])
         tokens_GPV = features(torch.from_numpy(frames)[None])[0]
-        parts = tokens_GPV.split([len(works[place].clip.pixels) for place in places])
-        tokens_of |= dict(zip(places, parts, strict=True))
-    for places in _grouped(works, lambda work: (*work.group, work.clip.pixels.shape)):
-        group = [works[place] for place in places]
-        tokens_BFPV = torch.stack([tokens_of[place] for place in places])
-        valid_BF = np.stack([work.clip.frame_valid for work in group])
+        parts = tokens_GPV.split([len(tasks[index].clip.pixels) for index in indices])
+        tokens_of |= dict(zip(indices, parts, strict=True))
+    for indices in _group_indices(tasks, lambda task: (*task.group, task.clip.pixels.shape)):
+        group = [tasks[index] for index in indices]
+        tokens_BFPV = torch.stack([tokens_of[index] for index in indices])
+        valid_BF = np.stack([task.clip.frame_valid for task in group])
         is_frame_BF = torch.from_numpy(valid_BF).to(tokens_BFPV.device)
-        for place, result in zip(places, group[0].finish(tokens_BFPV, is_frame_BF, group), strict=True):
-            results[place] = result
+        for index, result in zip(indices, group[0].finish(tokens_BFPV, is_frame_BF, group), strict=True):
+            results[index] = result
     return results
 
 
@@ -65,15 +66,15 @@ class EncoderWorker:
     """One replica of the encoder deployment; `encoder_class` adds the loading of adapters to it.
 
     Args:
-        backbone: `Adapter.encoder` of all adapters.
-        max_batch_frames: Images and frames of one pass, of the Q-Former's with texts: once for each text.
-        use_gpu: Run on CUDA.
-        turn: Held for every pass; see `FairLock`.
+        backbone: Frozen encoder of all adapters.
+        max_batch_frames: Images and frames per pass. A match counts each frame once per text.
+        use_gpu: Whether to run on CUDA.
+        turn: Lock held for every pass, shared with the generator in the fused layout; None: no lock.
     """
 
     def __init__(
         self,
-        backbone: Mapping[str, Any],
+        backbone: SharedEncoder,
         max_batch_frames: int,
         use_gpu: bool,
         turn: AbstractContextManager[None] | None = None,
@@ -84,107 +85,107 @@ class EncoderWorker:
         self._folders: dict[str, str] = {}
         self._is_ready = False
         self._loading: asyncio.Task[Any] | None = None
-        """Held, or it might be forgotten before it is done."""
+        """Reference to the running task; asyncio itself holds only a weak one."""
         self._frames = Histogram(
             "qformer_serve_encoder_batch_frames",
             "Images and frames of one pass of the encoder.",
             boundaries=[1, 2, 4, 8, 16, 32, 64, 128],
         )
         self._waiting = Gauge("qformer_serve_encoder_queue", "Images and clips that wait for a pass of the encoder.")
-        self._batcher: Batcher[Work, Any] = Batcher(self._run, max_batch_frames, self._observe)
+        self._batcher: Batcher[EncoderTask, Any] = Batcher(self._run, max_batch_frames, self._observe)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Load the default adapter before its first request.
 
-        A new replica is ready when it is there, and fails when it cannot be loaded. A running one gets no requests
-        until this returns, so it loads a newer adapter meanwhile.
+        A new replica is ready once the adapter is loaded, and fails if it cannot be loaded. A running replica gets no
+        requests until this returns, so it loads a newer adapter in the background.
         """
         loading = asyncio.create_task(self._loaded(Adapter.from_dict(user_config["preload"])))
         if not self._is_ready:
             await loading
             self._is_ready = True
         else:
-            loading.add_done_callback(_tell_failure)
+            loading.add_done_callback(_log_failure)
             self._loading = loading
 
-    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
-        """What the language model is to read of one image or clip: [N, L]."""
+    async def soft_prompts(self, adapter: Adapter, clip: DecodedMedia, instruction: str) -> NDArray[np.float32]:
+        """Soft prompts [N, L] of one image or clip."""
         writer = await self._loaded(adapter)
         assert isinstance(writer, Writer)
 
-        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
-            clips, instructions = [work.clip for work in works], [work.argument for work in works]
+        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, tasks: Sequence[EncoderTask]) -> Sequence[Any]:
+            clips, instructions = [task.clip for task in tasks], [task.argument for task in tasks]
             return writer.soft_prompts(tokens_BFPV, is_frame_BF, clips, instructions)
 
-        return await self._submit(Work(clip, ("prompts", adapter.key), finish, instruction))
+        return await self._submit(EncoderTask(clip, ("prompts", adapter.key), finish, instruction))
 
-    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
+    async def embed(self, adapter: Adapter, clip: DecodedMedia) -> NDArray[np.float32]:
         """Query embeddings [N, E] of one image or clip."""
         matcher = await self._loaded(adapter)
         assert isinstance(matcher, Matcher)
-        return await self._submit(Work(clip, ("embed", adapter.key), lambda *group: matcher.embed(*group[:2])))
+        return await self._submit(EncoderTask(clip, ("embed", adapter.key), lambda *group: matcher.embed(*group[:2])))
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings | Refusal:
-        """Embeddings of texts."""
+        """Embed texts."""
         matcher = await self._loaded(adapter)
         assert isinstance(matcher, Matcher)
         return await asyncio.to_thread(matcher.embed_texts, texts)
 
-    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched] | Refusal:
-        """How well each text fits one image or clip."""
+    async def match(self, adapter: Adapter, clip: DecodedMedia, texts: Sequence[str]) -> list[MatchScore] | Refusal:
+        """Score each text against one image or clip."""
         matcher = await self._loaded(adapter)
         assert isinstance(matcher, Matcher)
         if (refusal := matcher.refusal(texts)) is not None:
             return refusal
 
-        # Every text is read beside every frame: all of them in one pass would take many times the others' memory.
+        # Each text is read with each frame: one pass over all texts would take many times the memory of other passes.
         most = max(1, self._max_batch_frames // len(clip.pixels))
 
-        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, works: Sequence[Work]) -> Sequence[Any]:
+        def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, tasks: Sequence[EncoderTask]) -> Sequence[Any]:
             return [
                 [
                     one
-                    for start in range(0, len(work.argument), most)
-                    for one in matcher.match(tokens_FPV, is_frame_F, work.argument[start : start + most])
+                    for start in range(0, len(task.argument), most)
+                    for one in matcher.match(tokens_FPV, is_frame_F, task.argument[start : start + most])
                 ]
-                for tokens_FPV, is_frame_F, work in zip(tokens_BFPV, is_frame_BF, works, strict=True)
+                for tokens_FPV, is_frame_F, task in zip(tokens_BFPV, is_frame_BF, tasks, strict=True)
             ]
 
-        work = Work(clip, ("match", adapter.key), finish, texts)
-        return await self._submit(work, readings=len(texts))
+        task = EncoderTask(clip, ("match", adapter.key), finish, texts)
+        return await self._submit(task, num_texts=len(texts))
 
     async def load(self, key: str) -> Writer | Matcher:
-        """Load the adapter of a key that `_loaded` knows, beside the event loop."""
+        """Load an adapter in a thread; `_loaded` has recorded its folder."""
         folder = self._folders[key]
         logger.info("loading adapter %s", key)
         return await asyncio.to_thread(load_adapter, folder, self._encoder, self._device)
 
     async def adapter(self, key: str) -> Writer | Matcher:
-        """`load`, with a memory; see `encoder_class`."""
+        """Return an adapter, loaded or from the cache; `encoder_class` implements it."""
         raise NotImplementedError
 
     async def _loaded(self, adapter: Adapter) -> Writer | Matcher:
         self._folders[adapter.key] = adapter.folder
         return await self.adapter(adapter.key)
 
-    async def _submit(self, work: Work, readings: int = 1) -> Any:
+    async def _submit(self, task: EncoderTask, num_texts: int = 1) -> Any:
         self._waiting.set(self._batcher.num_waiting + 1)
-        return await self._batcher.submit(work, cost=len(work.clip.pixels) * readings)
+        return await self._batcher.submit(task, cost=len(task.clip.pixels) * num_texts)
 
-    def _run(self, works: Sequence[Work]) -> list[Any]:
+    def _run(self, tasks: Sequence[EncoderTask]) -> list[Any]:
         with self._turn, torch.inference_mode():
-            return run_works(lambda pixels: self._encoder.features(pixels.to(self._device)), works)
+            return run_tasks(lambda pixels: self._encoder.features(pixels.to(self._device)), tasks)
 
-    def _observe(self, works: Sequence[Work]) -> None:
-        self._frames.observe(sum(len(work.clip.pixels) for work in works))
+    def _observe(self, tasks: Sequence[EncoderTask]) -> None:
+        self._frames.observe(sum(len(task.clip.pixels) for task in tasks))
         self._waiting.set(self._batcher.num_waiting)
 
 
 def encoder_class(max_loaded_adapters: int) -> type[EncoderWorker]:
-    """The deployment's class; how many adapters Serve keeps is a part of it."""
+    """Build the deployment's class; Serve's decorator fixes the number of loaded adapters."""
 
     class Encoder(EncoderWorker):
-        """An encoder replica that keeps the adapters used last."""
+        """Encoder replica with a cache of adapters, least recently used dropped first."""
 
         @serve.multiplexed(max_num_models_per_replica=max_loaded_adapters)  # type: ignore[untyped-decorator]
         async def adapter(self, key: str) -> Writer | Matcher:
@@ -193,13 +194,13 @@ def encoder_class(max_loaded_adapters: int) -> type[EncoderWorker]:
     return Encoder
 
 
-def _tell_failure(task: "asyncio.Task[Any]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
+def _log_failure(loading: "asyncio.Task[Any]") -> None:
+    if not loading.cancelled() and (error := loading.exception()) is not None:
         logger.error("an adapter could not be loaded: %r", error)
 
 
-def _grouped(works: Sequence[Work], key: Callable[[Work], object]) -> list[list[int]]:
-    places: dict[object, list[int]] = defaultdict(list)
-    for place, work in enumerate(works):
-        places[key(work)].append(place)
-    return [*places.values()]
+def _group_indices(tasks: Sequence[EncoderTask], key: Callable[[EncoderTask], object]) -> list[list[int]]:
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        groups[key(task)].append(index)
+    return [*groups.values()]

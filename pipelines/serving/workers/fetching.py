@@ -1,8 +1,8 @@
-"""Remote media: only from hosts that the operator names, only from public addresses, within size and time.
+"""Remote media: only from hosts that the operator names, only from public addresses, within limits of size and time.
 
-A name is resolved once, when the connection is made; each address is checked, and the connection goes to the very one
-that was. So a name that resolves otherwise a moment later (DNS rebinding) gains nothing. Redirects are followed here,
-one by one, each through the same checks. Proxies and credentials of the environment are not used.
+A name is resolved once, when the connection is made. Every address is checked, and the connection goes to a checked
+one, so DNS rebinding (a name that resolves differently a moment later) has no effect. Redirects are followed here one
+by one, each through the same checks. Proxies and credentials of the environment are not used.
 """
 
 import asyncio
@@ -22,25 +22,25 @@ _PORTS = {"https": 443, "http": 80}
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""From host and port to addresses."""
+"""Function from host and port to addresses."""
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """Addresses of a host by the system's resolver."""
+    """Resolve a host with the system's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 class _NotPublicError(Exception):
-    """An address that nothing may be fetched from."""
+    """An address outside the public internet."""
 
 
 class PublicBackend(httpcore.AsyncNetworkBackend):
     """Connects to public addresses only.
 
     Args:
-        inner: Makes the connections, to addresses and never to names.
-        resolver: Finds the addresses.
+        inner: Backend that connects; it gets addresses, never names.
+        resolver: Name resolution.
     """
 
     def __init__(self, inner: httpcore.AsyncNetworkBackend, resolver: Resolve) -> None:
@@ -54,18 +54,18 @@ class PublicBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """See httpcore; refuses a name as soon as one of its addresses is not public."""
+        """Connect to a host; a name with any address that is not public is an error."""
         addresses = await self._resolve(host, port)
         if not addresses or not all(is_public(address) for address in addresses):
             raise _NotPublicError
         return await self._inner.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
-        """Never."""
+        """Refuse: Unix sockets are local."""
         raise _NotPublicError
 
     async def sleep(self, seconds: float) -> None:
-        """See httpcore."""
+        """Sleep, as httpcore's interface wants."""
         await self._inner.sleep(seconds)
 
 
@@ -73,9 +73,9 @@ class Fetcher:
     """Fetches media by URL.
 
     Args:
-        policy: Hosts and limits.
-        resolver: Finds a host's addresses.
-        network: Makes connections; None: the real one.
+        policy: Allowed hosts and limits.
+        resolver: Name resolution.
+        network: Backend that connects; None: sockets.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Fetcher:
         self._backend = PublicBackend(network or httpcore.AnyIOBackend(), resolver)
 
     def check(self, url: str) -> SplitResult:
-        """See that a URL may be asked for at all.
+        """Check that a URL may be fetched.
 
         Raises:
-            ApiError: 400 for what is no http(s) URL, 403 for a host that is not allowed.
+            ApiError: 400 if it is no http(s) URL, 403 if its host is not allowed.
         """
-        # Before anything reads it: `urlsplit` remembers what it has read.
+        # Before parsing: `urlsplit` caches its arguments.
         if len(url) > MAX_URL_CHARACTERS or not (url.isascii() and url.isprintable()) or " " in url:
             message = f"give a URL of at most {MAX_URL_CHARACTERS} printable ASCII characters, others as %XX"
             raise ApiError(400, "invalid_url", message)
@@ -114,11 +114,11 @@ class Fetcher:
         return parts
 
     async def fetch(self, url: str) -> bytes:
-        """The content behind `url`.
+        """Fetch the content of `url`.
 
         Raises:
-            ApiError: 400 or 403 as `check`, also for a redirect or an address; 422 when it is too large, too slow or
-                cannot be had.
+            ApiError: 400 or 403 if the URL, a redirect or an address is not allowed; 422 if the content is too large,
+                too slow or unavailable.
         """
         policy = self._policy
         try:
@@ -137,7 +137,7 @@ class Fetcher:
         except _NotPublicError:
             message = "the URL's host has no public address; send the bytes as a data: URL"
             raise ApiError(403, "url_not_allowed", message) from None
-        except ValueError:  # where it moved to, or a name that no resolver takes
+        except ValueError:  # an invalid redirect target, or a name that the resolver rejects
             raise _unreadable() from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             message = f"the URL could not be fetched ({type(error).__name__}); check it, or send the bytes"
@@ -146,7 +146,7 @@ class Fetcher:
         raise ApiError(422, "url_unreachable", message)
 
     async def _get(self, pool: httpcore.AsyncConnectionPool, url: str) -> bytes | str:
-        """The content, or where it has moved."""
+        """Fetch the content, as bytes, or the target of a redirect, as text."""
         parts = self.check(url)
         target = httpcore.URL(parts._replace(fragment="").geturl())
         headers = [("Host", parts.hostname or ""), ("Accept", "image/*, video/*"), ("Accept-Encoding", "identity")]

@@ -1,4 +1,4 @@
-"""The generator deployment: the frozen language model, answering many prompts at once."""
+"""The generator deployment: the frozen language model with continuous batching."""
 
 import asyncio
 import contextlib
@@ -18,6 +18,7 @@ from pipelines.serving.contract.config import ServingConfig
 from pipelines.serving.contract.errors import RETRY_AFTER_S, Refusal
 from pipelines.serving.contract.wire import Piece, Prompt
 from qformer.backbones import load_language
+from qformer.config import LanguageSpec
 from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
 from qformer.generation.requests.inputs import segment_inputs, text_ids
@@ -35,56 +36,57 @@ logger = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
 STREAM_EVERY_S = 0.03
-"""Between two pieces of a streamed answer, which a reader takes for flowing; each passes two to four processes."""
+"""Time between two pieces of a streamed answer: short enough to read fluently; each crosses two to four processes."""
 LONG_PROMPT = 4096
-"""Characters, and rows of images and frames, that are read beside the event loop."""
+"""Length of a prompt, in characters plus soft-prompt rows, above which it is read in a thread."""
 _GAUGES = {
-    "queued": "Prompts that wait for a place in the batch.",
+    "queued": "Prompts that wait for the batch.",
     "running": "Answers that are being generated.",
-    "kv_tokens_reserved": "Tokens of the key-value memory in use.",
-    "tokens_per_s": "Tokens generated a second, of the last seconds.",
-    "mean_batch_size": "Answers of one step, of the last seconds.",
-    "time_to_first_token_p50_s": "From queuing to the first token, streamed or not, of the last 1,024 answers.",
-    "time_to_first_token_p95_s": "As time_to_first_token_p50_s.",
-    "cancelled_total": "Answers given up because nobody waits for them any more, since the replica's start.",
+    "kv_tokens_reserved": "Tokens of the key-value cache in use.",
+    "tokens_per_s": "Tokens generated per second, over the last seconds.",
+    "mean_batch_size": "Answers per step, over the last seconds.",
+    "time_to_first_token_p50_s": "Median time from queuing to the first token, over the last 1,024 answers.",
+    "time_to_first_token_p95_s": "95th percentile of that time, over the last 1,024 answers.",
+    "cancelled_total": "Answers cancelled by their clients since the start of the replica.",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageSource:
-    """Where the language model comes from; the same for all adapters, so that a new checkpoint changes nothing here."""
+    """Source of the language model, the same for all adapters."""
 
-    language: str
-    """Hub name, folder or URI."""
+    language: LanguageSpec
+    """Its name is a hub name, a folder or a URI."""
     answer_end_id: int | None
     updated_by: str | None
-    """Checkpoint whose updates (LoRA) it carries; with one adapter only."""
+    """Folder of the checkpoint whose LoRA updates apply; only with a single adapter. None: none."""
 
     def load(self, device: str) -> LanguageModel:
-        """Load it.
+        """Load the language model.
 
         Raises:
             UserError: If it cannot be loaded.
         """
         if self.updated_by is not None:
             return load_captioner(local_folder(self.updated_by), device).language
-        name = str(local_folder(self.language)) if "://" in self.language else self.language
-        model, words = load_language(name)
+        name = self.language.name
+        local = LanguageSpec(str(local_folder(name))) if "://" in name else self.language
+        model, tokenizer = load_language(local)
         if self.answer_end_id is not None:
             cast(Any, model).generation_config.eos_token_id = self.answer_end_id
-        return build_language_model(model, words).to(device)
+        return build_language_model(model, tokenizer).to(device)
 
 
 class GeneratorWorker:
     """One replica of the generator deployment.
 
     Args:
-        source: The language model.
-        kv_tokens: See `Engine`.
-        max_sequences: Answers at a time.
-        max_prompt_tokens: Text tokens of one prompt, with the tokenizer's leading one.
-        use_gpu: Run on CUDA.
-        turn: Held for every step; see `FairLock`.
+        source: Source of the language model.
+        kv_tokens: Size of the key-value cache in tokens.
+        max_sequences: Answers generated at once.
+        max_prompt_tokens: Limit on the text tokens of a prompt, including the tokenizer's start token.
+        use_gpu: Whether to run on CUDA.
+        turn: Lock held for every step, shared with the encoder in the fused layout; None: no lock.
     """
 
     def __init__(
@@ -105,20 +107,20 @@ class GeneratorWorker:
         self._reporting: asyncio.Task[None] | None = None
 
     def check_health(self) -> None:
-        """Have Serve replace this replica when its engine has ended.
+        """Check the engine; on an error, Serve replaces this replica.
 
         Raises:
-            RuntimeError: If it has.
+            RuntimeError: If the engine has ended.
         """
         if not self._engine.is_alive:
             raise RuntimeError("the generation engine has ended; the log says why")
 
     async def answer(self, prompt: Prompt) -> Piece | Refusal:
-        """A whole answer."""
+        """Generate a whole answer."""
         return [piece async for piece in self._pieces(prompt, is_streamed=False)][-1]
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece | Refusal, None]:
-        """An answer as it grows. Whoever closes the iterator ends the work."""
+        """Generate an answer piece by piece; closing the iterator cancels it."""
         async with contextlib.aclosing(self._pieces(prompt, is_streamed=True)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -126,7 +128,7 @@ class GeneratorWorker:
     async def _pieces(self, prompt: Prompt, *, is_streamed: bool) -> AsyncGenerator[Piece | Refusal, None]:
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report())
-        # A thread's own way there and back takes longer than to tokenise a question.
+        # A switch to a thread takes longer than the tokenisation of a short prompt.
         is_long = sum(len(segment) for segment in prompt.segments) > LONG_PROMPT
         read = functools.partial(self._request, prompt, is_streamed)
         request = await asyncio.to_thread(read) if is_long else read()
@@ -149,12 +151,12 @@ class GeneratorWorker:
             yield Refusal(503, "overloaded", "the model is busy; try again", retry_after_s=RETRY_AFTER_S)
         except EngineClosedError:
             yield Refusal(503, "unavailable", "the model is starting again; try later", retry_after_s=RETRY_AFTER_S)
-        except (GenerationFailedError, RequestError):  # what the other deployments made of the request is broken
+        except (GenerationFailedError, RequestError):  # the input from the other deployments is broken
             logger.exception("generation failed")
             yield Refusal(500, "internal", "the model failed on this request; its log says why")
 
     def _request(self, prompt: Prompt, is_streamed: bool) -> EngineRequest | Refusal:
-        """Embed the prompt; refuse one that is too long before."""
+        """Embed the prompt; refuse it first if it is too long."""
         settings = prompt.settings
         ids = text_ids(self._language, [segment for segment in prompt.segments if isinstance(segment, str)])
         count = sum(map(len, ids))
@@ -181,7 +183,7 @@ class GeneratorWorker:
         )
 
     async def _report(self) -> None:
-        """Tell the engine's figures to Prometheus while it works, and until those of the last seconds are 0."""
+        """Export the engine's statistics to Prometheus while it works, and until they are back at 0."""
         is_idle = False
         while not is_idle:
             await asyncio.sleep(STATS_EVERY_S)
@@ -192,11 +194,12 @@ class GeneratorWorker:
 
 
 def generator_options(config: ServingConfig) -> dict[str, Any] | None:
-    """Arguments of `GeneratorWorker`; None where no adapter answers in text."""
-    if config.backbones.language is None:
+    """Arguments of `GeneratorWorker`; None where no adapter generates text."""
+    if (shared := config.backbones.language) is None:
         return None
+    updated_by = config.backbones.updated_by
     return {
-        "source": LanguageSource(**config.backbones.language, updated_by=config.backbones.updated_by),
+        "source": LanguageSource(language=shared.language, answer_end_id=shared.answer_end_id, updated_by=updated_by),
         "kv_tokens": config.kv_tokens,
         "max_sequences": config.max_sequences,
         "max_prompt_tokens": config.requests.max_prompt_tokens,
@@ -205,7 +208,7 @@ def generator_options(config: ServingConfig) -> dict[str, Any] | None:
 
 
 def _too_long(request: EngineRequest, max_tokens: int) -> Refusal:
-    """In the words of the HTTP interface; the engine's own speak of rows and settings that no client knows."""
+    """Error of a prompt that is too long, in terms of the HTTP interface instead of the engine's."""
     count, wanted = len(request.inputs_SL), request.settings.max_new_tokens
     message = (
         f"the prompt takes {count} tokens, those of images and frames with it, and max_tokens={wanted}; {max_tokens} "

@@ -1,4 +1,4 @@
-"""The other deployments, as the ingress uses them."""
+"""Interface of the ingress to the other deployments, and its implementation by Serve handles."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
@@ -12,73 +12,73 @@ from pipelines.serving.contract.adapters import Adapter
 from pipelines.serving.contract.config import ApiKey
 from pipelines.serving.contract.errors import ApiError, Refusal, unavailable
 from pipelines.serving.contract.uploads import Upload
-from pipelines.serving.contract.wire import Decoded, Matched, Piece, Prompt, TextEmbeddings
+from pipelines.serving.contract.wire import DecodedMedia, MatchScore, Piece, Prompt, TextEmbeddings
 from pipelines.serving.workers.calls import call, stream
 
 
 class Models(Protocol):
-    """What the HTTP interface asks for; failures are `ApiError`s."""
+    """The model calls of the HTTP interface; failures are `ApiError`s."""
 
-    async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
+    async def decode(self, upload: Upload, adapter: Adapter) -> DecodedMedia:
         """Fetch and decode one file."""
 
-    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
-        """What the language model reads of one image or clip."""
+    async def soft_prompts(self, adapter: Adapter, clip: DecodedMedia, instruction: str) -> NDArray[np.float32]:
+        """Soft prompts of one image or clip for the language model."""
 
-    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
+    async def embed(self, adapter: Adapter, clip: DecodedMedia) -> NDArray[np.float32]:
         """Query embeddings [N, E]."""
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
         """Embeddings of texts."""
 
-    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
-        """How well each text fits."""
+    async def match(self, adapter: Adapter, clip: DecodedMedia, texts: Sequence[str]) -> list[MatchScore]:
+        """Score each text against one image or clip."""
 
     async def answer(self, prompt: Prompt) -> Piece:
-        """A whole answer."""
+        """Generate a whole answer."""
 
     def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
-        """An answer as it grows."""
+        """Generate an answer piece by piece."""
 
     async def take_quota(self, key: ApiKey) -> int:
-        """Let a request of `key` in; give the lease back at its end."""
+        """Admit a request of `key`; returns a lease to release at its end."""
 
     async def give_quota(self, key: ApiKey, lease: int) -> None:
-        """The request has ended."""
+        """Release the lease of a request that has ended."""
 
 
 class SharedQuotas:
-    """The part of `Models` that all replicas share.
+    """The quota calls of `Models`, which go to one deployment for all replicas.
 
     Args:
-        quotas: Of `QuotaKeeper`; None where there are no keys.
+        quotas: Handle of the quota deployment; None where there are no keys.
     """
 
     def __init__(self, quotas: DeploymentHandle | None) -> None:
         self._quotas = quotas
 
     async def take_quota(self, key: ApiKey) -> int:
-        """See `Models`."""
+        """Call the quota deployment."""
         if self._quotas is None:
             raise unavailable()
         handle = self._quotas.take
-        return accepted(await call(lambda: handle.remote(key), "quotas"))
+        return unwrap(await call(lambda: handle.remote(key), "quotas"))
 
     async def give_quota(self, key: ApiKey, lease: int) -> None:
-        """See `Models`."""
+        """Call the quota deployment."""
         if self._quotas is not None:
             handle = self._quotas.give_back
             await call(lambda: handle.remote(key, lease), "quotas")
 
 
 class RemoteModels(SharedQuotas):
-    """`Models` by handles.
+    """`Models` whose workers are other deployments.
 
     Args:
-        media: Of `MediaWorker`.
-        encoder: Of `EncoderWorker`.
-        generator: Of `GeneratorWorker`; None where no adapter answers in text.
-        quotas: See `SharedQuotas`.
+        media: Handle of the media deployment.
+        encoder: Handle of the encoder deployment.
+        generator: Handle of the generator deployment; None where no adapter generates text.
+        quotas: Handle of the quota deployment; None where there are no keys.
     """
 
     def __init__(
@@ -93,47 +93,47 @@ class RemoteModels(SharedQuotas):
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
         self._stream = None if generator is None else generator.options(method_name="stream", stream=True)
 
-    async def decode(self, upload: Upload, adapter: Adapter) -> Decoded:
-        """See `Models`."""
-        return accepted(await call(lambda: self._media.decode.remote(upload, adapter), "decoding"))
+    async def decode(self, upload: Upload, adapter: Adapter) -> DecodedMedia:
+        """Call the media deployment."""
+        return unwrap(await call(lambda: self._media.decode.remote(upload, adapter), "decoding"))
 
-    async def soft_prompts(self, adapter: Adapter, clip: Decoded, instruction: str) -> NDArray[np.float32]:
-        """See `Models`."""
+    async def soft_prompts(self, adapter: Adapter, clip: DecodedMedia, instruction: str) -> NDArray[np.float32]:
+        """Call the encoder deployment."""
         handle = self._of(adapter, "soft_prompts")
         return await call(lambda: handle.remote(adapter, clip, instruction), "encoding")
 
-    async def embed(self, adapter: Adapter, clip: Decoded) -> NDArray[np.float32]:
-        """See `Models`."""
+    async def embed(self, adapter: Adapter, clip: DecodedMedia) -> NDArray[np.float32]:
+        """Call the encoder deployment."""
         handle = self._of(adapter, "embed")
         return await call(lambda: handle.remote(adapter, clip), "embedding")
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings:
-        """See `Models`."""
+        """Call the encoder deployment."""
         handle = self._of(adapter, "embed_texts")
-        return accepted(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
+        return unwrap(await call(lambda: handle.remote(adapter, texts), "embedding texts"))
 
-    async def match(self, adapter: Adapter, clip: Decoded, texts: Sequence[str]) -> list[Matched]:
-        """See `Models`."""
+    async def match(self, adapter: Adapter, clip: DecodedMedia, texts: Sequence[str]) -> list[MatchScore]:
+        """Call the encoder deployment."""
         handle = self._of(adapter, "match")
-        return accepted(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
+        return unwrap(await call(lambda: handle.remote(adapter, clip, texts), "matching"))
 
     async def answer(self, prompt: Prompt) -> Piece:
-        """See `Models`."""
+        """Call the generator deployment."""
         if self._generator is None:
             raise unavailable()
         handle = self._generator.answer
-        return accepted(await call(lambda: handle.remote(prompt), "generation"))
+        return unwrap(await call(lambda: handle.remote(prompt), "generation"))
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Piece, None]:
-        """See `Models`."""
+        """Call the generator deployment; closing the iterator cancels the call."""
         if (handle := self._stream) is None:
             raise unavailable()
         async with contextlib.aclosing(stream(lambda: handle.remote(prompt), "generation")) as pieces:
             async for piece in pieces:
-                yield accepted(piece)
+                yield unwrap(piece)
 
     def _of(self, adapter: Adapter, method: str) -> DeploymentHandle:
-        """A method of the encoder, by way of a replica that holds the adapter."""
+        """Handle of an encoder method, routed to a replica that has the adapter loaded."""
         found = self._handles.get((adapter.key, method))
         if found is None:
             found = self._encoder.options(multiplexed_model_id=adapter.key, method_name=method)
@@ -141,11 +141,11 @@ class RemoteModels(SharedQuotas):
         return found
 
 
-def accepted(answer: Any) -> Any:
-    """What a worker answered.
+def unwrap(answer: Any) -> Any:
+    """Return the answer of a worker.
 
     Raises:
-        ApiError: If that is a refusal.
+        ApiError: If the answer is a refusal.
     """
     if isinstance(answer, Refusal):
         raise ApiError.of(answer)

@@ -1,4 +1,4 @@
-"""The media deployment: files in, pixels out. Files are fetched here and decoded in children that can be killed."""
+"""The media deployment: files in, pixels out. It fetches files and decodes them in child processes that it can kill."""
 
 import asyncio
 import functools
@@ -14,12 +14,12 @@ from pipelines.serving.contract.adapters import Adapter
 from pipelines.serving.contract.config import FetchPolicy
 from pipelines.serving.contract.errors import RETRY_AFTER_S, ApiError, Refusal
 from pipelines.serving.contract.uploads import Upload, require_kind
-from pipelines.serving.contract.wire import Decoded
+from pipelines.serving.contract.wire import DecodedMedia
 from pipelines.serving.workers.fetching import Fetcher
 
 logger = logging.getLogger(__name__)
 
-# What the client is told about a file that cannot be used, by the error class of the data plane.
+# Status, code and advice for a file that cannot be used, by the error class of `pipelines.data`.
 REFUSALS = {
     "corrupt": (400, "invalid_media", "send a file that other programs can open"),
     "missing": (400, "invalid_media", "send the file"),
@@ -32,19 +32,22 @@ _KILL_EVERY_S = 0.05
 
 
 class DecodePool:
-    """Decodes a few files side by side, each in a child of its own.
+    """Decodes files in parallel, each in its own child process.
 
-    The decoder is that of training and of the caption job, so what is served is what they compute. A child whose caller
-    is gone is killed.
+    Training and the caption job use the same decoder, so served results equal theirs. A child is killed when its caller
+    is cancelled.
+
+    Args:
+        num_children: Files decoded at once.
     """
 
     def __init__(self, num_children: int) -> None:
         self._threads = ThreadPoolExecutor(num_children, thread_name_prefix="decode")
         self._idle: asyncio.LifoQueue[SampleDecoder | None] = asyncio.LifoQueue()
         for _ in range(num_children):
-            self._idle.put_nowait(None)  # made with the first file's settings
+            self._idle.put_nowait(None)  # the first file brings the settings
         self.num_waiting = 0
-        self._waiting = Gauge("qformer_serve_media_queue", "Files that wait for a child that decodes them.")
+        self._waiting = Gauge("qformer_serve_media_queue", "Files that wait for a decoding process.")
 
     async def decode(self, upload: Upload, settings: DecodeSettings) -> Clip:
         """Decode one file.
@@ -60,7 +63,7 @@ class DecodePool:
         try:
             if decoder is None:
                 decoder = SampleDecoder(settings, isolates_images=True)
-            decoder.settings = settings  # of this file's adapter
+            decoder.settings = settings  # adapters may differ from file to file
             task = functools.partial(decoder.decode, kind=upload.kind, data=upload.data)
             work = asyncio.get_running_loop().run_in_executor(self._threads, task)
             try:
@@ -84,8 +87,8 @@ class MediaWorker:
         self._fetcher = Fetcher(fetch)
         self._decoders = DecodePool(num_children)
 
-    async def decode(self, upload: Upload, adapter: Adapter) -> Decoded | Refusal:
-        """Fetch and decode one image or video as `adapter` was trained to see it."""
+    async def decode(self, upload: Upload, adapter: Adapter) -> DecodedMedia | Refusal:
+        """Fetch and decode one image or video with the sampling and preprocessing of `adapter`."""
         try:
             if upload.url is not None:
                 data = await self._fetcher.fetch(upload.url)
@@ -96,7 +99,7 @@ class MediaWorker:
             return error.refusal
         except MediaError as error:
             return _refusal(upload.kind, error)
-        return Decoded(
+        return DecodedMedia(
             pixels=clip.pixels,
             frame_valid=clip.frame_valid,
             waveforms=clip.waveforms,
@@ -107,15 +110,15 @@ class MediaWorker:
 
 def _refusal(kind: str, error: MediaError) -> Refusal:
     if error.error_class == "transient":
-        logger.warning("decoding failed in passing: %s", error.message)
+        logger.warning("decoding failed for now: %s", error.message)
         return Refusal(503, "unavailable", "the decoder is short of resources; try again", retry_after_s=RETRY_AFTER_S)
     status, code, fix = REFUSALS[error.error_class]
     return Refusal(status, code, f"the {kind} cannot be used: {error.message}; {fix}")
 
 
 async def _kill(decoder: SampleDecoder, work: "asyncio.Future[Clip]") -> None:
-    """End the child again and again until the thread that waits for it is free: it may just be starting."""
+    """Kill the child until the waiting thread returns; one kill may miss a child that is just starting."""
     while not work.done():
         decoder.close()
         await asyncio.wait([work], timeout=_KILL_EVERY_S)
-    work.exception()  # nobody else asks for it
+    work.exception()  # marks it as retrieved, or asyncio logs it

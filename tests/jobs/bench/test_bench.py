@@ -14,9 +14,9 @@ import torch
 import jobs.bench
 from jobs.bench.__main__ import bench_names, main
 from jobs.bench.result import BenchResult, as_json, as_table, write_result
-from jobs.cluster.circumstances import Circumstances, circumstances, commit, hardware
+from jobs.cluster.environment import RunEnvironment, commit, current_environment, hardware
 
-BOX = Circumstances(
+BOX = RunEnvironment(
     date="2026-11-21",
     commit="abc1234",
     hardware="Intel(R) Xeon(R) CPU @ 2.20GHz, 2 cores",
@@ -57,7 +57,7 @@ def test_a_figure_must_be_a_positive_number(value):
 
 def test_hardware_names_the_cores_that_there_are_to_use():
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-    code += "from jobs.cluster.circumstances import hardware; print(hardware())"
+    code += "from jobs.cluster.environment import hardware; print(hardware())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ", 1 cores" in done.stdout and f", {len(os.sched_getaffinity(0))} cores" in hardware()
 
@@ -70,7 +70,7 @@ def test_a_result_is_kept_under_its_date_and_machine(tmp_path):
 
 def test_circumstances_are_todays():
     before = datetime.now(UTC).date().isoformat()
-    found = circumstances()
+    found = current_environment()
     assert before <= found.date <= datetime.now(UTC).date().isoformat() and found.hardware == hardware()
     assert found.versions["torch"] == torch.__version__ and found.versions["python"].startswith("3.")
     assert found.commit is None or re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", found.commit)

@@ -10,17 +10,17 @@ from PIL import Image
 
 from jobs.bench import data, data_media, data_peers
 from jobs.bench.data_memory import PeakMemory, tree_bytes
-from jobs.bench.data_peers import VIDEO_READS, Window
+from jobs.bench.data_peers import VIDEO_READS, TimedWindow
 from pipelines.data.media.samples import SampleDecoder
 from tests.memory_holders import hold_in_child
 
-TINY = data.Case(
+TINY = data.DataCase(
     batch_size=2,
     rounds=1,
     jpegs=2,
     jpeg_size=(640, 480),
     jpeg_bytes=40_000,
-    images=Window(warm_up=1, timed=1, tail=1),
+    images=TimedWindow(warm_up=1, timed=1, tail=1),
 )
 
 
@@ -77,7 +77,7 @@ def test_ours_reads_as_training_does(ray_local, jpegs):
 
 
 def test_memory_is_measured_over_several_segments_at_both_sizes():
-    case = data.Case()
+    case = data.DataCase()
     assert case.memory_images[0] / case.batch_size / case.memory_segment_steps > 1
 
 
@@ -91,7 +91,7 @@ def test_rays_own_readers_are_measured(ray_local, jpegs, tmp_path):
 
 def test_a_window_is_the_time_between_its_batches():
     clock = iter([0.0, 10.0, 11.0, 13.0, 99.0])
-    window = Window(warm_up=2, timed=2, tail=1)
+    window = TimedWindow(warm_up=2, timed=2, tail=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_peers.time, "perf_counter", lambda: next(clock))
         assert window.seconds_per_batch(range(5)) == 1.5

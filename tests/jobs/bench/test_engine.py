@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from jobs.bench import engine as bench
-from jobs.bench.engine import Case, measure
+from jobs.bench.engine import EngineCase, measure
 
-TINY = Case(
-    hidden_size=16, num_layers=1, num_heads=2, vocab_size=50, concurrency=(1, 3), requests_per_place=1, rounds=1
+TINY = EngineCase(
+    hidden_size=16, num_layers=1, num_heads=2, vocab_size=50, concurrency=(1, 3), requests_per_slot=1, rounds=1
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from jobs.bench.serve import QUESTION, Case, _Apart, _body, _in_turns, _result, _Round, _write_bodies
+from jobs.bench.serve import QUESTION, ServeCase, _body, _in_turns, _result, _Round, _SeparateFigures, _write_bodies
 from jobs.bench.serve_load import Load, clients, measure
 from jobs.bench.serve_models import write_checkpoint
 from jobs.bench.serve_peer import DirectModel, NaiveServer
@@ -89,7 +89,7 @@ def test_a_wrong_number_of_tokens_is_no_answer(tmp_path):
 
 
 def test_bodies_are_224_pixel_jpegs_in_chats(tmp_path):
-    bodies = _write_bodies(Case(jpegs=2), tmp_path)
+    bodies = _write_bodies(ServeCase(jpegs=2), tmp_path)
     [message] = json.loads(Path(bodies.plain[1]).read_text())["messages"]
     image, text = message["content"]
     data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
@@ -101,7 +101,7 @@ class Machine:
     """Answers requests and direct calls at once, and remembers which."""
 
     def __init__(self, tmp_path):
-        self.case = Case(jpegs=5, few=6, turn=2)
+        self.case = ServeCase(jpegs=5, few=6, turn=2)
         self.bodies, self.asked = _write_bodies(self.case, tmp_path), []
 
     def one(self, url, files, num_tokens, num_requests):
@@ -131,9 +131,9 @@ def test_figures_are_medians_over_rounds():
             served_p50_s=0.030,
             direct_p50_s=0.020 - 0.001 * factor,
             short_p95_s=0.010,
-            short_beside_long_p95_s=0.015 * factor,
+            short_with_long_p95_s=0.015 * factor,
         )
         for factor in (1, 2, 4)
     ]
-    result = _result(rounds, _Apart(rps=25.0, p50_s=0.050))
+    result = _result(rounds, _SeparateFigures(rps=25.0, p50_s=0.050))
     assert result.ratios == pytest.approx({"rps_vs_naive": 6.0, "added_p50_ms": 12.0, "short_p95_ratio": 3.0})

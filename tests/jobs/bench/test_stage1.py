@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.bench.hf_stage1 import HuggingFaceStage1, their_name
-from jobs.bench.stage1 import Case, make_batch, measure
+from jobs.bench.stage1 import Stage1Case, make_batch, measure
 from jobs.bench.stage1_flops import step_flops
 from qformer.config import QFormerConfig
 from qformer.objectives import Negatives
@@ -51,7 +51,7 @@ def test_the_reference_schedule_has_our_losses_and_gradients(attention):
 
 def test_operations_are_those_that_torch_counts():
     """Without the products that the backward computes again, which are no useful work."""
-    case = Case(config=CONFIG, image_tokens=7, batch=4)
+    case = Stage1Case(config=CONFIG, image_tokens=7, batch=4)
     batch, negatives = make_batch(case, [9, 4, 7, 5], seed=0)
     model = Stage1(CONFIG)
     lengths = batch.is_text_BT.sum(dim=1)
@@ -70,7 +70,7 @@ def test_operations_are_those_that_torch_counts():
 def test_the_way_of_the_gpu_runs_at_a_tiny_size(compiler, is_bf16):
     """The compiled measurement, operations a second and the encoder, on the CPU."""
     torch._dynamo.reset()
-    case = Case(
+    case = Stage1Case(
         config=CONFIG, image_tokens=7, batch=4, rounds=1, is_bf16=is_bf16, compiler=compiler, vision="test_vit",
         vision_batch=2,
     )  # fmt: skip

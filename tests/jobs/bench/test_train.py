@@ -3,13 +3,13 @@
 import pytest
 
 from jobs.bench import train as bench
-from jobs.settings.model import QFormerSettings
+from qformer.config import QFormerSizes
 
-TINY = QFormerSettings(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, num_queries=2, embed_dim=8)
+TINY = QFormerSizes(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, num_queries=2, embed_dim=8)
 
 
 def test_the_steady_state_is_read_off_the_windows_after_the_warm_up(tmp_path, monkeypatch):
-    case = bench.Case(warm_up=10, timed=20, workers=2, batch_per_rank=5)
+    case = bench.TrainCase(warm_up=10, timed=20, workers=2, batch_per_rank=5)
     # 100 samples a window: 2 s and 4 s, of which half a second and two seconds were waited.
     windows = [(10, 1.0, 0.9), (20, 50.0, 0.25), (30, 25.0, 0.5)]
     records = [dict(zip(("step", "samples_per_s", "data_wait_share"), window, strict=True)) for window in windows]
@@ -21,7 +21,7 @@ def test_the_steady_state_is_read_off_the_windows_after_the_warm_up(tmp_path, mo
 
 @pytest.mark.slow
 def test_ours_torchrun_and_the_cache_are_measured(ray_local):
-    case = bench.Case(
+    case = bench.TrainCase(
         vision="test_vit",
         qformer=TINY,
         batch_per_rank=2,

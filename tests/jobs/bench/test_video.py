@@ -4,11 +4,11 @@ from multiprocessing import Pipe
 from threading import Thread
 
 from jobs.bench import video
-from jobs.bench.video import FROZEN, WAYS, Case, Measured, measure
+from jobs.bench.video import FROZEN, WAYS, Measured, VideoCase, measure
 from qformer.config import QFormerConfig
 
 CONFIG = QFormerConfig(encoder_width=24, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48)
-CASE = Case(config=CONFIG, image_tokens=7, rounds={2: 1, 3: 2, 4: 1})
+CASE = VideoCase(config=CONFIG, image_tokens=7, rounds={2: 1, 3: 2, 4: 1})
 
 
 def test_every_way_is_told_at_every_length_and_the_lengths_take_turns(monkeypatch):
@@ -55,7 +55,7 @@ def test_the_bars_are_the_worst_of_their_kind():
     found = {(name, frames): one(1.0, 3.0) for name in WAYS for frames in (8, 16, 64)}
     found |= {("cascaded", 16): one(10.0, 30.0), ("cascaded", 64): one(40.0, 129.0), (FROZEN, 16): one(10.0, 11.0)}
     found |= {("spatio_temporal", 16): one(2.0, 5.5), ("spatio_temporal", 64): one(6.0, 11.0)}
-    assert video._ratios(Case(), found) == {
+    assert video._ratios(VideoCase(), found) == {
         "growth_16_to_64": 4.3,
         "st_vs_cascaded": 0.2,
         "st_vs_cascaded_frozen": 0.5,

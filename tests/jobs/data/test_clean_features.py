@@ -116,9 +116,9 @@ def test_unreadable_settings_of_a_run_stop_it(world):
 
 
 def test_missing_folders_are_mistakes(tmp_path):
-    with pytest.raises(UserError, match="runs=/nowhere is no folder"):
+    with pytest.raises(UserError, match="runs=/nowhere is not a folder"):
         main(_settings(tmp_path, runs=["/nowhere"]))
-    with pytest.raises(UserError, match="caches=/nowhere is no folder"):
+    with pytest.raises(UserError, match="caches=/nowhere is not a folder"):
         main(_settings(tmp_path, caches="/nowhere"))
 
 

@@ -17,12 +17,12 @@ from tests.tiny_checkpoints import write_stage2
 def test_every_byte_is_looked_at_before_it_is_served(tmp_path):
     checkpoint = write_stage2(tmp_path / "run" / "checkpoints" / "step-00000003")
     settings = ServeSettings(checkpoint=str(tmp_path / "run"))
-    assert serve.what_to_serve(settings).adapters[0].version == "run/step-00000003"
+    assert serve.resolve_service(settings).adapters[0].version == "run/step-00000003"
     file = checkpoint / "bridge.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"step-00000003 is damaged \(bridge.safetensors has other content") as caught:
-        serve.what_to_serve(settings)
+        serve.resolve_service(settings)
     assert "name an earlier one" in str(caught.value)
 
 
@@ -47,13 +47,13 @@ def test_whatever_a_hangup_meets_the_service_goes_on(monkeypatch, caplog):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr(serve, "what_to_serve", meet)
+    monkeypatch.setattr(serve, "resolve_service", meet)
     threading.Thread(target=hang_up).start()
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit):
-        serve._renew_on_hangup(ServeSettings(checkpoint="run"), None)
+        serve._reload_on_sighup(ServeSettings(checkpoint="run"), None)
     assert [record.getMessage() for record in caplog.records] == [
-        "still serving what was: run: no checkpoint",
-        "still serving what was: OSError('the store is away')",
-        "still serving what was: RuntimeError('no room for a replica')",
+        "reload failed, still serving the previous adapters: run: no checkpoint",
+        "reload failed, still serving the previous adapters: OSError('the store is away')",
+        "reload failed, still serving the previous adapters: RuntimeError('no room for a replica')",
     ]
     assert [bool(record.exc_info) for record in caplog.records] == [False, True, True]

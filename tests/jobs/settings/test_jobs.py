@@ -66,7 +66,7 @@ def test_later_files_are_merged_over_earlier_ones(tmp_path):
     loaded = load(TrainSettings, [STAGE1, *files], ["steps=9"])
     optim, model = loaded.optim, loaded.model
     assert (optim.learning_rate, optim.warmup_steps, optim.betas, optim.weight_decay) == (2, 7, (0.1, 0.2), 0.05)
-    assert (model.lora.rank, model.lora.alpha, model.prompt, model.vision_layer) == (5, 32.0, "b", -2)
+    assert (model.lora.rank, model.lora.alpha, model.prompt, model.vision.layer) == (5, 32.0, "b", -2)
     assert loaded.validation is None and loaded.steps == 9
     assert load(TrainSettings, [STAGE1, *reversed(files)]).model.prompt == "a"
     assert load(TrainSettings, [STAGE1]) == load(TrainSettings, STAGE1)
@@ -81,7 +81,7 @@ def test_later_files_are_merged_over_earlier_ones(tmp_path):
         (("optim: {warmup_steps: -1}", "optim: {learning_rate: 1}"), "0.yaml", "optim.warmup_steps = -1"),
         # the last of two that name it
         (("steps: 0", "steps: -1"), "1.yaml", "steps = -1"),
-        (("model: {vision_layer: x}", "model:\n  vision_layer: y"), "1.yaml", "model.vision_layer = 'y'"),
+        (("model: {vision: {layer: x}}", "model:\n  vision: {layer: y}"), "1.yaml", "model.vision.layer = 'y'"),
         # something else in place of a mapping, and in a list
         (("optim: {warmup_steps: 1}", "optim: 3"), "1.yaml", "optim = 3"),
         (("data: {manifest: [{path: a}, {path: 3}]}", "data: {split: x}"), "0.yaml", "data.manifest.list"),
@@ -112,7 +112,7 @@ def test_what_is_missing_in_several_files_is_asked_of_the_first_that_has_its_pla
 
 def test_overrides_win_over_the_file_and_later_over_earlier():
     loaded = load(TrainSettings, STAGE1, ["steps=5", "steps=7", "optim.learning_rate=2e-3", "model.vision=a=b"])
-    assert (loaded.steps, loaded.optim.learning_rate, loaded.model.vision) == (7, 2e-3, "a=b")
+    assert (loaded.steps, loaded.optim.learning_rate, loaded.model.vision.name) == (7, 2e-3, "a=b")
     assert loaded.optim.warmup_steps == 2000  # a sibling of an overridden key keeps the file's value
 
 

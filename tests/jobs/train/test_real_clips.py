@@ -16,11 +16,12 @@ from jobs.settings.jobs import (
     PrepareSettings,
     TrainSettings,
 )
-from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
+from jobs.settings.model import ModelSettings, OptimSettings, VideoSettings
 from jobs.train import job as train
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.training.records.metrics_log import read_metrics
-from qformer.config import GenerationSettings
+from pipelines.training.run.model_choice import AudioBranchOptions
+from qformer.config import GenerationSettings, QFormerSizes
 from tests.jobs.train_jobs import REPOSITORY
 from tests.tiny_audio import write_encoder
 
@@ -87,10 +88,10 @@ def _train_settings(prepared, temporal, output, **data):
             vision=str(MODELS / "vision"),
             language=str(MODELS / "language"),
             audio=str(prepared / "ast"),
-            audio_branch=AudioBranchSettings(num_queries=4),
+            audio_branch=AudioBranchOptions(num_queries=4),
             temporal=temporal,
             video=VideoSettings(num_queries=4, freeze_frames=False, freeze_attention=False),
-            qformer=QFormerSettings(
+            qformer=QFormerSizes(
                 hidden_size=32,
                 num_layers=2,
                 num_heads=2,

@@ -8,6 +8,7 @@ import torch
 from qformer import backbones
 from qformer.bridges import cascaded
 from qformer.bridges.positions import FramePositions
+from qformer.config import VisionSpec
 from qformer.layers import QFormerLayers
 from qformer.objectives import Negatives
 from tests.qformer.bridges.clips import CLOSE, CONFIG, JOINED, WAYS, batch, frames, prompts, read, stage1, stage2
@@ -150,7 +151,7 @@ def test_tokens_of_another_encoder_are_refused_by_the_frame_q_former():
 
 
 def test_the_frozen_encoder_sees_so_many_frames_at_a_time(monkeypatch):
-    encoder, seen = backbones.load_vision("test_vit", pretrained=False), []
+    encoder, seen = backbones.load_vision(VisionSpec("test_vit", pretrained=False)), []
     size = (2, 5, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     whole = encoder(pixels)

@@ -87,7 +87,7 @@ def test_soft_prompts_equal_t5(folders):
     info = read_info(ours)
     stage2 = Stage2(info.qformer, language_width=model.config.text_config.hidden_size).eval()
     stage2.load_state_dict(read_weights(ours))
-    encoder, batch = load_vision(info.vision, layer=info.vision_layer), pixels()
+    encoder, batch = load_vision(info.vision), pixels()
     scaled = (batch[:, 0].float() / 255 - encoder.mean_1C11) / encoder.std_1C11
     with torch.no_grad():
         expected = model.get_image_features(scaled).pooler_output
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_ours_runs_in_stock(tmp_path, lora):
     tuned = tmp_path / "vision"
     write_large_encoder(captioner.encoder, tuned)
     info = json.loads((folder / "bridge.json").read_text())
-    info |= {"vision": str(tuned), "vision_pretrained": True}
+    info["vision"] |= {"name": str(tuned), "pretrained": True}
     (folder / "bridge.json").write_text(json.dumps(info))
     report = export_huggingface(folder, tmp_path / "exported")
     captioner, side = load_captioner(folder), captioner.preprocessing.resize_short_side
@@ -239,9 +239,7 @@ def test_a_retriever_of_ours_runs_in_stock(tmp_path):
     retriever = load_retriever(folder)
     write_large_encoder(retriever.encoder, tmp_path / "vision")
     info = json.loads((folder / "bridge.json").read_text())
-    (folder / "bridge.json").write_text(
-        json.dumps({**info, "vision": str(tmp_path / "vision"), "vision_pretrained": True})
-    )
+    (folder / "bridge.json").write_text(json.dumps({**info, "vision": {"name": str(tmp_path / "vision")}}))
     export_huggingface(folder, tmp_path / "exported")
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")
     assert processor.tokenizer.convert_tokens_to_ids("[DEC]") == info["qformer"]["vocab_size"] - 1

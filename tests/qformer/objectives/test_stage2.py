@@ -8,7 +8,7 @@ import torch
 
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridges.protocol import BridgeText
-from qformer.config import GenerationSettings, QFormerConfig
+from qformer.config import GenerationSettings, LanguageSpec, QFormerConfig, VisionSpec
 from qformer.errors import UserError
 from qformer.language import build_language_model
 from qformer.objectives.stage2 import Stage2
@@ -21,7 +21,7 @@ CONFIG = QFormerConfig(
 
 @pytest.fixture(scope="module")
 def language():
-    return build_language_model(*load_language(str(MODELS / "language")))
+    return build_language_model(*load_language(LanguageSpec(str(MODELS / "language"))))
 
 
 def prefix_of(language, size, seed=0):
@@ -192,7 +192,7 @@ def test_soft_prompts_of_another_width_are_named(language):
 
 
 def test_the_encoder_stays_in_eval_and_refuses_other_pixels():
-    encoder = load_vision(str(MODELS / "vision"))
+    encoder = load_vision(VisionSpec(str(MODELS / "vision")))
     encoder.train()
     assert not encoder.training and not any(m.training for m in encoder.modules())
     size = encoder.preprocessing.height
@@ -204,7 +204,7 @@ def test_the_encoder_stays_in_eval_and_refuses_other_pixels():
 
 def test_the_second_to_last_layer_is_read():
     """Zeroing the last block changes nothing; zeroing the one before does."""
-    encoder = load_vision(str(MODELS / "vision"))
+    encoder = load_vision(VisionSpec(str(MODELS / "vision")))
     size = encoder.preprocessing.height
     pixels = torch.randint(0, 255, (1, 1, 3, size, size), dtype=torch.uint8)
     before = encoder(pixels)
@@ -222,5 +222,5 @@ def test_the_second_to_last_layer_is_read():
 )
 def test_a_wrong_vision_name_is_one_clear_line(name, hint):
     with pytest.raises(UserError, match=hint) as caught:
-        load_vision(name, pretrained=False)
+        load_vision(VisionSpec(name, pretrained=False))
     assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -1,1 +1,1 @@
-"""Makes the video demo's audio encoder and language model."""
+"""Random seeds in, the video demo's small audio encoder and language model out; `jobs.demo.backbones` saves them."""

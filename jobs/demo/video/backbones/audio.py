@@ -1,4 +1,4 @@
-"""Train the video demo's tiny audio spectrogram transformer to tell tones of different pitch from noise.
+"""Train the video demo's tiny audio spectrogram transformer to distinguish tones of different pitch, and noise.
 
 Dimensions: G segments, N samples of a segment, V width.
 """
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jobs.demo.backbones.language import import_transformers
-from jobs.demo.video.world.film import DURATION_S
+from jobs.demo.video.world.render import DURATION_S
+from jobs.demo.video.world.scenes import PITCHES, SIDES, Tone
 from jobs.demo.video.world.sound import waveform_of
-from jobs.demo.video.world.stories import PITCHES, SIDES, Tone
 from jobs.demo.world.render import SAMPLE_RATE_HZ
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ NUM_SEGMENTS = 8
 SEGMENT_S = DURATION_S / NUM_SEGMENTS
 SEGMENT_SAMPLES = round(SEGMENT_S * SAMPLE_RATE_HZ)
 WIDTH = 64
-# A patch spans all bins of the spectrum: patches at different heights would be told apart by nothing but their place.
+# A patch spans all bins of the spectrum; only their position would distinguish patches at different heights.
 _NUM_BINS = 16
 _MAX_COLUMNS = 32
 _STRIDE = 4
@@ -112,16 +112,16 @@ def draw_segments(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
 
 
 def probe_pitches(encoder: "AudioEncoder", *, num_train: int = 400, num_test: int = 400, seed: int = 1) -> float:
-    """Fit a linear reader of pitches on the encoder's vectors and return its share of right answers on new sounds."""
+    """Fit a linear classifier of pitches on the encoder's vectors; return its accuracy on new sounds."""
     rng = random.Random(seed)
     (waves_GN, labels_G), (test_GN, test_G) = draw_segments(rng, num_train), draw_segments(rng, num_test)
     vectors_GV, test_GV = encoder(waves_GN), encoder(test_GN)
     centre, spread = vectors_GV.mean(0), vectors_GV.std(0)
-    reader = nn.Linear(vectors_GV.shape[1], _NO_TONE + 1)
-    optimizer = torch.optim.Adam(reader.parameters(), lr=0.02)
+    classifier = nn.Linear(vectors_GV.shape[1], _NO_TONE + 1)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=0.02)
     for _ in range(200):
-        loss = F.cross_entropy(reader((vectors_GV - centre) / spread), labels_G)
+        loss = F.cross_entropy(classifier((vectors_GV - centre) / spread), labels_G)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return (reader((test_GV - centre) / spread).argmax(1) == test_G).float().mean().item()
+    return (classifier((test_GV - centre) / spread).argmax(1) == test_G).float().mean().item()

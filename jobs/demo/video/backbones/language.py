@@ -1,7 +1,7 @@
 """Train the video demo's tiny causal language model to put facts from soft prompts into words.
 
-As in `jobs.demo.backbones.language`, it must name colour-shape pairs that it never met: some words are read as unknown,
-so that no word hints at its neighbour, and a word whose fact is missing is not scored, so that none is guessed.
+Like `jobs.demo.backbones.language`, it must name colour-shape pairs that never occur in its training. So some input
+words are replaced by <unk> and give no hint about their neighbours, and a word whose fact is missing is not scored.
 
 Dimensions: B batch, L prompt length, T tokens, D width.
 """
@@ -23,9 +23,9 @@ from jobs.demo.backbones.language import (
     word_tokenizer,
 )  # fmt: skip
 from jobs.demo.backbones.language_batches import IGNORED, caption_ids
-from jobs.demo.video.backbones.facts import fact_tokens, facts_of, spread_facts
-from jobs.demo.video.world.stories import draw_stories
-from jobs.demo.video.world.telling import captions, paraphrase, vocabulary
+from jobs.demo.video.backbones.facts import fact_tokens, scene_facts, spread_facts
+from jobs.demo.video.world.grammar import captions, paraphrase, vocabulary
+from jobs.demo.video.world.scenes import draw_scenes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ NUM_STEPS = 1500
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 3e-3
 EMBEDDING_STD = 0.5
-"""About the size of a linear layer's output after a layer norm, which is what a bridge delivers."""
+"""Roughly the standard deviation of a linear layer's output after a layer norm, such as the output of a bridge."""
 NOISE_STD_MAX = 0.5
 HIDDEN_WORD_RATE = 0.3
 MISSING_RATE = 0.1
@@ -59,7 +59,7 @@ def build_clip_model(vocabulary_size: int) -> "LlamaForCausalLM":
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=128,
-        # Facts are found by what they are: let most of a head's width ignore the distance.
+        # Attention finds facts by content, so most of a head's width should not depend on the distance.
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         initializer_range=0.06,
         tie_word_embeddings=False,
@@ -82,14 +82,14 @@ def train_clip_language(
     model = build_clip_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
-    # All words weigh the same; but the weighting also makes first words light, and which opening comes is chance.
+    # Equal weights; with weights given, `caption_loss` gives first words a small one, because openings are random.
     weight_V = torch.ones(len(tokenizer))
     model.train()
     for step in range(num_steps):
         weights_BLV, ids_BT, targets_BT = _sample(tokenizer, rng)
         embedding_VD = model.get_input_embeddings().weight
         prompts_BLD = embed_prompts(weights_BLV, embedding_VD, NOISE_STD_MAX)
-        # A bridge's output has its own scale: be readable from half to three times the embeddings'.
+        # The output of a bridge has any scale, so train on half to three times that of the embeddings.
         log_scale_B11 = torch.empty(len(prompts_BLD), 1, 1).uniform_(math.log(0.5), math.log(3))
         is_hidden_BT = (torch.rand(ids_BT.shape) < HIDDEN_WORD_RATE) & (ids_BT >= len(SPECIAL_TOKENS))
         read_BT = ids_BT.masked_fill(is_hidden_BT, tokenizer.unk_token_id)
@@ -104,7 +104,7 @@ def train_clip_language(
     return model.eval(), tokenizer
 
 
-def told_share(
+def caption_accuracy(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
     *,
@@ -112,41 +112,41 @@ def told_share(
     count: int = 200,
     seed: int = 1,
 ) -> float:
-    """Tell how often the model's greedy caption of a held-out story's facts is one of the story's own.
+    """Measure how often the model's greedy caption of a held-out scene's facts is a caption of that scene.
 
     Args:
         model: The language model.
         tokenizer: Its tokenizer.
-        noise_std: Noise on every place of the prompt, relative to the embeddings' standard deviation.
-        count: Number of stories.
-        seed: Decides stories, places and noise.
+        noise_std: Noise on every position of the prompt, relative to the embeddings' standard deviation.
+        count: Number of scenes.
+        seed: Seed of scenes, positions and noise.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    stories = draw_stories(rng, count, held_out=True)
-    weights_BLV = spread_facts([list(facts_of(story)) for story in stories], tokenizer.get_vocab(), rng)
+    scenes = draw_scenes(rng, count, held_out=True)
+    weights_BLV = spread_facts([list(scene_facts(scene)) for scene in scenes], tokenizer.get_vocab(), rng)
     embedding_VD = model.get_input_embeddings().weight.detach()
     prompts_BLD = embed_prompts(weights_BLV, embedding_VD, noise_std_max=0)
     noise_BLD = noise_std * embedding_VD.std() * torch.randn(prompts_BLD.shape, generator=generator)
-    told = greedy_captions(model, tokenizer, prompts_BLD + noise_BLD)
-    return sum(text in captions(story) for text, story in zip(told, stories, strict=True)) / count
+    texts = greedy_captions(model, tokenizer, prompts_BLD + noise_BLD)
+    return sum(text in captions(scene) for text, scene in zip(texts, scenes, strict=True)) / count
 
 
 def _sample(tokenizer: "PreTrainedTokenizerFast", rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw prompts' weights BLV, captions BT and what of them is scored B(T-1); no held-out pair ever occurs."""
+    """Draw weights of prompts BLV, captions BT and targets B(T-1); no held-out pair ever occurs."""
     id_of_token = tokenizer.get_vocab()
-    stories = draw_stories(rng, BATCH_SIZE, held_out=False)
-    told, texts, unscored = [], [], []
-    for story in stories:
-        facts, missing = facts_of(story), ""
+    scenes = draw_scenes(rng, BATCH_SIZE, held_out=False)
+    prompts, texts, unscored = [], [], []
+    for scene in scenes:
+        facts, missing = scene_facts(scene), ""
         if rng.random() < MISSING_RATE:
             fact = rng.choice([fact for fact, word in facts.items() if word])
             missing = facts.pop(fact)
-        told.append(list(facts))
-        texts.append(paraphrase(story, rng))
+        prompts.append(list(facts))
+        texts.append(paraphrase(scene, rng))
         unscored.append(id_of_token[missing or "<pad>"])
     ids_BT = caption_ids(tokenizer, texts)
     is_unscored_BT = (ids_BT == tokenizer.pad_token_id) | (ids_BT == torch.tensor(unscored)[:, None])
-    return spread_facts(told, id_of_token, rng), ids_BT, ids_BT.masked_fill(is_unscored_BT, IGNORED)[:, 1:]
+    return spread_facts(prompts, id_of_token, rng), ids_BT, ids_BT.masked_fill(is_unscored_BT, IGNORED)[:, 1:]
 
 
 def _rate(step: int, num_steps: int) -> float:

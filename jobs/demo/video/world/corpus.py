@@ -1,4 +1,4 @@
-"""Write the video demo's corpus: clips with and without sound, captions, the truth behind them, some broken files."""
+"""Write the video demo's corpus: clips with and without sound, captions, the ground truth, and some damaged files."""
 
 import json
 import random
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.demo.video.world.film import film
-from jobs.demo.video.world.stories import Story, draw_stories
-from jobs.demo.video.world.telling import captions
+from jobs.demo.video.world.grammar import captions
+from jobs.demo.video.world.render import render_clip
+from jobs.demo.video.world.scenes import ClipScene, draw_scenes
 from jobs.demo.world.corpus import LICENCE
 from jobs.demo.world.media_writing import DAMAGES, damage, write_media
 
@@ -19,33 +19,33 @@ _MIN_BROKEN = 2
 
 @dataclass(frozen=True, slots=True)
 class ClipRow:
-    """One clip to be made."""
+    """One clip of the corpus."""
 
     sample_id: str
-    story: Story
+    scene: ClipScene
     split: str
     seed: str
-    """Decides its looks and sound; a test clip and its reversal share one."""
+    """Seed of appearance and sound; a test clip and its reversal share it."""
     damage: str | None = None
 
     @property
     def media(self) -> str:
-        """Path from the world's folder."""
+        """Path relative to the folder of the corpus."""
         return f"clips/{self.sample_id}.mp4"
 
 
 def write_clip_world(folder: Path, *, num_clips: int, num_test_clips: int, seed: int, broken_share: float) -> None:
-    """Write `clips/`, `manifest.jsonl` and `truth.json`; the same seed writes the same world.
+    """Write `clips/`, `manifest.jsonl` and `truth.json`; the same seed gives the same corpus.
 
-    Training stories hold no held-out colour-shape pair, test stories nothing else. Every test clip is there twice,
-    forwards and backwards.
+    Training scenes have no held-out colour-shape pair, test scenes only such. Every test clip occurs twice, forwards
+    and backwards.
 
     Args:
-        folder: Where to write; made if absent.
-        num_clips: Training clips, broken ones included.
-        num_test_clips: Test clips, an even number.
-        seed: Decides everything.
-        broken_share: Share of the training clips that do not decode; 0 for none.
+        folder: Output folder; created if absent.
+        num_clips: Number of training clips, damaged ones included.
+        num_test_clips: Number of test clips, even.
+        seed: Seed of everything.
+        broken_share: Share of damaged training clips; 0 for none.
 
     Raises:
         ValueError: If `num_test_clips` is odd.
@@ -54,28 +54,28 @@ def write_clip_world(folder: Path, *, num_clips: int, num_test_clips: int, seed:
         raise ValueError(f"num_test_clips={num_test_clips} is odd; every test clip has its reversal")
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed}/clip world")
-    stories = draw_stories(rng, num_clips, held_out=False)
+    scenes = draw_scenes(rng, num_clips, held_out=False)
     broken = _choose_damages(rng, num_clips, broken_share)
     rows = [
-        ClipRow(f"clip-train-{index:05d}", story, "train", f"{seed}/clip-train-{index:05d}", broken.get(index))
-        for index, story in enumerate(stories)
+        ClipRow(f"clip-train-{index:05d}", scene, "train", f"{seed}/clip-train-{index:05d}", broken.get(index))
+        for index, scene in enumerate(scenes)
     ]
-    for index, story in enumerate(draw_stories(rng, num_test_clips // 2, held_out=True)):
+    for index, scene in enumerate(draw_scenes(rng, num_test_clips // 2, held_out=True)):
         name = f"clip-test-{index:05d}"
-        rows.append(ClipRow(name, story, "test", f"{seed}/{name}"))
-        rows.append(ClipRow(f"{name}-reversed", story.reversed(), "test", f"{seed}/{name}"))
+        rows.append(ClipRow(name, scene, "test", f"{seed}/{name}"))
+        rows.append(ClipRow(f"{name}-reversed", scene.reversed(), "test", f"{seed}/{name}"))
     write_media(folder, rows, _write_file)
     _write_tables(folder, rows)
 
 
-def read_stories(folder: Path) -> dict[str, Story]:
-    """Return the story of every sample id."""
-    stories = json.loads((folder / TRUTH_FILE).read_text(encoding="utf-8"))["stories"]
-    return {sample_id: Story.from_dict(values) for sample_id, values in stories.items()}
+def read_scenes(folder: Path) -> dict[str, ClipScene]:
+    """Return the scene of every sample id."""
+    scenes = json.loads((folder / TRUTH_FILE).read_text(encoding="utf-8"))["stories"]
+    return {sample_id: ClipScene.from_dict(values) for sample_id, values in scenes.items()}
 
 
 def read_broken(folder: Path) -> set[str]:
-    """Return the sample ids whose files were spoilt."""
+    """Return the sample ids of the damaged files."""
     return set(json.loads((folder / TRUTH_FILE).read_text(encoding="utf-8"))["broken"])
 
 
@@ -90,7 +90,7 @@ def _choose_damages(rng: random.Random, num_clips: int, broken_share: float) -> 
 def _write_file(folder: Path, row: ClipRow) -> None:
     path = folder / row.media
     path.unlink(missing_ok=True)
-    film(row.story, row.seed).write(path)
+    render_clip(row.scene, row.seed).write(path)
     if row.damage is not None:
         damage(path, row.damage, random.Random(f"{row.seed}/damage"))
 
@@ -102,13 +102,13 @@ def _write_tables(folder: Path, rows: list[ClipRow]) -> None:
                 "sample_id": row.sample_id,
                 "media": row.media,
                 "kind": "video",
-                "captions": captions(row.story),
+                "captions": captions(row.scene),
                 "split": row.split,
                 "licence": LICENCE,
             }
             manifest.write(json.dumps(line) + "\n")
     truth = {
-        "stories": {row.sample_id: row.story.to_dict() for row in rows},
+        "stories": {row.sample_id: row.scene.to_dict() for row in rows},
         "broken": [row.sample_id for row in rows if row.damage is not None],
     }
     (folder / TRUTH_FILE).write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Sound as a picture."""
+"""Spectrogram pictures of sound, for the report."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,19 +7,19 @@ _WINDOW = 512
 _HOP = 160
 _NUM_BANDS = 32
 _LOWEST_BIN, _HIGHEST_BIN = 3, 128
-"""Of the window's spectrum: about 100 Hz to 4 kHz at 16 kHz."""
+"""Bins of the window's spectrum: about 100 Hz to 4 kHz at 16 kHz."""
 _FLOOR_DB = -50.0
 
 
 def spectrogram_picture(waveform: NDArray[np.float32], *, height: int) -> NDArray[np.uint8]:
-    """Draw time to the right, pitch upwards (logarithmic), loudness bright.
+    """Draw a spectrogram: time to the right, frequency upwards (logarithmic), loudness as brightness.
 
     Args:
         waveform: Mono samples.
-        height: Of the picture in pixels.
+        height: Height of the picture in pixels.
 
     Returns:
-        RGB [height, width, 3], one column each 160 samples.
+        RGB [height, width, 3], one column per 160 samples.
     """
     starts = range(0, len(waveform) - _WINDOW + 1, _HOP)
     pieces = np.stack([waveform[start : start + _WINDOW] for start in starts]) * np.hanning(_WINDOW)

@@ -29,7 +29,7 @@ def read_clip(path: str, request: ClipRequest, backends: Sequence[str] = BACKEND
 
     Args:
         path: Local file.
-        request: How to decode it.
+        request: Decode settings.
         backends: Names of the backends to try, in this order.
 
     Raises:

@@ -62,7 +62,7 @@ class VideoPool:
         killed (the kernel short of memory, a person) says nothing about file or backend: another child tries again.
 
         Args:
-            request: How to decode it.
+            request: Decode settings.
             path: Local file; None to decode `data`.
             data: The file's content.
             backends: Names of the backends to try, in this order.

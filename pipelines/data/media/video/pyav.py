@@ -107,7 +107,7 @@ def _displayed_frames(path: str, probe: VideoProbe, indexes: NDArray[np.int64]) 
         if cursor.num_failed > _MAX_FAILED_SHARE * cursor.num_packets:
             raise MediaError("corrupt", f"{cursor.num_failed} of {cursor.num_packets} packets cannot be decoded")
     if num_missing > _MAX_FAILED_SHARE * len(indexes):
-        raise MediaError("corrupt", f"{num_missing} of the {len(indexes)} wanted frames cannot be decoded")
+        raise MediaError("corrupt", f"{num_missing} of the {len(indexes)} requested frames cannot be decoded")
 
 
 class _Cursor:

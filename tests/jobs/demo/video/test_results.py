@@ -14,16 +14,17 @@ import torch
 from jobs.demo.results import exit_code
 from jobs.demo.video.answers import AS_IT_IS, FRAMES_SHUFFLED, SOUND_SHUFFLED, decode_clips, likeliest
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS
-from jobs.demo.video.backbones.facts import facts_of
+from jobs.demo.video.backbones.facts import scene_facts
 from jobs.demo.video.bridges import BRIDGES, MODELS
 from jobs.demo.video.results import measure, write
 from jobs.demo.video.scoring import ORDER, choices
-from jobs.demo.video.world.corpus import read_broken, read_stories, write_clip_world
+from jobs.demo.video.world.corpus import read_broken, read_scenes, write_clip_world
+from jobs.demo.video.world.grammar import captions
+from jobs.demo.video.world.scenes import Tone, draw_scenes
 from jobs.demo.video.world.sound import waveform_of
 from jobs.demo.video.world.spectrogram import spectrogram_picture
-from jobs.demo.video.world.stories import Tone, draw_stories
-from jobs.demo.video.world.telling import captions
 from qformer.backbones import load_language
+from qformer.config import LanguageSpec
 from qformer.language import build_language_model
 from qformer.preprocessing import Preprocessing
 
@@ -56,44 +57,44 @@ def clips(demo):
     return decode_clips(demo / "clip_data/manifest.parquet", SQUARE)
 
 
-def faultless(stories, clips):
-    return {sample_id: captions(stories[sample_id])[0] for sample_id in clips.sample_ids}
+def faultless(scenes, clips):
+    return {sample_id: captions(scenes[sample_id])[0] for sample_id in clips.sample_ids}
 
 
-def without_order(stories, clips):
+def without_order(scenes, clips):
     """Of a clip and its reversal the same is said: right for one of them."""
-    return {name: captions(stories[name.removesuffix("-reversed")])[0] for name in clips.sample_ids}
+    return {name: captions(scenes[name.removesuffix("-reversed")])[0] for name in clips.sample_ids}
 
 
-def without_sound(stories, clips):
+def without_sound(scenes, clips):
     """Right but for tones: of all of them the most frequent pitch and side is said."""
-    said = faultless(stories, clips)
-    heard = [name for name in clips.sample_ids if stories[name].tone is not None]
-    pitches, sides = (Counter(getattr(stories[name].tone, part) for name in heard) for part in ("pitch", "side"))
+    said = faultless(scenes, clips)
+    heard = [name for name in clips.sample_ids if scenes[name].tone is not None]
+    pitches, sides = (Counter(getattr(scenes[name].tone, part) for name in heard) for part in ("pitch", "side"))
     tone = Tone(pitches.most_common(1)[0][0], sides.most_common(1)[0][0])
-    return said | {name: captions(replace(stories[name], tone=tone))[0] for name in heard}
+    return said | {name: captions(replace(scenes[name], tone=tone))[0] for name in heard}
 
 
-def answers_of(stories, clips):
+def answers_of(scenes, clips):
     """What bridges that do exactly what is claimed would say."""
     said = {}
     for bridge in BRIDGES:
-        if bridge.hears:
-            said[bridge.name] = {AS_IT_IS: [faultless(stories, clips)], SOUND_SHUFFLED: [without_sound(stories, clips)]}
-        elif bridge.knows_order:
+        if bridge.reads_sound:
+            said[bridge.name] = {AS_IT_IS: [faultless(scenes, clips)], SOUND_SHUFFLED: [without_sound(scenes, clips)]}
+        elif bridge.reads_order:
             said[bridge.name] = {
-                AS_IT_IS: [faultless(stories, clips)],
-                FRAMES_SHUFFLED: [without_order(stories, clips)],
+                AS_IT_IS: [faultless(scenes, clips)],
+                FRAMES_SHUFFLED: [without_order(scenes, clips)],
             }
         else:
-            said[bridge.name] = {AS_IT_IS: [without_order(stories, clips)]}
+            said[bridge.name] = {AS_IT_IS: [without_order(scenes, clips)]}
     return said
 
 
-def missed(demo, clips, change=lambda said, chosen, stories: None, seconds=600.0):
-    stories = read_stories(demo / "clip_world")
-    said, chosen = answers_of(stories, clips), answers_of(stories, clips)
-    change(said, chosen, stories)
+def missed(demo, clips, change=lambda said, chosen, scenes: None, seconds=600.0):
+    scenes = read_scenes(demo / "clip_world")
+    said, chosen = answers_of(scenes, clips), answers_of(scenes, clips)
+    change(said, chosen, scenes)
     (demo / "clip_answers").mkdir(exist_ok=True)
     (demo / "clip_answers/answers.json").write_text(json.dumps(said))
     (demo / "clip_answers/choices.json").write_text(json.dumps(chosen))
@@ -108,9 +109,9 @@ def test_bridges_that_do_what_is_claimed_miss_nothing(demo, clips):
 
 
 def test_order_that_is_not_told_or_not_known_is_missed(demo, clips):
-    def change(said, chosen, stories):
-        said["clip_cascaded"][AS_IT_IS] = [without_order(stories, clips)]
-        chosen["clip_spatio_temporal"][AS_IT_IS] = [without_order(stories, clips)]
+    def change(said, chosen, scenes):
+        said["clip_cascaded"][AS_IT_IS] = [without_order(scenes, clips)]
+        chosen["clip_spatio_temporal"][AS_IT_IS] = [without_order(scenes, clips)]
 
     assert missed(demo, clips, change) == [
         *(f"cascaded: {name}" for name in ORDER),
@@ -121,9 +122,9 @@ def test_order_that_is_not_told_or_not_known_is_missed(demo, clips):
 def test_order_known_of_shuffled_frames_or_by_the_mean_is_missed(demo, clips):
     """What must not be known is known: the bag of frames would give the order away."""
 
-    def change(said, chosen, stories):
-        chosen["clip_spatio_temporal"][FRAMES_SHUFFLED] = [faultless(stories, clips)]
-        chosen["clip_mean"][AS_IT_IS] = [faultless(stories, clips)]
+    def change(said, chosen, scenes):
+        chosen["clip_spatio_temporal"][FRAMES_SHUFFLED] = [faultless(scenes, clips)]
+        chosen["clip_mean"][AS_IT_IS] = [faultless(scenes, clips)]
 
     assert missed(demo, clips, change) == [
         *(f"mean pooling: {name}, chosen" for name in ORDER),
@@ -134,8 +135,8 @@ def test_order_known_of_shuffled_frames_or_by_the_mean_is_missed(demo, clips):
 def test_order_that_is_always_taken_the_other_way_round_is_missed(demo, clips):
     """It is known as well as if it were right."""
 
-    def change(said, chosen, stories):
-        wrong = {name: captions(stories[name].reversed())[0] for name in clips.sample_ids}
+    def change(said, chosen, scenes):
+        wrong = {name: captions(scenes[name].reversed())[0] for name in clips.sample_ids}
         chosen["clip_mean"][AS_IT_IS] = [wrong]
 
     assert missed(demo, clips, change) == [f"mean pooling: {name}, chosen" for name in ORDER]
@@ -144,7 +145,7 @@ def test_order_that_is_always_taken_the_other_way_round_is_missed(demo, clips):
 def test_captions_of_shuffled_frames_may_be_wrong_in_all_ways(demo, clips):
     """They have no bar: they fall for other reasons than ignorance of the order. The table shows them."""
 
-    def change(said, chosen, stories):
+    def change(said, chosen, scenes):
         said["clip_cascaded"][FRAMES_SHUFFLED] = [dict.fromkeys(clips.sample_ids, "a red")]
 
     assert missed(demo, clips, change) == []
@@ -153,8 +154,8 @@ def test_captions_of_shuffled_frames_may_be_wrong_in_all_ways(demo, clips):
 
 
 def test_a_choice_for_one_way_whatever_is_shown_is_blind(demo, clips):
-    def change(said, chosen, stories):
-        chosen["clip_mean"][AS_IT_IS] = [{name: choices(stories[name])[0] for name in clips.sample_ids}]
+    def change(said, chosen, scenes):
+        chosen["clip_mean"][AS_IT_IS] = [{name: choices(scenes[name])[0] for name in clips.sample_ids}]
 
     # Of four ways, too few lie on the axis of the first.
     assert missed(demo, clips, change) == ["mean pooling: direction, chosen"]
@@ -166,9 +167,9 @@ def test_more_than_twenty_minutes_are_missed(demo, clips):
 
 
 def test_sound_that_is_not_told_or_told_of_another_clip_is_missed(demo, clips):
-    def change(said, chosen, stories):
-        said["clip_cascaded_sound"][AS_IT_IS] = [without_sound(stories, clips)]
-        said["clip_spatio_temporal_sound"][SOUND_SHUFFLED] = [faultless(stories, clips)]
+    def change(said, chosen, scenes):
+        said["clip_cascaded_sound"][AS_IT_IS] = [without_sound(scenes, clips)]
+        said["clip_spatio_temporal_sound"][SOUND_SHUFFLED] = [faultless(scenes, clips)]
 
     assert missed(demo, clips, change) == [
         "cascaded with sound: pitch",
@@ -181,29 +182,29 @@ def test_sound_that_is_not_told_or_told_of_another_clip_is_missed(demo, clips):
 def test_the_table_names_the_guesses_that_it_compares_with(demo, clips):
     missed(demo, clips)
     bars = {row.name: row.bar for row in measure(demo, clips, 0)}
-    assert bars["mean pooling: direction, chosen"] == "blind guess 0.500 ± 0.1"
-    assert bars["cascaded: event, chosen, frames shuffled"] == "blind guess 0.500 ± 0.1"
-    sides = Counter(tone.side for tone in (read_stories(demo / "clip_world")[n].tone for n in clips.sample_ids) if tone)
+    assert bars["mean pooling: direction, chosen"] == "guess without order 0.500 ± 0.1"
+    assert bars["cascaded: event, chosen, frames shuffled"] == "guess without order 0.500 ± 0.1"
+    sides = Counter(tone.side for tone in (read_scenes(demo / "clip_world")[n].tone for n in clips.sample_ids) if tone)
     best = max(sides.values()) / sides.total()
-    assert bars["cascaded with sound: side, sounds shuffled"] == f"deaf guess {best:.3f} ± 0.1"
+    assert bars["cascaded with sound: side, sounds shuffled"] == f"guess without sound {best:.3f} ± 0.1"
 
 
 def test_the_likeliest_caption_is_that_of_the_facts_in_the_soft_prompts():
     """The shipped language model reads facts as soft prompts, so the right choice is known."""
-    model, tokenizer = load_language(str(MODELS / "clip_language"))
+    model, tokenizer = load_language(LanguageSpec(str(MODELS / "clip_language")))
     language = build_language_model(model, tokenizer)
-    drawn = draw_stories(random.Random(0), 40, held_out=True)
-    stories = [way for story in drawn for way in (story, story.reversed())]
-    facts = [[*facts_of(story), *facts_of(story)][:6] for story in stories]
+    drawn = draw_scenes(random.Random(0), 40, held_out=True)
+    scenes = [way for scene in drawn for way in (scene, scene.reversed())]
+    facts = [[*scene_facts(scene), *scene_facts(scene)][:6] for scene in scenes]
     prompts = [model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(own)] for own in facts]
-    chosen = likeliest(language, prompts, [choices(story) for story in stories], text="", max_tokens=32)
-    assert chosen == [captions(story)[0] for story in stories]
+    chosen = likeliest(language, prompts, [choices(scene) for scene in scenes], text="", max_tokens=32)
+    assert chosen == [captions(scene)[0] for scene in scenes]
 
 
 def test_shuffled_frames_are_the_same_bags_and_shuffled_sounds_are_all_other_clips(clips):
     seen = replace(clips, tokens=clips.pixels.float().flatten(3))
     shuffled = seen.with_frames_shuffled(random.Random(0))
-    assert shuffled.bags() == clips.bags()
+    assert shuffled.unordered_frames() == clips.unordered_frames()
     assert not torch.equal(shuffled.pixels, clips.pixels)
     assert torch.equal(shuffled.tokens, shuffled.pixels.float().flatten(3))  # each frame's own
     other = clips.with_sound_shuffled(random.Random(0))
@@ -215,11 +216,11 @@ def test_shuffled_frames_are_the_same_bags_and_shuffled_sounds_are_all_other_cli
 
 
 def test_a_clip_and_its_reversal_are_one_bag(clips):
-    bags = dict(zip(clips.sample_ids, clips.bags(), strict=True))
-    assert len(set(bags.values())) == len(bags) // 2
-    for name, bag in bags.items():
+    unordered_frames = dict(zip(clips.sample_ids, clips.unordered_frames(), strict=True))
+    assert len(set(unordered_frames.values())) == len(unordered_frames) // 2
+    for name, bag in unordered_frames.items():
         if name.endswith("-reversed"):
-            assert bag == bags[name.removesuffix("-reversed")]
+            assert bag == unordered_frames[name.removesuffix("-reversed")]
 
 
 def test_the_report_shows_strips_truth_and_every_answer(demo, clips):
@@ -227,7 +228,7 @@ def test_the_report_shows_strips_truth_and_every_answer(demo, clips):
     page = write(demo, clips, measure(demo, clips, 0)).read_text()
     for bridge in BRIDGES:
         assert f"{bridge.title}: " in page
-    assert "true: a " in page and "Which came first" in page
+    assert "true: a " in page and "Which thing comes first" in page
     # Eight frames, and one picture of the sound where there is one.
     strips = page.split("<div class=strip>")[1:]
     assert {strip.split("</div>")[0].count("<img") for strip in strips} == {8, 9}

@@ -28,7 +28,7 @@ def test_the_whole_demo_runs_and_is_reused(tmp_path, capsys, caplog):
     assert (
         "mean pooling: first, chosen" in shown
         and "minutes of the clips' part" in shown
-        and "blind guess 0.500" in shown
+        and "guess without order 0.500" in shown
     )
     assert "quarantined clips" in shown
     output = tmp_path / "demo"

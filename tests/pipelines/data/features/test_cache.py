@@ -27,10 +27,11 @@ from pipelines.data.order.global_batches import PADDING, StepRows
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import retries
 from pipelines.data.storage.retries import with_retries
+from qformer.config import VisionSpec
 from qformer.errors import UserError
 from tests.pipelines.data.builders import image_manifest, manifest, write_clip
 
-CHOICE = EncoderChoice(vision="test_vit", pretrained=False, layer=-2, precision="fp32", num_frames=4, dtype="fp16")
+CHOICE = EncoderChoice(vision=VisionSpec("test_vit", pretrained=False), precision="fp32", num_frames=4, dtype="fp16")
 ROWS_PER_SHARD = 3
 
 
@@ -219,7 +220,7 @@ def test_a_cache_that_changes_under_its_training_stops_it(tmp_path, encoder):
     with pytest.raises(UserError, match="row 0 is 's0' of other media, not sample 's0'"):
         ReadFeatures(cache)(block)
     (tmp_path / "cache" / "shard-00000000.arrow").unlink()
-    with pytest.raises(UserError, match="sample 's0' is not there .*; the cache was changed or damaged"):
+    with pytest.raises(UserError, match="sample 's0' is missing .*; the cache was changed or damaged"):
         ReadFeatures(cache)(block)
 
 

@@ -12,7 +12,7 @@ from pipelines.data.media.samples import Limits
 from pipelines.data.order.global_batches import Order
 from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
-from pipelines.evaluation.protocols.inference import answers, collect
+from pipelines.evaluation.protocols.row_results import answers, collect
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
 

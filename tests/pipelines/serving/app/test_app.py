@@ -18,7 +18,7 @@ import torch
 from ray import serve
 from safetensors.torch import load_file, save_file
 
-from jobs.serve.job import renew, require_free_port, require_guarded, served, what_to_serve
+from jobs.serve.job import reload, require_free_port, require_protection, resolve_service, running_service
 from jobs.settings.jobs import ServeSettings
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.storage.checkpoint_folders import write_marker
@@ -26,7 +26,7 @@ from pipelines.inference.files import caption_file
 from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.serving.app.client import ServiceError, request_caption
 from pipelines.serving.contract.config import RequestLimits, Scale
-from pipelines.serving.http.body_ahead import MAX_BODY_BYTES as MAX_AHEAD_BYTES
+from pipelines.serving.http.body_transfer import MAX_BODY_BYTES as MAX_AHEAD_BYTES
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
 from tests.media_files import jpeg_bytes, mp4_bytes
@@ -70,7 +70,7 @@ def settings(checkpoints, request):
 
 @pytest.fixture(scope="module")
 def url(ray_local, settings):
-    with served(settings) as base_url:
+    with running_service(settings) as base_url:
         yield base_url
 
 
@@ -404,7 +404,7 @@ def test_a_small_body_reaches_a_replica_with_its_head(url):
 def test_a_newer_checkpoint_is_taken_while_requests_go_on(client, checkpoints, settings, tmp_path):
     """The last test on this service; drills do the same under load."""
     language = checkpoints["tiny"].with_name(checkpoints["tiny"].name + "-language")
-    before = what_to_serve(settings)
+    before = resolve_service(settings)
     useless = write_stage2(checkpoints["tiny"].with_name("step-00000004"), language=language)
     weights = load_file(useless / "bridge.safetensors")
     weights.pop("language_projection.bias")
@@ -412,11 +412,11 @@ def test_a_newer_checkpoint_is_taken_while_requests_go_on(client, checkpoints, s
     (useless / "complete.json").unlink()
     write_marker(useless, {"step": 4})  # whole, and yet nothing that can be loaded
     with pytest.raises(UserError, match="tiny/step-00000004 at .* does not answer"):
-        renew(before, what_to_serve(settings))
+        reload(before, resolve_service(settings))
     assert request_answer(client).model == "tiny/step-00000003"
     newer = write_stage2(checkpoints["tiny"].with_name("step-00000005"), language=language, seed=9)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        updating = thread.submit(renew, before, what_to_serve(settings))
+        updating = thread.submit(reload, before, resolve_service(settings))
         while not updating.done():
             ask(client, jpeg_bytes(0))
         updating.result()
@@ -451,10 +451,10 @@ def test_a_taken_port_is_the_users_mistake():
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.3", "::", "example.org"])
 def test_nobody_opens_a_service_by_accident(host):
     with pytest.raises(UserError, match="without API keys"):
-        require_guarded(ServeSettings(checkpoint="run", host=host))
-    require_guarded(ServeSettings(checkpoint="run", host=host, api_keys="keys.json"))
-    require_guarded(ServeSettings(checkpoint="run", host=host, allow_open=True))
-    require_guarded(ServeSettings(checkpoint="run", host="::1"))
+        require_protection(ServeSettings(checkpoint="run", host=host))
+    require_protection(ServeSettings(checkpoint="run", host=host, api_keys="keys.json"))
+    require_protection(ServeSettings(checkpoint="run", host=host, allow_open=True))
+    require_protection(ServeSettings(checkpoint="run", host="::1"))
 
 
 def test_bounds_that_cross_are_refused():

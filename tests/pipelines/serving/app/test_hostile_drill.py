@@ -9,7 +9,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from jobs.serve.job import served
+from jobs.serve.job import running_service
 from jobs.settings.jobs import ServeSettings
 from pipelines.serving.contract.config import RequestLimits
 from qformer.config import GenerationSettings
@@ -39,7 +39,7 @@ def url(ray_local, tmp_path_factory):
         requests=RequestLimits(max_body_bytes=MAX_BODY_BYTES, body_timeout_s=3.0),
         generation=GenerationSettings(max_new_tokens=8),
     )
-    with served(settings) as url:
+    with running_service(settings) as url:
         yield url
 
 

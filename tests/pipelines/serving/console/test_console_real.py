@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from jobs.bench.serve_models import write_checkpoint
-from jobs.serve.job import served
+from jobs.serve.job import running_service
 from jobs.settings.jobs import ServeSettings
 from qformer.config import GenerationSettings
 from tests.browser import PHONE, chromium, picture_folder
@@ -32,7 +32,7 @@ def url(ray_local, tmp_path_factory):
         port=port,
         generation=GenerationSettings(max_new_tokens=NUM_TOKENS),
     )
-    with served(settings) as url:
+    with running_service(settings) as url:
         yield url
 
 

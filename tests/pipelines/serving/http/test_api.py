@@ -201,7 +201,7 @@ def test_a_stream_that_breaks_ends_with_an_error_event():
 def records(monkeypatch):
     """Of requests that have ended."""
     ended = []
-    monkeypatch.setattr("pipelines.serving.http.records.Reporter.end", lambda _, record: ended.append(record))
+    monkeypatch.setattr("pipelines.serving.http.records.RequestReporter.end", lambda _, record: ended.append(record))
     return ended
 
 

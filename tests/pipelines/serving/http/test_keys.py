@@ -9,7 +9,7 @@ from jobs.cli import main as cli
 from pipelines.serving.app.quotas import Quotas
 from pipelines.serving.contract.config import ApiKey
 from pipelines.serving.contract.errors import ApiError, Refusal
-from pipelines.serving.http.keys import KeyRing, keys_json, make_key, read_keys
+from pipelines.serving.http.keys import KeyTable, keys_json, make_key, read_keys
 from qformer.errors import UserError
 
 
@@ -19,13 +19,13 @@ def test_a_key_opens_and_its_file_does_not_tell_it():
     assert secret != other and len(secret) > 40
     content = keys_json([kept])
     assert secret not in content and secret[3:] not in content
-    ring = KeyRing(read_keys(content.encode(), "keys.json"))
+    ring = KeyTable(read_keys(content.encode(), "keys.json"))
     assert ring.identify(f"Bearer {secret}") == kept == ring.identify(f"bearer  {secret} ")
     for wrong in (None, "", secret, f"Basic {secret}", f"Bearer {other}", f"Bearer {secret}x", f"Bearer {kept.sha256}"):
         with pytest.raises(ApiError) as caught:
             ring.identify(wrong)
         assert caught.value.status == 401
-    assert KeyRing().identify(None) is None
+    assert KeyTable().identify(None) is None
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_command_makes_keys(tmp_path, capsys):
     secrets = {name: made(name, "--set", "requests_per_minute=90")[1].out.strip() for name in ("alice", "bob")}
     keys = read_keys(file.read_bytes(), "x")
     assert [(key.name, key.requests_per_minute) for key in keys] == [("alice", 90.0), ("bob", 90.0)]
-    assert KeyRing(keys).identify(f"Bearer {secrets['bob']}").name == "bob"
+    assert KeyTable(keys).identify(f"Bearer {secrets['bob']}").name == "bob"
     code, told = made("alice")
     assert code == 2 and "'alice'" in told.err and len(json.loads(file.read_text())) == 2
     assert not stat.S_IMODE(file.stat().st_mode) & 0o077

@@ -5,15 +5,15 @@ import logging
 import time
 
 from pipelines.serving.http import records
-from pipelines.serving.http.records import Record, Reporter
+from pipelines.serving.http.records import RequestRecord, RequestReporter
 
 
 def test_a_request_is_told_of_after_its_answer_with_the_time_that_it_took(caplog, monkeypatch):
-    monkeypatch.setattr(records, "TOLD_AFTER_S", 0.2)
+    monkeypatch.setattr(records, "REPORT_DELAY_S", 0.2)
 
     async def run():
-        record = Record(id="a", route="/v1/caption", status=200, begun_s=time.perf_counter() - 1.5)
-        Reporter().end(record)
+        record = RequestRecord(id="a", route="/v1/caption", status=200, started_s=time.perf_counter() - 1.5)
+        RequestReporter().end(record)
         for _ in range(5):  # what an answer may still have to do
             await asyncio.sleep(0)
         assert not caplog.records

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.inference.models import load_retriever
 from pipelines.serving.contract.adapters import Adapter
-from pipelines.serving.contract.wire import Decoded
+from pipelines.serving.contract.wire import DecodedMedia
 from pipelines.serving.workers.adapter_models import Matcher
 from pipelines.serving.workers.encoder import EncoderWorker
 from qformer.conversion.checkpoint import read_info
@@ -35,7 +35,7 @@ def test_many_texts_are_matched_part_by_part(checkpoint, monkeypatch):
     worker = Worker(adapter.encoder, max_batch_frames=8, use_gpu=False)
     side = read_info(checkpoint).preprocessing
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, side.height, side.width), dtype=np.uint8)
-    clip = Decoded(pixels=pixels, frame_valid=np.ones(3, dtype=np.bool_), size_bytes=1)
+    clip = DecodedMedia(pixels=pixels, frame_valid=np.ones(3, dtype=np.bool_), size_bytes=1)
     real, sizes, costs = Matcher.match, [], []
 
     def noted(self, tokens_FPV, is_frame_F, texts):

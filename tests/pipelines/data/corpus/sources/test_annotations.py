@@ -120,8 +120,8 @@ def test_webvid(tmp_path):
 def test_a_named_format_is_checked(tmp_path):
     with pytest.raises(UserError, match="is not coco"):
         read(_write(tmp_path, [{"image": "a.jpg"}]), format="coco")
-    with pytest.raises(UserError, match="no WebVid table.*media"):
+    with pytest.raises(UserError, match="not a WebVid table.*media"):
         (tmp_path / "a.csv").write_text("media\na.jpg\n")
         read(tmp_path / "a.csv", format="webvid")
-    with pytest.raises(UserError, match="columns says nothing"):
+    with pytest.raises(UserError, match="columns has no effect"):
         read(_write(tmp_path, [{"image": "a.jpg"}]), columns={"media": "image"})

@@ -131,7 +131,7 @@ def test_kind_by_content_when_the_name_says_nothing(tmp_path):
         ({"media": 3}, "config", "int"),
         ({"media": "../../etc/passwd"}, "config", "leaves the media root"),
         ({"media": "a/../../b.jpg"}, "config", "leaves the media root"),
-        ({"media": "a\0.jpg"}, "config", "no path"),
+        ({"media": "a\0.jpg"}, "config", "not a path"),
         ({"media": "simplecache::local:///a.jpg"}, "config", "another file system"),
         ({"media": "a.jpg", "kind": "vidio"}, "config", "'video'"),
         ({"media": "a.jpg", "captions": [1]}, "config", "[1]"),

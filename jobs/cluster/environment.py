@@ -1,4 +1,4 @@
-"""When, where and with what code something was run or measured."""
+"""Description of the environment of a run or a measurement: date, commit, hardware, library versions."""
 
 import importlib.metadata
 import os
@@ -15,35 +15,35 @@ _LIBRARIES = ("torch", "transformers", "timm", "peft", "ray", "pillow", "av", "d
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Circumstances:
-    """What a figure or a run holds for."""
+class RunEnvironment:
+    """Environment of a run or a measurement."""
 
     date: str
-    """UTC day, 2026-11-21."""
+    """UTC day, such as 2026-11-21."""
     commit: str | None
-    """Short hash of the checkout, with "-dirty" where the code differs from it; None outside a checkout."""
+    """Short hash of the checkout, with "-dirty" if the code differs from it; None outside a checkout."""
     hardware: str
     versions: Mapping[str, str]
-    """Of Python and of the libraries that are installed."""
+    """Versions of Python and of the installed libraries."""
 
 
-def circumstances() -> Circumstances:
-    """Today, this checkout and this machine."""
+def current_environment() -> RunEnvironment:
+    """Describe the current environment."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Circumstances(
+    return RunEnvironment(
         date=datetime.now(UTC).date().isoformat(), commit=commit(ROOT), hardware=hardware(), versions=versions
     )
 
 
 def commit(root: Path) -> str | None:
-    """See `Circumstances.commit`; new files of code count as a difference, results do not."""
+    """Hash of a checkout for `RunEnvironment.commit`; new code files count as a difference, results do not."""
     if not (root / ".git").exists():
-        return None  # a folder above may be another project's checkout
+        return None  # a parent folder may be the checkout of another project
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
@@ -56,7 +56,7 @@ def commit(root: Path) -> str | None:
 
 
 def hardware() -> str:
-    """This machine in a few words: processor and logical cores, and the GPU when torch sees one."""
+    """Short description of this machine: processor, logical cores, and the GPU if torch finds one."""
     words = f"{_processor()}, {num_usable_cpus()} cores"
     import torch
 
@@ -64,7 +64,7 @@ def hardware() -> str:
 
 
 def num_usable_cpus() -> int:
-    """Logical cores that this process may run on: `taskset` leaves it fewer than the machine has."""
+    """Number of logical cores that this process may use; `taskset` can reduce it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

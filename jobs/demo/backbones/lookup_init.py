@@ -1,9 +1,8 @@
-"""How the demo's language model begins: as a lookup of facts, which training then refines.
+"""Initialisation of the demo's language model: attention that looks up facts, which training then refines.
 
-Naming a fact takes a hop: a word just said ("red") is found among the slots, and what else stands there (a shape) is
-copied. A transformer of this size discovers the hop only after thousands of steps, and first memorises which pairs
-exist, so that it could not name a pair it never met. Beginning with the hop in place costs nothing later: all weights
-stay trainable.
+To name a fact, the model finds the slot that holds the last generated word ("red") and copies another fact of that slot
+(a shape). A transformer of this size learns this lookup only after thousands of steps. Before that it memorises which
+pairs exist, and then cannot name a new pair. The initialisation costs nothing later: all weights stay trainable.
 
 Dimensions: V vocabulary, N = V + parts, D width.
 """
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EMBEDDING_STD = 0.5
-"""About the size of a linear layer's output after a layer norm, which is what a bridge delivers."""
+"""Roughly the standard deviation of a linear layer's output after a layer norm, such as the output of a bridge."""
 OUTPUT_STD = 0.06
 FACT_SHARE = 0.5
 VALUES_OF_KIND = {
@@ -32,15 +31,15 @@ VALUES_OF_KIND = {
 _QUERY_GAIN = 8.0
 _COPY_GAIN = 0.7
 _NUM_LOOKUP_HEADS = 2
-# Rotary frequencies above this one turn too far between a caption and its prompt to compare contents.
+# Rotary frequencies before this index rotate too far between caption and prompt to compare contents.
 _FIRST_SLOW_FREQUENCY = 5
 
 
 def mix_facts(tokenizer: "PreTrainedTokenizerFast", width: int) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Say how each token's embedding is mixed from words and parts.
+    """Compose the embeddings of fact tokens from parts.
 
-    `<red>` is the sum of the value "red" and of being a colour, `<x3>` that of the mark x3 and of being a place.
-    Words are themselves.
+    `<red>` is the sum of the value "red" and the kind "colour", `<x3>` of the value "x3" and the kind "place". Words
+    are not composed.
 
     Returns:
         mixing_VN over the V words followed by the parts, the trainable parts, and each part's row in them.
@@ -63,13 +62,13 @@ def mix_facts(tokenizer: "PreTrainedTokenizerFast", width: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def begin_as_lookup(
+def init_lookup(
     model: "LlamaForCausalLM",
     tokenizer: "PreTrainedTokenizerFast",
     parts_ND: Tensor,
     row_of_part: dict[str, int],
 ) -> None:
-    """Set the model's embeddings, and the first two layers' attention to the hop."""
+    """Set the model's embeddings, and the attention of the first two layers to the lookup."""
     id_of_token = tokenizer.get_vocab()
     words_VD, output_VD = model.get_input_embeddings().weight, model.lm_head.weight
     words_VD.normal_(std=EMBEDDING_STD)
@@ -79,19 +78,19 @@ def begin_as_lookup(
         part_D = parts_ND[row_of_part[f"value {value}"]]
         output_VD[id_of_token[value]] = part_D * (OUTPUT_STD / EMBEDDING_STD)
         find_value += _map(words_VD[id_of_token[value]], part_D)
-        # In the second layer the facts found by the words before help to find the same slot again.
+        # In the second layer, facts found for the words before help to find the same slot again.
         find_value += 0.5 * _map(part_D, part_D)
     for layer in model.model.layers[:2]:
         _look_up(layer.self_attn, find_value)
 
 
 def _map(source_D: Tensor, target_D: Tensor) -> Tensor:
-    """Return the matrix that turns the source into the target and what is orthogonal to it into nothing."""
+    """Return the matrix that maps the source to the target and everything orthogonal to zero."""
     return torch.outer(target_D, source_D) / source_D.square().sum()
 
 
 def _look_up(attention: Any, find_DD: Tensor) -> None:
-    """Let some heads attend to what the query, mapped by `find_DD`, resembles, and all heads copy what they see."""
+    """Make some heads attend to keys similar to the query mapped by `find_DD`, and all heads copy their input."""
     head_dim = int(attention.head_dim)
     rows = torch.arange(_NUM_LOOKUP_HEADS * head_dim)
     keys, queries = attention.k_proj.weight, attention.q_proj.weight

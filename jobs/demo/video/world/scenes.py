@@ -1,7 +1,7 @@
-"""What the video demo's clips show and sound, as plain values.
+"""Content of the video demo's clips as plain values: actions, things and tones.
 
-Every story has a reversal that shows the very same frames the other way round. So no observer that sees the frames
-without their order can tell the two apart.
+Every scene has a reversal with the same frames in opposite order. Without the order of frames, the two cannot be
+distinguished.
 """
 
 import random
@@ -27,21 +27,21 @@ REVERSED = {
     CHANGE: CHANGE,
 }
 KINDS = {"direction": MOVES, "event": EVENTS, "first": (SEQUENCE,), "before": (CHANGE,)}
-"""By the attribute that needs order, the actions that have it: which way; whether the thing came or went; which of two
-things came first; what was there before."""
+"""Actions by the attribute that needs the order of frames: the direction of a motion; whether a thing appears or
+disappears; which of two things comes first; what a thing was before."""
 KIND_SHARES = {"direction": 3, "event": 3, "first": 2, "before": 2}
-"""Of the clips, in tenths; events alone have sound, and there are four ways to move."""
+"""Shares of the kinds, in tenths; only events have sound, and there are four directions."""
 PITCHES = ("low", "middle", "high")
 SIDES = ("before", "after")
 SILENT_SHARE = 0.25
-"""Of the events; they have no audio track."""
+"""Share of events without an audio track."""
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
 class Tone:
-    """A tone beside an event."""
+    """A tone before or after an event."""
 
     pitch: str
     side: str
@@ -49,8 +49,8 @@ class Tone:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
-    """What happens in a clip; two things where one follows the other."""
+class ClipScene:
+    """Content of a clip: one thing with an action, or two things in sequence."""
 
     action: str
     things: tuple[Thing, ...]
@@ -59,21 +59,21 @@ class Story:
     def __post_init__(self) -> None:
         num_things = 2 if self.action in (SEQUENCE, CHANGE) else 1
         if self.action not in ACTIONS or len(self.things) != num_things:
-            raise ValueError(f"no story has action {self.action!r} and {len(self.things)} things")
+            raise ValueError(f"no scene has action {self.action!r} and {len(self.things)} things")
         if self.tone is not None and self.action not in EVENTS:
             raise ValueError(f"only events have a tone, not {self.action!r}")
 
     @property
     def kind(self) -> str:
-        """The key of `KINDS` that it belongs to: its attribute that needs order."""
+        """Key of `KINDS`: the attribute that needs the order of frames."""
         return next(kind for kind, actions in KINDS.items() if self.action in actions)
 
-    def reversed(self) -> "Story":
-        """The same frames the other way round; the tone stays where it is."""
+    def reversed(self) -> "ClipScene":
+        """Scene with the same frames in opposite order; the tone stays."""
         return replace(self, action=REVERSED[self.action], things=self.things[::-1])
 
     def is_held_out(self) -> bool:
-        """Tell whether any thing's colour-shape pair is held out of training."""
+        """Whether any thing has a colour-shape pair that is held out of training."""
         return any(thing.pair in HELD_OUT for thing in self.things)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,32 +81,32 @@ class Story:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Story":
-        """Rebuild a story from `to_dict`."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "ClipScene":
+        """Rebuild a scene from `to_dict`."""
         tone = Tone(**values["tone"]) if values["tone"] else None
         return cls(values["action"], tuple(Thing(**thing) for thing in values["things"]), tone)
 
 
-def draw_stories(rng: random.Random, count: int, *, held_out: bool) -> list[Story]:
-    """Draw stories whose actions, pitches and sides are as evenly spread as `count` allows.
+def draw_scenes(rng: random.Random, count: int, *, held_out: bool) -> list[ClipScene]:
+    """Draw scenes whose actions, pitches and sides are as evenly spread as `count` allows.
 
     Args:
-        rng: Source of chance.
-        count: How many.
-        held_out: True draws things of held-out colour-shape pairs alone, False none of them.
+        rng: Random number generator.
+        count: Number of scenes.
+        held_out: Whether all things have held-out colour-shape pairs, or none.
 
     Returns:
-        The stories in random order. Two things of one story differ in colour and in shape.
+        The scenes in random order. Two things of one scene differ in colour and in shape.
     """
     pairs = HELD_OUT if held_out else tuple(pair for pair in PAIRS if pair not in HELD_OUT)
     kinds = _spread(rng, [kind for kind, share in KIND_SHARES.items() for _ in range(share)], count)
-    stories = []
+    scenes = []
     for kind in KINDS:
         actions = _spread(rng, KINDS[kind], kinds.count(kind))
         tones = _tones(rng, len(actions)) if kind == "event" else [None] * len(actions)
-        stories += [Story(a, _things(rng, a, pairs), tone) for a, tone in zip(actions, tones, strict=True)]
-    rng.shuffle(stories)
-    return stories
+        scenes += [ClipScene(a, _things(rng, a, pairs), tone) for a, tone in zip(actions, tones, strict=True)]
+    rng.shuffle(scenes)
+    return scenes
 
 
 def _tones(rng: random.Random, count: int) -> list[Tone | None]:
@@ -126,7 +126,7 @@ def _things(rng: random.Random, action: str, pairs: Sequence[tuple[str, str]]) -
 
 
 def _spread(rng: random.Random, values: Iterable[Value], count: int) -> list[Value]:
-    """Each value equally often, or once more or less, in random order."""
+    """Values in random order, each equally often up to one."""
     values = list(values)
     rng.shuffle(values)
     spread = [values[index % len(values)] for index in range(count)]

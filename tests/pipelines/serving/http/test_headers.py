@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from pipelines.serving.contract.errors import ApiError
-from pipelines.serving.http.heads import check_head
+from pipelines.serving.http.headers import check_headers
 from pipelines.serving.http.keys import make_key
 from tests.media_files import jpeg_bytes
 from tests.pipelines.serving.answering import Models, client, post
@@ -14,7 +14,7 @@ from tests.pipelines.serving.answering import Models, client, post
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1", "127.0.0.2:1", "[::1]", "[::1]:80", None])
 def test_names_of_this_machine(host):
-    check_head({} if host is None else {"host": host}, is_local=True)
+    check_headers({} if host is None else {"host": host}, is_local=True)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_names_of_this_machine(host):
 )
 def test_other_names(host):
     with pytest.raises(ApiError, match="ask it as localhost") as caught:
-        check_head({"host": host}, is_local=True)
+        check_headers({"host": host}, is_local=True)
     assert caught.value.status == 403
 
 

@@ -1,8 +1,8 @@
-"""What the head of every request must be, before anything is done for it.
+"""Checks of the request headers, before any endpoint runs.
 
-A service that nothing but its loopback address keeps from others is asked by a name of this machine. A site may let its
-own name lead to 127.0.0.1 (DNS rebinding): to a browser, such a service is then that site's server, and the site's page
-may ask it. The browser still sends the site's name.
+A service without API keys listens on loopback only. A website may point its own name to 127.0.0.1 (DNS rebinding): to a
+browser, the service is then that site's server, and the site's pages may send requests to it. The browser still sends
+the site's name as `Host`, so a local service accepts loopback names only.
 """
 
 import ipaddress
@@ -12,30 +12,30 @@ from collections.abc import Callable, Mapping
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipelines.serving.contract.errors import ApiError, turned_away
+from pipelines.serving.contract.errors import ApiError, refuse_and_log
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]+)?")
 _PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
-"""By these a client tells Ray Serve's proxy not to watch whether it is still there."""
+"""Headers that turn off the disconnect and timeout handling of Ray Serve's proxy."""
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or an address leads to this machine, whoever asks."""
+    """Whether a name or an address is a loopback one."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name.lower() == "localhost"
 
 
-def check_head(headers: Mapping[str, str], *, is_local: bool) -> None:
-    """Check a request's headers, named in small letters.
+def check_headers(headers: Mapping[str, str], *, is_local: bool) -> None:
+    """Check the headers of a request.
 
     Args:
-        headers: Of the request. One without `Host`, as no browser sends it, is let through.
-        is_local: Whether `Host` must be a name of this machine.
+        headers: Headers by lower-case name. A request without `Host`, which no browser sends, passes.
+        is_local: Whether `Host` must be a loopback name.
 
     Raises:
-        ApiError: 403 for another name, 400 for a header that Ray Serve's proxy should not have seen.
+        ApiError: 403 for another name, 400 for a header that changes how Ray Serve's proxy treats the request.
     """
     for name in _PROXY_HEADERS:
         if name in headers:
@@ -50,24 +50,24 @@ def check_head(headers: Mapping[str, str], *, is_local: bool) -> None:
         raise ApiError(403, "host_not_allowed", message + "for others set api_keys, or allow_open=true")
 
 
-class CheckedHead:
-    """Comes before every endpoint and page, and before it is known whether there is one.
+class HeaderCheck:
+    """ASGI middleware that checks headers before routing.
 
     Args:
-        app: Gets requests that pass `check_head`.
-        is_local: See `check_head`; asked at every request.
+        app: Application for requests that pass `check_headers`.
+        is_local: Function that gives `check_headers`' argument for each request.
     """
 
     def __init__(self, app: ASGIApp, is_local: Callable[[], bool]) -> None:
         self._app, self._is_local = app, is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Forward a request, or refuse it."""
         app = self._app
         if scope["type"] == "http":
             request = Request(scope)
             try:
-                check_head(request.headers, is_local=self._is_local())
+                check_headers(request.headers, is_local=self._is_local())
             except ApiError as error:
-                app = turned_away(request, error.refusal)
+                app = refuse_and_log(request, error.refusal)
         await app(scope, receive, send)

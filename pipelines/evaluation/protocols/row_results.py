@@ -1,4 +1,4 @@
-"""What a model answers to decoded rows: every row once, with a result or with its failure."""
+"""Results of a model on decoded rows: every row once, with a result or a failure."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 _FAILURE_COLUMNS = (schema.MEDIA, schema.STAGE, schema.ERROR_CLASS, schema.MESSAGE, schema.TRIES)
 
 
-def answers(batch: SampleBatch, results: Mapping[str, pa.Array]) -> pa.Table:
-    """Put a model's results beside the failures of the rows it never saw.
+def result_table(batch: SampleBatch, results: Mapping[str, pa.Array]) -> pa.Table:
+    """Join a model's results with the failures of the rows that could not be decoded.
 
     Args:
-        batch: What the model was given.
-        results: One array by column name, one entry for each valid row of `batch`, in order.
+        batch: Input of the model.
+        results: Arrays by column name, with one entry for each valid row of `batch`, in order.
 
     Returns:
-        A table with all rows of `batch`, padding left out: results where valid, failure columns elsewhere.
+        A table with all rows of `batch` except padding: results where valid, failure columns elsewhere.
     """
     used = [name for name, valid in zip(batch.sample_ids, batch.is_valid, strict=True) if valid]
     good = pa.table({schema.SAMPLE_ID: pa.array(used, pa.string()), **results})
@@ -38,17 +38,17 @@ def answers(batch: SampleBatch, results: Mapping[str, pa.Array]) -> pa.Table:
 
 
 def collect(tables: Iterable[pa.Table], num_rows: int) -> tuple[pa.Table, list[Failure]]:
-    """Part the answers into results and failures, and see that no row is missing.
+    """Split tables into results and failures, and check that no row is missing.
 
     Args:
-        tables: `answers` tables.
-        num_rows: Rows that went in.
+        tables: Outputs of `result_table`.
+        num_rows: Expected number of rows.
 
     Returns:
         The rows with results (sample_id and the model's columns), and the failures of all others.
 
     Raises:
-        UserError: If storage refuses to be read.
+        UserError: If storage denies access.
     """
     results: list[pa.Table] = []
     failures: list[Failure] = []

@@ -7,7 +7,12 @@ import pytest
 from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import Request
 
-from pipelines.serving.http.body_ahead import MAX_BODY_BYTES, BodyAhead, BodyFromHead, proxy_middlewares
+from pipelines.serving.http.body_transfer import (
+    MAX_BODY_BYTES,
+    ProxyBodyMiddleware,
+    ReplicaBodyMiddleware,
+    proxy_middlewares,
+)
 
 DISCONNECT = {"type": "http.disconnect"}
 
@@ -46,9 +51,9 @@ def passed_on(scope, *messages):
         seen["next"] = await receive()
 
     async def proxy(scope, receive, send):
-        await BodyFromHead(replica)(pickle.loads(pickle.dumps(scope)), receive, send)
+        await ReplicaBodyMiddleware(replica)(pickle.loads(pickle.dumps(scope)), receive, send)
 
-    asyncio.run(asyncio.wait_for(BodyAhead(proxy)(scope, Connection(*messages).receive, None), timeout=5))
+    asyncio.run(asyncio.wait_for(ProxyBodyMiddleware(proxy)(scope, Connection(*messages).receive, None), timeout=5))
     return seen
 
 
@@ -91,7 +96,7 @@ def test_a_client_that_leaves_before_its_body_is_whole_has_left():
         seen["messages"] = [await receive(), await receive()]
 
     client = Connection((0, part(b"ab", True)), (0, DISCONNECT))
-    asyncio.run(BodyAhead(replica)(head(4), client.receive, None))
+    asyncio.run(ProxyBodyMiddleware(replica)(head(4), client.receive, None))
     assert seen["messages"] == [part(b"ab", True), DISCONNECT] and seen["scope"] == head(4)
 
 
@@ -102,7 +107,7 @@ def test_an_application_that_does_not_look_receives_the_body():
     async def replica(scope, receive, send):
         seen.append(await Request(scope, receive).body())
 
-    asyncio.run(BodyAhead(replica)(head(4), Connection((0, part(b"abcd"))).receive, None))
+    asyncio.run(ProxyBodyMiddleware(replica)(head(4), Connection((0, part(b"abcd"))).receive, None))
     assert seen == [b"abcd"]
 
 
@@ -124,7 +129,7 @@ def test_serve_calls_back_for_nothing_that_nobody_waits_for(is_ahead):
     async def serve(scope):
         receive = ASGIReceiveProxy(scope, "request", call_back)
         fetching = asyncio.create_task(receive.fetch_until_disconnect())
-        await BodyFromHead(replica)(scope, receive, None)
+        await ReplicaBodyMiddleware(replica)(scope, receive, None)
         await fetching
 
     scope = passed_on(head(4), (0, part(b"abcd")), (0.01, DISCONNECT))["scope"] if is_ahead else head(4)
@@ -145,7 +150,7 @@ def test_serve_calls_back_for_nothing_where_nobody_waits_at_all():
     async def serve(scope):
         receive = ASGIReceiveProxy(scope, "request", call_back)
         fetching = asyncio.create_task(receive.fetch_until_disconnect())
-        await BodyFromHead(replica)(scope, receive, None)
+        await ReplicaBodyMiddleware(replica)(scope, receive, None)
         fetching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetching
@@ -154,4 +159,4 @@ def test_serve_calls_back_for_nothing_where_nobody_waits_at_all():
 
 
 def test_proxies_are_told_of_it():
-    assert [middleware.cls for middleware in proxy_middlewares()] == [BodyAhead]
+    assert [middleware.cls for middleware in proxy_middlewares()] == [ProxyBodyMiddleware]
