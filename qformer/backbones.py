@@ -79,7 +79,7 @@ class VisionEncoder(nn.Module):
         return torch.cat(parts).unflatten(0, (-1, pixels_BFCYX.shape[1]))
 
     def features(self, pixels_BFCYX: Tensor) -> Tensor:
-        """As `forward`, in float32, and refused with a ValueError where not finite."""
+        """Run `forward`, in float32; a ValueError where the result is not finite."""
         tokens_BFPV = cast(Tensor, self(pixels_BFCYX)).float()
         require_finite(tokens_BFPV, torch.ones(len(tokens_BFPV), dtype=torch.bool, device=tokens_BFPV.device))
         return tokens_BFPV
@@ -230,7 +230,7 @@ def weights_fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def _is_transformers_name(name: str) -> bool:
-    """A folder tells by its config.json; on the hub, timm's own names have no owner, or "timm"."""
+    """A folder is recognised by its config.json; on the hub, timm's own names have no owner, or "timm"."""
     if _is_folder_name(name):
         config = Path(name) / "config.json"
         try:

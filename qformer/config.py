@@ -189,7 +189,7 @@ class GenerationSettings:
     """Divides the logits before sampling."""
     repetition_penalty: float = 1.0
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:

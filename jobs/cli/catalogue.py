@@ -38,7 +38,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """Attribute of argparse's result."""
+        """Attribute of the parsed arguments."""
         return self.flag.strip("-").replace("-", "_")
 
     def overrides(self, value: object) -> list[str]:
@@ -113,7 +113,7 @@ JOBS = {
         example="qformer features --config jobs/configs/examples/features.yaml --set output=runs/features",
         more_examples=(
             "qformer features --set vision=facebook/dinov2-base --set data.manifest=runs/data --set output=runs/dino",
-            "qformer features --config jobs/configs/examples/features.yaml --set vision.layer=-1 --set output=runs/last",
+            "qformer features --config examples/features --set vision.layer=-1 --set output=runs/last",
         ),
         options=(
             Option(

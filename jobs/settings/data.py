@@ -10,7 +10,7 @@ from pipelines.data.media.samples import Limits
 from pipelines.data.media.transforms import Augmentation
 
 _HIGHEST_RATE_HZ = 48_000
-"""Of audio encoders: what fits into memory at this rate does so at every other."""
+"""Highest sample rate of audio encoders: what fits into memory at this rate fits at every other."""
 
 
 class Settings(BaseModel):
@@ -28,7 +28,7 @@ class SourceSettings(Settings):
     format: Literal[
         "auto", "parquet", "jsonl", "csv", "folder", "coco", "karpathy", "lavis", "webvid", "webdataset"
     ] = "auto"
-    """auto tells by the name, and by what JSON and CSV files hold."""
+    """auto decides by the name, and by the content of JSON and CSV files."""
     columns: dict[str, str] = {}
     """Our column name -> the table's own, e.g. {media: image}; of tar shards a member's extension or a key of the
     .json member. A missing sample_id becomes the media path."""
@@ -47,7 +47,7 @@ class RaySettings(Settings):
     address: str | None = None
     """Address of a running cluster; null takes the environment's RAY_ADDRESS, else starts a cluster here."""
     num_cpus: int | None = Field(default=None, ge=1)
-    """Logical CPUs of a cluster started here; null: all, at least 4, lest training starve decoding."""
+    """Logical CPUs of a cluster started here; null: all, at least 4: with fewer, training waits for decoding."""
 
 
 class AudioSettings(Settings):
@@ -94,7 +94,7 @@ class ManifestSettings(Settings):
     """One manifest of a mixture."""
 
     path: str
-    """As `data.manifest` of one manifest."""
+    """Manifest, written like `data.manifest`."""
     weight: float | None = Field(default=None, gt=0)
     """Rows of an epoch in proportion to the other manifests' weights; for `mixture: explicit` alone."""
 

@@ -97,13 +97,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Plain YAML lets a repeated key win silently; in a settings file that is always a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+            if key_node.value in keys and key_node.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
                 )
-            seen.add(str(key_node.value))
+            keys.add(str(key_node.value))
         return super().construct_mapping(node, deep=deep)
 
 

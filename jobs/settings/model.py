@@ -63,7 +63,7 @@ class LossWeightSettings(Settings):
     itg: Weight = 1.0
     lm: Weight = 1.0
     diversity: Weight = 0.0
-    """Of the mean squared cosine between an image's query outputs: 0.1 keeps queries from collapsing into one."""
+    """Weight of the mean squared cosine between an image's query outputs; 0.1 keeps queries from becoming equal."""
     is_learned: bool = False
     """Also learn a factor of each term (uncertainty weighting)."""
 

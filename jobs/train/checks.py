@@ -19,7 +19,7 @@ def check(settings: TrainSettings, num_rows: int) -> None:
     """Refuse settings that cannot work together, or with the data.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         num_rows: Rows of an epoch.
 
     Raises:
@@ -66,8 +66,8 @@ def require_media_answer(corpus: Corpus) -> None:
             with_retries(uri, functools.partial(storage.size_bytes, uri))
         except MediaError as error:
             if error.error_class in ("config", "transient"):
-                told = error.message.removeprefix(f"{uri}: ")
-                raise UserError(f"the media of data.manifest cannot be read: {uri}: {told}") from error
+                reason = error.message.removeprefix(f"{uri}: ")
+                raise UserError(f"the media of data.manifest cannot be read: {uri}: {reason}") from error
 
 
 def _check_bridge(settings: TrainSettings) -> None:

@@ -77,7 +77,7 @@ class Retriever:
         Args:
             image_tokens_BFPV: From `embed_image`.
             captions: One an image.
-            frame_valid_BF: As in `embed_image`.
+            frame_valid_BF: False at frames that only repeat others; see `embed_image`.
 
         Returns:
             [B], float32, between 0 and 1.
@@ -131,12 +131,12 @@ class Captioner:
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
-            instructions: As for `answer`.
+            instructions: One instruction an image, or None; see `answer`.
             frame_valid: [B, F], False at frames that only repeat others; None: none does.
             audio: The clips' sound, for a bridge that reads it; None: they have none.
 
         Raises:
-            ValueError: As `answer`.
+            ValueError: If the features are not finite, or instructions and images differ in number.
         """
         tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
         return self.soft_prompts_of_tokens(tokens_BFPV, instructions, frame_valid=frame_valid, audio=audio)
@@ -204,8 +204,8 @@ class Captioner:
             instructions: An instruction-aware Q-Former reads them too; cut as in training (see `num_truncated`). None,
                 or "" among them, takes the prompt of training.
             settings: Greedy by default.
-            frame_valid: As for `soft_prompts`.
-            audio: As for `soft_prompts`.
+            frame_valid: Mask of real frames; see `soft_prompts`.
+            audio: Sound of the clips; see `soft_prompts`.
 
         Raises:
             ValueError: If the encoder's features are not finite, or instructions and images differ in number.

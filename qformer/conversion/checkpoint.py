@@ -27,7 +27,7 @@ FORMAT_VERSION = 2
 """Version that is written; 1, whose backbones were loose fields, is read too (`former_info`)."""
 INFO_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "bridge.json", "bridge.safetensors", "tokenizer"
 SpecT = TypeVar("SpecT", bound=VisionSpec | AudioSpec | LanguageSpec | None)
-BESIDE = "checkpoint:"
+IN_CHECKPOINT = "checkpoint:"
 """Begins the name of a backbone that is a folder of the checkpoint: "checkpoint:vision"."""
 
 
@@ -58,7 +58,7 @@ class BridgeInfo:
     """Frozen audio encoder of the branch for sound; None without one."""
     audio_branch: AudioConfig | None = None
     audio_sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Which segments of sound it hears, as the data plane writes it."""
+    """Segments of sound that the audio encoder reads, in the data plane's form."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -113,9 +113,9 @@ def read_info(folder: Path) -> BridgeInfo:
 
 
 def _resolved(folder: Path, spec: SpecT) -> SpecT:
-    if spec is None or not spec.name.startswith(BESIDE):
+    if spec is None or not spec.name.startswith(IN_CHECKPOINT):
         return spec
-    return dataclasses.replace(spec, name=str(folder / spec.name.removeprefix(BESIDE)))
+    return dataclasses.replace(spec, name=str(folder / spec.name.removeprefix(IN_CHECKPOINT)))
 
 
 def save_bridge(folder: Path, info: BridgeInfo, weights: Mapping[str, Tensor], tokenizer: TextTokenizer | None) -> None:

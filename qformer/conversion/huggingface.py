@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
 from qformer.conversion.bundle import Bundle, ImportOptions, ImportTarget, first_line, read_tensors
-from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
+from qformer.conversion.checkpoint import IN_CHECKPOINT, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.conversion.frozen import (
     image_processor_for,
     preprocessing_of,
@@ -154,7 +154,7 @@ def _imported_info(
         )
     qformer = qformer_config_of(config, layout)
     # The tower that lies in the folder has its size already, and ends with the block to read.
-    vision = VisionSpec(BESIDE + _VISION_FOLDER, layer=-1)
+    vision = VisionSpec(IN_CHECKPOINT + _VISION_FOLDER, layer=-1)
     base = side or BridgeInfo(
         stage=layout.stage,
         step=0,
@@ -169,7 +169,7 @@ def _imported_info(
     return dataclasses.replace(
         base,
         vision=vision,
-        language=LanguageSpec(BESIDE + _LANGUAGE_FOLDER) if layout.has_language_model else None,
+        language=LanguageSpec(IN_CHECKPOINT + _LANGUAGE_FOLDER) if layout.has_language_model else None,
         qformer=dataclasses.replace(qformer, vision_norm_eps=base.qformer.vision_norm_eps),
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from qformer.backbones import VisionEncoder, load_vision
 from qformer.config import QFormerConfig, VisionSpec
 from qformer.conversion.bundle import Bundle, ImportOptions, ImportTarget, read_tensors
-from qformer.conversion.checkpoint import BESIDE, BridgeInfo
+from qformer.conversion.checkpoint import IN_CHECKPOINT, BridgeInfo
 from qformer.conversion.frozen import language_width
 from qformer.conversion.names import LAVIS, LAVIS_LLM, LAVIS_OPT, LAVIS_T5, NameTable, from_layout
 from qformer.conversion.report import format_names
@@ -195,7 +195,7 @@ def _vision(
     notes = []
     if tower:
         preprocessing = _write_tower(tower, encoder, name, replace(preprocessing, mean=MEAN, std=STD), folder)
-        spec = VisionSpec(BESIDE + VISION_FOLDER, layer=-1)
+        spec = VisionSpec(IN_CHECKPOINT + VISION_FOLDER, layer=-1)
         notes.append(f"the file's own ViT ({len(tower)} tensors, {preprocessing.height} px) is the encoder")
     note = f"pictures: resized straight to {preprocessing.height}x{preprocessing.width}, bicubic, as LAVIS evaluates"
     if own.crop != preprocessing.crop or own.interpolation != preprocessing.interpolation:

@@ -31,7 +31,7 @@ class DemoBridge:
     title: str
     kind: Literal["mean", "cascaded", "spatio_temporal"]
     init_step: str
-    """Step whose checkpoint initialises it."""
+    """Step whose checkpoint it starts from."""
     reads_sound: bool = False
     reads_order: bool = True
 

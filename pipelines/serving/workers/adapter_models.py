@@ -34,7 +34,7 @@ class Writer:
 
     stage2: Stage2
     tokenizer: TextTokenizer | None
-    """Of an instruction-aware Q-Former."""
+    """Text tokenizer of an instruction-aware Q-Former."""
     audio_encoder: AudioEncoder | None
     """Frozen; for a bridge that reads sound."""
 

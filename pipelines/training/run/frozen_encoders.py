@@ -23,7 +23,7 @@ class FrozenEncoders:
     Args:
         choice: Names them.
         device: Where they run.
-        dtype: Of their weights.
+        dtype: Number format of their weights.
         features: Spec of the feature cache that takes their place; None runs them.
 
     Raises:
@@ -31,11 +31,11 @@ class FrozenEncoders:
 
     Attributes:
         modules: Those that are held, by name.
-        fingerprints: Of those that only a cache tells of.
+        fingerprints: Digests of encoders that only a feature cache records.
         preprocessing: What pictures are made into for them.
-        vision_width: Of their tokens.
-        audio_width: Of the vectors of sound; None where there is no audio encoder.
-        audio_sampling: Segments of sound; None likewise.
+        vision_width: Width of the vision encoder's tokens.
+        audio_width: Width of the audio encoder's vectors; None without audio encoder.
+        audio_sampling: Segments of sound; None without audio encoder.
     """
 
     def __init__(

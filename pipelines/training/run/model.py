@@ -51,7 +51,7 @@ class TrainingRun:
         choice: What to build.
         device: Where.
         precision: "bf16" and "fp16" keep frozen weights in that; trainables are always fp32.
-        seed: Of the trainables' initial weights.
+        seed: Seed of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
         init_from: Run or checkpoint that starts this one: of stage 1, or for stage 2 of either; None starts from fresh
             weights, or from the BERT that `choice` names.
