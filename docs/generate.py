@@ -14,7 +14,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from jobs.cli.catalogue import JOBS, Job
-from jobs.settings.keys import Key, as_yaml, model_keys
+from jobs.settings.help import Key, as_yaml, model_keys
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "jobs" / "bench" / "results"

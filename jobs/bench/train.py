@@ -24,9 +24,10 @@ from jobs.bench.data_media import write_jpegs
 from jobs.bench.result import BenchResult
 from jobs.bench.train_torchrun import PeerCase, as_json
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings, TrainDataSettings
-from jobs.settings.jobs import FeaturesSettings, TrainSettings
 from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.folders.output import require_unused
-from jobs.settings.jobs import ImportSettings
+from jobs.settings.convert import ImportSettings
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
 from qformer.conversion.bundle import ImportOptions

@@ -12,7 +12,7 @@ from jobs.cluster.session import ray_session
 from jobs.data.shard_progress import ShardProgress
 from jobs.folders.backbones import with_absolute_name
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
-from jobs.settings.jobs import FeaturesSettings
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool, format_bytes

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from jobs.cluster.session import ray_session
 from jobs.data.prepare_report import print_summary, show_progress
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
-from jobs.settings.jobs import PrepareSettings
+from jobs.settings.corpus import PrepareSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool, stage_table

@@ -15,9 +15,11 @@ from jobs.demo.steps import Steps
 from jobs.demo.video import run as video
 from jobs.demo.world.corpus import write_world
 from jobs.serve.job import require_free_port
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import DataSettings, SourceSettings, TrainDataSettings
-from jobs.settings.jobs import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
+from jobs.settings.evaluate import EvaluateSettings
 from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
 from qformer.config import LanguageSpec, QFormerSizes, VisionSpec
 
 MODELS = Path(__file__).parent / "models"

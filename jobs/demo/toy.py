@@ -11,8 +11,8 @@ import torch
 import jobs
 from jobs.demo.world.corpus import LICENCE, write_world
 from jobs.demo.world.toy_sound import write_audio_encoder, write_clips
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load
+from jobs.settings.train import TrainSettings
 from jobs.train.inputs import model_choice
 from pipelines.data.storage.checkpoint_folders import write_marker
 from pipelines.training.run.model import TrainingRun

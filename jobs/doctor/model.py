@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from jobs.doctor.run_records import RunRecords
 from jobs.evaluate.job import decode_settings as evaluation_decoding
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import DoctorSettings, TrainSettings
+from jobs.settings.evaluate import DoctorSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.checks import manifests
 from jobs.train.inputs import decode_settings
 from pipelines.data.media.samples import DecodeSettings, Limits

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load_saved
+from jobs.settings.train import TrainSettings
 from jobs.train.reporter import BAD_STEPS_FILE, EVENTS_FILE, STARTS_FILE
 from pipelines.data import schema, storage
 from pipelines.data.corpus.quarantine import QUARANTINE_FILE

@@ -5,7 +5,7 @@ import sys
 
 from jobs.evaluate.caption_corpus import caption_corpus
 from jobs.folders.checkpoint import open_checkpoint
-from jobs.settings.jobs import CaptionSettings
+from jobs.settings.evaluate import CaptionSettings
 from pipelines.data import storage
 from pipelines.data.failures import MediaError
 from pipelines.data.media.samples import SampleDecoder

@@ -13,7 +13,7 @@ from jobs.data.shard_progress import ShardProgress
 from jobs.evaluate.job import require_one_instruction
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
-from jobs.settings.jobs import CaptionSettings
+from jobs.settings.evaluate import CaptionSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool

@@ -10,7 +10,7 @@ from jobs.cluster.session import ray_session
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import EvaluateSettings
+from jobs.settings.evaluate import EvaluateSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.corpus import quarantine

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jobs.cluster.exceptions import find_user_error
 from jobs.folders.output import SETTINGS_FILE, require_unused
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load_saved, resolved_yaml
+from jobs.settings.train import TrainSettings
 from pipelines.data import storage
 from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.storage import checkpoint_folders

@@ -10,7 +10,7 @@ from pipelines.data.media.samples import Limits
 from pipelines.data.media.transforms import Augmentation
 
 _HIGHEST_RATE_HZ = 48_000
-"""Lowest sample rate of audio encoders: what fits into memory at this rate fits at every other."""
+"""Highest sample rate of audio encoders: what fits into memory at this rate fits at every other."""
 
 
 class Settings(BaseModel):

@@ -1,21 +1,20 @@
 """From YAML files and `--set` overrides to checked settings, with errors a person can act on."""
 
-import difflib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from jobs.settings.data import Settings
-from jobs.settings.renamed import RENAMED, with_present_keys
-from jobs.settings.shipped import find_config
-from jobs.settings.specs import is_spec_at, models_in, with_long_forms
+from jobs.settings.messages import describe
+from jobs.settings.renamed import with_present_keys
+from jobs.settings.specs import is_spec_at, with_long_forms
 from qformer.errors import UserError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Settings files that the package ships."""
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -54,7 +53,7 @@ def load(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(model, details, files, assignments) for details in error.errors()]
+        lines = [describe(model, details, files, assignments) for details in error.errors()]
     raise UserError("\n".join(lines))
 
 
@@ -72,6 +71,26 @@ def load_saved(model: type[SettingsT], text: str) -> SettingsT | None:
 def resolved_yaml(settings: Settings) -> str:
     """The settings with all defaults filled in, as YAML that `load` reads back."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def find_config(config: Path) -> Path:
+    """Find the file that `--config` names.
+
+    Args:
+        config: A file, or a shipped one as "recipes/blip2_stage1.yaml" (with or without "jobs/configs/" before it) or
+            "blip2_stage1". "serve.yaml" never means a shipped file: it is the name of a person's own.
+
+    Returns:
+        The file of the working directory where there is one, else the shipped file, else `config` unchanged.
+    """
+    if config.exists() or config.is_absolute():
+        return config
+    if len(config.parts) == 1:
+        found = sorted(CONFIGS.glob(f"*/{config}.yaml"))
+    else:
+        relative = config.relative_to("jobs/configs") if config.is_relative_to("jobs/configs") else config
+        found = [CONFIGS / relative.with_suffix(".yaml")]
+    return found[0] if found and found[0].is_file() else config
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -149,112 +168,3 @@ def _assigned(values: Any, keys: tuple[str, ...], value: Any, text: str) -> Any:
         return [_assigned(None, rest, value, text)]
     old = (values or {}).get(head)
     return {**(values or {}), head: _assigned(old, rest, value, text)}
-
-
-def _describe(
-    model: type[Settings],
-    details: ErrorDetails,
-    files: Sequence[tuple[Path, Any]],
-    assignments: Sequence[tuple[tuple[str, ...], str]],
-) -> str:
-    keys = tuple(str(part) for part in details["loc"])
-    if details["type"] == "missing":
-        keys = (*keys, *_first_required(model, keys))
-    dotted = ".".join(keys)
-    origin = _origin(keys, files, assignments)
-    match details["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            if (present := RENAMED.get(dotted)) in set(_dotted_keys(model)):
-                return f"{origin}: {dotted} is now {present}; rename it"
-            return f"{origin}: unknown key {dotted!r}; {_suggestion(model, keys)}"
-        case "missing":
-            file = _file_of(keys, files)
-            place = f"write `{keys[-1]}: …` in {file}" if file else "give a --config file"
-            return f"{origin}: {dotted!r} is missing; {place} or add --set {dotted}=VALUE"
-        case _:
-            return f"{origin}: {_problem(model, keys, details)}"
-
-
-def _problem(model: type[Settings], keys: tuple[str, ...], details: ErrorDetails) -> str:
-    """Key, value and what is wrong with it. What a dataclass finds wrong in itself begins with one of its fields."""
-    problem, value = details["msg"].removeprefix("Value error, "), details["input"]
-    found = re.match(r"(\w+)=\S+ (?=must )", problem)
-    if found and isinstance(value, dict) and found[1] in value:
-        keys, value, problem = (*keys, found[1]), value[found[1]], problem[found.end() :]
-    problem = problem[:1].lower() + problem[1:]
-    return f"{'.'.join(keys)} = {_shortened(value)}: {problem}" if keys else problem
-
-
-def _shortened(value: Any, length: int = 80) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _origin(
-    keys: tuple[str, ...], files: Sequence[tuple[Path, Any]], assignments: Sequence[tuple[tuple[str, ...], str]]
-) -> str:
-    """Where the value at `keys` was written: the last override that reaches it, else the last such file."""
-    for assigned, text in reversed(assignments):
-        if keys[: len(assigned)] == assigned:
-            return f"--set {text}"
-    return str(_file_of(keys, files) or "settings")
-
-
-def _file_of(keys: tuple[str, ...], files: Sequence[tuple[Path, Any]]) -> Path | None:
-    """The last file that holds the value at `keys` or, where none does, most of the way to it; else the first."""
-    depths = [_depth(keys, values) for _, values in files]
-    for path, depth in zip(reversed([path for path, _ in files]), reversed(depths), strict=True):
-        if depth > 0 and depth == max(depths):
-            return path
-    return files[0][0] if files else None
-
-
-def _depth(keys: tuple[str, ...], values: Any) -> int:
-    """How many of `keys` a file's nest of values has; what is no mapping decides all that lies below it."""
-    for depth, key in enumerate(keys):
-        if not isinstance(values, dict):
-            return len(keys)
-        if key not in values:
-            return depth
-        values = values[key]
-    return len(keys)
-
-
-def _first_required(model: type[Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Names below a missing part down to one that has no default: a whole part is no value that a person can give."""
-    for key in keys:
-        annotation = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ()
-        model = annotation
-    required = next((name for name, field in model.model_fields.items() if field.is_required()), None)
-    return () if required is None else (required, *_first_required(model, (required,)))
-
-
-def _suggestion(model: type[Settings], keys: tuple[str, ...]) -> str:
-    """The nearest valid key: first among its siblings, then anywhere by its last part."""
-    every = list(_dotted_keys(model))
-    parent, name = ".".join(keys[:-1]), keys[-1]
-    prefix = f"{parent}." if parent else ""
-    # Items of a list are addressed by number, the keys of their class are listed without it.
-    plain_prefix = "".join(f"{part}." for part in keys[:-1] if not part.isdigit())
-    siblings = [
-        key.removeprefix(plain_prefix)
-        for key in every
-        if key.startswith(plain_prefix) and "." not in key.removeprefix(plain_prefix)
-    ]
-    for found in difflib.get_close_matches(name, siblings, n=1):
-        return f"did you mean {prefix}{found}?"
-    leaves = {key.rpartition(".")[2]: key for key in reversed(every)}
-    for found in difflib.get_close_matches(name, leaves, n=1):
-        return f"did you mean {leaves[found]}?"
-    return f"valid keys{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
-
-
-def _dotted_keys(model: type[Any], prefix: str = "") -> Iterator[str]:
-    for name, annotation in get_type_hints(model).items():
-        if name == "model_config":
-            continue
-        yield prefix + name
-        for nested in models_in(annotation):
-            yield from _dotted_keys(nested, f"{prefix}{name}.")

@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import LossWeightSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data import schema, storage
 from pipelines.data.failures import MediaError
 from pipelines.data.order.mixture import Corpus

@@ -3,8 +3,8 @@
 import dataclasses
 
 from jobs.folders.backbones import absolute_name, with_absolute_name
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import ModelSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data import storage
 from pipelines.data.media.audio_sampling import AudioSampling, AudioSegments
 from pipelines.data.media.frame_sampling import Sampling

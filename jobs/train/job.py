@@ -12,7 +12,7 @@ from typing import Any
 from jobs.cluster.session import ray_session, require_resources
 from jobs.folders.output import SUMMARY_FILE
 from jobs.folders.run import run_folder
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.inputs import LEARN_TOKENIZER, tokenizer_folder, with_absolute_paths
 from jobs.train.rows import TrainingRows, start_coordinator, start_feed, training_rows, validation_rows
 from pipelines.data import schema, storage

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.checks import check, manifests, require_media_answer
 from jobs.train.inputs import decode_settings
 from pipelines.data.features.cache import FeatureCache, locate, open_cache

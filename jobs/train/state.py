@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ray.train.torch import get_device
 
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.inputs import model_choice, tokenizer_folder
 from jobs.train.worker_job import WorkerJob
 from pipelines.data.storage.checkpoint_folders import checkpoint_uri, newest_whole_checkpoint

@@ -12,8 +12,8 @@ from ray.train.torch import get_device
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.cluster.exceptions import find_user_error
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import resolved_yaml
+from jobs.settings.train import TrainSettings
 from jobs.train.inputs import decode_settings
 from jobs.train.reporter import RunReporter
 from jobs.train.state import RunState, build_state

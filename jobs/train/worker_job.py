@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.rows import TrainingRows
 from pipelines.data.features.cache import FeatureCache
 

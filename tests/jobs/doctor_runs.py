@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from jobs.demo.world.corpus import write_world
 from jobs.settings.data import TrainDataSettings
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import resolved_yaml
 from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.inputs import model_choice, tokenizer_folder
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.shard_encoder import EncoderChoice

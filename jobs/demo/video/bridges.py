@@ -9,8 +9,8 @@ from jobs.demo.settings import ClipQuerySettings, DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
 from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
 from pipelines.training.run.model_choice import AudioBranchOptions
 from qformer.bridges.cascaded import CascadedConfig
 from qformer.bridges.mean import MeanConfig

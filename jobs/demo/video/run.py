@@ -11,8 +11,8 @@ from jobs.demo.video.answers import decode_clips, write_answers
 from jobs.demo.video.bridges import AUDIO, BRIDGES, MODELS, train_settings
 from jobs.demo.video.world.corpus import MANIFEST_FILE, write_clip_world
 from jobs.demo.video.world.render import NUM_FRAMES
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import DataSettings, SourceSettings
-from jobs.settings.jobs import FeaturesSettings, PrepareSettings
 from pipelines.evaluation.report.page import ResultRow
 from qformer.backbones import load_vision
 from qformer.config import AudioSpec, VisionSpec

@@ -29,7 +29,7 @@ from qformer.text import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Writer:
+class PromptAdapter:
     """A stage-2 adapter: image tokens, and sound, to soft prompts."""
 
     stage2: Stage2
@@ -57,7 +57,7 @@ class Writer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Matcher:
+class RetrievalAdapter:
     """A stage-1 adapter: embeddings and match scores."""
 
     retriever: Retriever
@@ -108,8 +108,8 @@ def load_backbone(source: SharedEncoder, device: str) -> VisionEncoder:
     return encoder.to(device)
 
 
-def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | Matcher:
-    """Load a checkpoint's trainables beside an encoder that is there already.
+def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> PromptAdapter | RetrievalAdapter:
+    """Load a checkpoint's trainables onto an encoder that is already loaded.
 
     Raises:
         UserError: If the folder is no checkpoint, or a damaged one.
@@ -119,10 +119,10 @@ def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | M
     if info.stage == 1:
         stage1 = Stage1(info.qformer, bridge=info.bridge)
         load_weights(stage1, path)
-        return Matcher(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
+        return RetrievalAdapter(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
     tokenizer = load_tokenizer(path, info) if info.qformer.has_text_branch else None
     audio_encoder = load_audio_encoder(info, device)
-    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, audio_encoder=audio_encoder)
+    return PromptAdapter(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, audio_encoder=audio_encoder)
 
 
 def _stage2(folder: Path) -> Stage2:

@@ -14,8 +14,8 @@ import yaml
 
 from jobs.cli import main as cli
 from jobs.demo.toy import RECIPES, write_toy
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load
+from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner, load_retriever

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import FeaturesSettings
 from pipelines.data.corpus.manifest import write_table
 from pipelines.data.features.cache import open_cache
 from qformer.config import VisionSpec

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import FeaturesSettings
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
 from qformer.config import VisionSpec

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from jobs.cli.main import main
 from jobs.doctor import job as doctor
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import DoctorSettings
+from jobs.settings.evaluate import DoctorSettings
 from jobs.settings.model import LossWeightSettings, OptimSettings
 from pipelines.data.storage import checkpoint_folders
 from qformer.errors import UserError

@@ -8,7 +8,7 @@ import yaml
 from jobs.cli import main as cli
 from jobs.serve.config import ApplicationSettings
 from jobs.serve.job import resolve_service
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from qformer.errors import UserError
 from tests.tiny_checkpoints import write_stage1, write_stage2
 

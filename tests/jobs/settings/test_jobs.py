@@ -6,24 +6,28 @@ from pathlib import Path
 import pytest
 import yaml
 
+import jobs
 from jobs.demo.settings import DemoSettings
-from jobs.settings import jobs as job_settings
+from jobs.settings.convert import ExportSettings, ImportSettings
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import CaptionSettings, PrepareSettings, ServeSettings, TrainSettings
+from jobs.settings.evaluate import CaptionSettings, DoctorSettings, EvaluateSettings
 from jobs.settings.loading import load, resolved_yaml
+from jobs.settings.serve import ServeSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data.media.frame_sampling import Sampling
 from qformer.errors import UserError
 
-CONFIGS = Path(job_settings.__file__).parents[1] / "configs"
+CONFIGS = Path(jobs.__file__).parent / "configs"
 CLASSES = {
     "prepare": PrepareSettings,
     "train": TrainSettings,
-    "features": job_settings.FeaturesSettings,
-    "evaluate": job_settings.EvaluateSettings,
-    "doctor": job_settings.DoctorSettings,
+    "features": FeaturesSettings,
+    "evaluate": EvaluateSettings,
+    "doctor": DoctorSettings,
     "caption": CaptionSettings,
-    "import": job_settings.ImportSettings,
-    "export": job_settings.ExportSettings,
+    "import": ImportSettings,
+    "export": ExportSettings,
     "serve": ServeSettings,
     "demo": DemoSettings,
 }
@@ -188,7 +192,7 @@ def test_mistakes_in_generation_settings(override, expected):
 )  # fmt: skip
 def test_sizes_of_the_bridge_are_positive(key):
     text = message(TrainSettings, STAGE1, f"model.qformer.{key}=0")
-    assert text.endswith(f"model.qformer.{key} = 0: input should be greater than or equal to 1")
+    assert text.endswith(f"model.qformer.{key} = 0: must be at least 1")
 
 
 def test_sizes_of_the_bridge_go_together():
@@ -259,7 +263,7 @@ def test_settings_are_frozen():
 
 def test_sampling_is_checked_and_reaches_the_data_plane():
     data = DataSettings(manifest="m", sampling={"strategy": "fps", "fps": 2.0})
-    assert data.sampling.build() == Sampling(strategy="fps", fps=2.0)
-    assert Sampling.from_dict(data.sampling.model_dump(mode="json")) == data.sampling.build()
+    assert data.sampling == Sampling(strategy="fps", fps=2.0)
+    assert Sampling.from_dict(data.sampling.to_dict()) == data.sampling
     with pytest.raises(ValueError, match="give fps > 0"):
         DataSettings(manifest="m", sampling={"strategy": "fps"})

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.settings.jobs import FeaturesSettings, ImportSettings, TrainSettings
+from jobs.settings.convert import ImportSettings
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.loading import load, load_saved, resolved_yaml
 from jobs.settings.renamed import RENAMED
+from jobs.settings.train import TrainSettings
 from qformer.config import AudioSpec, LanguageSpec, VisionSpec
 from qformer.errors import UserError
 

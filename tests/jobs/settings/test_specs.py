@@ -2,8 +2,9 @@
 
 import pytest
 
-from jobs.settings.jobs import FeaturesSettings, TrainSettings
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.loading import load
+from jobs.settings.train import TrainSettings
 from qformer.config import AudioSpec, LanguageSpec, VisionSpec
 from qformer.errors import UserError
 

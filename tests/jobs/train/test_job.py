@@ -16,9 +16,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs.data import features
 from jobs.demo.world.corpus import write_world
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings, TrainDataSettings
-from jobs.settings.jobs import FeaturesSettings, TrainSettings, ValidationSettings
 from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings, ValidationSettings
 from jobs.train import job as train
 from jobs.train.rows import training_rows
 from pipelines.data.storage import checkpoint_folders

@@ -8,15 +8,11 @@ import pytest
 from jobs.data import features, prepare
 from jobs.evaluate import caption
 from jobs.evaluate import job as evaluate
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import AudioSettings, DataSettings, SourceSettings, TrainDataSettings
-from jobs.settings.jobs import (
-    CaptionSettings,
-    EvaluateSettings,
-    FeaturesSettings,
-    PrepareSettings,
-    TrainSettings,
-)
+from jobs.settings.evaluate import CaptionSettings, EvaluateSettings
 from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.training.records.metrics_log import read_metrics

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from jobs.settings.data import TrainDataSettings
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import ModelSettings
+from jobs.settings.train import TrainSettings
 from jobs.train import reporter as train_reporter
 from jobs.train.reporter import RunReporter, append_events
 from jobs.train.worker import _PreemptionNotice, _start_limit, train_worker

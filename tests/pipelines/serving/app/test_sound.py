@@ -19,7 +19,7 @@ from pipelines.inference.models import load_captioner
 from pipelines.serving.contract.adapters import Adapter
 from pipelines.serving.contract.config import FetchPolicy
 from pipelines.serving.contract.uploads import Upload
-from pipelines.serving.workers.adapter_models import Writer, load_adapter, load_backbone
+from pipelines.serving.workers.adapter_models import PromptAdapter, load_adapter, load_backbone
 from pipelines.serving.workers.encoder import EncoderWorker
 from pipelines.serving.workers.media import MediaWorker
 from pipelines.training.records.accounting import Accounting
@@ -67,7 +67,7 @@ def media(tmp_path_factory):
 class Encoder(EncoderWorker):
     """Of one adapter, which is there."""
 
-    held: Writer
+    held: PromptAdapter
 
     async def adapter(self, key):
         return self.held
