@@ -65,7 +65,9 @@ def test_the_bottleneck_is_the_busiest_pools_largest_stage():
     assert bottleneck([_pool("decode", 2, decode=5.0), _pool("training", 1, train=9.0)], 10).startswith(
         "bottleneck: train, 100%"
     )
-    assert "none of the stages; the busiest, decode workers, was busy 20%" in bottleneck([_pool("decode", 1, a=2.0)], 10)
+    assert "none of the stages; the busiest, decode workers, was busy 20%" in bottleneck(
+        [_pool("decode", 1, a=2.0)], 10
+    )
     assert "there was nothing to do" in bottleneck([_pool("decode", 1)], 10)
 
 
