@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qformer.bridges.qformer_bridge import QFormerBridge
+from qformer.bridges.reading import PassBlock, Passes
 from qformer.conversion.names import HF_RETRIEVAL, layout_name
 from qformer.objectives import LABEL_SMOOTHING, Negatives
 from qformer.objectives.stage1 import Stage1, Stage1Batch, Stage1Losses
@@ -45,7 +47,8 @@ class HuggingFaceStage1(nn.Module):
         from transformers import Blip2QFormerConfig
         from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
-        shape = ours.qformer.config
+        assert isinstance(ours.bridge, QFormerBridge)
+        shape = ours.bridge.qformer.config
         config = Blip2QFormerConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
@@ -62,7 +65,7 @@ class HuggingFaceStage1(nn.Module):
             attn_implementation=attention,
         )
         self.vision_norm = nn.LayerNorm(shape.encoder_width, eps=shape.vision_norm_eps)
-        self.query_tokens = nn.Parameter(torch.zeros(ours.qformer.query_tokens.shape))
+        self.query_tokens = nn.Parameter(torch.zeros(ours.bridge.qformer.query_tokens.shape))
         self.embeddings = Blip2TextEmbeddings(config)
         self.qformer = Blip2QFormerModel(config)
         self.vision_projection = nn.Linear(shape.hidden_size, shape.embed_dim)
@@ -86,7 +89,8 @@ class HuggingFaceStage1(nn.Module):
         itc = self._itc(query_BQD, text_BTD[:, 0])
         itm = self._itm(image_BPV, ids_BT, mask_BT, negatives)
         itg = self._itg(ids_BT, mask_BT, cache)
-        return Stage1Losses(itc + itm + itg, itc, itm, itg, query_BQD)
+        passes = Passes(query_BQD, (PassBlock(len(query_BQD), frames=1),))
+        return Stage1Losses({"itc": itc, "itm": itm, "itg": itg}, passes)
 
     def _query_pass(self, image_BPV: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Queries over the image; also caches the keys and values of self-attention."""

@@ -29,7 +29,11 @@ from torch import Tensor, multiprocessing
 from jobs.bench.data_memory import resident_bytes
 from jobs.bench.result import BenchResult
 from pipelines.training.records.flops import StepFlops
-from qformer.bridges.config import VideoConfig
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.concatenate import ConcatenateConfig
+from qformer.bridges.mean import MeanConfig
+from qformer.bridges.spatio_temporal import SpatioTemporalConfig
+from qformer.bridges.table import BridgeConfig
 from qformer.config import QFormerConfig
 from qformer.objectives.stage2 import Stage2
 
@@ -37,12 +41,12 @@ THREADS = 2
 IMAGE_TOKENS = 257
 LANGUAGE_WIDTH = 2048
 FROZEN = "cascaded frozen"
-WAYS: Mapping[str, VideoConfig] = {
-    "cascaded": VideoConfig(temporal="cascaded", freeze_frames=False),
-    FROZEN: VideoConfig(temporal="cascaded", freeze_frames=True),
-    "spatio_temporal": VideoConfig(temporal="spatio_temporal"),
-    "concatenate": VideoConfig(temporal="concatenate"),
-    "mean": VideoConfig(temporal="mean"),
+WAYS: Mapping[str, BridgeConfig] = {
+    "cascaded": CascadedConfig(freeze_frames=False),
+    FROZEN: CascadedConfig(freeze_frames=True),
+    "spatio_temporal": SpatioTemporalConfig(),
+    "concatenate": ConcatenateConfig(),
+    "mean": MeanConfig(),
 }
 _KINDS = ("forward", "step")
 
@@ -143,7 +147,7 @@ def _take_turns(parent: Connection, case: VideoCase, name: str, frames: int) -> 
         torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     before = resident_bytes("VmRSS")
-    bridge = Stage2(case.config, language_width=LANGUAGE_WIDTH, video=WAYS[name]).to(case.device)
+    bridge = Stage2(case.config, language_width=LANGUAGE_WIDTH, bridge=WAYS[name]).to(case.device)
     _step(bridge, _clip(case, 2))
     clip = _clip(case, frames)
     taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}

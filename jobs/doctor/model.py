@@ -5,14 +5,16 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.doctor.run_records import RunRecords
 from jobs.evaluate.job import decode_settings as evaluation_decoding
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import DoctorSettings, TrainSettings
+from jobs.settings.evaluate import DoctorSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.checks import manifests
 from jobs.train.inputs import decode_settings
 from pipelines.data.media.samples import DecodeSettings, Limits
@@ -27,14 +29,13 @@ from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.training.step.precision import DTYPES
 from qformer.audio import load_audio
 from qformer.backbones import load_language, load_vision, weights_fingerprint
+from qformer.bridges.table import build_bridge
+from qformer.config import AudioSpec, LanguageSpec
 from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
 
 EVALUATION_SPLITS = ("val", "validation", "dev", "test")
 """Splits to look for in the run's manifest, in this order, if its settings have no validation."""
-
-_QFORMERS = ("qformer.", "frames.qformer.")
-"""Prefixes of a frozen Q-Former in the weights of a bridge."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,29 +117,27 @@ def frozen_now(
             found[name] = digests
         except UserError as error:
             found[name] = str(error)
-    if "qformer" in recorded:
-        parts = [_below(prefix, weights) for prefix in _QFORMERS]
-        found["qformer"] = [weights_fingerprint(part) for part in parts if part]
-    return found
+    with torch.device("meta"):
+        bridge = build_bridge(info.bridge, info.qformer)
+    own: dict[str, list[str]] = {}
+    for parts in (bridge.frozen_parts(is_whole=True), bridge.frozen_parts(is_whole=False)):
+        for name in parts.keys() & recorded.keys():
+            own.setdefault(name, []).append(weights_fingerprint(_of_part(bridge, parts[name], weights)))
+    return found | own
 
 
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+def _of_part(bridge: nn.Module, part: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a part of a bridge, by the part's own names."""
+    place = next(name for name, module in bridge.named_modules() if module is part)
+    return {name: weights[f"{place}.{name}" if place else name] for name in part.state_dict()}
 
 
 def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:
     if name == "language":
-        return weights_fingerprint(load_language(str(info.language), dtype=dtype)[0])
+        return weights_fingerprint(load_language(cast(LanguageSpec, info.language), dtype=dtype)[0])
     if name == "audio":
-        return weights_fingerprint(load_audio(str(info.audio), pretrained=info.audio_pretrained, dtype=dtype))
-    encoder = load_vision(
-        info.vision,
-        pretrained=info.vision_pretrained,
-        layer=info.vision_layer,
-        dtype=dtype,
-        image_size=info.vision_image_size,
-    )
-    return weights_fingerprint(encoder)
+        return weights_fingerprint(load_audio(cast(AudioSpec, info.audio), dtype=dtype))
+    return weights_fingerprint(load_vision(info.vision, dtype=dtype))
 
 
 def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> ProbeRows:

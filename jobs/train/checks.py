@@ -4,13 +4,14 @@ import functools
 
 import numpy as np
 
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.model import LossWeightSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data import schema, storage
 from pipelines.data.failures import MediaError
 from pipelines.data.order.mixture import Corpus
 from pipelines.data.storage import checkpoint_folders, members
 from pipelines.data.storage.retries import with_retries
-from qformer.bridges.config import KEPT_AUDIO
+from qformer.config import CACHED_AUDIO
 from qformer.errors import UserError
 
 
@@ -18,7 +19,7 @@ def check(settings: TrainSettings, num_rows: int) -> None:
     """Refuse settings that cannot work together, or with the data.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         num_rows: Rows of an epoch.
 
     Raises:
@@ -35,10 +36,11 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
-    if settings.model.audio == KEPT_AUDIO and settings.data.features is None:
+    if settings.model.audio is not None and settings.model.audio.is_cached and settings.data.features is None:
         raise UserError(
-            f"model.audio={KEPT_AUDIO} hears what a feature cache keeps; set data.features, or name an encoder"
+            f"model.audio={CACHED_AUDIO} reads the vectors in a feature cache; set data.features, or name an encoder"
         )
+    _check_bridge(settings)
     _check_video(settings)
     if settings.init_from is not None:
         checkpoint_folders.newest_checkpoint(settings.init_from)
@@ -64,18 +66,32 @@ def require_media_answer(corpus: Corpus) -> None:
             with_retries(uri, functools.partial(storage.size_bytes, uri))
         except MediaError as error:
             if error.error_class in ("config", "transient"):
-                told = error.message.removeprefix(f"{uri}: ")
-                raise UserError(f"the media of data.manifest cannot be read: {uri}: {told}") from error
+                reason = error.message.removeprefix(f"{uri}: ")
+                raise UserError(f"the media of data.manifest cannot be read: {uri}: {reason}") from error
+
+
+def _check_bridge(settings: TrainSettings) -> None:
+    bridge = settings.model.bridge
+    if settings.stage not in bridge.stages:
+        able = " and ".join(map(str, sorted(bridge.stages)))
+        raise UserError(
+            f"model.bridge.kind={bridge.kind} belongs to stage {able}; set stage={min(bridge.stages)}, or another kind"
+        )
+    if settings.init_from is None and (name := bridge.keeps_loaded) is not None:
+        raise UserError(
+            f"model.bridge.{name}=true with kind={bridge.kind} keeps weights as they were trained: set init_from to a "
+            f"run, or {name}=false to train them too"
+        )
+    known = {*LossWeightSettings.model_fields, *bridge.term_names}
+    if unknown := sorted(settings.optim.loss_weights.by_name().keys() - known):
+        raise UserError(
+            f"optim.loss_weights.{unknown[0]} is no loss of a bridge of kind={bridge.kind}; the losses are "
+            f"{', '.join(sorted(known - {'is_learned'}))}"
+        )
 
 
 def _check_video(settings: TrainSettings) -> None:
     model, is_fresh = settings.model, settings.init_from is None
-    for way, name in (("cascaded", "freeze_frames"), ("spatio_temporal", "freeze_attention")):
-        if model.temporal == way and is_fresh and getattr(model.video, name):
-            raise UserError(
-                f"model.video.{name}=true with model.temporal={way} keeps weights as they were trained: set init_from "
-                f"to a run, or {name}=false to train them too"
-            )
     segments, frames = settings.data.audio.num_segments, settings.data.num_frames
     if model.audio is not None and model.audio_branch.is_joint and segments != frames:
         raise UserError(

@@ -12,18 +12,16 @@ import torch
 from torch import Tensor
 
 from qformer.adapters.lora import Lora
-from qformer.attention import KeyValue
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_language, load_vision
 from qformer.bridges.audio_branch import Sound
-from qformer.bridges.config import KEPT_AUDIO
-from qformer.bridges.frames import Seen
-from qformer.config import GenerationSettings
+from qformer.bridges.protocol import BridgeInput, BridgeText
+from qformer.config import GenerationSettings, LanguageSpec
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo, load_weights, read_info
 from qformer.errors import UserError
 from qformer.language import LanguageModel, build_language_model
-from qformer.objectives.stage1 import Stage1
-from qformer.objectives.stage2 import Stage2
+from qformer.objectives.stage1 import ImageEncoding, Stage1
+from qformer.objectives.stage2 import SoftPrompts, Stage2, encode_instructions
 from qformer.text import TextTokenizer, load_text_tokenizer
 
 
@@ -59,16 +57,18 @@ class Retriever:
 
     @torch.no_grad()
     def embed_tokens(self, image_tokens_BFPV: Tensor, frame_valid_BF: Tensor | None = None) -> Tensor:
-        """query_embeds_BNE as `embed_image`, of what the encoder has seen already."""
-        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
-        hidden_GQD = self.stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
-        return self.stage1.embed_queries(hidden_GQD, seen.tokens_BFPV.shape[1], seen.is_frame_BF)
+        """query_embeds_BNE of `embed_image`, from the encoder's tokens."""
+        return self.encode_tokens(image_tokens_BFPV, frame_valid_BF).queries_BNE
+
+    @torch.no_grad()
+    def encode_tokens(self, image_tokens_BFPV: Tensor, frame_valid_BF: Tensor | None = None) -> ImageEncoding:
+        """All that the queries alone make of the encoder's tokens."""
+        return self.stage1.encode_image(self._given(image_tokens_BFPV, frame_valid_BF))
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """L2-normalised text embeddings [B, E], float32; the similarity to an image is the largest over its N rows."""
-        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
-        return self.stage1.embed_text(ids_BT.to(self._device), mask_BT.to(self._device))
+        return self.stage1.embed_text(*self._text(captions))
 
     @torch.no_grad()
     def match(self, image_tokens_BFPV: Tensor, captions: Sequence[str], frame_valid_BF: Tensor | None = None) -> Tensor:
@@ -77,22 +77,23 @@ class Retriever:
         Args:
             image_tokens_BFPV: From `embed_image`.
             captions: One an image.
-            frame_valid_BF: As in `embed_image`.
+            frame_valid_BF: False at frames that only repeat others; see `embed_image`.
 
         Returns:
             [B], float32, between 0 and 1.
         """
-        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
-        seen, image = self._seen(image_tokens_BFPV, frame_valid_BF)
-        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
-        logits_B2 = self.stage1.match_logits(image, ids_BT, mask_BT, seen.tokens_BFPV.shape[1], seen)
+        given, bridge = self._given(image_tokens_BFPV, frame_valid_BF), self.stage1.bridge
+        logits_B2 = self.stage1.match_logits(bridge.keys(bridge.perceive(given)), self._text(captions), given)
         return logits_B2.softmax(dim=-1)[:, 1]
 
-    def _seen(self, tokens_BFPV: Tensor, frame_valid_BF: Tensor | None) -> tuple[Seen, list[KeyValue | None]]:
-        """Clips as the Q-Former reads them, and their keys and values."""
+    def _given(self, tokens_BFPV: Tensor, frame_valid_BF: Tensor | None) -> BridgeInput:
+        """Clips as the bridge takes them."""
         is_frame_BF = None if frame_valid_BF is None else frame_valid_BF.to(self._device)
-        seen = self.stage1.perceive(tokens_BFPV.to(self._device).float(), is_frame_BF)
-        return seen, self.stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
+        return BridgeInput(tokens_BFPV.to(self._device).float(), is_frame_BF)
+
+    def _text(self, captions: Sequence[str]) -> BridgeText:
+        ids_BT, mask_BT, _ = self.tokenizer.encode(captions)
+        return BridgeText(ids_BT.to(self._device), mask_BT.to(self._device))
 
     @property
     def _device(self) -> torch.device:
@@ -130,12 +131,12 @@ class Captioner:
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
-            instructions: As for `answer`.
+            instructions: One instruction an image, or None; see `answer`.
             frame_valid: [B, F], False at frames that only repeat others; None: none does.
             audio: The clips' sound, for a bridge that reads it; None: they have none.
 
         Raises:
-            ValueError: As `answer`.
+            ValueError: If the features are not finite, or instructions and images differ in number.
         """
         tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
         return self.soft_prompts_of_tokens(tokens_BFPV, instructions, frame_valid=frame_valid, audio=audio)
@@ -149,17 +150,18 @@ class Captioner:
         frame_valid: Tensor | None = None,
         audio: Waveforms | None = None,
     ) -> list[Tensor]:
-        """As `soft_prompts`, of what the encoder has seen already."""
-        prompts, device = self.prompts(instructions, len(tokens_BFPV)), self._device
-        is_frame_BF, sound = None if frame_valid is None else frame_valid.to(device), self.sound(audio, device)
-        inputs = [tokens_BFPV.to(device)]
-        if self.tokenizer is not None:
-            inputs += [tensor.to(device) for tensor in self.tokenizer.encode(prompts)[:2]]
-        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF, sound=sound)
-        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, sound, prompts_BNL)
-        if is_prompt_BN is None:
-            return list(prompts_BNL)
-        return [rows_NL[is_read_N] for rows_NL, is_read_N in zip(prompts_BNL, is_prompt_BN, strict=True)]
+        """`soft_prompts` of the encoder's tokens."""
+        prompts = self.prompts(instructions, len(tokens_BFPV))
+        return self.read(tokens_BFPV, prompts, frame_valid, self.encode_audio(audio, self._device)).rows()
+
+    @torch.no_grad()
+    def read(
+        self, tokens_BFPV: Tensor, prompts: Sequence[str], frame_valid: Tensor | None, sound: Sound | None
+    ) -> SoftPrompts:
+        """Soft prompts and their masks, of the encoder's tokens and one prompt each."""
+        text, _ = encode_instructions(self.tokenizer, prompts, self._device)
+        is_frame_BF = None if frame_valid is None else frame_valid.to(self._device)
+        return self.stage2(tokens_BFPV.to(self._device), text, is_frame_BF, sound)
 
     @property
     def _device(self) -> torch.device:
@@ -176,8 +178,8 @@ class Captioner:
             raise ValueError(f"{len(prompts)} instructions for {images} images; give one each")
         return prompts
 
-    def sound(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
-        """What the frozen audio encoder hears, on `device`."""
+    def encode_audio(self, audio: Waveforms | None, device: torch.device) -> Sound | None:
+        """Output of the frozen audio encoder, on `device`."""
         if audio is None:
             return None
         if self.audio_encoder is None:
@@ -202,8 +204,8 @@ class Captioner:
             instructions: An instruction-aware Q-Former reads them too; cut as in training (see `num_truncated`). None,
                 or "" among them, takes the prompt of training.
             settings: Greedy by default.
-            frame_valid: As for `soft_prompts`.
-            audio: As for `soft_prompts`.
+            frame_valid: Mask of real frames; see `soft_prompts`.
+            audio: Sound of the clips; see `soft_prompts`.
 
         Raises:
             ValueError: If the encoder's features are not finite, or instructions and images differ in number.
@@ -226,7 +228,7 @@ def load_retriever(folder: Path, device: str = "cpu") -> Retriever:
         UserError: If the folder is no stage-1 checkpoint, or its encoder cannot be loaded.
     """
     info = _info_of_stage(folder, 1, "retrieval")
-    stage1 = Stage1(info.qformer, video=info.video)
+    stage1 = Stage1(info.qformer, bridge=info.bridge)
     load_weights(stage1, folder)
     return Retriever(info, _encoder(info).to(device), stage1.to(device), load_tokenizer(folder, info))
 
@@ -238,16 +240,16 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
         UserError: If the folder is no stage-2 checkpoint, or a backbone cannot be loaded.
     """
     info = _info_of_stage(folder, 2, "captions")
-    model, words = load_language(cast(str, info.language))
+    model, words = load_language(cast(LanguageSpec, info.language))
     if info.answer_end_id is not None:
         cast(Any, model).generation_config.eos_token_id = info.answer_end_id
     language = build_language_model(model, words, info.max_text_tokens)
     lora = Lora(language.model, info.lora) if info.lora else None
-    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, video=info.video, audio=info.audio_branch)
+    stage2 = Stage2(info.qformer, language_width=language.width, lora=lora, bridge=info.bridge, audio=info.audio_branch)
     load_weights(stage2, folder)
     tokenizer = load_tokenizer(folder, info) if info.qformer.has_text_branch else None
-    encoder, ears = _encoder(info).to(device), load_ears(info, device)
-    return Captioner(info, encoder, stage2.to(device), language.to(device), tokenizer, ears)
+    encoder, audio_encoder = _encoder(info).to(device), load_audio_encoder(info, device)
+    return Captioner(info, encoder, stage2.to(device), language.to(device), tokenizer, audio_encoder)
 
 
 def _info_of_stage(folder: Path, stage: int, purpose: str) -> BridgeInfo:
@@ -262,7 +264,7 @@ def load_tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
     return load_text_tokenizer(str(folder / TOKENIZER_FOLDER), info.max_text_tokens, info.qformer.vocab_size)
 
 
-def load_ears(info: BridgeInfo, device: str) -> AudioEncoder | None:
+def load_audio_encoder(info: BridgeInfo, device: str) -> AudioEncoder | None:
     """Load the frozen encoder of sound; None for a bridge that does not hear.
 
     Raises:
@@ -270,28 +272,26 @@ def load_ears(info: BridgeInfo, device: str) -> AudioEncoder | None:
     """
     if info.audio is None or info.audio_branch is None:
         return None
-    if info.audio == KEPT_AUDIO:
+    if info.audio.is_cached:
         raise UserError(
-            f"the bridge was trained with model.audio={KEPT_AUDIO}: it hears vectors of a feature cache, and nothing "
-            "here makes them of a file's sound; train with model.audio set to an audio encoder, or without sound"
+            f"the bridge was trained with model.audio={info.audio.name}: it reads vectors of a feature cache, and "
+            "nothing here makes them from a file; train with model.audio set to an audio encoder, or without sound"
         )
-    ears = load_audio(info.audio, pretrained=info.audio_pretrained)
+    encoder = load_audio(info.audio)
     width, rate_hz = info.audio_branch.encoder_width, info.audio_sampling["sample_rate_hz"]
-    if (ears.width, ears.sample_rate_hz) != (width, rate_hz):
+    if (encoder.width, encoder.sample_rate_hz) != (width, rate_hz):
         raise UserError(
-            f"encoder of sound {info.audio!r} is {ears.width} wide and hears {ears.sample_rate_hz} Hz, the bridge "
-            f"{width} and {rate_hz} Hz; it is another model than in training"
+            f"audio encoder {info.audio.name!r} is {encoder.width} wide and takes {encoder.sample_rate_hz} Hz, the "
+            f"bridge {width} and {rate_hz} Hz; it is another model than in training"
         )
-    return ears.to(device)
+    return encoder.to(device)
 
 
 def _encoder(info: BridgeInfo) -> VisionEncoder:
-    encoder = load_vision(
-        info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer, image_size=info.vision_image_size
-    )
+    encoder = load_vision(info.vision)
     if encoder.width != info.qformer.encoder_width:
         raise UserError(
-            f"encoder {info.vision!r} is {encoder.width} wide, the bridge {info.qformer.encoder_width}; it is another "
-            "model than in training"
+            f"encoder {info.vision.name!r} is {encoder.width} wide, the bridge {info.qformer.encoder_width}; it is "
+            "another model than in training"
         )
     return encoder

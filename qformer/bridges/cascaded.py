@@ -61,7 +61,7 @@ class Cascaded(QFormerBridge):
     """All frames' query outputs, with the position of their frame, as one sequence in time order.
 
     Args:
-        config: Of this bridge.
+        config: Config of this bridge.
         qformer: Shapes of the frames' Q-Former, which reads no text.
     """
 
@@ -75,8 +75,10 @@ class Cascaded(QFormerBridge):
         """The Q-Former of the frames."""
         return self.frames.qformer
 
-    def frozen_parts(self) -> Mapping[str, nn.Module]:
-        """The Q-Former of the frames, unless it is trained too."""
+    def frozen_parts(self, *, is_whole: bool) -> Mapping[str, nn.Module]:
+        """The second Q-Former where nothing is trained, else the one of the frames, unless it is trained too."""
+        if is_whole:
+            return {"qformer": self.qformer}
         return {"qformer": self.frames.qformer} if self.frames.is_frozen else {}
 
     def start_from(self, weights: Mapping[str, Tensor], source: BaseBridgeConfig) -> WeightStart | None:

@@ -4,8 +4,10 @@ Dimensions: B batch, F frames, P image tokens, V encoder width, Q queries, D hid
 texts a clip.
 """
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qformer.attention import KeyValue
 from qformer.bridges.config import BaseBridgeConfig
@@ -20,7 +22,7 @@ class QFormerBridge(TextBridge):
     """Queries of one Q-Former read every frame by itself, or what a subclass makes of all frames.
 
     Args:
-        config: Of this bridge.
+        config: Config of this bridge.
         qformer: Shapes of the Q-Former of one image, and of its text branch if any.
         reader: Shapes of the Q-Former whose outputs are read; None: the same.
     """
@@ -39,6 +41,10 @@ class QFormerBridge(TextBridge):
     def image_qformer(self) -> QFormer | None:
         """The Q-Former itself, where it reads the encoder's tokens."""
         return self.qformer
+
+    def frozen_parts(self, *, is_whole: bool) -> Mapping[str, nn.Module]:
+        """The Q-Former whose outputs are read, where nothing of the bridge is trained."""
+        return {"qformer": self.qformer} if is_whole else {}
 
     def freeze_unread_text(self) -> None:
         """Freeze the last layer's feed-forward of text, whose outputs nothing reads."""

@@ -1,6 +1,7 @@
 """A bridge with the heads of a stage: what one stage trains."""
 
 import itertools
+from typing import Self
 
 from torch import nn
 
@@ -45,7 +46,7 @@ class StageModel(nn.Module):
             raise ValueError(f"{type(self.bridge).__name__}.{name} has the name of a stage's head; rename it")
         self.add_module(name, head)
 
-    def train(self, mode: bool = True) -> "StageModel":
+    def train(self, mode: bool = True) -> Self:
         """Switch dropout; a bridge may keep frozen parts in eval mode."""
         super().train(mode)
         self.bridge.train(mode)

@@ -7,7 +7,7 @@ Reference: BLIP-2 (arXiv:2301.12597), section 3.3; InstructBLIP (arXiv:2305.0650
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,8 @@ class Stage2(StageModel):
         if audio is not None:
             audio.check(bridge, config)
         self.audio_config = audio
-        is_beside = audio is not None and not audio.is_joint
-        self.audio = AudioBranch(config, audio, language_width) if audio and is_beside else None
+        is_separate = audio is not None and not audio.is_joint
+        self.audio = AudioBranch(config, audio, language_width) if audio and is_separate else None
         if trains_audio_alone and self.audio is None:
             raise ValueError("trains_alone=true without a branch beside the frames; set model.audio, not is_joint")
         self.lora = lora
@@ -115,7 +115,7 @@ class Stage2(StageModel):
         if trains_audio_alone:
             self.language_projection.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Stage2":
+    def train(self, mode: bool = True) -> Self:
         """Switch dropout; a frozen bridge stays in eval mode."""
         super().train(mode)
         if self.freeze_qformer:

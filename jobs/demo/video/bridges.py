@@ -1,15 +1,22 @@
 """The bridges that the video demo compares, and their training settings."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jobs.demo.settings import DemoSettings
+from jobs.demo.settings import ClipQuerySettings, DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
 from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
-from jobs.settings.jobs import TrainSettings
-from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
+from pipelines.training.run.model_choice import AudioBranchOptions
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.mean import MeanConfig
+from qformer.bridges.spatio_temporal import SpatioTemporalConfig
+from qformer.bridges.table import BridgeConfig
+from qformer.config import AudioSpec, LanguageSpec, QFormerSizes, VisionSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
@@ -22,33 +29,46 @@ class DemoBridge:
     name: str
     """Name of its step and run folder."""
     title: str
-    temporal: Literal["mean", "cascaded", "spatio_temporal"]
+    kind: Literal["mean", "cascaded", "spatio_temporal"]
     init_step: str
-    """Step whose checkpoint initialises it."""
+    """Step whose checkpoint it starts from."""
     reads_sound: bool = False
     reads_order: bool = True
 
 
 BRIDGES = (
-    DemoBridge(name="clip_mean", title="mean pooling", temporal="mean", init_step="stage2", reads_order=False),
-    DemoBridge(name="clip_cascaded", title="cascaded", temporal="cascaded", init_step="stage2"),
-    DemoBridge(name="clip_spatio_temporal", title="spatio-temporal", temporal="spatio_temporal", init_step="stage2"),
+    DemoBridge(name="clip_mean", title="mean pooling", kind="mean", init_step="stage2", reads_order=False),
+    DemoBridge(name="clip_cascaded", title="cascaded", kind="cascaded", init_step="stage2"),
+    DemoBridge(name="clip_spatio_temporal", title="spatio-temporal", kind="spatio_temporal", init_step="stage2"),
     DemoBridge(
         name="clip_cascaded_sound",
         title="cascaded with sound",
-        temporal="cascaded",
+        kind="cascaded",
         init_step="clip_cascaded",
         reads_sound=True,
     ),
     DemoBridge(
         name="clip_spatio_temporal_sound",
         title="spatio-temporal with sound",
-        temporal="spatio_temporal",
+        kind="spatio_temporal",
         init_step="clip_spatio_temporal",
         reads_sound=True,
     ),
 )
 """Bridges with sound start from those without, as in Video-LLaMA; here both branches then train together."""
+
+
+def _config(bridge: DemoBridge, queries: ClipQuerySettings) -> BridgeConfig:
+    """Kind and sizes of a bridge."""
+    match bridge.kind:
+        case "mean":
+            return MeanConfig()
+        case "cascaded":
+            return CascadedConfig(max_frames=NUM_FRAMES, num_queries=queries.cascaded)
+        case "spatio_temporal":
+            return SpatioTemporalConfig(
+                max_frames=NUM_FRAMES, num_spatial_queries=queries.spatial, num_temporal_queries=queries.temporal
+            )
 
 
 def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> TrainSettings:
@@ -67,18 +87,12 @@ def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> 
         stage=2,
         init_from=str(output / bridge.init_step),
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            audio=str(MODELS / "audio") if bridge.reads_sound else None,
-            audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
-            language=str(MODELS / "clip_language"),
-            temporal=bridge.temporal,
-            video=VideoSettings(
-                max_frames=NUM_FRAMES,
-                num_queries=queries.cascaded,
-                num_spatial_queries=queries.spatial,
-                num_temporal_queries=queries.temporal,
-            ),
-            qformer=QFormerSettings(**demo.qformer.model_dump()),
+            vision=VisionSpec(str(MODELS / "vision")),
+            audio=AudioSpec(str(MODELS / "audio")) if bridge.reads_sound else None,
+            audio_branch=AudioBranchOptions(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
+            language=LanguageSpec(str(MODELS / "clip_language")),
+            bridge=_config(bridge, queries),
+            qformer=QFormerSizes(**dataclasses.asdict(demo.qformer)),
         ),
         data=TrainDataSettings(
             manifest=str(output / "clip_data" / "manifest.parquet"),

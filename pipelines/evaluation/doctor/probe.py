@@ -72,7 +72,7 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
     """
     stage1, generator = retriever.stage1, torch.Generator().manual_seed(seed)
     sums = _Sums()
-    num_queries = stage1.qformer.config.num_queries
+    num_queries = 0
     is_picked: list[Tensor] = []
     chances: list[Tensor] = []
     best: set[int] = set()
@@ -80,10 +80,9 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
         device = stage1.temperature.device
         tokens_BFPV = retriever.encoder.features(batch.pixels_BFCYX.to(device))
         is_frame_BF = batch.frame_valid_BF.to(device)
-        seen = stage1.perceive(tokens_BFPV, is_frame_BF)
-        frames, image = seen.tokens_BFPV.shape[1], stage1.qformer.image_key_values(seen.tokens_BFPV.flatten(0, 1))
-        hidden_GQD = stage1.qformer.forward_queries(image, seen.is_token).hidden_BQD
-        queries_BNE = stage1.embed_queries(hidden_GQD, frames, seen.is_frame_BF)
+        image = retriever.encode_tokens(tokens_BFPV, is_frame_BF)
+        passes, queries_BNE = image.reading.passes, image.queries_BNE
+        num_queries = passes.hidden_GQD.shape[1]
         text_BE = retriever.embed_text(batch.captions)
         scores_BB = similarity(queries_BNE, text_BE)  # image by text
         is_positive_BB = ~batch.may_swap_BB.T.to(device)
@@ -102,8 +101,8 @@ def probe_retriever(retriever: Retriever, batches: Iterable[PairBatch], seed: in
                 retriever.match(tokens_BFPV[index_K], texts, is_frame_BF[index_K]) for index_K in (text_K, other_K)
             )
             sums.add("itm", true_K, permuted_K)
-            hidden_BFQD = hidden_GQD.unflatten(0, (-1, frames))
-            sums.queries.add(hidden_BFQD[text_K].flatten(0, 1), hidden_BFQD[other_K].flatten(0, 1))
+            hidden_BFQD = passes.hidden_GQD.unflatten(0, (len(queries_BNE), -1))
+            sums.queries.add(*_both_real(hidden_BFQD, passes.frame_mask, text_K, other_K))
     return ModelFigures(
         measures=sums.compare(lower_is_better=False),
         picked=float(torch.cat(is_picked).mean()) if is_picked else None,
@@ -136,21 +135,18 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
         prompts = [batch.instructions[text] or info.prompt for text in text_K.tolist()]
         answers = language.tokenize(prompts, captions, max_tokens=info.max_text_tokens)
         sums.num_truncated += answers.num_truncated
-        instruction: list[Tensor] = []
-        if captioner.tokenizer is not None:
-            instruction = [tensor.to(device) for tensor in captioner.tokenizer.encode(prompts)[:2]]
         tokens_BFPV = captioner.encoder.features(batch.pixels_BFCYX.to(device))
         answers, is_frame_BF = answers.to(device), batch.frame_valid_BF.to(device)
-        heard = captioner.sound(batch.audio, device)
-        prefixes, losses = [], []
+        sound = captioner.encode_audio(batch.audio, device)
+        outputs, masks, losses = [], [], []
         for index_K in (text_K, other_K):
-            sound = heard and Sound(*(tensor[index_K] for tensor in heard))
-            prefix_KNL = stage2(tokens_BFPV[index_K], *instruction, is_frame_BF=is_frame_BF[index_K], sound=sound)
-            is_prefix_KN = stage2.is_prompt(is_frame_BF[index_K], sound, prefix_KNL)
-            losses.append(answer_losses(language, prefix_KNL, answers, is_prefix_KN))
-            prefixes.append(prefix_KNL)
+            of_these = sound and Sound(*(tensor[index_K] for tensor in sound))
+            read = captioner.read(tokens_BFPV[index_K], prompts, is_frame_BF[index_K], of_these)
+            losses.append(answer_losses(language, read.prompts_BNL, answers, read.is_prompt_BN))
+            outputs.append(stage2.query_outputs(read))
+            masks.append(read.is_output_BS)
         sums.add("lm", *losses)
-        sums.queries.add(*(stage2.query_outputs(prefix_KNL) for prefix_KNL in prefixes))
+        sums.queries.add(*_where_both(*outputs, *masks))
     return ModelFigures(
         measures=sums.compare(lower_is_better=True, least_gain=USED_GAIN_NATS),
         picked=None,
@@ -160,6 +156,24 @@ def probe_captioner(captioner: Captioner, batches: Iterable[PairBatch], seed: in
         num_texts=sums.num_texts,
         num_truncated=sums.num_truncated,
     )
+
+
+def _both_real(
+    hidden_BFQD: Tensor, is_frame_BF: Tensor | None, text_K: Tensor, other_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query outputs of the frames that are real in both of two clips, [G, Q, D] each."""
+    masks = (None, None) if is_frame_BF is None else (is_frame_BF[text_K], is_frame_BF[other_K])
+    return _where_both(hidden_BFQD[text_K].flatten(0, 1), hidden_BFQD[other_K].flatten(0, 1), *masks)
+
+
+def _where_both(
+    own_GQD: Tensor, other_GQD: Tensor, is_own_BS: Tensor | None, is_other_BS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sets of query outputs that are read on both sides."""
+    if is_own_BS is None or is_other_BS is None:
+        return own_GQD, other_GQD
+    is_both_G = (is_own_BS & is_other_BS).flatten()
+    return own_GQD[is_both_G], other_GQD[is_both_G]
 
 
 def _negative_images(batch: PairBatch, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:

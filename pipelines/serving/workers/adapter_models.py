@@ -3,10 +3,10 @@
 B batch, F frames, P image tokens, V encoder width, N rows (F * Q queries), L language-model width, E embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.data.storage.local_copies import local_folder
-from pipelines.inference.models import Retriever, load_ears, load_tokenizer
+from pipelines.inference.models import Retriever, load_audio_encoder, load_tokenizer
+from pipelines.serving.contract.adapters import SharedEncoder
 from pipelines.serving.contract.errors import Refusal
 from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from qformer.audio import AudioEncoder
@@ -23,47 +24,40 @@ from qformer.bridges.audio_branch import Sound
 from qformer.conversion.checkpoint import load_weights, read_info, read_weights
 from qformer.errors import UserError
 from qformer.objectives.stage1 import Stage1
-from qformer.objectives.stage2 import Stage2
+from qformer.objectives.stage2 import Stage2, encode_instructions
 from qformer.text import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Writer:
+class PromptAdapter:
     """A stage-2 adapter: image tokens, and sound, to soft prompts."""
 
     stage2: Stage2
     tokenizer: TextTokenizer | None
-    """Of an instruction-aware Q-Former."""
-    ears: AudioEncoder | None
-    """Frozen, of a bridge that hears."""
+    """Text tokenizer of an instruction-aware Q-Former."""
+    audio_encoder: AudioEncoder | None
+    """Frozen; for a bridge that reads sound."""
 
     @torch.inference_mode()
     def soft_prompts(
         self, tokens_BFPV: Tensor, is_frame_BF: Tensor, clips: Sequence[DecodedMedia], instructions: Sequence[str]
     ) -> list[NDArray[np.float32]]:
         """Soft prompts [N, L] of each image or clip, as `Captioner.soft_prompts` gives them."""
-        inputs = [tokens_BFPV]
-        if self.tokenizer is not None:
-            inputs += [tensor.to(tokens_BFPV.device) for tensor in self.tokenizer.encode(instructions)[:2]]
-        sound = self._sound(clips, tokens_BFPV.device)
-        prompts_BNL = self.stage2(*inputs, is_frame_BF=is_frame_BF, sound=sound)
-        is_prompt_BN = self.stage2.is_prompt(is_frame_BF, sound, prompts_BNL)
-        rows = list(prompts_BNL.float())
-        if is_prompt_BN is not None:
-            rows = [rows_NL[is_read_N] for rows_NL, is_read_N in zip(rows, is_prompt_BN, strict=True)]
-        return [rows_NL.cpu().numpy() for rows_NL in rows]
+        text, _ = encode_instructions(self.tokenizer, instructions, tokens_BFPV.device)
+        prompts = self.stage2(tokens_BFPV, text, is_frame_BF, self._encode_audio(clips, tokens_BFPV.device))
+        return [prompts_NL.float().cpu().numpy() for prompts_NL in prompts.rows()]
 
-    def _sound(self, clips: Sequence[DecodedMedia], device: torch.device) -> Sound | None:
-        if self.ears is None:
+    def _encode_audio(self, clips: Sequence[DecodedMedia], device: torch.device) -> Sound | None:
+        if self.audio_encoder is None:
             return None
         waveforms_BAW = torch.from_numpy(np.stack([clip.waveforms for clip in clips if clip.waveforms is not None]))
         is_segment_BA = torch.from_numpy(np.stack([clip.audio_valid for clip in clips if clip.audio_valid is not None]))
         is_segment_BA = is_segment_BA.to(device)
-        return Sound(self.ears.features(waveforms_BAW.to(device), is_segment_BA), is_segment_BA)
+        return Sound(self.audio_encoder.features(waveforms_BAW.to(device), is_segment_BA), is_segment_BA)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Matcher:
+class RetrievalAdapter:
     """A stage-1 adapter: embeddings and match scores."""
 
     retriever: Retriever
@@ -100,26 +94,22 @@ class Matcher:
         return [MatchScore(probability=probability, similarity=similarity) for probability, similarity in scores]
 
 
-def load_backbone(source: Mapping[str, Any], device: str) -> VisionEncoder:
-    """The frozen encoder of all adapters (`Adapter.encoder`).
+def load_backbone(source: SharedEncoder, device: str) -> VisionEncoder:
+    """The frozen encoder of all adapters.
 
     Raises:
         UserError: If it cannot be loaded, or is another model than in training.
     """
-    name = source["vision"]
-    encoder = load_vision(
-        str(local_folder(name)) if "://" in name else name,
-        pretrained=source["vision_pretrained"],
-        layer=source["vision_layer"],
-        image_size=source["vision_image_size"],
-    )
-    if encoder.width != source["width"]:
-        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source['width']}; it is another model")
+    name = source.vision.name
+    local = dataclasses.replace(source.vision, name=str(local_folder(name))) if "://" in name else source.vision
+    encoder = load_vision(local)
+    if encoder.width != source.width:
+        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source.width}; it is another model")
     return encoder.to(device)
 
 
-def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | Matcher:
-    """Load a checkpoint's trainables beside an encoder that is there already.
+def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> PromptAdapter | RetrievalAdapter:
+    """Load a checkpoint's trainables onto an encoder that is already loaded.
 
     Raises:
         UserError: If the folder is no checkpoint, or a damaged one.
@@ -127,11 +117,12 @@ def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | M
     path = local_folder(folder)
     info = read_info(path)
     if info.stage == 1:
-        stage1 = Stage1(info.qformer, video=info.video)
+        stage1 = Stage1(info.qformer, bridge=info.bridge)
         load_weights(stage1, path)
-        return Matcher(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
+        return RetrievalAdapter(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
     tokenizer = load_tokenizer(path, info) if info.qformer.has_text_branch else None
-    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, ears=load_ears(info, device))
+    audio_encoder = load_audio_encoder(info, device)
+    return PromptAdapter(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, audio_encoder=audio_encoder)
 
 
 def _stage2(folder: Path) -> Stage2:
@@ -139,6 +130,6 @@ def _stage2(folder: Path) -> Stage2:
     info, weights = read_info(folder), read_weights(folder)
     own = {name: tensor for name, tensor in weights.items() if not name.startswith("lora.")}
     width = len(own["language_projection.weight"])
-    stage2 = Stage2(info.qformer, language_width=width, video=info.video, audio=info.audio_branch)
+    stage2 = Stage2(info.qformer, language_width=width, bridge=info.bridge, audio=info.audio_branch)
     stage2.load_state_dict(own)
     return stage2

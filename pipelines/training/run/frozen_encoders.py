@@ -9,22 +9,21 @@ from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.shard_encoder import EncoderChoice
 from pipelines.data.features.spec import FeatureSpec
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.frame_sampling import Sampling
 from pipelines.training.run.model_choice import ModelChoice
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import load_vision
 from qformer.bridges.audio_branch import Sound
-from qformer.bridges.config import KEPT_AUDIO
+from qformer.config import AudioSpec
 from qformer.distributed import rank
 
 
 class FrozenEncoders:
-    """What sees the pictures of a batch and hears its sound.
+    """The encoders of a batch's pictures and of its sound.
 
     Args:
         choice: Names them.
         device: Where they run.
-        dtype: Of their weights.
+        dtype: Number format of their weights.
         features: Spec of the feature cache that takes their place; None runs them.
 
     Raises:
@@ -32,11 +31,11 @@ class FrozenEncoders:
 
     Attributes:
         modules: Those that are held, by name.
-        fingerprints: Of those that only a cache tells of.
+        fingerprints: Digests of encoders that only a feature cache records.
         preprocessing: What pictures are made into for them.
-        vision_width: Of their tokens.
-        audio_width: Of the vectors of sound; None where there is no audio encoder.
-        audio_sampling: Segments of sound; None likewise.
+        vision_width: Width of the vision encoder's tokens.
+        audio_width: Width of the audio encoder's vectors; None without audio encoder.
+        audio_sampling: Segments of sound; None without audio encoder.
     """
 
     def __init__(
@@ -47,43 +46,37 @@ class FrozenEncoders:
         self.fingerprints: dict[str, str] = {}
         self.audio_width: int | None = None
         self.audio_sampling: AudioSampling | None = None
-        self._ears: AudioEncoder | None = None
+        self._audio: AudioEncoder | None = None
         if features is not None:
             self._take(choice, features)
             return
         if choice.audio is not None:
-            self._ears = self._audio_encoder(choice, choice.audio, dtype)
-        encoder = load_vision(
-            choice.vision,
-            pretrained=choice.vision_pretrained,
-            layer=choice.vision_layer,
-            dtype=dtype,
-            image_size=choice.vision_image_size,
-        ).to(device)
+            self._audio = self._audio_encoder(choice, choice.audio, dtype)
+        encoder = load_vision(choice.vision, dtype=dtype).to(device)
         self.modules["vision"] = encoder
         self.preprocessing, self.vision_width = encoder.preprocessing, encoder.width
 
-    def see(self, batch: SampleBatch) -> Tensor:
+    def encode(self, batch: SampleBatch) -> Tensor:
         """Tokens_BFPV of a batch of pixels, or of tokens that a cache kept; fp32 on the device."""
         images = torch.from_numpy(batch.images).to(self._device, non_blocking=True)
         encoder = self.modules.get("vision")
         return cast(Tensor, images if encoder is None else encoder(images)).float()
 
-    def hear(self, batch: SampleBatch) -> Sound | None:
+    def encode_audio(self, batch: SampleBatch) -> Sound | None:
         """Vectors of a batch's sound, or those that a cache kept; None where none was asked for."""
         if self.audio_width is None or batch.audio is None or batch.audio_valid is None:
             return None
         audio, is_segment_BA = torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid)
-        ears = self._ears
-        audio_BAV = audio.float() if ears is None else ears.features(audio, is_segment_BA, batch.sample_ids)
+        encoder = self._audio
+        audio_BAV = audio.float() if encoder is None else encoder.features(audio, is_segment_BA, batch.sample_ids)
         return Sound(audio_BAV.to(self._device), is_segment_BA.to(self._device))
 
-    def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
-        ears = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
-        sampling = AudioSampling(sample_rate_hz=ears.sample_rate_hz, **choice.segments)
-        ears.require_fit(sampling.segment_samples)
-        self.modules["audio"], self.audio_width, self.audio_sampling = ears, ears.width, sampling
-        return ears
+    def _audio_encoder(self, choice: ModelChoice, spec: AudioSpec, dtype: torch.dtype) -> AudioEncoder:
+        encoder = load_audio(spec, dtype=dtype).to(self._device)
+        sampling = choice.segments.at(encoder.sample_rate_hz)
+        encoder.require_fit(sampling.segment_samples)
+        self.modules["audio"], self.audio_width, self.audio_sampling = encoder, encoder.width, sampling
+        return encoder
 
     def _take(self, choice: ModelChoice, features: FeatureSpec) -> None:
         features = features if choice.audio else features.without_audio()
@@ -98,18 +91,14 @@ class FrozenEncoders:
 def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
     if rank() != 0:  # once is enough: the encoder may be large
         return
-    is_kept = choice.audio == KEPT_AUDIO
+    is_cached = choice.audio is not None and choice.audio.is_cached
     encoder = EncoderChoice(
         vision=choice.vision,
-        pretrained=choice.vision_pretrained,
-        layer=choice.vision_layer,
         precision=features.precision,
         num_frames=choice.num_frames,
-        sampling=Sampling.from_dict(choice.sampling),
+        sampling=choice.sampling,
         dtype=features.dtype,
-        image_size=choice.vision_image_size,
-        audio=None if is_kept else choice.audio,
-        audio_pretrained=choice.audio_pretrained,
-        **choice.segments,
+        audio=None if is_cached else choice.audio,
+        segments=choice.segments,
     )
-    encoder.load()[1].require_same(features.without_audio() if is_kept else features)
+    encoder.load()[1].require_same(features.without_audio() if is_cached else features)

@@ -19,7 +19,6 @@ from pipelines.training.step.precision import DTYPES, Precision, PrecisionName
 from pipelines.training.step.stages import Encode, GenerationStage, RepresentationStage
 from qformer.adapters.lora import Lora
 from qformer.backbones import load_language, weights_fingerprint
-from qformer.bridges.cascaded import CascadedFrames
 from qformer.config import QFormerConfig
 from qformer.conversion.bert import start_from_bert
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo
@@ -52,7 +51,7 @@ class TrainingRun:
         choice: What to build.
         device: Where.
         precision: "bf16" and "fp16" keep frozen weights in that; trainables are always fp32.
-        seed: Of the trainables' initial weights.
+        seed: Seed of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
         init_from: Run or checkpoint that starts this one: of stage 1, or for stage 2 of either; None starts from fresh
             weights, or from the BERT that `choice` names.
@@ -80,9 +79,10 @@ class TrainingRun:
         self.encoders = encoders = FrozenEncoders(choice, device, frozen_dtype, features)
         self.frozen, self.fingerprints = dict(encoders.modules), dict(encoders.fingerprints)
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
-        self.encode, self._hear = EncodeTimer(encoders.see, device), encoders.hear
+        self.encode, self._encode_audio = EncodeTimer(encoders.encode, device), encoders.encode_audio
         self.audio_sampling = encoders.audio_sampling
-        self.video, self.audio_branch = choice.video_config(), choice.audio_config(encoders.audio_width)
+        width = encoders.audio_width
+        self.audio_branch = None if width is None else choice.audio_branch.config(width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
@@ -119,20 +119,16 @@ class TrainingRun:
             stage=choice.stage,
             step=step,
             vision=choice.vision,
-            vision_pretrained=choice.vision_pretrained,
-            vision_layer=choice.vision_layer,
             language=choice.language if choice.stage == 2 else None,
             qformer=self.config,
             preprocessing=self.preprocessing,
             num_frames=choice.num_frames,
-            sampling=choice.sampling,
+            sampling=choice.sampling.to_dict(),
             max_text_tokens=choice.max_text_tokens,
             prompt=choice.prompt,
-            vision_image_size=choice.vision_image_size,
             lora=choice.lora,
-            video=self.video,
+            bridge=choice.bridge,
             audio=choice.audio,
-            audio_pretrained=choice.audio_pretrained,
             audio_branch=self.audio_branch,
             audio_sampling={} if self.audio_sampling is None else dataclasses.asdict(self.audio_sampling),
         )
@@ -148,7 +144,7 @@ class TrainingRun:
             order=training.order,
             raw_weights=raw if ema else None,
             log_variances=None if log_variances is None else copy_to_cpu(log_variances),
-            frozen={name: digest for name, digest in self.fingerprints.items() if name != "qformer"},
+            frozen={name: digest for name, digest in self.fingerprints.items() if name not in self._own_parts},
             workers=world_size(),
             loss_scale=copy_to_cpu(training.precision.state()),
         )
@@ -187,8 +183,7 @@ class TrainingRun:
         for group, settings in zip(training.optimizer.param_groups, own, strict=True):
             group.update(settings)  # they may change in mid-run, as the learning rate may
         training.precision.restore(state.loss_scale)
-        if "qformer" in self.frozen:
-            self.fingerprints["qformer"] = weights_fingerprint(self.frozen["qformer"])
+        self.fingerprints |= {name: weights_fingerprint(part) for name, part in self._own_parts.items()}
         self._untrained = self._untrained_fingerprint()
         return state
 
@@ -214,7 +209,7 @@ class TrainingRun:
             require_stage1(folder)  # before its tokenizer, which stage 2 may lack
         self.tokenizer = self._tokenizer(folder)
         self.config = self._config(self.tokenizer.vocab_size, has_lm_head=True)
-        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction, video=self.video)
+        stage1 = Stage1(self.config, lavis_reduction=self.choice.lavis_reduction, bridge=self.choice.bridge)
         self._start(stage1)
         if folder is not None:
             allow = self.choice.init_mismatch == "reinitialise"
@@ -245,9 +240,9 @@ class TrainingRun:
                 language_width=language.width,
                 freeze_qformer=choice.freeze_qformer,
                 lora=lora,
-                video=self.video,
+                bridge=choice.bridge,
                 audio=self.audio_branch,
-                trains_audio_alone=choice.trains_audio_alone,
+                trains_audio_alone=choice.audio_branch.trains_alone,
             )
         except ValueError as error:
             raise UserError(f"model.audio_branch: {error}") from error
@@ -258,7 +253,7 @@ class TrainingRun:
             )
             self.load_report = f"{report}; {self.load_report}" if choice.qformer_init else str(report)
         stage2 = stage2.to(device)
-        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.trains_audio_alone)
+        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.audio_branch.trains_alone)
         return GenerationStage(
             encode,
             stage2,
@@ -267,15 +262,13 @@ class TrainingRun:
             prompt=choice.prompt,
             max_tokens=choice.max_text_tokens,
             micro_batch=self._micro_batch,
-            hear=self._hear,
+            encode_audio=self._encode_audio,
         )
 
-    def _hold_frozen(self, bridge: Stage1 | Stage2, *, is_whole: bool) -> None:
+    def _hold_frozen(self, model: Stage1 | Stage2, *, is_whole: bool) -> None:
         """See to it that a Q-Former which this run does not train stays as it is."""
-        if is_whole:
-            self.frozen["qformer"] = bridge.qformer
-        elif isinstance(bridge.frames, CascadedFrames) and bridge.frames.is_frozen:
-            self.frozen["qformer"] = bridge.frames.qformer
+        self._own_parts = dict(model.bridge.frozen_parts(is_whole=is_whole))
+        self.frozen |= self._own_parts
 
     def _tokenizer(self, folder: Path | None) -> TextTokenizer:
         """That of the checkpoint to start from: its text branch knows no other's words."""
@@ -283,21 +276,17 @@ class TrainingRun:
         name = self.choice.tokenizer if own is None or not own.is_dir() else str(own)
         return load_text_tokenizer(name, self.choice.max_text_tokens)
 
-    def _start(self, bridge: Stage1 | Stage2) -> None:
+    def _start(self, model: Stage1 | Stage2) -> None:
         """Start from a BERT where the settings name one."""
         if self.choice.qformer_init is not None:
             allow = self.choice.init_mismatch == "reinitialise"
-            qformer = bridge.frames.reader_of_encoder(bridge.qformer)
+            if (qformer := model.bridge.image_qformer) is None:
+                kind = self.choice.bridge.kind
+                raise UserError(f"model.qformer_init: a BERT starts no bridge of kind={kind}; leave it out")
             self.load_report = str(start_from_bert(qformer, self.choice.qformer_init, allow_mismatch=allow))
 
     def _config(self, vocab_size: int, *, has_lm_head: bool) -> QFormerConfig:
-        choice = self.choice
-        try:
-            return QFormerConfig(
-                encoder_width=self.encoder_width,
-                vocab_size=vocab_size,
-                has_lm_head=has_lm_head,
-                **{"max_positions": max(512, choice.max_text_tokens), **choice.qformer},
-            )
-        except ValueError as error:
-            raise UserError(f"model.qformer: {error}") from error
+        width = self.encoder_width
+        return QFormerConfig.of(
+            self.choice.qformer, encoder_width=width, vocab_size=vocab_size, has_lm_head=has_lm_head
+        )

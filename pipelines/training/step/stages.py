@@ -5,7 +5,7 @@ Dimensions: B local batch, F frames, T text tokens, G frames of several samples,
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,16 +20,15 @@ from pipelines.training.step.precision import Precision
 from qformer.analysis.queries import diversity_loss, mean_cosine
 from qformer.backbones import require_finite
 from qformer.bridges.audio_branch import Sound
+from qformer.bridges.protocol import BridgeText
 from qformer.distributed import any_text, gather, mean_over_ranks, world_size
 from qformer.errors import NotFiniteError, UserError
 from qformer.language import IGNORED, LanguageModel
 from qformer.objectives.gradient_cache import cached_losses
+from qformer.objectives.losses import DIVERSITY
 from qformer.objectives.stage1 import Stage1, Stage1Batch
-from qformer.objectives.stage2 import Stage2
+from qformer.objectives.stage2 import SoftPrompts, Stage2, encode_instructions
 from qformer.text import TextTokenizer
-
-DIVERSITY = "diversity"
-"""Term of every stage: mean squared cosine between an image's query outputs."""
 
 
 class Outcome(NamedTuple):
@@ -68,14 +67,14 @@ class Stage(Protocol):
             batch: This rank's share of the step.
             noise_key: Keys the step's randomness; the same on every rank.
             objective: Weighs the terms.
-            precision: Of the forward computations.
+            precision: Number format of the forward computations.
         """
 
 
 Encode = Callable[[SampleBatch], Tensor]
 """A batch to the frozen encoder's tokens_BFPV, fp32 on the training device: run now, or read from a feature cache."""
-Hear = Callable[[SampleBatch], Sound | None]
-"""A batch to what the frozen audio encoder hears of it, likewise; None where no sound was asked for."""
+EncodeAudio = Callable[[SampleBatch], Sound | None]
+"""A batch to the frozen audio encoder's vectors, run now or read from a cache; None where no sound was asked for."""
 
 
 class RepresentationStage:
@@ -84,26 +83,23 @@ class RepresentationStage:
     Args:
         encode: See `Encode`.
         trainables: On the same device.
-        tokenizer: Of the Q-Former's text branch.
+        tokenizer: Tokenizer of the Q-Former's text branch.
         micro_batch: Most samples that have a graph at a time, by gradient caching; None: all.
     """
-
-    terms = ("itc", "itm", "itg", DIVERSITY)
 
     def __init__(
         self, encode: Encode, trainables: Stage1, tokenizer: TextTokenizer, micro_batch: int | None = None
     ) -> None:
         self.encode, self.tokenizer, self.micro_batch = encode, tokenizer, micro_batch
-        self.trainables, self.num_truncated = trainables, 0
+        self.trainables, self.num_truncated, self.terms = trainables, 0, trainables.term_names
 
     def backward(
         self, call: Callable[..., Any], batch: SampleBatch, noise_key: int, objective: Objective, precision: Precision
     ) -> Outcome:
         """See `Stage.backward`."""
         inputs = self._inputs(batch, precision)
-        valid_B = inputs.is_valid_B
         if self.micro_batch is not None:
-            terms, hidden_GQD = cached_losses(
+            losses = cached_losses(
                 self.trainables,
                 inputs,
                 micro_batch=self.micro_batch,
@@ -114,11 +110,8 @@ class RepresentationStage:
         else:
             with precision.autocast():
                 losses = call(inputs, noise_key=noise_key)
-            hidden_GQD = losses.hidden_GQD
-            diversity = mean_over_ranks(*diversity_loss(hidden_GQD, valid_B, losses.is_frame_BF))
-            terms = {"itc": losses.itc, "itm": losses.itm, "itg": losses.itg, DIVERSITY: diversity}
-            objective.backward(terms)
-        return _outcome(terms, hidden_GQD, valid_B, inputs.is_frame_BF)
+            objective.backward(losses.terms)
+        return _outcome(losses.terms, losses.passes.hidden_GQD, inputs.is_valid_B, losses.passes.frame_mask)
 
     def _inputs(self, batch: SampleBatch, precision: Precision) -> Stage1Batch:
         device = self.trainables.temperature.device
@@ -153,17 +146,15 @@ class GenerationStage:
         encode: See `Encode`.
         trainables: On the same device.
         language: Frozen, on the same device.
-        tokenizer: Of the Q-Former's text branch, where it reads the prompt.
+        tokenizer: Tokenizer of the Q-Former's text branch, where it reads the prompt.
         prompt: Text before every caption whose sample brings no instruction of its own.
         max_tokens: Longest prompt and longest caption.
         micro_batch: Most samples that have a graph at a time, whose gradients are added up; None: all.
-        hear: See `Hear`; where the bridge has a branch for sound.
+        encode_audio: See `EncodeAudio`; where the bridge reads sound.
 
     Raises:
         UserError: If the prompt alone is longer.
     """
-
-    terms = ("lm", DIVERSITY)
 
     def __init__(
         self,
@@ -175,10 +166,10 @@ class GenerationStage:
         prompt: str,
         max_tokens: int,
         micro_batch: int | None = None,
-        hear: Hear | None = None,
+        encode_audio: EncodeAudio | None = None,
     ) -> None:
-        self.encode, self.language, self.tokenizer, self.hear = encode, language, tokenizer, hear
-        self.trainables, self.num_truncated = trainables, 0
+        self.encode, self.language, self.tokenizer, self.encode_audio = encode, language, tokenizer, encode_audio
+        self.trainables, self.num_truncated, self.terms = trainables, 0, trainables.term_names
         self.prompt, self.max_tokens, self.micro_batch = prompt, max_tokens, micro_batch
         if language.tokenize([prompt], [""], max_tokens=max_tokens).num_truncated:
             raise UserError(f"model.prompt={prompt!r} is longer than max_text_tokens={max_tokens} tokens; raise that")
@@ -188,45 +179,69 @@ class GenerationStage:
     ) -> Outcome:
         """See `Stage.backward`."""
         device = self.trainables.language_projection.weight.device
-        prompts = [text or self.prompt for text in batch.instructions or [""] * len(batch.captions)]
-        texts = self.language.tokenize(prompts, batch.captions, max_tokens=self.max_tokens)
+        asked = [text or self.prompt for text in batch.instructions or [""] * len(batch.captions)]
+        texts = self.language.tokenize(asked, batch.captions, max_tokens=self.max_tokens)
         self.num_truncated += texts.num_truncated
         valid_B = torch.from_numpy(self._is_read(batch)).to(device)
         texts = texts.to(device).without_labels(~valid_B)
-        instruction: list[Tensor] = []
-        if self.tokenizer is not None:
-            *ids_and_mask, num_truncated = self.tokenizer.encode(prompts)
-            self.num_truncated += num_truncated
-            instruction = [tensor.to(device) for tensor in ids_and_mask]
-        share = mean_over_ranks(torch.ones((), device=device), (texts.labels_BT != IGNORED).sum())
-        share_of_row = mean_over_ranks(torch.ones((), device=device), valid_B.sum())
+        text, num_truncated = encode_instructions(self.tokenizer, asked, device)
+        self.num_truncated += num_truncated
+        one = torch.ones((), device=device)
+        share = mean_over_ranks(one, (texts.labels_BT != IGNORED).sum())
+        share_of_row = mean_over_ranks(one, valid_B.sum())
+        parts = _parts(batch, self.micro_batch)
+        shares = self._own_shares(batch, parts, text, noise_key, precision)
         sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.terms}
         hidden: list[Tensor] = []
-        for part in _parts(batch, self.micro_batch):
-            some = _rows(batch, part)
-            is_frame_BF = _is_frame(some, device)
+        masks: list[Tensor] = []
+        for part in parts:
             with precision.autocast():
-                tokens_BFPV = self._tokens(some, device)
-                with _raised_by_all_ranks(device):
-                    sound = None if self.hear is None else self.hear(some)
-                prefix_BNL = call(
-                    tokens_BFPV, *(tensor[part] for tensor in instruction), is_frame_BF=is_frame_BF, sound=sound
-                )
-                is_prompt_BN = self.trainables.is_prompt(is_frame_BF, sound, prefix_BNL)
-                total, _ = self.language.loss(prefix_BNL, texts.rows(part), is_prompt_BN)
-            outputs_GQL = self.trainables.query_outputs(prefix_BNL)
-            diversity, _ = diversity_loss(outputs_GQL, valid_B[part], _of_separate(is_frame_BF, outputs_GQL))
+                prompts = self._read(call, batch, part, text, noise_key)
+                total, _ = self.language.loss(prompts.prompts_BNL, texts.rows(part), prompts.is_prompt_BN)
+            outputs_GQL = self.trainables.query_outputs(prompts)
+            diversity, _ = diversity_loss(outputs_GQL, valid_B[part], prompts.is_output_BS)
             terms = {"lm": total * share, DIVERSITY: diversity * share_of_row}
+            terms |= {name: term.total * shares[name] for name, term in prompts.terms.items()}
             objective.backward(terms)
             sums = {name: sums[name] + value.detach() for name, value in terms.items()}
             hidden.append(outputs_GQL.detach())
-        return _outcome(sums, torch.cat(hidden), valid_B, _is_frame(batch, device))
+            masks += [] if prompts.is_output_BS is None else [prompts.is_output_BS]
+        return _outcome(sums, torch.cat(hidden), valid_B, torch.cat(masks) if masks else None)
+
+    def _read(
+        self, call: Callable[..., Any], batch: SampleBatch, part: slice, text: BridgeText | None, draw: int
+    ) -> SoftPrompts:
+        """Soft prompts of some rows."""
+        device, some = self.trainables.language_projection.weight.device, _rows(batch, part)
+        tokens_BFPV = self._tokens(some, device)
+        with _raised_by_all_ranks(device):
+            sound = None if self.encode_audio is None else self.encode_audio(some)
+        instructions = None if text is None else text.rows(part)
+        return call(tokens_BFPV, instructions, is_frame_BF=_is_frame(some, device), sound=sound, draw=draw)
+
+    @torch.no_grad()
+    def _own_shares(
+        self, batch: SampleBatch, parts: list[slice], text: BridgeText | None, draw: int, precision: Precision
+    ) -> dict[str, Tensor]:
+        """What turns the bridge's own terms, summed over some rows of this rank, into shares of means over all ranks'.
+
+        Their items are counted in a pass without gradient, for a bridge that has terms alone.
+        """
+        if not (names := self.trainables.bridge.config.term_names):
+            return {}
+        device = self.trainables.language_projection.weight.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), precision.autocast():
+            found = [self._read(self.trainables, batch, part, text, draw).terms for part in parts]
+        one = torch.ones((), device=device)
+        counts = {name: torch.stack([terms[name].num_items for terms in found]).sum() for name in names}
+        return {name: mean_over_ranks(one, count) for name, count in counts.items()}
 
     def _tokens(self, batch: SampleBatch, device: torch.device) -> Tensor:
         is_valid_B = torch.from_numpy(batch.is_valid).to(device)
         with _raised_by_all_ranks(device):
             tokens_BFPV = self.encode(batch)
-            self.trainables.check_image(tokens_BFPV)
+            self.trainables.bridge.check(tokens_BFPV)
             require_finite(tokens_BFPV, is_valid_B, batch.sample_ids)
         # Zeros in place of a masked sample's features: NaN there would live through a gradient of zero.
         return tokens_BFPV.masked_fill(~is_valid_B[:, None, None, None], 0.0)
@@ -262,15 +277,10 @@ def _is_frame(batch: SampleBatch, device: torch.device) -> Tensor | None:
     return torch.from_numpy(batch.frame_valid).to(device) if batch.frame_valid.shape[1] > 1 else None
 
 
-def _of_separate(is_frame_BF: Tensor | None, outputs_GQD: Tensor) -> Tensor | None:
-    """The same mask where there are outputs of every frame, and not of frames joined to one."""
-    return is_frame_BF if is_frame_BF is not None and len(outputs_GQD) == is_frame_BF.numel() else None
-
-
-def _outcome(terms: dict[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_frame_BF: Tensor | None) -> Outcome:
+def _outcome(terms: Mapping[str, Tensor], hidden_GQD: Tensor, valid_B: Tensor, is_output_BS: Tensor | None) -> Outcome:
     valid_G = valid_B.repeat_interleave(len(hidden_GQD) // len(valid_B))
-    if (is_frame_BF := _of_separate(is_frame_BF, hidden_GQD)) is not None:
-        valid_G = valid_G & is_frame_BF.flatten()
+    if is_output_BS is not None:
+        valid_G = valid_G & is_output_BS.flatten()
     cosine = mean_cosine(hidden_GQD.detach()).masked_fill(~valid_G, 0.0).sum()
     num_samples = gather(valid_B, with_gradient=False).sum()
     return Outcome(

@@ -1,5 +1,6 @@
 """`qformer features`: what it tells, when it stops, and what it leaves behind then."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -8,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import FeaturesSettings
 from pipelines.data.corpus.manifest import write_table
 from pipelines.data.features.cache import open_cache
+from qformer.config import VisionSpec
 from qformer.errors import UserError
 from tests.local_data import local_data
 from tests.metrics_endpoint import scraped
@@ -25,8 +27,7 @@ def settings(tmp_path):
     write_table(image_manifest(tmp_path, NUM_ROWS), str(tmp_path / "manifest.parquet"))
     return FeaturesSettings(
         output=str(tmp_path / "cache"),
-        vision="test_vit",
-        vision_pretrained=False,
+        vision=VisionSpec("test_vit", pretrained=False),
         data=DataSettings(manifest=str(tmp_path / "manifest.parquet")),
     )
 
@@ -61,7 +62,15 @@ def test_a_real_run_is_seen_by_prometheus_and_told_in_the_summary(ray_local, set
     assert found[1]["ray_qformer_data_queue_depth", ""] >= 0
 
 
-def test_too_many_bad_rows_stop_the_job_and_what_is_encoded_stays(ray_local, settings, tmp_path):
+@pytest.fixture(params=["here", pytest.param("actors", marks=pytest.mark.slow)])
+def _pools(request, ray_local):
+    """A job's operators in this process, or in actors whose start takes most of a test's time."""
+    with local_data() if request.param == "here" else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("_pools")
+def test_too_many_bad_rows_stop_the_job_and_what_is_encoded_stays(settings, tmp_path):
     for bad in (3, 7):
         (tmp_path / f"{bad}.jpg").unlink()
     with pytest.raises(
@@ -75,15 +84,14 @@ def test_too_many_bad_rows_stop_the_job_and_what_is_encoded_stays(ray_local, set
         open_cache(settings.output)
     written = {path: path.stat().st_mtime_ns for path in cache.glob("shard-*")}
     assert written
-    with local_data():
-        features.main(settings.model_copy(update={"max_quarantine_share": 0.2}))
+    features.main(settings.model_copy(update={"max_quarantine_share": 0.2}))
     assert {path: path.stat().st_mtime_ns for path in cache.glob("shard-*")} == written
     open_cache(settings.output)
 
 
-def test_a_finished_cache_is_unfinished_while_it_is_changed(ray_local, settings, tmp_path, monkeypatch):
-    with local_data():
-        features.main(settings)
+@pytest.mark.usefixtures("_pools")
+def test_a_finished_cache_is_unfinished_while_it_is_changed(settings, tmp_path, monkeypatch):
+    features.main(settings)
     (tmp_path / "5.jpg").write_bytes((tmp_path / "6.jpg").read_bytes())
 
     def killed(*_):

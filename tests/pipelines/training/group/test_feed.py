@@ -100,7 +100,7 @@ def read_by_threads(feed, folder, start_step, num_steps, world_size, attempt="fi
     ("world_size", "decode_workers", "num_steps", "segment_steps"),
     # The second goes from one segment into the next, the third does so time and again.
     [
-        (1, 1, 40, 512),
+        pytest.param(1, 1, 40, 512, marks=pytest.mark.slow),
         (2, 3, 530, 512),
         pytest.param(3, 2, 40, 9, marks=pytest.mark.slow),
         pytest.param(8, 1, 40, 512, marks=pytest.mark.slow),
