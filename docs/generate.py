@@ -4,37 +4,21 @@
 """
 
 import argparse
-import ast
-import dataclasses
 import importlib
-import inspect
 import json
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from jobs.cli.catalogue import JOBS, Job
+from jobs.settings.help import Key, as_yaml, model_keys
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "jobs" / "bench" / "results"
 NOTE = "<!-- Written by docs/generate.py; change the sources, then run `make docs`. -->"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Key:
-    """One setting."""
-
-    name: str
-    default: Any
-    text: str
-    condition: str
-    """Kind of the union's member that has the key, e.g. "kind: cascaded"; empty for a key that is always there."""
 
 
 def settings_page() -> str:
@@ -65,109 +49,12 @@ def _job_section(title: str, job: Job) -> list[str]:
 
 def _row(key: Key) -> str:
     condition = f"*{key.condition}* " if key.condition else ""
-    default = "required" if key.default is PydanticUndefined else f"`{_yaml(key.default)}`"
+    default = "required" if key.default is PydanticUndefined else f"`{as_yaml(key.default)}`"
     return f"| `{key.name}` | {default} | {condition}{_cell(key.text)} |"
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
-
-
-def _yaml(value: Any) -> str:
-    """A default as YAML would write it, on one line."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_yaml(own)}" for key, own in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(_yaml, value))}]"
-    return '""' if value == "" else str(value)
-
-
-def model_keys(model: type[Any], prefix: str = "", condition: str = "") -> Iterator[Key]:
-    """The keys of a settings class or of a dataclass, nested ones with dots, in the order of the class."""
-    for name, annotation, default, text in _fields(model):
-        key = prefix + name
-        nested = list(_nested(annotation))
-        if not nested or not _is_plain(annotation) or text:
-            yield Key(key, default, text, condition)
-        kinds = [_kind(inner) for inner, _ in nested]
-        is_union = len(nested) > 1 and all(kinds)
-        if is_union:
-            yield Key(f"{key}.kind", getattr(default, "kind", default), f"One of {', '.join(kinds)}.", condition)
-        for kind, (inner, is_item) in zip(kinds, nested, strict=True):
-            inner_prefix = f"{key}.0." if is_item else f"{key}."
-            inner_keys = model_keys(inner, inner_prefix, f"kind: {kind}" if is_union else condition)
-            yield from (own for own in inner_keys if not is_union or own.name != f"{key}.kind")
-
-
-def _fields(model: type[Any]) -> Iterator[tuple[str, Any, Any, str]]:
-    """Name, annotation, default and description of each field."""
-    if issubclass(model, BaseModel):
-        for name, field in model.model_fields.items():
-            yield name, field.annotation, field.get_default(call_default_factory=True), field.description or ""
-        return
-    hints, texts = get_type_hints(model, include_extras=True), field_texts(model)
-    for field in dataclasses.fields(model):
-        if field.init:
-            yield field.name, hints[field.name], _default(field), texts.get(field.name, "")
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return PydanticUndefined if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def field_texts(model: type[Any]) -> dict[str, str]:
-    """The docstrings under a dataclass' fields, and its base classes'."""
-    texts: dict[str, str] = {}
-    for owner in reversed(model.__mro__):
-        if not dataclasses.is_dataclass(owner):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if is_field and is_text:
-                texts[field.target.id] = str(text.value.value)  # type: ignore[attr-defined]
-    return texts
-
-
-def _nested(annotation: Any, is_item: bool = False) -> Iterator[tuple[type[Any], bool]]:
-    """Settings classes and dataclasses that an annotation names, and whether they are items of a list."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        if issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation):
-            yield annotation, is_item
-        return
-    if get_origin(annotation) is Literal:
-        return
-    for part in get_args(annotation):
-        if isinstance(part, type) or get_args(part):
-            yield from _nested(part, is_item or get_origin(annotation) in (list, tuple))
-
-
-def _is_plain(annotation: Any) -> bool:
-    """Whether the annotation names nested classes alone, without None, strings or lists beside them."""
-    if get_origin(annotation) in (Union, UnionType):
-        return all(_is_plain(part) for part in get_args(annotation))
-    if hasattr(annotation, "__metadata__"):
-        return _is_plain(get_args(annotation)[0])
-    return isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation))
-
-
-def _kind(model: type[Any]) -> str:
-    """The member's name in a discriminated union; empty for a class without one."""
-    hint = get_type_hints(model).get("kind") if dataclasses.is_dataclass(model) else None
-    if issubclass(model, BaseModel) and "kind" in model.model_fields:
-        hint = model.model_fields["kind"].annotation
-    values = get_args(hint) if get_origin(hint) is Literal else ()
-    return str(values[0]) if len(values) == 1 else ""
 
 
 BENCHMARKS = {

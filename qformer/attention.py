@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
     items: int
     num_queries: int
-    """Of each item; packed rows begin with all items' queries."""
+    """Queries of each item; packed rows begin with all items' queries."""
     length: int
     """S, queries and longest text."""
     place_N: Tensor | None = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import qformer.torch_build.vector_math  # noqa: F401  # for its one call
 from qformer.adapters.lora import own_weights
+from qformer.config import LanguageSpec, VisionSpec
 from qformer.errors import NotFiniteError, UserError
 from qformer.preprocessing import Preprocessing, timm_preprocessing, transformers_preprocessing
 from qformer.torch_build.torchvision import import_timm, import_torchvision
@@ -78,7 +79,7 @@ class VisionEncoder(nn.Module):
         return torch.cat(parts).unflatten(0, (-1, pixels_BFCYX.shape[1]))
 
     def features(self, pixels_BFCYX: Tensor) -> Tensor:
-        """As `forward`, in float32, and refused with a ValueError where not finite."""
+        """Run `forward`, in float32; a ValueError where the result is not finite."""
         tokens_BFPV = cast(Tensor, self(pixels_BFCYX)).float()
         require_finite(tokens_BFPV, torch.ones(len(tokens_BFPV), dtype=torch.bool, device=tokens_BFPV.device))
         return tokens_BFPV
@@ -107,39 +108,27 @@ class VisionEncoder(nn.Module):
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
 
-def load_vision(
-    name: str,
-    *,
-    pretrained: bool = True,
-    layer: int = -2,
-    dtype: torch.dtype = torch.float32,
-    image_size: int | None = None,
-) -> VisionEncoder:
+def load_vision(spec: VisionSpec, *, dtype: torch.dtype = torch.float32) -> VisionEncoder:
     """Load and freeze a timm or Hugging Face encoder.
 
     Args:
-        name: timm name ("eva_giant_patch14_224", "timm/..."), Hugging Face name ("owner/model"), or a local folder with
-            config.json and model.safetensors of either library.
-        pretrained: False builds it with random weights of a fixed seed, the same in every process.
-        layer: See `VisionEncoder`.
-        dtype: Of the frozen weights.
-        image_size: Side of the square input in pixels when not the model's own; its positions are interpolated.
+        spec: The encoder; a local folder holds config.json and model.safetensors of either library. Random weights are
+            the same in every process.
+        dtype: Type of the frozen weights.
 
     Raises:
         UserError: If the name is unknown, the folder is no model, the hub cannot be reached, or the model cannot take
             another size.
     """
-    if image_size is not None and image_size < 1:
-        raise UserError(f"model.vision_image_size={image_size} must be positive; leave it out for the encoder's own")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        load = _load_transformers_vision if _is_transformers_name(name) else _load_timm_vision
-        model, preprocessing = load(name, pretrained, image_size)
+        load = _load_transformers_vision if _is_transformers_name(spec.name) else _load_timm_vision
+        model, preprocessing = load(spec.name, spec.pretrained, spec.image_size)
         try:
-            return VisionEncoder(model.to(dtype), preprocessing, layer)
+            return VisionEncoder(model.to(dtype), preprocessing, spec.layer)
         except (IndexError, AssertionError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(
-                f"model.vision: {name!r} cannot run with vision_layer={layer}, vision_image_size={image_size}; choose "
+                f"model.vision: {spec.name!r} cannot run with layer={spec.layer}, image_size={spec.image_size}; choose "
                 f"a layer it has, and a size of at least one patch ({str(error).strip()[:200]})"
             ) from error
 
@@ -153,7 +142,7 @@ def _load_timm_vision(name: str, pretrained: bool, image_size: int | None) -> tu
         source = f"local-dir:{name}"
     # timm interpolates a checkpoint's positions to the size that the model is built for.
     resized = {} if image_size is None else {"img_size": image_size}
-    setting = "model.vision" if image_size is None else f"model.vision (with vision_image_size={image_size})"
+    setting = "model.vision" if image_size is None else f"model.vision (with image_size={image_size})"
     try:
         try:
             model = timm.create_model(source, pretrained=pretrained, num_classes=0, **resized)
@@ -187,7 +176,7 @@ def _load_transformers_vision(name: str, pretrained: bool, image_size: int | Non
     return getattr(model, "vision_model", model), transformers_preprocessing(values, image_size)
 
 
-def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_language(spec: LanguageSpec, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """Load and freeze a Hugging Face language model with its tokenizer: decoder-only, or encoder-decoder as T5.
 
     Returns:
@@ -200,12 +189,12 @@ def load_language(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     try:
-        is_encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        is_encoder_decoder = AutoConfig.from_pretrained(spec.name).is_encoder_decoder
+        tokenizer = AutoTokenizer.from_pretrained(spec.name)
         model_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        model = model_class.from_pretrained(name, dtype=dtype)
+        model = model_class.from_pretrained(spec.name, dtype=dtype)
     except Exception as error:
-        raise model_error("model.language", name, error, []) from error
+        raise model_error("model.language", spec.name, error, []) from error
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -241,7 +230,7 @@ def weights_fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def _is_transformers_name(name: str) -> bool:
-    """A folder tells by its config.json; on the hub, timm's own names have no owner, or "timm"."""
+    """A folder is recognised by its config.json; on the hub, timm's own names have no owner, or "timm"."""
     if _is_folder_name(name):
         config = Path(name) / "config.json"
         try:
@@ -266,5 +255,5 @@ def model_error(setting: str, name: str, error: Exception, known: list[str]) -> 
     elif _is_folder_name(name):
         hint = "the folder must hold config.json and model.safetensors in the library's ordinary layout"
     else:
-        hint = "check the name; without network give a local folder (or model.vision_pretrained=false for a dry run)"
+        hint = "check the name; without network give a local folder (or model.vision.pretrained=false for a dry run)"
     return UserError(f"{setting}: cannot load {name!r}: {hint} ({reason[:200]})")

@@ -15,7 +15,7 @@ from qformer.attention import Attention, FeedForward, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
 
 
-class Kept(NamedTuple):
+class SelectedRows(NamedTuple):
     """The rows that are read of the last layer: it computes no others."""
 
     chosen: Tensor
@@ -44,7 +44,7 @@ class QFormerLayer(nn.Module):
         mask: Tensor | None,
         image: Sequence[Part],
         past: KeyValue | None,
-        kept: Kept | None,
+        selected: SelectedRows | None,
     ) -> tuple[Tensor, KeyValue]:
         """Run one layer over queries and text (either may be absent).
 
@@ -54,16 +54,16 @@ class QFormerLayer(nn.Module):
             mask: Self-attention mask, True where allowed.
             image: What the query rows cross-attend to; empty where the layer has no cross-attention.
             past: Cached query keys and values that the rows also see (ITG).
-            kept: Rows to compute; None computes all. All are attended to in any case.
+            selected: Rows to compute; None computes all. All are attended to in any case.
 
         Returns:
             Hidden states [N, D] and this layer's self-attention keys and values (without `past`).
         """
         own = self.attention.packed_key_value(hidden_ND, rows)
-        if kept is not None:
-            hidden_ND, rows = hidden_ND.index_select(0, kept.chosen), kept.rows
-        seen = own if past is None else past.concatenate(own, dim=2)
-        hidden_ND = self.attention(hidden_ND, [Part(rows, seen, mask)])
+        if selected is not None:
+            hidden_ND, rows = hidden_ND.index_select(0, selected.chosen), selected.rows
+        context = own if past is None else past.concatenate(own, dim=2)
+        hidden_ND = self.attention(hidden_ND, [Part(rows, context, mask)])
         query_ND, text_MD = hidden_ND[: rows.num_query_rows], hidden_ND[rows.num_query_rows :]
         outputs = []
         if rows.num_queries:
@@ -94,7 +94,7 @@ class QFormerLayers(nn.ModuleList):
         return cast(Iterator[QFormerLayer], super().__iter__())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `nn.Module.compile`, layer by layer."""
+        """Compile layer by layer; arguments of `nn.Module.compile`."""
         # With and without cross-attention, each pass, images and clips, with and without gradient: all of one code.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for layer in self:
@@ -107,13 +107,13 @@ class QFormerLayers(nn.ModuleList):
         mask: Tensor | None = None,
         image: Sequence[Sequence[Part]] | None = None,
         past: Sequence[KeyValue] | None = None,
-        kept: Kept | None = None,
+        selected: SelectedRows | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """As `QFormerLayer.forward`; `image` and `past` hold an entry a layer, `kept` concerns the last."""
+        """Run all layers; `image` and `past` hold an entry a layer, `selected` concerns the last."""
         cache = []
         for i, layer in enumerate(self):
             parts, cached = () if image is None else image[i], None if past is None else past[i]
-            arguments = (rows, mask, parts, cached, kept if i == len(self) - 1 else None)
+            arguments = (rows, mask, parts, cached, selected if i == len(self) - 1 else None)
             if self.is_checkpointed and torch.is_grad_enabled():
                 hidden_ND, own = checkpoint(layer, hidden_ND, *arguments, use_reentrant=False)
             else:

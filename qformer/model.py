@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from qformer.attention import Attention, KeyValue, Part, Rows
 from qformer.config import QFormerConfig
-from qformer.layers import Kept, QFormerLayers
+from qformer.layers import QFormerLayers, SelectedRows
 from qformer.masks import causal_mask_after_queries, image_mask, joint_mask, padding_mask
 
 INITIAL_STD = 0.02
@@ -135,9 +135,9 @@ class QFormer(nn.Module):
         items, length = text.is_text_BT.shape
         rows = Rows(items, 0, length, text.item_M * length + text.position_M)
         first_B = (text.position_M == 0).nonzero().flatten()
-        kept = Kept(first_B, Rows(items, 0, 1)) if is_cls_only else None
+        selected = SelectedRows(first_B, Rows(items, 0, 1)) if is_cls_only else None
         hidden_ND = self._embed(self._embed_text(text))
-        return self.layers(hidden_ND, rows, padding_mask(text.is_text_BT), kept=kept)[0]
+        return self.layers(hidden_ND, rows, padding_mask(text.is_text_BT), selected=selected)[0]
 
     def forward_joint(
         self,
@@ -182,14 +182,14 @@ class QFormer(nn.Module):
         text_place_M = text.item_M * row_length + num_queries + text.position_M
         rows = Rows(pairs, num_queries, row_length, torch.cat([query_place_RQ.flatten(), text_place_M]))
         query_rows = Rows(pairs, num_queries, num_queries)
-        kept = Kept(torch.arange(query_rows.num_rows, device=index_R.device), query_rows)
+        selected = SelectedRows(torch.arange(query_rows.num_rows, device=index_R.device), query_rows)
         texts_each = (pairs - num_others) // num_images
         parts = _parts(image, Rows(num_images, 0, texts_each * num_queries), is_image)
         if other_image is not None:
             others = _parts(other_image, Rows(num_others, 0, num_queries), is_other)
             parts = [[*own, *other] for own, other in zip(parts, others, strict=True)]
         mask = joint_mask(text.is_text_BT, num_queries)
-        hidden_ND, _ = self.layers(hidden_ND, rows, mask, parts, kept=kept)
+        hidden_ND, _ = self.layers(hidden_ND, rows, mask, parts, selected=selected)
         return hidden_ND.unflatten(0, (-1, num_queries))
 
     def decode_text(

@@ -60,9 +60,9 @@ class Preprocessing:
         Raises:
             TypeError: If a key is unknown or missing.
         """
-        kept = dict(values)
-        kept["mean"], kept["std"] = tuple(kept["mean"]), tuple(kept["std"])
-        return cls(**kept)
+        fields = dict(values)
+        fields["mean"], fields["std"] = tuple(fields["mean"]), tuple(fields["std"])
+        return cls(**fields)
 
 
 def transformers_preprocessing(values: dict[str, Any], image_size: int | None = None) -> Preprocessing:

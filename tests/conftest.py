@@ -11,6 +11,9 @@ import pytest
 from jobs.cluster.session import ray_process_environment, set_ray_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TORCH_SEED = 73_939
+"""Torch itself seeds every process anew. No test names this number, so that nothing draws the same twice."""
+LAST_FILE = pytest.StashKey[Path]()
 
 
 def _shared_folder(variable: str, default: str) -> Path:
@@ -37,6 +40,15 @@ def _gpu(request):
     """Only who sets QFORMER_TEST_GPU says that there is one; then a driver that does not load is no reason to skip."""
     if request.node.get_closest_marker("gpu") and not os.environ.get("QFORMER_TEST_GPU"):
         pytest.skip("set QFORMER_TEST_GPU=1 where there is a GPU")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A file's tests and fixtures draw the same from torch in every run, whatever ran before in this process."""
+    torch = sys.modules.get("torch")
+    if torch and item.config.stash.get(LAST_FILE, None) != item.path:
+        item.config.stash[LAST_FILE] = item.path
+        torch.manual_seed(TORCH_SEED)
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ def test_package_files_hold_only_docstring_and_reexports(path):
         ("pipelines/data/order/global_batches.py", "def late():\n    import ray.data"),
         ("pipelines/data/order/global_batches.py", "from ...training import step"),
         ("pipelines/serving/app/app.py", "from pipelines import evaluation"),
-        ("pipelines/training/step/loop.py", "import jobs.settings.jobs"),
+        ("pipelines/training/step/loop.py", "import jobs.settings.train"),
         ("pipelines/inference/models.py", "def late():\n    import ray"),
         ("pipelines/inference/models.py", "from pipelines.training.step import loop"),
         ("cluster/local.py", "import torch"),
@@ -109,7 +109,7 @@ def test_the_rule_notices(path, text):
             "pipelines/training/step/loop.py",
             "import ray\nfrom pipelines.data.order.global_batches import plan\nfrom . import optim",
         ),
-        ("jobs/train/job.py", "from pipelines.training import loop\nfrom jobs.settings.jobs import TrainSettings"),
+        ("jobs/train/job.py", "from pipelines.training import loop\nfrom jobs.settings.train import TrainSettings"),
     ],
 )
 def test_the_rule_allows(path, text):

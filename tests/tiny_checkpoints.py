@@ -8,8 +8,8 @@ import torch
 from pipelines.data.storage.checkpoint_folders import write_marker
 from qformer.adapters.lora import Lora
 from qformer.backbones import load_language, load_vision
-from qformer.bridges.config import VideoConfig
-from qformer.config import LoraConfig, QFormerConfig
+from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig
+from qformer.config import LanguageSpec, LoraConfig, QFormerConfig, VisionSpec
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
 from qformer.objectives.stage1 import Stage1
 from qformer.objectives.stage2 import Stage2
@@ -23,11 +23,11 @@ WORDS = TEXT.split()
 LANGUAGE_WIDTH = 32
 
 
-def write_stage1(folder: Path, *, video: VideoConfig | None = None) -> Path:
+def write_stage1(folder: Path, *, bridge: BridgeConfig = IMAGE_BRIDGE) -> Path:
     """A retriever's checkpoint folder."""
     torch.manual_seed(1)
     tokenizer = text_tokenizer()
-    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size), video=video), tokenizer, None)
+    return _write(folder, 1, Stage1(_config(tokenizer.vocab_size), bridge=bridge), tokenizer, None)
 
 
 def text_tokenizer() -> TextTokenizer:
@@ -52,20 +52,20 @@ def write_stage2(
     language: Path | None = None,
     seed: int = 2,
     reads_prompt: bool = False,
-    video: VideoConfig | None = None,
+    bridge: BridgeConfig = IMAGE_BRIDGE,
 ) -> Path:
     """A captioner's checkpoint folder, its language model beside it unless there is one."""
     torch.manual_seed(seed)
     if language is None:
         language = folder.with_name(folder.name + "-language")
         _write_language(language)
-    updates = None if lora is None else Lora(load_language(str(language))[0], lora)
+    updates = None if lora is None else Lora(load_language(LanguageSpec(str(language)))[0], lora)
     tokenizer = text_tokenizer() if reads_prompt else None
     stage2 = Stage2(
         _config(tokenizer.vocab_size if tokenizer else 0, has_lm_head=False),
         language_width=LANGUAGE_WIDTH,
         lora=updates,
-        video=video,
+        bridge=bridge,
     )
     return _write(folder, 2, stage2, tokenizer, str(language), lora)
 
@@ -73,7 +73,7 @@ def write_stage2(
 def _config(vocab_size: int, has_lm_head: bool = True) -> QFormerConfig:
     return QFormerConfig(
         has_lm_head=has_lm_head,
-        encoder_width=load_vision(VISION, pretrained=False).width,
+        encoder_width=load_vision(VisionSpec(VISION, pretrained=False)).width,
         hidden_size=32,
         num_layers=2,
         num_heads=2,
@@ -92,7 +92,7 @@ def _write(folder, stage, trainables, tokenizer, language, lora=None) -> Path:
     folder.mkdir(parents=True)
     own = trainables.qformer.config
     config = _config(own.vocab_size, own.has_lm_head)  # of an image's Q-Former, which need not be the one that is read
-    info = dataclasses.replace(info_of(stage, config, language), lora=lora, video=trainables.video)
+    info = dataclasses.replace(info_of(stage, config, language), lora=lora, bridge=trainables.bridge.config)
     save_bridge(folder, info, trainables.state_dict(), tokenizer)
     write_marker(folder, {"step": 3})
     return folder
@@ -103,12 +103,10 @@ def info_of(stage: int, config: QFormerConfig, language: str | None = None) -> B
     return BridgeInfo(
         stage=stage,
         step=3,
-        vision=VISION,
-        vision_pretrained=False,
-        vision_layer=-2,
-        language=language,
+        vision=VisionSpec(VISION, pretrained=False),
+        language=None if language is None else LanguageSpec(str(language)),
         qformer=config,
-        preprocessing=load_vision(VISION, pretrained=False).preprocessing,
+        preprocessing=load_vision(VisionSpec(VISION, pretrained=False)).preprocessing,
         num_frames=NUM_FRAMES,
         max_text_tokens=16,
     )

@@ -35,7 +35,7 @@ from jobs.bench.serve_models import write_checkpoint
 from jobs.cluster.session import ray_session, set_ray_environment
 from jobs.serve.job import running_service
 from jobs.settings.data import RaySettings
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from pipelines.serving.contract.config import EncoderScale, GeneratorScale, IngressScale, MediaScale
 
 if TYPE_CHECKING:

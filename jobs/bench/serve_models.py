@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import jobs.demo
-from jobs.demo.settings import DemoQFormerSettings
+from jobs.demo.settings import DemoQFormerSizes
 from pipelines.data.storage.checkpoint_folders import write_marker
 from qformer.backbones import load_language, load_vision
-from qformer.config import QFormerConfig
+from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
 from qformer.conversion.checkpoint import BridgeInfo, save_bridge
 from qformer.language import build_language_model
 from qformer.objectives.stage2 import Stage2
@@ -31,18 +31,17 @@ def write_checkpoint(run: Path, *, language: Path | None = None, seed: int = 0) 
         seed: Seed of the bridge's weights.
     """
     language = language or _write_endless_language(run.with_name(run.name + "-language"))
-    encoder = load_vision(str(MODELS / "vision"), pretrained=True)
-    width = build_language_model(*load_language(str(language))).width
-    config = QFormerConfig(**DemoQFormerSettings().model_dump(), encoder_width=encoder.width, vocab_size=0)
+    vision = VisionSpec(str(MODELS / "vision"))
+    encoder = load_vision(vision)
+    width = build_language_model(*load_language(LanguageSpec(str(language)))).width
+    config = QFormerConfig.of(DemoQFormerSizes(), encoder_width=encoder.width, vocab_size=0, has_lm_head=True)
     torch.manual_seed(seed)
     bridge = Stage2(config, language_width=width)
     info = BridgeInfo(
         stage=2,
         step=0,
-        vision=str(MODELS / "vision"),
-        vision_pretrained=True,
-        vision_layer=-2,
-        language=str(language),
+        vision=vision,
+        language=LanguageSpec(str(language)),
         qformer=config,
         preprocessing=encoder.preprocessing,
         num_frames=NUM_FRAMES,

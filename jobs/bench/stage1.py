@@ -32,7 +32,7 @@ from jobs.bench.result import BenchResult
 from jobs.bench.stage1_flops import step_flops
 from qformer.backbones import load_vision
 from qformer.bridges.qformer_bridge import QFormerBridge
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.objectives import Negatives
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 
@@ -108,7 +108,7 @@ def measure(case: Stage1Case, lengths: Sequence[int]) -> BenchResult:
 def encode_rate(case: Stage1Case) -> float:
     """Images per second of the frozen encoder with random weights, up to the block that is read."""
     dtype = torch.bfloat16 if case.is_bf16 else torch.float32
-    encoder = load_vision(cast(str, case.vision), pretrained=False, dtype=dtype).to(case.device)
+    encoder = load_vision(VisionSpec(cast(str, case.vision), pretrained=False), dtype=dtype).to(case.device)
     size = (case.vision_batch, 1, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=case.device)
     taken = []

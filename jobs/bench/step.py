@@ -11,8 +11,8 @@ MFU counts the operations as they run, on real text tokens alone, over the devic
 import dataclasses
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision, PrecisionName
 from qformer.backbones import VisionEncoder
+from qformer.config import QFormerSizes, VisionSpec
 from qformer.torch_build.torchvision import import_torchvision
 
 ESTIMATES = {"uncached": 510, "cached": 1670}
@@ -47,7 +48,7 @@ class StepCase:
     """Sizes and device of the measurement."""
 
     vision: str
-    qformer: Mapping[str, Any] = field(default_factory=dict)
+    qformer: QFormerSizes = QFormerSizes()
     vocabulary: int = BERT_VOCABULARY
     batch: int
     warm_up: int
@@ -69,7 +70,7 @@ GPU = StepCase(
 )
 CPU = StepCase(
     vision="vit_tiny_patch16_224",
-    qformer={"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 1024, "num_queries": 16},
+    qformer=QFormerSizes(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, num_queries=16),
     vocabulary=2000,
     batch=16,
     warm_up=3,
@@ -205,9 +206,7 @@ def _batches(case: StepCase, images: NDArray[Any], texts: list[list[str]]) -> It
 def _choice(case: StepCase, tokenizer: str) -> ModelChoice:
     return ModelChoice(
         stage=1,
-        vision=case.vision,
-        vision_pretrained=False,
-        vision_layer=-2,
+        vision=VisionSpec(case.vision, pretrained=False),
         language=None,
         tokenizer=tokenizer,
         max_text_tokens=MAX_TEXT_TOKENS,

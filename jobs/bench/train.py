@@ -8,6 +8,7 @@ plain: it has neither memory reuse across steps nor in-place gradients, which ar
 (`pipelines/training/group/launch.py`, `jobs/train/worker.py`).
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -23,18 +24,20 @@ from jobs.bench.data_media import write_jpegs
 from jobs.bench.result import BenchResult
 from jobs.bench.train_torchrun import PeerCase, as_json
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings, TrainDataSettings
-from jobs.settings.jobs import FeaturesSettings, TrainSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from jobs.train.inputs import TOKENIZER_FOLDER
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
 from pipelines.training.records.metrics_log import read_metrics
+from qformer.config import QFormerSizes, VisionSpec
 
 REPOSITORY = Path(__file__).parents[2]
 VISION = "vit_tiny_patch16_224"
-QFORMER = QFormerSettings(
+QFORMER = QFormerSizes(
     hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, num_queries=16, embed_dim=256
 )
 WORDS = (
@@ -63,7 +66,7 @@ class TrainCase:
     """Sizes of the measurement."""
 
     vision: str = VISION
-    qformer: QFormerSettings = field(default=QFORMER)
+    qformer: QFormerSizes = field(default=QFORMER)
     workers: int = 2
     batch_per_rank: int = 16
     warm_up: int = 10
@@ -102,7 +105,7 @@ def measure(case: TrainCase) -> BenchResult:
         manifest = _write_manifest(root, paths, captions)
         cache = str(root / "features")
         data = DataSettings(manifest=manifest)
-        features.main(FeaturesSettings(output=cache, vision=case.vision, vision_pretrained=False, data=data))
+        features.main(FeaturesSettings(output=cache, vision=VisionSpec(case.vision, pretrained=False), data=data))
         ours, cached, peers = [], [], []
         for turn in range(case.rounds):
             settings = _settings(case, manifest, root / f"run{turn}")
@@ -146,7 +149,7 @@ def _settings(case: TrainCase, manifest: str, output: Path, features: str | None
     return TrainSettings(
         output=str(output),
         stage=1,
-        model=ModelSettings(vision=case.vision, vision_pretrained=False, tokenizer="corpus", qformer=case.qformer),
+        model=ModelSettings(vision=VisionSpec(case.vision, pretrained=False), tokenizer="corpus", qformer=case.qformer),
         data=TrainDataSettings(manifest=manifest, features=features),
         optim=OptimSettings(warmup_steps=0),
         steps=case.warm_up + case.timed,
@@ -184,7 +187,7 @@ def _peer(
                 vision=case.vision,
                 tokenizer=str(Path(settings.output) / TOKENIZER_FOLDER),
                 max_text_tokens=settings.model.max_text_tokens,
-                qformer=case.qformer.model_dump(),
+                qformer=dataclasses.asdict(case.qformer),
                 batch_per_rank=case.batch_per_rank,
                 warm_up=case.warm_up,
                 timed=case.timed,

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from pipelines.data.media.transforms import resize_and_crop
 from pipelines.training.step.optim import build_optimizer
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer, load_text_tokenizer
@@ -77,7 +77,7 @@ class _PeerTrainer:
 
     def __init__(self, case: PeerCase) -> None:
         self.case = case
-        self.encoder: VisionEncoder = load_vision(case.vision, pretrained=False)
+        self.encoder: VisionEncoder = load_vision(VisionSpec(case.vision, pretrained=False))
         self.tokenizer: TextTokenizer = load_text_tokenizer(case.tokenizer, case.max_text_tokens)
         config = QFormerConfig(
             encoder_width=self.encoder.width, vocab_size=self.tokenizer.vocab_size, has_lm_head=True, **case.qformer

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import importlib.metadata
 import json
 import logging
 import sys
@@ -14,7 +15,7 @@ from jobs.cli.catalogue import JOBS, Job
 from jobs.cluster.exceptions import find_user_error
 from jobs.cluster.session import set_ray_environment
 from jobs.settings.data import Settings
-from jobs.settings.help import describe_settings
+from jobs.settings.help import describe_required, describe_settings
 from jobs.settings.loading import load, resolved_yaml
 from qformer.errors import UserError
 
@@ -23,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes on the command line end like every other mistake of the user: one line, exit code 2."""
+    """A parser whose errors are the user's: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"qformer {_version()}")
         return 0
     name = words[0]
     if name not in JOBS:
@@ -104,13 +108,50 @@ def _positional(arguments: argparse.Namespace) -> list[str]:
     return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value]
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qformer")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a clone that is not installed; `pip install .` gives it a version"
+
+
+class _HelpAll(argparse.Action):
+    """Print the help with every key, and stop."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, settings: type[Settings], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self._settings = settings
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{parser.format_help()}\nkeys:\n{describe_settings(self._settings)}")
+        parser.exit()
+
+
+def _introduction(job: Job) -> str:
+    """Purpose, required keys and examples of a job: the first lines of its help."""
+    required = describe_required(_settings_class(job))
+    return "\n".join(
+        [
+            f"{job.summary[0].upper()}{job.summary[1:]}.",
+            "",
+            "required keys:" if required else "No key is required.",
+            *(f"  {line}" for line in required),
+            "examples:",
+            *(f"  {example}" for example in (job.example, *job.more_examples)),
+        ]
+    )
+
+
 def _parser(name: str, job: Job) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"qformer {name}",
-        description=f"{job.summary[0].upper()}{job.summary[1:]}.",
-        epilog=f"example:\n  {job.example}\n\nkeys:\n{describe_settings(_settings_class(job))}",
+        usage=argparse.SUPPRESS,
+        description=_introduction(job),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--help-all", action=_HelpAll, settings=_settings_class(job), help="show every key with its default, and exit"
     )
     parser.add_argument(
         "--config",
@@ -155,7 +196,7 @@ def _overview() -> str:
         "examples:",
         *(f"  {job.example}" for job in JOBS.values()),
         "",
-        "qformer JOB --help explains one job.",
+        "qformer JOB --help explains a job, --help-all lists its keys; qformer --version prints the version.",
     ]
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 from jobs.convert.import_checkpoint import atomic_folder, local_output
 from jobs.folders.checkpoint import open_checkpoint
-from jobs.settings.jobs import ExportSettings
+from jobs.settings.convert import ExportSettings
 from pipelines.data.storage.local_copies import local_folder
 from qformer.conversion.huggingface import export_huggingface
 

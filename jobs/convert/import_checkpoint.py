@@ -1,6 +1,7 @@
 """Convert a LAVIS file or a Hugging Face folder to a checkpoint for all other jobs."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.folders.output import require_unused
-from jobs.settings.jobs import ImportSettings
+from jobs.settings.convert import ImportSettings
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
 from qformer.conversion.bundle import ImportOptions
@@ -27,7 +28,7 @@ def main(settings: ImportSettings) -> None:
     source, output = Path(settings.source), local_output(settings.output)
     if not source.exists():
         raise UserError(f"source={settings.source} does not exist; give a local LAVIS file or Hugging Face folder")
-    options = ImportOptions(**settings.model_dump(exclude={"source", "output"}))
+    options = ImportOptions(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(ImportOptions)})
     convert = import_huggingface if source.is_dir() else import_lavis
     with atomic_folder(output) as folder:
         bundle = convert(source, folder, options)

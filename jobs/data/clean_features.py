@@ -21,28 +21,28 @@ class CleanFeaturesSettings(Settings):
     caches: str
     """Folder that is searched for caches, including all folders below it."""
     runs: list[str] = Field(min_length=1)
-    """Folders of all your runs: a cache that a settings.yaml below them names as data.features is kept."""
+    """Folders of all your runs: a cache that a settings.yaml below them names as data.features is used."""
     min_age_h: float = Field(default=24.0, ge=0)
-    """Caches changed more recently are kept: a later run may use them."""
+    """Caches changed more recently are used: a later run may use them."""
     confirm: bool = False
     """false only lists what would be removed."""
 
 
 def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
-    """Print for every cache whether it is kept and why; with `confirm`, remove the others.
+    """Print for every cache whether it is used and why; with `confirm`, remove the others.
 
     Returns:
-        "removed" (or, without `confirm`, "removable") and "kept": lists of folders.
+        "removed" (or, without `confirm`, "removable") and "used": lists of folders.
 
     Raises:
         UserError: If a folder does not exist, or a run's settings cannot be read: they may name a cache.
     """
     referred = [name for folder in settings.runs for name in _referred_caches(folder)]
-    kept, unused = [], []
+    used, unused = [], []
     for cache in find_caches(settings.caches, referred, settings.min_age_h):
         line = f"{cache.folder}: {format_bytes(cache.size_bytes)}, of {cache.vision}"
         if cache.keep_reason is not None:
-            kept.append(cache.folder)
+            used.append(cache.folder)
             print(f"keep    {line}; {cache.keep_reason}")
             continue
         unused.append(cache.folder)
@@ -53,7 +53,7 @@ def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
             print(f"unused  {line}; no run below {', '.join(settings.runs)} refers to it")
     if unused and not settings.confirm:
         print("nothing was removed; add --set confirm=true to remove what is unused")
-    return {"removed" if settings.confirm else "removable": unused, "kept": kept}
+    return {"removed" if settings.confirm else "removable": unused, "used": used}
 
 
 def _referred_caches(folder: str) -> list[str]:

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 
 from jobs.cluster.session import ray_session
 from jobs.data.shard_progress import ShardProgress
+from jobs.folders.backbones import with_absolute_name
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
-from jobs.settings.jobs import FeaturesSettings
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool, format_bytes
@@ -27,7 +28,7 @@ from pipelines.data.features.shards import (
     write_quarantine,
 )
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import sum_costs
 from qformer.errors import UserError
 
@@ -59,7 +60,7 @@ def main(settings: FeaturesSettings) -> dict[str, Any]:
         preprocessing=spec.preprocessing,
         num_frames=data.num_frames,
         sampling=choice.sampling,
-        limits=Limits(**data.limits.model_dump()),
+        limits=data.limits,
         audio=spec.audio,
     )
     spec.require_decoding(decode)
@@ -112,22 +113,14 @@ def _is_too_many(num_quarantined: int, num_rows: int, settings: FeaturesSettings
 def _choice(settings: FeaturesSettings) -> "EncoderChoice":
     from pipelines.data.features.shard_encoder import EncoderChoice
 
-    def found(name: str) -> str:
-        return storage.local_path(name) if storage.is_local(name) and storage.exists(name) else name
-
     return EncoderChoice(
-        vision=found(settings.vision),
-        pretrained=settings.vision_pretrained,
-        layer=settings.vision_layer,
+        vision=with_absolute_name(settings.vision),
         precision=settings.precision,
         num_frames=settings.data.num_frames,
-        sampling=settings.data.sampling.build(),
+        sampling=settings.data.sampling,
         dtype=settings.dtype,
-        image_size=settings.vision_image_size,
-        audio=None if settings.audio is None else found(settings.audio),
-        audio_pretrained=settings.audio_pretrained,
-        num_segments=settings.data.audio.num_segments,
-        segment_s=settings.data.audio.segment_s,
+        audio=settings.audio and with_absolute_name(settings.audio),
+        segments=settings.data.audio.build(),
     )
 
 

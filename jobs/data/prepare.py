@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from jobs.cluster.session import ray_session
 from jobs.data.prepare_report import print_summary, show_progress
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
-from jobs.settings.jobs import PrepareSettings
+from jobs.settings.corpus import PrepareSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool, stage_table
@@ -27,7 +27,6 @@ from pipelines.data.corpus.name_set import NameSet
 from pipelines.data.corpus.preparation import Preparation
 from pipelines.data.corpus.sources.raw import Source
 from pipelines.data.corpus.sources.source import SourceBlock, check_source, read_source
-from pipelines.data.media.samples import Limits
 from pipelines.data.media.stage_costs import COST_COLUMNS, StageCosts, sum_costs
 from qformer.errors import UserError
 
@@ -155,8 +154,8 @@ def _probe(
     for block, checked in probe(
         rows,
         num_frames=settings.num_frames,
-        audio=settings.audio.build(_PROBED_RATE_HZ) if settings.audio else None,
-        limits=Limits(**settings.limits.model_dump()),
+        audio=settings.audio.build().at(_PROBED_RATE_HZ) if settings.audio else None,
+        limits=settings.limits,
         decode_workers=settings.decode_workers,
     ):
         block_costs, num_failed = sum_costs(checked), len(checked) - checked[schema.STAGE].null_count

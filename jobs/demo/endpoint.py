@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.serve.job import running_service
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from pipelines.serving.app.client import request_caption
 
 NUM_FILES = {"image": 6, "video": 4}

@@ -34,6 +34,7 @@ from jobs.demo.video.backbones.audio import probe_pitches, save_audio, train_aud
 from jobs.demo.video.backbones.language import caption_accuracy, train_clip_language
 from jobs.demo.world.grammar import captions, parse
 from jobs.demo.world.scenes import Kind, Scene, sample_scene
+from qformer.config import AudioSpec, LanguageSpec, VisionSpec
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -217,7 +218,7 @@ def _language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
         save_language(*train_language(), folder)
     rows = [("language: training", f"{time.perf_counter() - start_s:.0f} s")]
     # Check the saved files that others will load, not the model in memory.
-    model, tokenizer = load_language(str(folder))
+    model, tokenizer = load_language(LanguageSpec(str(folder)))
     for kind in KINDS:
         for title, noise_std, noise in (
             ("clean facts", 0.0, CLEAN),
@@ -238,7 +239,7 @@ def _clip_language_rows(folder: Path, is_check_only: bool) -> list[tuple[str, st
     if not is_check_only:
         save_language(*train_clip_language(), folder)
     rows = [("clip language: training", f"{time.perf_counter() - start_s:.0f} s")]
-    model, tokenizer = load_language(str(folder))
+    model, tokenizer = load_language(LanguageSpec(str(folder)))
     for noise_std in (0.0, 0.3):
         share = caption_accuracy(model, tokenizer, noise_std=noise_std)
         rows.append((f"clip language: held-out scenes right, noise {noise_std}", f"{share:.1%}"))
@@ -252,7 +253,7 @@ def _audio_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     if not is_check_only:
         save_audio(*train_audio(), folder)
     rows = [("audio: training", f"{time.perf_counter() - start_s:.0f} s")]
-    share = probe_pitches(load_audio(str(folder)))
+    share = probe_pitches(load_audio(AudioSpec(str(folder))))
     return [*rows, ("audio: linear probe, pitch or none of a segment", f"{share:.1%}"), ("audio: size", _size(folder))]
 
 
@@ -263,7 +264,7 @@ def _vision_rows(folder: Path, is_check_only: bool) -> list[tuple[str, str]]:
     if not is_check_only:
         save_vision(train_vision(), folder)
     rows = [("vision: training", f"{time.perf_counter() - start_s:.0f} s")]
-    encoder = load_vision(str(folder))
+    encoder = load_vision(VisionSpec(str(folder)))
     for title, value in probe_accuracy(encoder.model).items():
         text = f"{value:.2f} px" if title == "offset" else f"{value:.1%}"
         rows.append((f"vision: linear probe on held-out scenes, {title}", text))

@@ -1,5 +1,6 @@
 """`qformer demo`: all jobs on a synthetic corpus whose captions can be checked automatically."""
 
+import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,12 @@ from jobs.demo.steps import Steps
 from jobs.demo.video import run as video
 from jobs.demo.world.corpus import write_world
 from jobs.serve.job import require_free_port
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import DataSettings, SourceSettings, TrainDataSettings
-from jobs.settings.jobs import EvaluateSettings, FeaturesSettings, PrepareSettings, TrainSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.evaluate import EvaluateSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
+from qformer.config import LanguageSpec, QFormerSizes, VisionSpec
 
 MODELS = Path(__file__).parent / "models"
 LOOPBACK = "127.0.0.1"
@@ -79,7 +83,7 @@ def _run_jobs(steps: Steps, settings: DemoSettings) -> None:
 
     features_settings = FeaturesSettings(
         output=str(steps.folder("features")),
-        vision=str(MODELS / "vision"),
+        vision=VisionSpec(str(MODELS / "vision")),
         data=DataSettings(manifest=str(manifest), num_frames=NUM_FRAMES),
         workers=demo.workers,
         ray=settings.ray,
@@ -114,10 +118,10 @@ def _train_settings(steps: Steps, settings: DemoSettings, *, stage: Literal[1, 2
         stage=stage,
         init_from=str(steps.folder("stage1")) if stage == 2 else None,
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            language=str(MODELS / "language"),
+            vision=VisionSpec(str(MODELS / "vision")),
+            language=LanguageSpec(str(MODELS / "language")),
             tokenizer="corpus",
-            qformer=QFormerSettings(**demo.qformer.model_dump()),
+            qformer=QFormerSizes(**dataclasses.asdict(demo.qformer)),
         ),
         data=TrainDataSettings(
             manifest=str(steps.folder("data") / "manifest.parquet"),

@@ -1,9 +1,11 @@
 """Settings of the demo."""
 
+from dataclasses import dataclass
+
 from pydantic import Field
 
 from jobs.settings.data import RaySettings, Settings
-from jobs.settings.model import QFormerSettings
+from qformer.config import QFormerSizes
 
 
 class WorldSettings(Settings):
@@ -40,7 +42,8 @@ class Stage2Settings(StageSettings):
     learning_rate: float = Field(default=2e-3, gt=0)
 
 
-class DemoQFormerSettings(QFormerSettings):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoQFormerSizes(QFormerSizes):
     """A Q-Former small enough to learn the synthetic corpus in minutes on two cores."""
 
     hidden_size: int = 96
@@ -103,7 +106,7 @@ class DemoOptions(Settings):
     world: WorldSettings = WorldSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
-    qformer: DemoQFormerSettings = DemoQFormerSettings()
+    qformer: DemoQFormerSizes = DemoQFormerSizes()
     clips: ClipDemoSettings = ClipDemoSettings()
     workers: int = Field(default=2, ge=1)
     min_whole_caption: float | None = None

@@ -11,11 +11,11 @@ import torch
 import jobs
 from jobs.demo.world.corpus import LICENCE, write_world
 from jobs.demo.world.toy_sound import write_audio_encoder, write_clips
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load
+from jobs.settings.train import TrainSettings
+from jobs.train.inputs import model_choice
 from pipelines.data.storage.checkpoint_folders import write_marker
 from pipelines.training.run.model import TrainingRun
-from pipelines.training.run.model_choice import choice_from
 from pipelines.training.run.vocabulary import learn_text_tokenizer
 from qformer.conversion.checkpoint import save_bridge
 from qformer.torch_build.torchvision import import_torchvision
@@ -84,9 +84,7 @@ def _write_bridge(folder: Path, captions: list[str]) -> None:
     settings = load(TrainSettings, [RECIPES / "blip2_stage1.yaml", RECIPES / "toy.yaml"], overrides)
     with tempfile.TemporaryDirectory() as tokenizer:
         learn_text_tokenizer(lambda: captions, Path(tokenizer))
-        choice = choice_from(
-            settings.model.model_dump(), stage=1, num_frames=settings.data.num_frames, tokenizer=tokenizer
-        )
+        choice = model_choice(settings.model, stage=1, num_frames=settings.data.num_frames, tokenizer=tokenizer)
         run = TrainingRun(choice, torch.device("cpu"), precision="fp32", seed=settings.seed, init_from=None)
     folder.mkdir(exist_ok=True)
     save_bridge(folder, run.info(0), run.stage.trainables.state_dict(), run.tokenizer)

@@ -13,7 +13,7 @@ import torch
 from jobs.doctor.model import frozen_now, pair_findings
 from jobs.doctor.report import show
 from jobs.doctor.run_records import RunRecords, read_records
-from jobs.settings.jobs import DoctorSettings
+from jobs.settings.evaluate import DoctorSettings
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.local_copies import local_folder

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from jobs.doctor.run_records import RunRecords
 from jobs.evaluate.job import decode_settings as evaluation_decoding
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import DoctorSettings, TrainSettings
+from jobs.settings.evaluate import DoctorSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.checks import manifests
 from jobs.train.inputs import decode_settings
 from pipelines.data.media.samples import DecodeSettings, Limits
@@ -28,6 +30,7 @@ from pipelines.training.step.precision import DTYPES
 from qformer.audio import load_audio
 from qformer.backbones import load_language, load_vision, weights_fingerprint
 from qformer.bridges.table import build_bridge
+from qformer.config import AudioSpec, LanguageSpec
 from qformer.conversion.checkpoint import BridgeInfo, read_info
 from qformer.errors import UserError
 
@@ -131,17 +134,10 @@ def _of_part(bridge: nn.Module, part: nn.Module, weights: Mapping[str, Tensor]) 
 
 def _fingerprint(name: str, info: BridgeInfo, dtype: torch.dtype) -> str:
     if name == "language":
-        return weights_fingerprint(load_language(str(info.language), dtype=dtype)[0])
+        return weights_fingerprint(load_language(cast(LanguageSpec, info.language), dtype=dtype)[0])
     if name == "audio":
-        return weights_fingerprint(load_audio(str(info.audio), pretrained=info.audio_pretrained, dtype=dtype))
-    encoder = load_vision(
-        info.vision,
-        pretrained=info.vision_pretrained,
-        layer=info.vision_layer,
-        dtype=dtype,
-        image_size=info.vision_image_size,
-    )
-    return weights_fingerprint(encoder)
+        return weights_fingerprint(load_audio(cast(AudioSpec, info.audio), dtype=dtype))
+    return weights_fingerprint(load_vision(info.vision, dtype=dtype))
 
 
 def _own_rows(settings: TrainSettings | None, info: BridgeInfo) -> ProbeRows:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
-from pydantic import ValidationError
 
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.loading import load_saved
+from jobs.settings.train import TrainSettings
 from jobs.train.reporter import BAD_STEPS_FILE, EVENTS_FILE, STARTS_FILE
 from pipelines.data import schema, storage
 from pipelines.data.corpus.quarantine import QUARANTINE_FILE
@@ -112,10 +111,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 def _settings(run: str) -> TrainSettings | None:
     text = _read(run, SETTINGS_FILE)
-    try:
-        return None if text is None else TrainSettings.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError):
-        return None
+    return None if text is None else load_saved(TrainSettings, text)
 
 
 def _quarantined(run: str) -> collections.Counter[str] | None:

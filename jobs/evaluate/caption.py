@@ -5,10 +5,10 @@ import sys
 
 from jobs.evaluate.caption_corpus import caption_corpus
 from jobs.folders.checkpoint import open_checkpoint
-from jobs.settings.jobs import CaptionSettings
+from jobs.settings.evaluate import CaptionSettings
 from pipelines.data import storage
 from pipelines.data.failures import MediaError
-from pipelines.data.media.samples import Limits, SampleDecoder
+from pipelines.data.media.samples import SampleDecoder
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.inference.decoding import decoding_of
 from pipelines.inference.files import caption_file
@@ -36,7 +36,7 @@ def main(settings: CaptionSettings) -> int:
         if not storage.exists(path):
             raise UserError(f"media: no file at {path}; give the path of an image or a video")
     checkpoint, info = open_checkpoint(settings.checkpoint)
-    decode = decoding_of(info, Limits(**settings.limits.model_dump()), num_frames=settings.num_frames)
+    decode = decoding_of(info, settings.limits, num_frames=settings.num_frames)
     captioner = load_captioner(local_folder(checkpoint))
     if captioner.num_truncated([settings.instruction]):
         logger.warning("instruction: cut to max_text_tokens=%d, as in training", info.max_text_tokens)

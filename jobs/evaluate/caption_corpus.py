@@ -13,7 +13,7 @@ from jobs.data.shard_progress import ShardProgress
 from jobs.evaluate.job import require_one_instruction
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
-from jobs.settings.jobs import CaptionSettings
+from jobs.settings.evaluate import CaptionSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.batches.stage_report import WorkerPool
@@ -22,7 +22,7 @@ from pipelines.data.corpus.manifest import read_manifest
 from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.features.files import read_table, rows_file
 from pipelines.data.features.shards import RETRYABLE_ERRORS, write_quarantine
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import sum_costs
 from pipelines.data.storage.checkpoint_folders import COMPLETE_MARKER
 from pipelines.inference.decoding import decoding_of
@@ -55,7 +55,7 @@ def caption_corpus(settings: CaptionSettings) -> dict[str, Any]:
     require_one_instruction(manifest, "manifest")
     # The actors have other working directories.
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
-    decode = decoding_of(info, Limits(**settings.limits.model_dump()), num_frames=settings.num_frames)
+    decode = decoding_of(info, settings.limits, num_frames=settings.num_frames)
     _claim(output, _origin(settings, checkpoint, info, decode))
     storage.write_text(storage.join(output, SETTINGS_FILE), resolved_yaml(settings))
     progress, num_shards = _caption_missing(settings, output, checkpoint, manifest, decode)

@@ -10,13 +10,13 @@ from jobs.cluster.session import ray_session
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint
 from jobs.folders.output import SETTINGS_FILE, SUMMARY_FILE, require_unused
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import EvaluateSettings
+from jobs.settings.evaluate import EvaluateSettings
 from jobs.settings.loading import resolved_yaml
 from pipelines.data import schema, storage
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import read_manifest, write_table
 from pipelines.data.failures import Failure
-from pipelines.data.media.samples import DecodeSettings, Limits
+from pipelines.data.media.samples import DecodeSettings
 from pipelines.inference.decoding import decoding_of
 from qformer.conversion.checkpoint import BridgeInfo
 from qformer.errors import UserError
@@ -76,9 +76,9 @@ def decode_settings(data: DataSettings, info: BridgeInfo) -> DecodeSettings:
     chosen = data.model_fields_set
     return decoding_of(
         info,
-        Limits(**data.limits.model_dump()),
+        data.limits,
         num_frames=data.num_frames if "num_frames" in chosen else None,
-        sampling=data.sampling.build() if "sampling" in chosen else None,
+        sampling=data.sampling if "sampling" in chosen else None,
         segments=data.audio.model_dump(exclude_unset=True),
     )
 

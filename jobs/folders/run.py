@@ -6,13 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from jobs.cluster.exceptions import find_user_error
 from jobs.folders.output import SETTINGS_FILE, require_unused
-from jobs.settings.jobs import TrainSettings
-from jobs.settings.loading import resolved_yaml
+from jobs.settings.loading import load_saved, resolved_yaml
+from jobs.settings.train import TrainSettings
 from pipelines.data import storage
 from pipelines.data.corpus.quarantine import QUARANTINE_FILE
 from pipelines.data.storage import checkpoint_folders
@@ -71,9 +68,10 @@ def _stage_of(output: str) -> int | None:
         return None
     try:
         with storage.open_input(path) as file:
-            return TrainSettings.model_validate(yaml.safe_load(file)).stage
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError):
+            saved = load_saved(TrainSettings, file.read().decode())
+    except UnicodeDecodeError:
         return None
+    return None if saved is None else saved.stage
 
 
 def _empty(folder: Path) -> None:

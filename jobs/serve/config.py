@@ -1,9 +1,10 @@
 """Write a config for `serve deploy`, and build the application that it names."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator
 
 from jobs.serve.job import APP_NAME, PROXY_GRACE_S, require_protection, resolve_service
 from jobs.settings.serve import ServeSettings, ServiceSettings
@@ -30,7 +31,7 @@ class ServeConfigSettings(ServeSettings):
 class ApplicationSettings(ServiceSettings):
     """The `args` of the config: all settings of a new replica."""
 
-    backbones: Backbones
+    backbones: Annotated[Backbones, BeforeValidator(Backbones.from_dict)]
     counts_quotas: bool = False
     is_local: bool = False
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jobs.cluster.exceptions import find_user_error
 from jobs.cluster.session import joins_cluster, ray_session, require_resources
 from jobs.folders.checkpoint import checkpoint_name, open_checkpoint, require_whole
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from pipelines.data import storage
 from pipelines.serving.contract.adapters import Adapter, Backbones, require_shared_backbones
 from pipelines.serving.contract.config import ApiKey, ServingConfig

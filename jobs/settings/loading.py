@@ -1,19 +1,20 @@
 """From YAML files and `--set` overrides to checked settings, with errors a person can act on."""
 
-import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from jobs.settings.data import Settings
-from jobs.settings.shipped import find_config
+from jobs.settings.messages import describe
+from jobs.settings.renamed import with_present_keys
+from jobs.settings.specs import is_spec_at, with_long_forms
 from qformer.errors import UserError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Settings files that the package ships."""
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -41,17 +42,30 @@ def load(
     files = [(path, _read_mapping(path)) for path in paths]
     values: Any = {}
     for _, own in files:
-        values = _merged(values, own)
+        values = _merged(values, with_long_forms(model, own))
     assignments: list[tuple[tuple[str, ...], str]] = []
     for text in overrides:
         keys, value = _parse_override(text)
-        values = _assigned(values, keys, value, text)
+        # A frozen model's name alone leaves its other values as they are.
+        place = (*keys, "name") if isinstance(value, str) and is_spec_at(model, keys) else keys
+        values = with_long_forms(model, _assigned(values, place, value, text))
         assignments.append((keys, text))
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(model, details, files, assignments) for details in error.errors()]
+        lines = [describe(model, details, files, assignments) for details in error.errors()]
     raise UserError("\n".join(lines))
+
+
+def load_saved(model: type[SettingsT], text: str) -> SettingsT | None:
+    """Settings as an earlier run wrote them (`resolved_yaml`), also under former keys; None of what is no such text."""
+    try:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            return None
+        return model.model_validate(with_present_keys(with_long_forms(model, values)))
+    except (yaml.YAMLError, ValidationError):
+        return None
 
 
 def resolved_yaml(settings: Settings) -> str:
@@ -59,17 +73,37 @@ def resolved_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
+def find_config(config: Path) -> Path:
+    """Find the file that `--config` names.
+
+    Args:
+        config: A file, or a shipped one as "recipes/blip2_stage1.yaml" (with or without "jobs/configs/" before it) or
+            "blip2_stage1". "serve.yaml" never means a shipped file: it is the name of a person's own.
+
+    Returns:
+        The file of the working directory where there is one, else the shipped file, else `config` unchanged.
+    """
+    if config.exists() or config.is_absolute():
+        return config
+    if len(config.parts) == 1:
+        found = sorted(CONFIGS.glob(f"*/{config}.yaml"))
+    else:
+        relative = config.relative_to("jobs/configs") if config.is_relative_to("jobs/configs") else config
+        found = [CONFIGS / relative.with_suffix(".yaml")]
+    return found[0] if found and found[0].is_file() else config
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Plain YAML lets a repeated key win silently; in a settings file that is always a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+            if key_node.value in keys and key_node.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
                 )
-            seen.add(str(key_node.value))
+            keys.add(str(key_node.value))
         return super().construct_mapping(node, deep=deep)
 
 
@@ -134,113 +168,3 @@ def _assigned(values: Any, keys: tuple[str, ...], value: Any, text: str) -> Any:
         return [_assigned(None, rest, value, text)]
     old = (values or {}).get(head)
     return {**(values or {}), head: _assigned(old, rest, value, text)}
-
-
-def _describe(
-    model: type[Settings],
-    details: ErrorDetails,
-    files: Sequence[tuple[Path, Any]],
-    assignments: Sequence[tuple[tuple[str, ...], str]],
-) -> str:
-    keys = tuple(str(part) for part in details["loc"])
-    if details["type"] == "missing":
-        keys = (*keys, *_first_required(model, keys))
-    dotted = ".".join(keys)
-    origin = _origin(keys, files, assignments)
-    match details["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"{origin}: unknown key {dotted!r}; {_suggestion(model, keys)}"
-        case "missing":
-            file = _file_of(keys, files)
-            place = f"write `{keys[-1]}: …` in {file}" if file else "give a --config file"
-            return f"{origin}: {dotted!r} is missing; {place} or add --set {dotted}=VALUE"
-        case _:
-            problem = details["msg"].removeprefix("Value error, ")
-            problem = problem[:1].lower() + problem[1:]
-            return (
-                f"{origin}: {dotted} = {_shortened(details['input'])}: {problem}" if dotted else f"{origin}: {problem}"
-            )
-
-
-def _shortened(value: Any, length: int = 80) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _origin(
-    keys: tuple[str, ...], files: Sequence[tuple[Path, Any]], assignments: Sequence[tuple[tuple[str, ...], str]]
-) -> str:
-    """Where the value at `keys` was written: the last override that reaches it, else the last such file."""
-    for assigned, text in reversed(assignments):
-        if keys[: len(assigned)] == assigned:
-            return f"--set {text}"
-    return str(_file_of(keys, files) or "settings")
-
-
-def _file_of(keys: tuple[str, ...], files: Sequence[tuple[Path, Any]]) -> Path | None:
-    """The last file that holds the value at `keys` or, where none does, most of the way to it; else the first."""
-    depths = [_depth(keys, values) for _, values in files]
-    for path, depth in zip(reversed([path for path, _ in files]), reversed(depths), strict=True):
-        if depth > 0 and depth == max(depths):
-            return path
-    return files[0][0] if files else None
-
-
-def _depth(keys: tuple[str, ...], values: Any) -> int:
-    """How many of `keys` a file's nest of values has; what is no mapping decides all that lies below it."""
-    for depth, key in enumerate(keys):
-        if not isinstance(values, dict):
-            return len(keys)
-        if key not in values:
-            return depth
-        values = values[key]
-    return len(keys)
-
-
-def _first_required(model: type[Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Names below a missing part down to one that has no default: a whole part is no value that a person can give."""
-    for key in keys:
-        annotation = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ()
-        model = annotation
-    required = next((name for name, field in model.model_fields.items() if field.is_required()), None)
-    return () if required is None else (required, *_first_required(model, (required,)))
-
-
-def _suggestion(model: type[Settings], keys: tuple[str, ...]) -> str:
-    """The nearest valid key: first among its siblings, then anywhere by its last part."""
-    every = list(_dotted_keys(model))
-    parent, name = ".".join(keys[:-1]), keys[-1]
-    prefix = f"{parent}." if parent else ""
-    # Items of a list are addressed by number, the keys of their class are listed without it.
-    plain_prefix = "".join(f"{part}." for part in keys[:-1] if not part.isdigit())
-    siblings = [
-        key.removeprefix(plain_prefix)
-        for key in every
-        if key.startswith(plain_prefix) and "." not in key.removeprefix(plain_prefix)
-    ]
-    for found in difflib.get_close_matches(name, siblings, n=1):
-        return f"did you mean {prefix}{found}?"
-    leaves = {key.rpartition(".")[2]: key for key in reversed(every)}
-    for found in difflib.get_close_matches(name, leaves, n=1):
-        return f"did you mean {leaves[found]}?"
-    return f"valid keys{f' under {parent}' if parent else ''}: {', '.join(siblings)}"
-
-
-def _dotted_keys(model: type[Any], prefix: str = "") -> Iterator[str]:
-    for name, annotation in get_type_hints(model).items():
-        if name == "model_config":
-            continue
-        yield prefix + name
-        for nested in _models_in(annotation):
-            yield from _dotted_keys(nested, f"{prefix}{name}.")
-
-
-def _models_in(annotation: Any) -> Iterator[type[Any]]:
-    """Settings classes named by an annotation: itself, or inside `X | None`, `list[X]`."""
-    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
-        yield annotation
-        return
-    for part in get_args(annotation):
-        yield from _models_in(part)

@@ -2,72 +2,28 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
 from jobs.settings.data import Settings
+from jobs.settings.specs import Audio, Language, Vision
+from pipelines.training.run.model_choice import AudioBranchOptions
 from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig
-from qformer.config import LoraConfig, QFormerConfig
+from qformer.config import LoraConfig, QFormerSizes
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 
 
-class QFormerSettings(Settings):
-    """The trainable bridge; widths of encoder and language model adapt by themselves."""
-
-    hidden_size: int = Field(default=768, ge=1)
-    num_layers: int = Field(default=12, ge=1)
-    num_heads: int = Field(default=12, ge=1)
-    intermediate_size: int = Field(default=3072, ge=1)
-    num_queries: int = Field(default=32, ge=1)
-    cross_attention_frequency: int = Field(default=2, ge=1)
-    embed_dim: int = Field(default=256, ge=1)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    max_positions: int = Field(default=512, ge=1)
-    """Text positions; as many as `model.qformer_init` has."""
-    vision_norm_eps: float = Field(default=1e-5, gt=0)
-    """Of the norm on the encoder's tokens; 1e-6 makes `qformer export` exact, 1e-5 is LAVIS'."""
-    activation_checkpointing: bool = False
-    """Less memory for about a third more work: layers are computed again in the backward pass."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "QFormerSettings":
-        QFormerConfig(encoder_width=1, **self.model_dump())
-        return self
-
-
-class AudioBranchSettings(Settings):
-    """The branch of a stage-2 bridge that reads what `model.audio` hears."""
-
-    num_queries: int = Field(default=8, ge=1)
-    num_layers: int = Field(default=2, ge=1)
-    max_segments: int = Field(default=8, ge=1)
-    """Segment positions that are trained; more segments stretch them."""
-    is_joint: bool = False
-    """Read sound with the frames, in the second Q-Former of a cascaded bridge, one segment a frame; the encoder must be
-    as wide as the Q-Former."""
-    trains_alone: bool = False
-    """Video-LLaMA's way: in this run the branch alone is trained, and read; later runs and answers read both."""
-
-
 class ModelSettings(Settings):
     """Frozen backbones and the bridge between them."""
 
-    vision: str
-    """Vision encoder: timm name, Hugging Face name (owner/model), or local folder of either's files."""
-    vision_pretrained: bool = True
-    """false: random weights (for dry runs; a random encoder sees little)."""
-    vision_layer: int = -2
-    """Which block's output the Q-Former reads; -2 is the paper's second-to-last."""
-    vision_image_size: int | None = Field(default=None, ge=1)
-    """Side of the encoder's square input in pixels, its positions interpolated; null: the encoder's own."""
-    audio: str | None = None
-    """Audio encoder for stage 2: Hugging Face name or local folder (AST, Whisper, wav2vec 2.0); "features" for the
-    vectors that `data.features` keeps, whatever made them; null: no sound."""
-    audio_pretrained: bool = True
-    audio_branch: AudioBranchSettings = AudioBranchSettings()
-    language: str | None = None
-    """Hugging Face language model for stage 2, decoder-only or T5: hub name or local folder."""
+    vision: Vision
+    """Frozen vision encoder; a string alone is its name."""
+    audio: Audio | None = None
+    """Frozen audio encoder, for stage 2; a string alone is its name; null: no sound."""
+    audio_branch: AudioBranchOptions = AudioBranchOptions()
+    language: Language | None = None
+    """Frozen language model, for stage 2, decoder-only or T5; a string alone is its name."""
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of the Q-Former: hub name, local folder, or "corpus" to learn WordPiece from the captions. A
     Q-Former that reads text takes the one of `init_from` where that has one."""
@@ -86,7 +42,7 @@ class ModelSettings(Settings):
     bridge: Annotated[BridgeConfig, Field(discriminator="kind")] = IMAGE_BRIDGE
     """How the frames of a clip become what stage 2 reads, and with which weights; the other keys go with `kind`. An
     image is a clip of one frame."""
-    qformer: QFormerSettings = QFormerSettings()
+    qformer: QFormerSizes = QFormerSizes()
     qformer_init: str | None = None
     """Hugging Face BERT that the Q-Former starts from (hub name or local folder); null: random weights."""
     init_mismatch: Literal["refuse", "reinitialise"] = "refuse"
@@ -107,7 +63,7 @@ class LossWeightSettings(Settings):
     itg: Weight = 1.0
     lm: Weight = 1.0
     diversity: Weight = 0.0
-    """Of the mean squared cosine between an image's query outputs: 0.1 keeps queries from collapsing into one."""
+    """Weight of the mean squared cosine between an image's query outputs; 0.1 keeps queries from becoming equal."""
     is_learned: bool = False
     """Also learn a factor of each term (uncertainty weighting)."""
 

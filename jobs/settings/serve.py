@@ -2,8 +2,7 @@
 
 from pydantic import Field
 
-from jobs.settings.data import RaySettings, ServingLimitSettings, Settings
-from pipelines.data.media.samples import Limits
+from jobs.settings.data import RaySettings, Settings
 from pipelines.serving.contract.adapters import Backbones
 from pipelines.serving.contract.config import (
     EncoderScale,
@@ -13,6 +12,7 @@ from pipelines.serving.contract.config import (
     MediaScale,
     RequestLimits,
     ServingConfig,
+    ServingLimits,
 )
 from qformer.config import GenerationSettings
 from qformer.errors import UserError
@@ -22,7 +22,7 @@ class ServiceSettings(Settings):
     """What replicas are made of, whatever they serve."""
 
     requests: RequestLimits = RequestLimits()
-    limits: ServingLimitSettings = ServingLimitSettings()
+    limits: ServingLimits = ServingLimits()
     fetch: FetchPolicy = FetchPolicy()
     """Remote media; none unless `fetch.hosts` names hosts."""
     generation: GenerationSettings = GenerationSettings()
@@ -60,12 +60,11 @@ class ServiceSettings(Settings):
                 "it at 1, or use `qformer evaluate`"
             )
         own = {name: getattr(self, name) for name in ServiceSettings.model_fields if name not in ("limits", "fused")}
-        limits = Limits(**self.limits.model_dump())
         return ServingConfig(
             backbones=backbones,
             counts_quotas=counts_quotas,
             is_local=is_local,
-            media_limits=limits,
+            media_limits=self.limits,
             fused=bool(self.fused),
             **own,
         )

@@ -4,14 +4,14 @@ import functools
 
 import numpy as np
 
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import LossWeightSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data import schema, storage
 from pipelines.data.failures import MediaError
 from pipelines.data.order.mixture import Corpus
 from pipelines.data.storage import checkpoint_folders, members
 from pipelines.data.storage.retries import with_retries
-from qformer.bridges.config import KEPT_AUDIO
+from qformer.config import CACHED_AUDIO
 from qformer.errors import UserError
 
 
@@ -19,7 +19,7 @@ def check(settings: TrainSettings, num_rows: int) -> None:
     """Refuse settings that cannot work together, or with the data.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         num_rows: Rows of an epoch.
 
     Raises:
@@ -36,9 +36,9 @@ def check(settings: TrainSettings, num_rows: int) -> None:
         raise UserError("model.language is not set; stage 2 needs a language model (hub name or folder)")
     if settings.stage == 1:
         _check_stage_1(settings)
-    if settings.model.audio == KEPT_AUDIO and settings.data.features is None:
+    if settings.model.audio is not None and settings.model.audio.is_cached and settings.data.features is None:
         raise UserError(
-            f"model.audio={KEPT_AUDIO} hears what a feature cache keeps; set data.features, or name an encoder"
+            f"model.audio={CACHED_AUDIO} reads the vectors in a feature cache; set data.features, or name an encoder"
         )
     _check_bridge(settings)
     _check_video(settings)
@@ -66,8 +66,8 @@ def require_media_answer(corpus: Corpus) -> None:
             with_retries(uri, functools.partial(storage.size_bytes, uri))
         except MediaError as error:
             if error.error_class in ("config", "transient"):
-                told = error.message.removeprefix(f"{uri}: ")
-                raise UserError(f"the media of data.manifest cannot be read: {uri}: {told}") from error
+                reason = error.message.removeprefix(f"{uri}: ")
+                raise UserError(f"the media of data.manifest cannot be read: {uri}: {reason}") from error
 
 
 def _check_bridge(settings: TrainSettings) -> None:

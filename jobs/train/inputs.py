@@ -1,11 +1,15 @@
 """How the settings of a training run name what it reads."""
 
-from jobs.settings.jobs import TrainSettings
+import dataclasses
+
+from jobs.folders.backbones import absolute_name, with_absolute_name
+from jobs.settings.model import ModelSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data import storage
-from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.samples import DecodeSettings, Limits
-from pipelines.data.media.transforms import Augmentation
-from qformer.bridges.config import KEPT_AUDIO
+from pipelines.data.media.audio_sampling import AudioSampling, AudioSegments
+from pipelines.data.media.frame_sampling import Sampling
+from pipelines.data.media.samples import DecodeSettings
+from pipelines.training.run.model_choice import ModelChoice
 from qformer.preprocessing import Preprocessing
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -16,16 +20,16 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Workers run in other folders: make every local path absolute. Hub names and URIs stay as they are."""
 
     def absolute(path: str | None) -> str | None:
-        return storage.local_path(path) if path and storage.is_local(path) and storage.exists(path) else path
+        return path and absolute_name(path)
 
     model = settings.model
     folders = {
-        name: absolute(getattr(model, name)) for name in ("vision", "audio", "language", "tokenizer", "qformer_init")
+        "vision": with_absolute_name(model.vision),
+        "audio": model.audio and with_absolute_name(model.audio),
+        "language": model.language and with_absolute_name(model.language),
+        "tokenizer": LEARN_TOKENIZER if model.tokenizer == LEARN_TOKENIZER else absolute(model.tokenizer),
+        "qformer_init": absolute(model.qformer_init),
     }
-    if model.tokenizer == LEARN_TOKENIZER:
-        folders["tokenizer"] = LEARN_TOKENIZER
-    if model.audio == KEPT_AUDIO:
-        folders["audio"] = KEPT_AUDIO
     output = storage.local_path(settings.output) if storage.is_local(settings.output) else settings.output
     return settings.model_copy(
         update={
@@ -39,6 +43,36 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     )
 
 
+def model_choice(
+    model: ModelSettings,
+    *,
+    stage: int,
+    num_frames: int,
+    tokenizer: str,
+    sampling: Sampling | None = None,
+    segments: AudioSegments | None = None,
+) -> ModelChoice:
+    """The frozen models and the bridge that the settings name.
+
+    Args:
+        model: Settings of the model.
+        stage: Stage of the training.
+        num_frames: Frames of a clip.
+        tokenizer: Hub name or folder of the Q-Former's tokenizer.
+        sampling: Choice of a clip's frames; None: the default.
+        segments: Segments of a clip's sound; None: the default.
+    """
+    shared = {one.name for one in dataclasses.fields(ModelChoice)} & type(model).model_fields.keys() - {"tokenizer"}
+    return ModelChoice(
+        stage=stage,
+        num_frames=num_frames,
+        tokenizer=tokenizer,
+        sampling=sampling or Sampling(),
+        segments=segments or AudioSegments(),
+        **{name: getattr(model, name) for name in shared},
+    )
+
+
 def decode_settings(
     settings: TrainSettings, preprocessing: Preprocessing, audio: AudioSampling | None
 ) -> DecodeSettings:
@@ -47,9 +81,9 @@ def decode_settings(
     return DecodeSettings(
         preprocessing=preprocessing,
         num_frames=data.num_frames,
-        sampling=data.sampling.build(),
-        limits=Limits(**data.limits.model_dump()),
-        augmentation=Augmentation(**data.augmentation.model_dump()),
+        sampling=data.sampling,
+        limits=data.limits,
+        augmentation=data.augmentation,
         audio=audio,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from jobs.cluster.session import ray_session, require_resources
 from jobs.folders.output import SUMMARY_FILE
 from jobs.folders.run import run_folder
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.inputs import LEARN_TOKENIZER, tokenizer_folder, with_absolute_paths
 from jobs.train.rows import TrainingRows, start_coordinator, start_feed, training_rows, validation_rows
 from pipelines.data import schema, storage
@@ -71,6 +71,7 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
 
         from jobs.train.reporter import append_events
         from jobs.train.worker import train_worker
+        from jobs.train.worker_job import WorkerJob, feed_handle
         from pipelines.training.group.launch import launch
 
         # An elastic group on CPUs takes all there are, and the validation decodes while the training's decoders wait:
@@ -79,27 +80,22 @@ def _launch(settings: TrainSettings, rows: TrainingRows, validation: TrainingRow
         is_greedy = settings.min_workers is not None and not settings.use_gpu
         coordinator = start_coordinator(rows, total_steps=settings.steps, reserves_cpus=not is_greedy, **decoders)
         feeds = [coordinator]
-        arguments = {
-            "settings": settings.model_dump(),
-            "feed": coordinator,
-            "cache": rows.cache,
-            "order": f"{rows.order.fingerprint}/{rows.corpus.fingerprint}/{settings.stage}",
-            "rows": rows.order.rows_per_epoch,
-            "steps_per_epoch": rows.order.steps_per_epoch,
-        }
+        validation_feed = None
         if validation is not None:
             steps = validation.order.steps_per_epoch
             feeds.append(start_feed(validation, total_steps=steps, reserves_cpus=False, **decoders))
-            arguments |= {
-                "validation_feed": feeds[-1],
-                "validation_cache": validation.cache,
-                "validation_rows": validation.order.rows_per_epoch,
-                "validation_steps": steps,
-            }
+            validation_feed = feed_handle(feeds[-1], validation)
+        job = WorkerJob(
+            settings=settings,
+            coordinator=coordinator,
+            training=feed_handle(coordinator, rows),
+            validation=validation_feed,
+            order=f"{rows.order.fingerprint}/{rows.corpus.fingerprint}/{settings.stage}",
+        )
         try:
             return launch(
                 train_worker,
-                arguments,
+                {"job": job},
                 coordinator=coordinator,
                 workers=settings.workers,
                 min_workers=settings.min_workers,

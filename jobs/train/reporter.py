@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.cluster.environment import current_environment
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from pipelines.data import storage
 from pipelines.data.corpus import quarantine
 from pipelines.data.corpus.manifest import write_table

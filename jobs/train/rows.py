@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.settings.jobs import TrainSettings
+from jobs.settings.train import TrainSettings
 from jobs.train.checks import check, manifests, require_media_answer
 from jobs.train.inputs import decode_settings
 from pipelines.data.features.cache import FeatureCache, locate, open_cache
@@ -110,10 +110,10 @@ def _with_cache(settings: TrainSettings, corpus: Corpus, order: Order, features:
         cache = cache.without_audio()
     elif cache.spec.audio is None:
         raise UserError(
-            f"data.features={features} holds no sound, which model.audio={settings.model.audio} needs; run `qformer "
-            f"features --set audio={settings.model.audio}` into another folder, or leave model.audio out"
+            f"data.features={features} holds no sound, which model.audio={settings.model.audio.name} needs; run "
+            f"`qformer features --set audio={settings.model.audio.name}` into another folder, or leave model.audio out"
         )
     else:
-        audio = settings.data.audio.build(cache.spec.audio.sample_rate_hz)
+        audio = settings.data.audio.build().at(cache.spec.audio.sample_rate_hz)
     cache.spec.require_decoding(decode_settings(settings, cache.spec.preprocessing, audio))
     return TrainingRows(corpus.in_memory(functools.partial(locate, cache=cache)), order, cache)

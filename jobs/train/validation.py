@@ -4,11 +4,10 @@ import dataclasses
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from jobs.settings.jobs import TrainSettings
 from jobs.train.inputs import decode_settings
 from jobs.train.reporter import VALIDATION_QUARANTINE_FILE, RunReporter
+from jobs.train.worker_job import WorkerJob
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.failures import Failure
 from pipelines.data.media.transforms import Augmentation
@@ -23,8 +22,7 @@ class Validation:
     """Computes the validation losses on every rank, and decides whether training goes on.
 
     Args:
-        arguments: Arguments of the worker.
-        settings: Settings of the run.
+        job: Settings and feeds of the run.
         run: Model that is trained.
         training: Optimizer, objective, precision and moving average of the training.
         reporter: The run's reporter on the first rank; None on others.
@@ -33,14 +31,14 @@ class Validation:
 
     def __init__(
         self,
-        arguments: dict[str, Any],
-        settings: TrainSettings,
+        job: WorkerJob,
         run: TrainingRun,
         training: Training,
         reporter: RunReporter | None,
         report_progress: Callable[[int], None],
     ) -> None:
-        self._arguments, self._settings, self._run = arguments, settings, run
+        settings = job.settings
+        self._feed, self._run = job.validation, run
         self._training, self._reporter, self._report_progress = training, reporter, report_progress
         patience = settings.validation.patience if settings.validation else None
         decode = decode_settings(settings, run.preprocessing, run.audio_sampling)
@@ -62,14 +60,16 @@ class Validation:
         """
         if done <= self._best.best.last:
             return self._best.goes_on
+        if (feed := self._feed) is None:
+            return True
         batches = rank_batches(
-            self._arguments["validation_feed"],
+            feed.actor,
             attempt=str(any_text(uuid.uuid4().hex)),
             start_step=0,
-            total_steps=self._arguments["validation_steps"],
+            total_steps=feed.steps_per_epoch,
             rank=rank(),
             world_size=world_size(),
-            source=self._arguments["validation_cache"] or self._decode,
+            source=feed.cache or self._decode,
             job="validation",
         )
         training, stage = self._training, self._run.stage
@@ -96,7 +96,7 @@ class Validation:
             self._reporter.checkpoint_writer.best_step = best.step
             self._reporter.metrics_log.write_validation(done, losses)
             terms = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            rows = f"{samples} of {self._arguments['validation_rows']} rows"
+            rows = f"{samples} of {feed.rows_per_epoch} rows"
             if failures:
                 rows += f" ({len(failures)} could not be used, see {VALIDATION_QUARANTINE_FILE})"
             end = "" if goes_on else f"; training ends after {best.num_worse} validations without a better loss"

@@ -26,10 +26,10 @@ def decoding_of(
     """How files become what the bridge was trained on: frames, and sound where it has a branch for it.
 
     Args:
-        info: Of the bridge.
+        info: Record of the bridge.
         limits: What one file may cost.
         num_frames: Other than in training; None: as there.
-        sampling: Likewise.
+        sampling: How frames are sampled, in place of the bridge's own; None: the bridge's own.
         segments: Fields of `AudioSampling` that are other than in training.
 
     Raises:

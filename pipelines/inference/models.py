@@ -15,9 +15,8 @@ from qformer.adapters.lora import Lora
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_language, load_vision
 from qformer.bridges.audio_branch import Sound
-from qformer.bridges.config import KEPT_AUDIO
 from qformer.bridges.protocol import BridgeInput, BridgeText
-from qformer.config import GenerationSettings
+from qformer.config import GenerationSettings, LanguageSpec
 from qformer.conversion.checkpoint import TOKENIZER_FOLDER, BridgeInfo, load_weights, read_info
 from qformer.errors import UserError
 from qformer.language import LanguageModel, build_language_model
@@ -78,7 +77,7 @@ class Retriever:
         Args:
             image_tokens_BFPV: From `embed_image`.
             captions: One an image.
-            frame_valid_BF: As in `embed_image`.
+            frame_valid_BF: False at frames that only repeat others; see `embed_image`.
 
         Returns:
             [B], float32, between 0 and 1.
@@ -132,12 +131,12 @@ class Captioner:
 
         Args:
             pixels_BFCYX: uint8, prepared by `preprocessing`.
-            instructions: As for `answer`.
+            instructions: One instruction an image, or None; see `answer`.
             frame_valid: [B, F], False at frames that only repeat others; None: none does.
             audio: The clips' sound, for a bridge that reads it; None: they have none.
 
         Raises:
-            ValueError: As `answer`.
+            ValueError: If the features are not finite, or instructions and images differ in number.
         """
         tokens_BFPV = self.encoder.features(pixels_BFCYX.to(self._device))
         return self.soft_prompts_of_tokens(tokens_BFPV, instructions, frame_valid=frame_valid, audio=audio)
@@ -205,8 +204,8 @@ class Captioner:
             instructions: An instruction-aware Q-Former reads them too; cut as in training (see `num_truncated`). None,
                 or "" among them, takes the prompt of training.
             settings: Greedy by default.
-            frame_valid: As for `soft_prompts`.
-            audio: As for `soft_prompts`.
+            frame_valid: Mask of real frames; see `soft_prompts`.
+            audio: Sound of the clips; see `soft_prompts`.
 
         Raises:
             ValueError: If the encoder's features are not finite, or instructions and images differ in number.
@@ -241,7 +240,7 @@ def load_captioner(folder: Path, device: str = "cpu") -> Captioner:
         UserError: If the folder is no stage-2 checkpoint, or a backbone cannot be loaded.
     """
     info = _info_of_stage(folder, 2, "captions")
-    model, words = load_language(cast(str, info.language))
+    model, words = load_language(cast(LanguageSpec, info.language))
     if info.answer_end_id is not None:
         cast(Any, model).generation_config.eos_token_id = info.answer_end_id
     language = build_language_model(model, words, info.max_text_tokens)
@@ -273,28 +272,26 @@ def load_audio_encoder(info: BridgeInfo, device: str) -> AudioEncoder | None:
     """
     if info.audio is None or info.audio_branch is None:
         return None
-    if info.audio == KEPT_AUDIO:
+    if info.audio.is_cached:
         raise UserError(
-            f"the bridge was trained with model.audio={KEPT_AUDIO}: it reads vectors of a feature cache, and nothing "
-            "here makes them of a file's sound; train with model.audio set to an audio encoder, or without sound"
+            f"the bridge was trained with model.audio={info.audio.name}: it reads vectors of a feature cache, and "
+            "nothing here makes them from a file; train with model.audio set to an audio encoder, or without sound"
         )
-    encoder = load_audio(info.audio, pretrained=info.audio_pretrained)
+    encoder = load_audio(info.audio)
     width, rate_hz = info.audio_branch.encoder_width, info.audio_sampling["sample_rate_hz"]
     if (encoder.width, encoder.sample_rate_hz) != (width, rate_hz):
         raise UserError(
-            f"audio encoder {info.audio!r} is {encoder.width} wide and takes {encoder.sample_rate_hz} Hz, the bridge "
-            f"{width} and {rate_hz} Hz; it is another model than in training"
+            f"audio encoder {info.audio.name!r} is {encoder.width} wide and takes {encoder.sample_rate_hz} Hz, the "
+            f"bridge {width} and {rate_hz} Hz; it is another model than in training"
         )
     return encoder.to(device)
 
 
 def _encoder(info: BridgeInfo) -> VisionEncoder:
-    encoder = load_vision(
-        info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer, image_size=info.vision_image_size
-    )
+    encoder = load_vision(info.vision)
     if encoder.width != info.qformer.encoder_width:
         raise UserError(
-            f"encoder {info.vision!r} is {encoder.width} wide, the bridge {info.qformer.encoder_width}; it is another "
-            "model than in training"
+            f"encoder {info.vision.name!r} is {encoder.width} wide, the bridge {info.qformer.encoder_width}; it is "
+            "another model than in training"
         )
     return encoder

@@ -61,7 +61,7 @@ class Cascaded(QFormerBridge):
     """All frames' query outputs, with the position of their frame, as one sequence in time order.
 
     Args:
-        config: Of this bridge.
+        config: Config of this bridge.
         qformer: Shapes of the frames' Q-Former, which reads no text.
     """
 

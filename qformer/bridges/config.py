@@ -5,9 +5,6 @@ from typing import Any, ClassVar
 
 from qformer.config import QFormerConfig
 
-KEPT_AUDIO = "features"
-"""In the place of an audio encoder's name: the vectors that a feature cache keeps, whatever made them (ImageBind)."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseBridgeConfig:
@@ -42,25 +39,31 @@ class BaseBridgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AudioConfig:
-    """A branch of the bridge that reads sound (Video-LLaMA, arXiv:2306.02858, section 2.1).
+class AudioBranchSizes:
+    """Sizes of the branch for sound that a user chooses (Video-LLaMA, arXiv:2306.02858, section 2.1).
 
     Raises:
         ValueError: If a size is not positive.
     """
 
-    encoder_width: int
-    """Width of the frozen audio encoder's vectors, one a segment."""
-    max_segments: int = 8
-    """Trained segment positions; longer sound stretches them."""
     num_queries: int = 8
     num_layers: int = 2
+    max_segments: int = 8
+    """Trained segment positions; longer sound stretches them."""
     is_joint: bool = False
     """Read the sound with the frames, in the second Q-Former of a cascaded bridge, instead of beside them: one vector a
     frame, as wide as the Q-Former."""
 
     def __post_init__(self) -> None:
         require_positive(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioConfig(AudioBranchSizes):
+    """The sizes with what follows from the frozen audio encoder."""
+
+    encoder_width: int
+    """Width of the encoder's vectors, one a segment."""
 
     def check(self, bridge: BaseBridgeConfig, config: QFormerConfig) -> None:
         """Refuse a bridge that it has no place in.

@@ -58,9 +58,9 @@ class Percept(NamedTuple):
     tokens_BFPV: Tensor
     """F is 1 where the frames were joined."""
     is_token: Tensor | None = None
-    """Of joined frames: the tokens that queries may attend to, [B, P], or [B, Q, P] where each query has its own."""
+    """Joined frames: the tokens that queries may attend to, [B, P], or [B, Q, P] where each query has its own."""
     is_frame_BF: Tensor | None = None
-    """Of separate frames: False at padding; None where there is none."""
+    """Separate frames: False at padding; None where there is none."""
 
 
 class Keys:
@@ -94,7 +94,7 @@ class Keys:
         Args:
             other: Further clips, counted behind these.
             place_E: Clips wanted.
-            masks: Of the clips wanted.
+            masks: Masks of the selected clips.
         """
         layers, frames = self.layers, self.num_frames
         if other is not None:
@@ -128,7 +128,7 @@ class Bridge(nn.Module, ABC):
     name them without a prefix.
 
     Args:
-        config: Of this bridge.
+        config: Config of this bridge.
         qformer: Shapes of the Q-Former of one image; width of the encoder's tokens, and of the query outputs.
     """
 
@@ -180,7 +180,7 @@ class Bridge(nn.Module, ABC):
         """Another bridge's weights by the names of this one; None where that bridge cannot start this one.
 
         Args:
-            weights: Of the source's bridge, without the heads of its stage.
+            weights: Weights of the source's bridge, without the heads of its stage.
             source: Config of that bridge.
         """
         is_alike = type(source) is type(self.config) or (source.is_image_qformer and self.config.is_image_qformer)

@@ -22,7 +22,7 @@ class QFormerBridge(TextBridge):
     """Queries of one Q-Former read every frame by itself, or what a subclass makes of all frames.
 
     Args:
-        config: Of this bridge.
+        config: Config of this bridge.
         qformer: Shapes of the Q-Former of one image, and of its text branch if any.
         reader: Shapes of the Q-Former whose outputs are read; None: the same.
     """

@@ -83,15 +83,15 @@ class AttentivePool(nn.Module):
             scores_BFNH = scores_BFNH.masked_fill(~is_token, float("-inf"))
         weight_BFNH = scores_BFNH.float().softmax(dim=dim).to(tokens_BFNV.dtype)
         values_BFNHK = tokens_BFNV.unflatten(-1, (len(self.query_HV), -1))
-        kept = "bnhk" if dim == 1 else "bfhk"
-        return torch.einsum(f"bfnh,bfnhk->{kept}", weight_BFNH, values_BFNHK).flatten(-2)
+        output = "bnhk" if dim == 1 else "bfhk"
+        return torch.einsum(f"bfnh,bfnhk->{output}", weight_BFNH, values_BFNHK).flatten(-2)
 
 
 class SpatioTemporal(QFormerBridge):
     """A spatial map (each token's mean over time) and a temporal sequence (each frame's mean over space).
 
     Args:
-        config: Of this bridge.
+        config: Config of this bridge.
         qformer: Shapes of the Q-Former of one image, and of its text branch if any.
     """
 

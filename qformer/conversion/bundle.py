@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformer.config import QFormerConfig
+from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
 from qformer.conversion.checkpoint import BridgeInfo, read_weights, save_bridge
 from qformer.conversion.report import LoadReport, format_names
 from qformer.errors import UserError
@@ -23,12 +23,9 @@ _FRESH_SEED = 0
 class ImportOptions:
     """Values that the files do not hold, and mismatches that are allowed."""
 
-    vision: str | None = None
-    """timm encoder for files without one (LAVIS)."""
-    vision_pretrained: bool = True
-    vision_layer: int = -2
-    """Block of `vision` whose output the bridge was trained on."""
-    language: str | None = None
+    vision: VisionSpec | None = None
+    """timm encoder, and the block that the bridge was trained on, for files without one (LAVIS)."""
+    language: LanguageSpec | None = None
     """Language model for files without one (LAVIS)."""
     tokenizer: str = "bert-base-uncased"
     """Text tokenizer of a LAVIS stage-1 file."""

@@ -11,20 +11,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from qformer.bridges.config import AudioConfig
 from qformer.bridges.table import IMAGE_BRIDGE, BridgeConfig, bridge_config
-from qformer.config import LoraConfig, QFormerConfig
+from qformer.config import AudioSpec, LanguageSpec, LoraConfig, QFormerConfig, VisionSpec
+from qformer.conversion.former_info import bridge_values, nested_specs
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 from qformer.text import TextTokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version that is written; 1, whose backbones were loose fields, is read too (`former_info`)."""
 INFO_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "bridge.json", "bridge.safetensors", "tokenizer"
-BESIDE = "checkpoint:"
+SpecT = TypeVar("SpecT", bound=VisionSpec | AudioSpec | LanguageSpec | None)
+IN_CHECKPOINT = "checkpoint:"
 """Begins the name of a backbone that is a folder of the checkpoint: "checkpoint:vision"."""
 
 
@@ -35,10 +38,8 @@ class BridgeInfo:
     stage: int
     step: int
     """Optimizer steps done."""
-    vision: str
-    vision_pretrained: bool
-    vision_layer: int
-    language: str | None
+    vision: VisionSpec
+    language: LanguageSpec | None
     qformer: QFormerConfig
     preprocessing: Preprocessing
     num_frames: int
@@ -50,17 +51,14 @@ class BridgeInfo:
     """Text before every answer, for the language model and, where it has a text branch, the stage-2 Q-Former."""
     answer_end_id: int | None = None
     """Token that ends an answer besides the tokenizer's end token; None: the language model's own. See LAVIS' OPT."""
-    vision_image_size: int | None = None
-    """Resolution that the encoder's positions were interpolated to; None is its own."""
     lora: LoraConfig | None = None
     bridge: BridgeConfig = IMAGE_BRIDGE
     """Kind and sizes of the bridge; `qformer` has the shapes of one image's Q-Former."""
-    audio: str | None = None
-    """Frozen encoder of sound, where there is a branch for it."""
-    audio_pretrained: bool = True
+    audio: AudioSpec | None = None
+    """Frozen audio encoder of the branch for sound; None without one."""
     audio_branch: AudioConfig | None = None
     audio_sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Which segments of sound it hears, as the data plane writes it."""
+    """Segments of sound that the audio encoder reads, in the data plane's form."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -76,46 +74,28 @@ class BridgeInfo:
         """
         try:
             values = json.loads(content)
-            if (version := values["format_version"]) == FORMAT_VERSION:
+            if (version := values["format_version"]) in (1, FORMAT_VERSION):
+                values = {**(nested_specs(values) if version == 1 else values), "format_version": FORMAT_VERSION}
+                values["vision"] = VisionSpec(**values["vision"])
+                for name, spec in (("audio", AudioSpec), ("language", LanguageSpec)):
+                    if values.get(name) is not None:
+                        values[name] = spec(**values[name])
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-                values["bridge"] = _bridge(values)
+                video = values.pop("video", {})
+                values["bridge"] = bridge_config(values.get("bridge") or bridge_values(video))
                 if values.get("audio_branch") is not None:
                     values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:
                     values["lora"] = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-                if not isinstance(values["vision"], str) or values["stage"] == 2 and not values["language"]:
-                    raise ValueError("a backbone has no name")
+                if values["stage"] == 2 and values["language"] is None:
+                    raise ValueError("stage 2 without a language model")
                 return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise UserError(f"{file!r} is damaged ({error!r}); use an earlier checkpoint, or copy it again") from error
         raise UserError(
             f"{file!r} has format_version={version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
         )
-
-
-_KINDS_BEFORE = {
-    "concatenate": (),
-    "mean": (),
-    "cascaded": ("max_frames", "num_queries", "num_layers", "freeze_frames"),
-    "spatio_temporal": (
-        "max_frames",
-        "freeze_attention",
-        "num_spatial_queries",
-        "num_temporal_queries",
-        "num_summary_queries",
-    ),
-}
-"""Fields of `video` in earlier files that each way to join frames read."""
-
-
-def _bridge(values: dict[str, Any]) -> BridgeConfig:
-    """The bridge of a file, which earlier files call `video` and the earliest leave out."""
-    if "bridge" in values:
-        return bridge_config(values["bridge"])
-    video = values.pop("video", {})
-    kind = video.get("temporal", "concatenate")
-    return bridge_config({"kind": kind} | {name: video[name] for name in _KINDS_BEFORE[kind] if name in video})
 
 
 def read_info(folder: Path) -> BridgeInfo:
@@ -128,12 +108,14 @@ def read_info(folder: Path) -> BridgeInfo:
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is no checkpoint (no {INFO_FILE}); give a run or checkpoint folder")
     info = BridgeInfo.from_json(file.read_bytes(), str(file))
-    language, audio = (None if name is None else _resolved(folder, name) for name in (info.language, info.audio))
-    return dataclasses.replace(info, vision=_resolved(folder, info.vision), language=language, audio=audio)
+    specs = {name: _resolved(folder, getattr(info, name)) for name in ("vision", "language", "audio")}
+    return dataclasses.replace(info, **specs)
 
 
-def _resolved(folder: Path, name: str) -> str:
-    return str(folder / name.removeprefix(BESIDE)) if name.startswith(BESIDE) else name
+def _resolved(folder: Path, spec: SpecT) -> SpecT:
+    if spec is None or not spec.name.startswith(IN_CHECKPOINT):
+        return spec
+    return dataclasses.replace(spec, name=str(folder / spec.name.removeprefix(IN_CHECKPOINT)))
 
 
 def save_bridge(folder: Path, info: BridgeInfo, weights: Mapping[str, Tensor], tokenizer: TextTokenizer | None) -> None:

@@ -21,9 +21,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.config import QFormerConfig
+from qformer.config import LanguageSpec, QFormerConfig, VisionSpec
 from qformer.conversion.bundle import Bundle, ImportOptions, ImportTarget, first_line, read_tensors
-from qformer.conversion.checkpoint import BESIDE, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
+from qformer.conversion.checkpoint import IN_CHECKPOINT, TOKENIZER_FOLDER, BridgeInfo, read_info, read_weights
 from qformer.conversion.frozen import (
     image_processor_for,
     preprocessing_of,
@@ -102,16 +102,14 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
     for name in sorted(unmapped):
         if not name.startswith(layout.side_file_prefixes):
             raise UserError(f"checkpoint: {name!r} has no place in {layout.architecture}; export a bridge without it")
-    encoder = load_vision(
-        info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer, image_size=info.vision_image_size
-    )
-    vision_config, tower = export_tower(encoder, info.vision)
+    encoder = load_vision(info.vision)
+    vision_config, tower = export_tower(encoder, info.vision.name)
     placed |= {f"vision_model.{name}": tensor for name, tensor in tower.items()}
     processor = _processor(checkpoint, info, layout)
     settings = {"vision_config": vision_config, **_settings(info, layout)}
     if layout.has_language_model:
         image_id = processor.tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
-        name = cast(str, info.language)
+        name = cast(LanguageSpec, info.language).name
         language, text_config = read_language(name, image_id, processor.tokenizer, info.lora, updates)
         placed |= {f"language_model.{name}": tensor for name, tensor in language.items()}
         if info.answer_end_id is not None:
@@ -134,7 +132,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
 def _refuse_unsupported(info: BridgeInfo) -> None:
     """Refuse a bridge that no model of Hugging Face computes."""
     what = "" if info.bridge.is_image_qformer else f"a bridge of kind={info.bridge.kind_name!r}"
-    what = what or (f"a branch for sound ({info.audio!r})" if info.audio_branch is not None else "")
+    what = what or (f"a branch for sound ({info.audio.name!r})" if info.audio is not None and info.audio_branch else "")
     if what:
         raise UserError(
             f"checkpoint: it has {what}; BLIP-2 and InstructBLIP in transformers have no place for that: serve it with "
@@ -155,12 +153,12 @@ def _imported_info(
             f"source: {SIDE_FILE} is of stage {side.stage}, not of a {layout.architecture}; export it again"
         )
     qformer = qformer_config_of(config, layout)
+    # The tower that lies in the folder has its size already, and ends with the block to read.
+    vision = VisionSpec(IN_CHECKPOINT + _VISION_FOLDER, layer=-1)
     base = side or BridgeInfo(
         stage=layout.stage,
         step=0,
-        vision="",
-        vision_pretrained=True,
-        vision_layer=-1,
+        vision=vision,
         language=None,
         qformer=qformer,
         preprocessing=preprocessing_of(processor.image_processor),
@@ -170,11 +168,8 @@ def _imported_info(
     )
     return dataclasses.replace(
         base,
-        vision_image_size=None,  # the folder's tower sets its own size
-        vision=BESIDE + _VISION_FOLDER,
-        vision_pretrained=True,
-        vision_layer=-1,  # Hugging Face's tower ends with the block that is read
-        language=BESIDE + _LANGUAGE_FOLDER if layout.has_language_model else None,
+        vision=vision,
+        language=LanguageSpec(IN_CHECKPOINT + _LANGUAGE_FOLDER) if layout.has_language_model else None,
         qformer=dataclasses.replace(qformer, vision_norm_eps=base.qformer.vision_norm_eps),
     )
 
@@ -241,7 +236,7 @@ def _processor(checkpoint: Path, info: BridgeInfo, layout: Layout) -> Any:
         if bert.convert_tokens_to_ids(DEC_TOKEN) in (None, bert.unk_token_id):
             # [DEC] gets its id in the embeddings before the processor adds a token of its own.
             bert.add_special_tokens({"bos_token": DEC_TOKEN})
-    tokenizer = read_language_tokenizer(cast(str, info.language)) if layout.has_language_model else bert
+    tokenizer = read_language_tokenizer(cast(LanguageSpec, info.language).name) if layout.has_language_model else bert
     parts = {"qformer_tokenizer": bert} if layout.has_language_model and layout.has_text_branch else {}
     num_query_tokens = info.qformer.num_queries if layout.has_language_model else None
     return getattr(transformers, layout.processor)(

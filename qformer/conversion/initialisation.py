@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from qformer.config import LanguageSpec
 from qformer.conversion.bridge_start import bridge_start
 from qformer.conversion.checkpoint import read_info, read_weights
 from qformer.conversion.report import LoadReport
@@ -103,7 +104,9 @@ def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = Fal
     return load_matching(trainables, **start._asdict(), source=source, allow_mismatch=allow_mismatch)
 
 
-def start_stage2(trainables: Stage2, folder: Path, *, language: str | None, allow_mismatch: bool = False) -> LoadReport:
+def start_stage2(
+    trainables: Stage2, folder: Path, *, language: LanguageSpec | None, allow_mismatch: bool = False
+) -> LoadReport:
     """Start stage 2 from a checkpoint of stage 1 or 2.
 
     The projection (and LoRA) belongs to one language model: it is loaded for the same one, and initialised for another,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qformer.backbones import VisionEncoder, load_vision
-from qformer.config import QFormerConfig
+from qformer.config import QFormerConfig, VisionSpec
 from qformer.conversion.bundle import Bundle, ImportOptions, ImportTarget, read_tensors
-from qformer.conversion.checkpoint import BESIDE, BridgeInfo
+from qformer.conversion.checkpoint import IN_CHECKPOINT, BridgeInfo
 from qformer.conversion.frozen import language_width
 from qformer.conversion.names import LAVIS, LAVIS_LLM, LAVIS_OPT, LAVIS_T5, NameTable, from_layout
 from qformer.conversion.report import format_names
@@ -93,7 +93,7 @@ def import_lavis(source: Path, output: Path, options: ImportOptions) -> Bundle:
     vision, notes = _vision(source, config, tower, options, output / VISION_FOLDER)
     language = options.language if kind.stage == 2 else None
     if language is not None:
-        notes += _check_language(source, language, width)
+        notes += _check_language(source, language.name, width)
     info = BridgeInfo(
         stage=kind.stage,
         step=0,
@@ -181,8 +181,8 @@ def _vision(
     Returns:
         Fields of `BridgeInfo`, and notes for the report.
     """
-    name = cast(str, options.vision)
-    encoder = load_vision(name, pretrained=options.vision_pretrained, layer=options.vision_layer)
+    spec = cast(VisionSpec, options.vision)
+    name, encoder = spec.name, load_vision(spec)
     if encoder.width != config.encoder_width:
         raise UserError(
             f"vision: {name!r} is {encoder.width} wide but {str(source)!r} was trained on "
@@ -192,18 +192,17 @@ def _vision(
     own = encoder.preprocessing
     side = min(own.height, own.width)
     preprocessing = replace(own, crop="squash", interpolation="bicubic", resize_short_side=side)
-    fields = {"vision": name, "vision_pretrained": options.vision_pretrained, "vision_layer": options.vision_layer}
     notes = []
     if tower:
         preprocessing = _write_tower(tower, encoder, name, replace(preprocessing, mean=MEAN, std=STD), folder)
-        fields = {"vision": BESIDE + VISION_FOLDER, "vision_pretrained": True, "vision_layer": -1}
+        spec = VisionSpec(IN_CHECKPOINT + VISION_FOLDER, layer=-1)
         notes.append(f"the file's own ViT ({len(tower)} tensors, {preprocessing.height} px) is the encoder")
     note = f"pictures: resized straight to {preprocessing.height}x{preprocessing.width}, bicubic, as LAVIS evaluates"
     if own.crop != preprocessing.crop or own.interpolation != preprocessing.interpolation:
         note += f"; {name!r} by itself has crop={own.crop}, {own.interpolation}"
     if (preprocessing.mean, preprocessing.std) != (MEAN, STD):
         note += f"; normalised as {name!r} is (mean {preprocessing.mean}), where LAVIS has CLIP's mean {MEAN}"
-    return {**fields, "preprocessing": preprocessing}, [*notes, note]
+    return {"vision": spec, "preprocessing": preprocessing}, [*notes, note]
 
 
 def _write_tower(

@@ -48,7 +48,7 @@ class PairNoise(NamedTuple):
     place_B: Tensor
     """int64 place of each row in the global batch."""
     place_N: Tensor
-    """Of each column."""
+    """int64 place of each column in the global batch."""
 
     def gumbel(self, direction: int) -> Tensor:
         """Standard Gumbel noise of every pair: [B, N]."""

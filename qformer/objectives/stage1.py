@@ -125,6 +125,11 @@ class Stage1(StageModel):
         self.add_head("itm_head", nn.Linear(config.hidden_size, 2))
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
 
+    @property
+    def dec_id(self) -> int:
+        """Id of [DEC], the token that starts ITG's text."""
+        return self.bridge.vocab_size - 1
+
     def forward(self, batch: Stage1Batch, *, noise_key: int = 0, negatives: Negatives | None = None) -> Stage1Losses:
         """All losses of one step; the gradient of `total` averaged over ranks is the joined batch's.
 
@@ -178,8 +183,12 @@ class Stage1(StageModel):
         percept = self.bridge.perceive(given)
         keys = self.bridge.keys(percept)
         reading = self.bridge.read_keys(keys, given)
-        embedded_BSQE = F.normalize(self.vision_projection(reading.hidden_BSQD).float(), dim=-1)
-        return ImageEncoding(percept, keys, reading, without_unread(embedded_BSQE, reading.is_read_BSQ).flatten(1, 2))
+        return ImageEncoding(percept, keys, reading, self.embed_queries(reading.hidden_BSQD, reading.is_read_BSQ))
+
+    def embed_queries(self, hidden_BSQD: Tensor, is_read_BSQ: Tensor | None = None) -> Tensor:
+        """L2-normalised query embeddings, [B, S*Q, E]; those that are not read repeat others of their clip."""
+        embedded_BSQE = F.normalize(self.vision_projection(hidden_BSQD).float(), dim=-1)
+        return without_unread(embedded_BSQE, is_read_BSQ).flatten(1, 2)
 
     def contrast(
         self, batch: Stage1Batch, queries_BNE: Tensor, text_BE: Tensor, noise_key: int
@@ -259,7 +268,7 @@ class Stage1(StageModel):
         """
         is_label_BT = batch.is_text_BT[:, 1:].bool() & batch.is_valid_B[:, None]
         decoder_ids_BT = batch.input_ids_BT[:, :-1].clone()
-        decoder_ids_BT[:, 0] = self.bridge.vocab_size - 1  # [DEC]
+        decoder_ids_BT[:, 0] = self.dec_id
         logits_MV = self.bridge.decode_text(BridgeText(decoder_ids_BT, is_label_BT), reading)
         return Term(*itg_loss(logits_MV, batch.input_ids_BT[:, 1:][is_label_BT]))
 

@@ -102,8 +102,8 @@ class Stage2(StageModel):
         if audio is not None:
             audio.check(bridge, config)
         self.audio_config = audio
-        is_beside = audio is not None and not audio.is_joint
-        self.audio = AudioBranch(config, audio, language_width) if audio and is_beside else None
+        is_separate = audio is not None and not audio.is_joint
+        self.audio = AudioBranch(config, audio, language_width) if audio and is_separate else None
         if trains_audio_alone and self.audio is None:
             raise ValueError("trains_alone=true without a branch beside the frames; set model.audio, not is_joint")
         self.lora = lora

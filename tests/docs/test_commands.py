@@ -19,8 +19,8 @@ from jobs.bench.__main__ import bench_names
 from jobs.cli import main as cli
 from jobs.cli.catalogue import JOBS
 from jobs.demo import toy
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import load
+from jobs.settings.train import TrainSettings
 from pipelines.serving.contract.openapi import document
 from tests.conftest import REPOSITORY
 from tests.docs.blocks import all_blocks, blocks_in, is_applied_elsewhere

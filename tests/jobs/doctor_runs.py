@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from jobs.demo.world.corpus import write_world
 from jobs.settings.data import TrainDataSettings
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.loading import resolved_yaml
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
-from jobs.train.inputs import tokenizer_folder
+from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
+from jobs.train.inputs import model_choice, tokenizer_folder
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.shard_encoder import EncoderChoice
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
@@ -24,18 +24,18 @@ from pipelines.training.records.flops import StepFlops
 from pipelines.training.records.health import QueryCollapseMonitor
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import Training, TrainingRun
-from pipelines.training.run.model_choice import choice_from
 from pipelines.training.run.vocabulary import learn_text_tokenizer
 from pipelines.training.step.guard import StepGuard
 from pipelines.training.step.loop import Hooks, Loop, LoopSettings
 from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import build_optimizer
 from pipelines.training.step.precision import Precision
+from qformer.config import QFormerSizes, VisionSpec
 from qformer.conversion.checkpoint import WEIGHTS_FILE
 
 MODELS = Path(__file__).parents[2] / "jobs" / "demo" / "models"
 CPU = torch.device("cpu")
-SMALL = QFormerSettings(
+SMALL = QFormerSizes(
     hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96, num_queries=4, embed_dim=32, dropout=0.0
 )
 
@@ -60,7 +60,7 @@ def small_world(folder, *, num_images, num_test_images):
         broken_share=0,
     )  # fmt: skip
     encoder, spec = EncoderChoice(
-        vision=str(MODELS / "vision"), pretrained=True, layer=-2, precision="fp32", num_frames=2, dtype="fp16"
+        vision=VisionSpec(str(MODELS / "vision")), precision="fp32", num_frames=2, dtype="fp16"
     ).load()
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "train"]
@@ -112,7 +112,7 @@ def train_run(world, settings, captions=None):
     tokenizer = Path(tokenizer_folder(settings))
     learn_text_tokenizer(lambda: itertools.chain.from_iterable(captions), tokenizer)
     run = TrainingRun(
-        choice_from(settings.model.model_dump(), stage=settings.stage, num_frames=2, tokenizer=str(tokenizer)),
+        model_choice(settings.model, stage=settings.stage, num_frames=2, tokenizer=str(tokenizer)),
         CPU, precision=settings.precision, seed=settings.seed, init_from=settings.init_from, features=world.spec,
     )  # fmt: skip
     optim, terms = settings.optim, run.stage.terms

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qformer.config import LanguageSpec, VisionSpec
 from qformer.conversion.bundle import ImportOptions
 from qformer.conversion.huggingface import export_huggingface
 from tests.qformer.folders import imported
@@ -29,8 +30,8 @@ def options(goldens_dir, tmp_path):
         config = facts(goldens_dir, name)
         bert = config["bert"]
         return ImportOptions(
-            vision=write_encoder(tmp_path / "timm", config["encoder_width"]),
-            language="a-named-model",
+            vision=VisionSpec(write_encoder(tmp_path / "timm", config["encoder_width"])),
+            language=LanguageSpec("a-named-model"),
             tokenizer=write_tokenizer(tmp_path / "bert", bert["vocab_size"]),
             num_heads=bert["num_attention_heads"],
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qformer.backbones import load_vision
+from qformer.config import VisionSpec
 from qformer.errors import UserError
 from qformer.preprocessing import transformers_preprocessing
 from qformer.torch_build.torchvision import import_timm, import_torchvision
@@ -58,14 +59,14 @@ def pixels(size):
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_a_hugging_face_encoder_gives_its_second_to_last_hidden_state(kind, tmp_path):
     model = write_encoder(tmp_path, kind)
-    encoder = load_vision(str(tmp_path))
+    encoder = load_vision(VisionSpec(str(tmp_path)))
     scaled = pixels(32).flatten(0, 1) / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
     with torch.no_grad():
         states = model(pixel_values=(scaled - mean) / std, output_hidden_states=True).hidden_states
     assert len(states) == 4  # the embedding and three blocks
     torch.testing.assert_close(encoder(pixels(32)).flatten(0, 1), states[-2], atol=1e-5, rtol=1e-4)
-    second = load_vision(str(tmp_path), layer=1)  # block 1 of 0, 1, 2
+    second = load_vision(VisionSpec(str(tmp_path), layer=1))  # block 1 of 0, 1, 2
     assert torch.equal(second(pixels(32)), encoder(pixels(32)))
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.train().training
 
@@ -73,7 +74,7 @@ def test_a_hugging_face_encoder_gives_its_second_to_last_hidden_state(kind, tmp_
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_a_hugging_face_encoder_takes_another_resolution(kind, tmp_path):
     write_encoder(tmp_path, kind)
-    own, larger = load_vision(str(tmp_path)), load_vision(str(tmp_path), image_size=48)
+    own, larger = load_vision(VisionSpec(str(tmp_path))), load_vision(VisionSpec(str(tmp_path), image_size=48))
     prefix = own.num_tokens - 16
     assert (larger.preprocessing.height, larger.num_tokens) == (48, prefix + 36)
     flat = torch.full((1, 1, 3, 48, 48), 128, dtype=torch.uint8)
@@ -97,7 +98,7 @@ def write_timm(folder):
 
 def test_a_timm_encoder_interpolates_its_positions(tmp_path):
     model = write_timm(tmp_path)
-    own, larger = load_vision(str(tmp_path)), load_vision(str(tmp_path), image_size=64)
+    own, larger = load_vision(VisionSpec(str(tmp_path))), load_vision(VisionSpec(str(tmp_path), image_size=64))
     assert torch.equal(own.model.pos_embed, model.pos_embed)
     grid = model.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True)
@@ -108,7 +109,7 @@ def test_a_timm_encoder_interpolates_its_positions(tmp_path):
 
 
 def test_a_convolutional_encoder_takes_any_size():
-    own, larger = (load_vision("test_resnet", pretrained=False, image_size=size) for size in (None, 192))
+    own, larger = (load_vision(VisionSpec("test_resnet", pretrained=False, image_size=size)) for size in (None, 192))
     assert larger.preprocessing.height == 192 and larger.num_tokens > own.num_tokens
 
 
@@ -116,7 +117,7 @@ def test_a_convolutional_encoder_takes_any_size():
 def test_an_error_inside_a_vit_is_not_taken_for_a_convolutional_encoder(tmp_path, monkeypatch, error):
     """Once its own error, not a second try in another layout."""
     write_timm(tmp_path)
-    encoder, calls = load_vision(str(tmp_path)), []
+    encoder, calls = load_vision(VisionSpec(str(tmp_path))), []
 
     def fail(*_):
         calls.append(1)
@@ -130,12 +131,12 @@ def test_an_error_inside_a_vit_is_not_taken_for_a_convolutional_encoder(tmp_path
 
 def test_a_size_or_layer_that_cannot_be_is_named(tmp_path):
     write_timm(tmp_path)
-    with pytest.raises(UserError, match="vision_image_size=4"):
-        load_vision(str(tmp_path), image_size=4)
-    with pytest.raises(UserError, match="vision_image_size=0"):
-        load_vision(str(tmp_path), image_size=0)
-    with pytest.raises(UserError, match="vision_layer=9"):
-        load_vision(str(tmp_path), layer=9)
+    with pytest.raises(UserError, match="image_size=4"):
+        load_vision(VisionSpec(str(tmp_path), image_size=4))
+    with pytest.raises(ValueError, match="image_size=0"):
+        VisionSpec(str(tmp_path), image_size=0)
+    with pytest.raises(UserError, match="layer=9"):
+        load_vision(VisionSpec(str(tmp_path), layer=9))
 
 
 @pytest.mark.parametrize(
@@ -165,4 +166,4 @@ def test_an_image_processor_without_normalisation_is_refused():
 def test_a_damaged_configuration_is_the_users_mistake(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": ')
     with pytest.raises(UserError, match="config.json is damaged"):
-        load_vision(str(tmp_path))
+        load_vision(VisionSpec(str(tmp_path)))

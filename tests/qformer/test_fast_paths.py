@@ -8,9 +8,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from qformer.attention import Part, Rows
+from qformer.bridges.protocol import BridgeText
 from qformer.distributed import fetch_rows, gather, rank, world_size
 from qformer.objectives import Negatives
-from qformer.objectives.stage1 import Stage1
+from qformer.objectives.stage1 import TERMS, Stage1
 from qformer.objectives.stage2 import Stage2
 from tests.distributed import run_processes
 from tests.qformer import plain
@@ -29,7 +30,7 @@ def assert_fast_equals_plain(full, negatives, *, is_checkpointed=False):
     losses.total.backward()
     expected = plain.plain_losses(slow, full, negatives)
     sum(expected).backward()
-    for ours, theirs in zip((losses.itc, losses.itm, losses.itg), expected, strict=True):
+    for ours, theirs in zip((losses.terms[name] for name in TERMS), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
     assert_same_gradients(slow, fast)
     assert all(gradient is not None for gradient in gradients(fast).values())
@@ -92,7 +93,7 @@ def assert_compiled_equals_eager():
             stage2.qformer.layers.compile(backend="aot_eager", fullgraph=True)
         call = DistributedDataParallel(stage2) if world_size() > 1 else stage2
         torch.manual_seed(4 + rank())
-        prefix = call(full.image_BFPV, full.input_ids_BT, full.is_text_BT)
+        prefix = call(full.image_BFPV, BridgeText(full.input_ids_BT, full.is_text_BT)).prompts_BNL
         prefix.square().mean().backward()
         results.append((stage2, prefix))
     (eager, expected), (compiled, found) = results

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qformer.bridges.protocol import BridgeInput, BridgeText, Keys
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.masks import joint_mask
@@ -64,8 +65,9 @@ def negatives_of(tensors, prefix=""):
 
 
 def assert_losses(losses, tensors, prefix=""):
-    for ours, theirs in (("total", "loss"), ("itc", "loss_itc"), ("itm", "loss_itm"), ("itg", "loss_lm")):
-        torch.testing.assert_close(getattr(losses, ours), tensors[f"{prefix}out.{theirs}"], **OUTPUT)
+    torch.testing.assert_close(losses.total, tensors[f"{prefix}out.loss"], **OUTPUT)
+    for ours, theirs in (("itc", "loss_itc"), ("itm", "loss_itm"), ("itg", "loss_lm")):
+        torch.testing.assert_close(losses.terms[ours], tensors[f"{prefix}out.{theirs}"], **OUTPUT)
 
 
 def assert_gradients(module, tensors, prefix="grad."):
@@ -223,7 +225,7 @@ def paths_of(model, tensors):
     ours["itm.attention_mask"] = joint_mask(is_text, num_queries)[:, 0, 0].long()
     ours["itm.last_hidden_state"] = qformer.forward_joint(image, ids, is_text)
     ours["itm.embedding_output"] = embedded[-1]
-    ours["compute_itm.logit"] = model.match_logits(image, ids, is_text, frames=1)[:, 1]
+    ours["compute_itm.logit"] = model.match_logits(Keys(image, 1), BridgeText(ids, is_text), BridgeInput(ids))[:, 1]
 
     decoder_ids = torch.cat([torch.full_like(ids[:, :1], model.dec_id), ids[:, 1:]], dim=1)
     logits = qformer.decode_text(decoder_ids, is_text, queries.cache)
@@ -241,7 +243,7 @@ def paths_of(model, tensors):
     features = "extract_features."
     ids, is_text = tensors[f"{features}input_ids"], tensors[f"{features}attention_mask"].bool()
     ours[f"{features}image.image_embeds"] = queries.hidden_BQD
-    ours[f"{features}image.image_embeds_proj"] = model.embed_queries(queries.hidden_BQD, frames=1)
+    ours[f"{features}image.image_embeds_proj"] = model.embed_queries(queries.hidden_BQD[:, None])
     text = qformer.forward_text(ids, is_text)
     ours[f"{features}text.text_embeds"] = text
     ours[f"{features}text.text_embeds_proj"] = torch.nn.functional.normalize(model.text_projection(text), dim=-1)
@@ -325,7 +327,7 @@ def stage2_from(goldens_dir, name, language_class, language_config, width):
 
 def assert_generation(stage2, language, image, batch, tensors, case=""):
     """Soft prompts, logits, loss and gradients; the recorded logits may begin with those over the soft prompts."""
-    prefix = stage2(image[:, None])
+    prefix = stage2(image[:, None]).prompts_BNL
     num_queries = prefix.shape[1]
     recorded = tensors[f"{case}out.inputs_embeds"][:, :num_queries]
     torch.testing.assert_close(prefix, recorded, **OUTPUT)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from qformer.bridges.protocol import BridgeText
 from qformer.config import GenerationSettings, QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.objectives.stage2 import Stage2
@@ -129,13 +130,13 @@ ANSWERS = ["left of green", "moving still large square", "a"]
 
 
 def instruction(stage2):
-    """Ids and mask of a ragged instruction for the Q-Former, theirs and ours; empty for BLIP-2."""
+    """A ragged instruction for the Q-Former, theirs and ours; none for BLIP-2."""
     if not stage2.qformer.config.has_text_branch:
-        return {}, ()
+        return {}, None
     generator = torch.Generator().manual_seed(2)
     mask = torch.arange(6)[None] < torch.tensor([6, 2, 4])[:, None]
     ids = torch.randint(1, TEXT_VOCABULARY, (3, 6), generator=generator).masked_fill(~mask, 0)
-    return {"qformer_input_ids": ids, "qformer_attention_mask": mask.long()}, (ids, mask)
+    return {"qformer_input_ids": ids, "qformer_attention_mask": mask.long()}, BridgeText(ids, mask)
 
 
 def placeholders(ids, mask):
@@ -157,7 +158,7 @@ def test_hidden_states_loss_and_gradients_equal_hugging_face(pair):
     gradients = {our_name(n): p.grad for n, p in theirs.named_parameters() if our_name(n)}
 
     hidden = expected.qformer_outputs.last_hidden_state[:, :NUM_QUERIES]
-    prefix = stage2(image, *for_ours)
+    prefix = stage2(image, for_ours).prompts_BNL
     torch.testing.assert_close(prefix, theirs.language_projection(hidden), **OUTPUT)
     logits = language.logits(prefix, batch)
     counted = batch.labels_BT != -100
@@ -190,7 +191,7 @@ def generated_by_both(pair, beams):
     for_theirs, for_ours = instruction(stage2)
     settings = GenerationSettings(max_new_tokens=10, num_beams=beams)
     with torch.no_grad(), recorded_ids(language) as calls:
-        texts = language.generate(stage2(image, *for_ours), PROMPTS, settings)
+        texts = language.generate(stage2(image, for_ours).prompts_BNL, PROMPTS, settings)
     expected = []
     for row, prompt in enumerate(PROMPTS):
         text = torch.tensor([language.tokenizer.encode(prompt)])

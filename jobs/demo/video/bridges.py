@@ -1,5 +1,6 @@
 """The bridges that the video demo compares, and their training settings."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,12 +9,14 @@ from jobs.demo.settings import ClipQuerySettings, DemoSettings
 from jobs.demo.video.backbones.audio import NUM_SEGMENTS, SEGMENT_S
 from jobs.demo.video.world.render import NUM_FRAMES
 from jobs.settings.data import AudioSettings, TrainDataSettings
-from jobs.settings.jobs import TrainSettings
-from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings
+from pipelines.training.run.model_choice import AudioBranchOptions
 from qformer.bridges.cascaded import CascadedConfig
 from qformer.bridges.mean import MeanConfig
 from qformer.bridges.spatio_temporal import SpatioTemporalConfig
 from qformer.bridges.table import BridgeConfig
+from qformer.config import AudioSpec, LanguageSpec, QFormerSizes, VisionSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 AUDIO = AudioSettings(num_segments=NUM_SEGMENTS, segment_s=SEGMENT_S)
@@ -84,12 +87,12 @@ def train_settings(bridge: DemoBridge, output: Path, settings: DemoSettings) -> 
         stage=2,
         init_from=str(output / bridge.init_step),
         model=ModelSettings(
-            vision=str(MODELS / "vision"),
-            audio=str(MODELS / "audio") if bridge.reads_sound else None,
-            audio_branch=AudioBranchSettings(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
-            language=str(MODELS / "clip_language"),
+            vision=VisionSpec(str(MODELS / "vision")),
+            audio=AudioSpec(str(MODELS / "audio")) if bridge.reads_sound else None,
+            audio_branch=AudioBranchOptions(num_queries=queries.audio, max_segments=NUM_SEGMENTS),
+            language=LanguageSpec(str(MODELS / "clip_language")),
             bridge=_config(bridge, queries),
-            qformer=QFormerSettings(**demo.qformer.model_dump()),
+            qformer=QFormerSizes(**dataclasses.asdict(demo.qformer)),
         ),
         data=TrainDataSettings(
             manifest=str(output / "clip_data" / "manifest.parquet"),

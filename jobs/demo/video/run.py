@@ -11,10 +11,11 @@ from jobs.demo.video.answers import decode_clips, write_answers
 from jobs.demo.video.bridges import AUDIO, BRIDGES, MODELS, train_settings
 from jobs.demo.video.world.corpus import MANIFEST_FILE, write_clip_world
 from jobs.demo.video.world.render import NUM_FRAMES
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import DataSettings, SourceSettings
-from jobs.settings.jobs import FeaturesSettings, PrepareSettings
 from pipelines.evaluation.report.page import ResultRow
 from qformer.backbones import load_vision
+from qformer.config import AudioSpec, VisionSpec
 
 TRAINING_STEPS = (*(bridge.name for bridge in BRIDGES), "clip_answers")
 TITLE = "clips of held-out colour-shape combinations, forwards and backwards"
@@ -45,8 +46,8 @@ def run_jobs(steps: Steps, settings: DemoSettings) -> None:
     steps.run("clip_data", {}, lambda: prepare.main(prepare_settings), after=("clip_world",))
     features_settings = FeaturesSettings(
         output=str(steps.folder("clip_features")),
-        vision=str(MODELS / "vision"),
-        audio=str(MODELS / "audio"),
+        vision=VisionSpec(str(MODELS / "vision")),
+        audio=AudioSpec(str(MODELS / "audio")),
         data=DataSettings(manifest=str(data / "manifest.parquet"), num_frames=NUM_FRAMES, audio=AUDIO),
         workers=demo.workers,
         ray=settings.ray,
@@ -71,7 +72,7 @@ def report(output: Path, seconds: dict[str, float]) -> list[ResultRow]:
     Returns:
         The table.
     """
-    preprocessing = load_vision(str(MODELS / "vision")).preprocessing
+    preprocessing = load_vision(VisionSpec(str(MODELS / "vision"))).preprocessing
     clips = decode_clips(output / "clip_data" / "manifest.parquet", preprocessing)
     own = {name: value for name, value in seconds.items() if name.startswith("clip_")}
     table = results.measure(output, clips, sum(own.values()))

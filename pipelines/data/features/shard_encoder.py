@@ -19,12 +19,13 @@ from pipelines.data.corpus.quarantine import require_readable
 from pipelines.data.features.files import STATE
 from pipelines.data.features.shards import file_states, write_shard
 from pipelines.data.features.spec import FeatureSpec
-from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.audio_sampling import AudioSegments
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import StageCosts, cost_columns
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import VisionEncoder, load_vision, weights_fingerprint
+from qformer.config import AudioSpec, VisionSpec
 from qformer.errors import UserError
 
 _DONE_AT_S = "done_at_s"
@@ -34,21 +35,15 @@ _DONE_AT_S = "done_at_s"
 class EncoderChoice:
     """The frozen encoders, their settings, and the storage type of their outputs."""
 
-    vision: str
-    pretrained: bool
-    layer: int
+    vision: VisionSpec
     precision: Literal["fp32", "bf16"]
     num_frames: int
     dtype: TokenDtype
     sampling: Sampling = Sampling()
-    image_size: int | None = None
-    """Side of the encoder's input in pixels; None: the encoder's own."""
-    audio: str | None = None
+    audio: AudioSpec | None = None
     """Audio encoder for the sound of videos; None: no sound."""
-    audio_pretrained: bool = True
-    num_segments: int = 8
-    segment_s: float = 2.0
-    """Length of a segment of sound; see `AudioSampling`."""
+    segments: AudioSegments = AudioSegments()
+    """Segments of sound."""
 
     def load(self) -> tuple[VisionEncoder, FeatureSpec]:
         """Load the encoders; return the vision encoder and the spec of the features.
@@ -61,17 +56,11 @@ class EncoderChoice:
     def load_all(self) -> tuple[VisionEncoder, AudioEncoder | None, FeatureSpec]:
         """Load both encoders and the spec of their features; see `load`."""
         weights_dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        encoder = load_vision(
-            self.vision,
-            pretrained=self.pretrained,
-            layer=self.layer,
-            dtype=weights_dtype,
-            image_size=self.image_size,
-        )
+        encoder = load_vision(self.vision, dtype=weights_dtype)
         spec = FeatureSpec(
-            vision=self.vision,
+            vision=self.vision.name,
             weights=weights_fingerprint(encoder),
-            layer=self.layer,
+            layer=self.vision.layer,
             precision=self.precision,
             preprocessing=encoder.preprocessing,
             num_frames=self.num_frames,
@@ -82,15 +71,13 @@ class EncoderChoice:
         )
         if self.audio is None:
             return encoder, None, spec
-        audio_encoder = load_audio(self.audio, pretrained=self.audio_pretrained, dtype=weights_dtype)
-        sampling = AudioSampling(
-            sample_rate_hz=audio_encoder.sample_rate_hz, num_segments=self.num_segments, segment_s=self.segment_s
-        )
+        audio_encoder = load_audio(self.audio, dtype=weights_dtype)
+        sampling = self.segments.at(audio_encoder.sample_rate_hz)
         audio_encoder.require_fit(sampling.segment_samples)
         spec_with_audio = dataclasses.replace(
             spec,
             audio=sampling,
-            audio_encoder=self.audio,
+            audio_encoder=self.audio.name,
             audio_weights=weights_fingerprint(audio_encoder),
             audio_extractor=audio_encoder.extractor_fingerprint,
             audio_width=audio_encoder.width,

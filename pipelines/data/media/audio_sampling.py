@@ -12,14 +12,29 @@ _MAX_SAMPLES = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AudioSampling:
+class AudioSegments:
+    """Number and length of the segments of a clip's sound that a user chooses."""
+
+    num_segments: int = 8
+    segment_s: float = 2.0
+    """Length of a segment in seconds; Video-LLaMA takes 8 segments of 2 s."""
+
+    def at(self, sample_rate_hz: int) -> "AudioSampling":
+        """The same segments at an encoder's sample rate.
+
+        Raises:
+            ValueError: If the segments would hold no sound, or more than fits into memory.
+        """
+        count, length_s = self.num_segments, self.segment_s
+        return AudioSampling(sample_rate_hz=sample_rate_hz, num_segments=count, segment_s=length_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AudioSampling(AudioSegments):
     """Equally long segments of a clip's sound, evenly spread over it."""
 
     sample_rate_hz: int
     """Sample rate of the audio encoder; other sound is resampled to it."""
-    num_segments: int = 8
-    segment_s: float = 2.0
-    """Length of a segment; Video-LLaMA takes 8 segments of 2 s."""
 
     def __post_init__(self) -> None:
         """Validate.

@@ -48,6 +48,10 @@ class Sampling:
         """Whether a seed changes the choice."""
         return self.strategy in ("random_segment", "head_tail")
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the inverse of `from_dict`."""
+        return {"strategy": self.strategy, "fps": self.fps, "times_s": list(self.times_s)}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sampling":
         """Rebuild from `dataclasses.asdict` output or its JSON; absent values have their defaults."""

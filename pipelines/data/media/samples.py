@@ -43,7 +43,19 @@ class Limits:
     max_duration_s: float = MAX_DURATION_S
     """Duration of a video."""
     video_timeout_s: float = 30.0
+    """Deadline of one clip's decoding; the decoding process is killed after it."""
     video_memory_bytes: int = 4 * 1024**3
+    """Memory of one decoding process."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: If a limit is not positive.
+        """
+        for limit in dataclasses.fields(self):
+            if not (value := getattr(self, limit.name)) > 0:
+                raise ValueError(f"{limit.name}={value} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,6 +37,15 @@ class Augmentation:
     horizontal_flip: bool = False
     """Whether half of the images are mirrored. Makes "left" and "right" in captions wrong."""
 
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: If a share of the crop is out of its range.
+        """
+        if not all(0.0 < share <= 1.0 for share in self.crop_scale):
+            raise ValueError(f"crop_scale={list(self.crop_scale)} must hold two shares in (0, 1]")
+
     @property
     def is_active(self) -> bool:
         """Whether any change is enabled."""

@@ -53,7 +53,10 @@ def image_use(figures: ModelFigures, *, rows: str, weights: Mapping[str, float])
         status, words, advice = "warning", "the model hardly uses the images", _PAIRS_ADVICE
     elif idle := [name for name, verdict in verdicts.items() if verdict != "used"]:
         terms = " and ".join(name.upper() for name in idle)
-        status, words = "warning", f"the model uses the images, but {terms} hardly tells right pairs from wrong ones"
+        status, words = (
+            "warning",
+            f"the model uses the images, but {terms} hardly differs between true and wrong pairs",
+        )
         advice = f"train longer, or raise optim.loss_weights.{idle[0]}; do not rely on {terms} until then"
     else:
         words, advice = "the model uses the images", ""

@@ -4,22 +4,61 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.data import storage
 from pipelines.data.media.audio_sampling import AudioSampling
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings, Limits
 from pipelines.serving.contract.errors import ApiError
+from qformer.config import LanguageSpec, VisionSpec
+from qformer.conversion.former_info import nested_specs
 from qformer.errors import UserError
 from qformer.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # loads torch, which the ingress does without
     from qformer.conversion.checkpoint import BridgeInfo
 
+SpecT = TypeVar("SpecT", VisionSpec, LanguageSpec)
 _BUNDLED = "checkpoint:"
 """Prefix of a backbone that is a folder inside the checkpoint; a copy of the constant in
 `qformer.conversion.checkpoint`, whose import would load torch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedEncoder:
+    """The frozen vision encoder that adapters share."""
+
+    vision: VisionSpec
+    """Its name is a hub name, a folder or a URI."""
+    width: int
+    """Width of its tokens."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SharedEncoder":
+        """Rebuild from JSON, also from that of configs whose encoder was five loose fields."""
+        if not isinstance(values["vision"], Mapping):
+            values = nested_specs(values)
+        return cls(vision=VisionSpec(**values["vision"]), width=values["width"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedLanguage:
+    """The frozen language model that adapters share."""
+
+    language: LanguageSpec
+    """Its name is a hub name, a folder or a URI."""
+    answer_end_id: int | None
+    """Token that ends an answer besides the tokenizer's own; None: none."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | None) -> "SharedLanguage | None":
+        """Rebuild from JSON, also from that of configs which named the language model by a string; None of nothing."""
+        if not values:
+            return None
+        language = values["language"]
+        spec = LanguageSpec(language) if isinstance(language, str) else LanguageSpec(**language)
+        return cls(language=spec, answer_end_id=values["answer_end_id"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +82,18 @@ class Adapter:
     num_queries: int
     embed_dim: int
     """Width of a stage-1 embedding."""
-    encoder: Mapping[str, Any]
+    encoder: SharedEncoder
     """Frozen vision encoder of its training."""
-    language: Mapping[str, Any]
-    """Frozen language model of its training; empty in stage 1."""
+    language: SharedLanguage | None
+    """Frozen language model of its training; None in stage 1."""
     has_lora: bool
 
     @classmethod
     def of(cls, info: "BridgeInfo", *, name: str, version: str, folder: str) -> "Adapter":
         """Build the description from a checkpoint's bridge.json."""
-        language = None if info.language is None else _resolved(folder, info.language)
+        language = None
+        if info.stage == 2 and info.language is not None:
+            language = SharedLanguage(language=_resolved(folder, info.language), answer_end_id=info.answer_end_id)
         return cls(
             name=name,
             version=version,
@@ -65,14 +106,8 @@ class Adapter:
             audio_sampling=dict(info.audio_sampling) if info.audio_sampling else None,
             num_queries=info.qformer.num_queries,
             embed_dim=info.qformer.embed_dim,
-            encoder={
-                "vision": _resolved(folder, info.vision),
-                "vision_pretrained": info.vision_pretrained,
-                "vision_layer": info.vision_layer,
-                "vision_image_size": info.vision_image_size,
-                "width": info.qformer.encoder_width,
-            },
-            language={"language": language, "answer_end_id": info.answer_end_id} if info.stage == 2 else {},
+            encoder=SharedEncoder(vision=_resolved(folder, info.vision), width=info.qformer.encoder_width),
+            language=language,
             has_lora=info.lora is not None,
         )
 
@@ -103,27 +138,39 @@ class Adapter:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Adapter":
         """Rebuild from `to_dict` output or its JSON."""
-        return cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
+        parsed = {
+            "preprocessing": Preprocessing.from_dict(values["preprocessing"]),
+            "encoder": SharedEncoder.from_dict(values["encoder"]),
+            "language": SharedLanguage.from_dict(values["language"]),
+        }
+        return cls(**{**values, **parsed})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backbones:
     """Frozen models that all adapters share; they stay loaded when a checkpoint is replaced."""
 
-    encoder: dict[str, Any]
-    """`Adapter.encoder`."""
-    language: dict[str, Any] | None
-    """`Adapter.language`; None where no adapter generates text."""
+    encoder: SharedEncoder
+    language: SharedLanguage | None
+    """None where no adapter generates text."""
     updated_by: str | None = None
     """Folder of the checkpoint whose LoRA updates apply to the language model; None: none."""
+
+    @classmethod
+    def from_dict(cls, values: "Mapping[str, Any] | Backbones") -> "Backbones":
+        """Rebuild from JSON, also from that of configs written before; what is built already stays."""
+        if isinstance(values, Backbones):
+            return values
+        encoder, language = SharedEncoder.from_dict(values["encoder"]), SharedLanguage.from_dict(values["language"])
+        return cls(encoder=encoder, language=language, updated_by=values.get("updated_by"))
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter]) -> "Backbones":
         """Backbones of adapters that pass `require_shared_backbones`."""
         writers = [adapter for adapter in adapters if adapter.generates]
         return cls(
-            encoder=dict(adapters[0].encoder),
-            language=dict(writers[0].language) if writers else None,
+            encoder=adapters[0].encoder,
+            language=writers[0].language if writers else None,
             updated_by=writers[0].folder if writers and writers[0].has_lora else None,
         )
 
@@ -200,10 +247,16 @@ def require_shared_backbones(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str]:
-    name = next(name for name in ours if theirs[name] != ours[name])
-    return f"{name}={theirs[name]!r}", f"{name}={ours[name]!r}"
+def _difference(theirs: Any, ours: Any) -> tuple[str, str]:
+    """The first field that differs, of nested ones the innermost, as text for both."""
+    name = next(one.name for one in dataclasses.fields(ours) if getattr(theirs, one.name) != getattr(ours, one.name))
+    their_value, our_value = getattr(theirs, name), getattr(ours, name)
+    if dataclasses.is_dataclass(our_value):
+        return _difference(their_value, our_value)
+    return f"{name}={their_value!r}", f"{name}={our_value!r}"
 
 
-def _resolved(folder: str, name: str) -> str:
-    return storage.join(folder, name.removeprefix(_BUNDLED)) if name.startswith(_BUNDLED) else name
+def _resolved(folder: str, spec: SpecT) -> SpecT:
+    if not spec.name.startswith(_BUNDLED):
+        return spec
+    return dataclasses.replace(spec, name=storage.join(folder, spec.name.removeprefix(_BUNDLED)))

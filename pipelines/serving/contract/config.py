@@ -101,6 +101,16 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServingLimits(Limits):
+    """Limits for one media file, with a deadline that a waiting client can bear."""
+
+    max_duration_s: float = 3600.0
+    """Duration of a video."""
+    video_timeout_s: float = 10.0
+    """Deadline of one clip's decoding; the decoding process is killed after it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FetchPolicy:
     """Rules for fetching remote media: without hosts, none are fetched.
 

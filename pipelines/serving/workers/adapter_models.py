@@ -3,10 +3,10 @@
 B batch, F frames, P image tokens, V encoder width, N rows (F * Q queries), L language-model width, E embedding width.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.data.storage.local_copies import local_folder
 from pipelines.inference.models import Retriever, load_audio_encoder, load_tokenizer
+from pipelines.serving.contract.adapters import SharedEncoder
 from pipelines.serving.contract.errors import Refusal
 from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
 from qformer.audio import AudioEncoder
@@ -28,12 +29,12 @@ from qformer.text import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Writer:
+class PromptAdapter:
     """A stage-2 adapter: image tokens, and sound, to soft prompts."""
 
     stage2: Stage2
     tokenizer: TextTokenizer | None
-    """Of an instruction-aware Q-Former."""
+    """Text tokenizer of an instruction-aware Q-Former."""
     audio_encoder: AudioEncoder | None
     """Frozen; for a bridge that reads sound."""
 
@@ -56,7 +57,7 @@ class Writer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Matcher:
+class RetrievalAdapter:
     """A stage-1 adapter: embeddings and match scores."""
 
     retriever: Retriever
@@ -93,26 +94,22 @@ class Matcher:
         return [MatchScore(probability=probability, similarity=similarity) for probability, similarity in scores]
 
 
-def load_backbone(source: Mapping[str, Any], device: str) -> VisionEncoder:
-    """The frozen encoder of all adapters (`Adapter.encoder`).
+def load_backbone(source: SharedEncoder, device: str) -> VisionEncoder:
+    """The frozen encoder of all adapters.
 
     Raises:
         UserError: If it cannot be loaded, or is another model than in training.
     """
-    name = source["vision"]
-    encoder = load_vision(
-        str(local_folder(name)) if "://" in name else name,
-        pretrained=source["vision_pretrained"],
-        layer=source["vision_layer"],
-        image_size=source["vision_image_size"],
-    )
-    if encoder.width != source["width"]:
-        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source['width']}; it is another model")
+    name = source.vision.name
+    local = dataclasses.replace(source.vision, name=str(local_folder(name))) if "://" in name else source.vision
+    encoder = load_vision(local)
+    if encoder.width != source.width:
+        raise UserError(f"encoder {name!r} is {encoder.width} wide, the bridges {source.width}; it is another model")
     return encoder.to(device)
 
 
-def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | Matcher:
-    """Load a checkpoint's trainables beside an encoder that is there already.
+def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> PromptAdapter | RetrievalAdapter:
+    """Load a checkpoint's trainables onto an encoder that is already loaded.
 
     Raises:
         UserError: If the folder is no checkpoint, or a damaged one.
@@ -122,10 +119,10 @@ def load_adapter(folder: str, encoder: VisionEncoder, device: str) -> Writer | M
     if info.stage == 1:
         stage1 = Stage1(info.qformer, bridge=info.bridge)
         load_weights(stage1, path)
-        return Matcher(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
+        return RetrievalAdapter(retriever=Retriever(info, encoder, stage1.to(device), load_tokenizer(path, info)))
     tokenizer = load_tokenizer(path, info) if info.qformer.has_text_branch else None
     audio_encoder = load_audio_encoder(info, device)
-    return Writer(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, audio_encoder=audio_encoder)
+    return PromptAdapter(stage2=_stage2(path).to(device).eval(), tokenizer=tokenizer, audio_encoder=audio_encoder)
 
 
 def _stage2(folder: Path) -> Stage2:

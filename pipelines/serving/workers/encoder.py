@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,10 @@ from ray import serve
 from ray.util.metrics import Gauge, Histogram
 from torch import Tensor
 
-from pipelines.serving.contract.adapters import Adapter
+from pipelines.serving.contract.adapters import Adapter, SharedEncoder
 from pipelines.serving.contract.errors import Refusal
 from pipelines.serving.contract.wire import DecodedMedia, MatchScore, TextEmbeddings
-from pipelines.serving.workers.adapter_models import Matcher, Writer, load_adapter, load_backbone
+from pipelines.serving.workers.adapter_models import PromptAdapter, RetrievalAdapter, load_adapter, load_backbone
 from pipelines.serving.workers.batcher import Batcher
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class EncoderWorker:
     """One replica of the encoder deployment; `encoder_class` adds the loading of adapters to it.
 
     Args:
-        backbone: `Adapter.encoder` of all adapters.
+        backbone: Frozen encoder of all adapters.
         max_batch_frames: Images and frames per pass. A match counts each frame once per text.
         use_gpu: Whether to run on CUDA.
         turn: Lock held for every pass, shared with the generator in the fused layout; None: no lock.
@@ -74,7 +74,7 @@ class EncoderWorker:
 
     def __init__(
         self,
-        backbone: Mapping[str, Any],
+        backbone: SharedEncoder,
         max_batch_frames: int,
         use_gpu: bool,
         turn: AbstractContextManager[None] | None = None,
@@ -111,7 +111,7 @@ class EncoderWorker:
     async def soft_prompts(self, adapter: Adapter, clip: DecodedMedia, instruction: str) -> NDArray[np.float32]:
         """Soft prompts [N, L] of one image or clip."""
         writer = await self._loaded(adapter)
-        assert isinstance(writer, Writer)
+        assert isinstance(writer, PromptAdapter)
 
         def finish(tokens_BFPV: Tensor, is_frame_BF: Tensor, tasks: Sequence[EncoderTask]) -> Sequence[Any]:
             clips, instructions = [task.clip for task in tasks], [task.argument for task in tasks]
@@ -122,19 +122,19 @@ class EncoderWorker:
     async def embed(self, adapter: Adapter, clip: DecodedMedia) -> NDArray[np.float32]:
         """Query embeddings [N, E] of one image or clip."""
         matcher = await self._loaded(adapter)
-        assert isinstance(matcher, Matcher)
+        assert isinstance(matcher, RetrievalAdapter)
         return await self._submit(EncoderTask(clip, ("embed", adapter.key), lambda *group: matcher.embed(*group[:2])))
 
     async def embed_texts(self, adapter: Adapter, texts: Sequence[str]) -> TextEmbeddings | Refusal:
         """Embed texts."""
         matcher = await self._loaded(adapter)
-        assert isinstance(matcher, Matcher)
+        assert isinstance(matcher, RetrievalAdapter)
         return await asyncio.to_thread(matcher.embed_texts, texts)
 
     async def match(self, adapter: Adapter, clip: DecodedMedia, texts: Sequence[str]) -> list[MatchScore] | Refusal:
         """Score each text against one image or clip."""
         matcher = await self._loaded(adapter)
-        assert isinstance(matcher, Matcher)
+        assert isinstance(matcher, RetrievalAdapter)
         if (refusal := matcher.refusal(texts)) is not None:
             return refusal
 
@@ -154,17 +154,17 @@ class EncoderWorker:
         task = EncoderTask(clip, ("match", adapter.key), finish, texts)
         return await self._submit(task, num_texts=len(texts))
 
-    async def load(self, key: str) -> Writer | Matcher:
+    async def load(self, key: str) -> PromptAdapter | RetrievalAdapter:
         """Load an adapter in a thread; `_loaded` has recorded its folder."""
         folder = self._folders[key]
         logger.info("loading adapter %s", key)
         return await asyncio.to_thread(load_adapter, folder, self._encoder, self._device)
 
-    async def adapter(self, key: str) -> Writer | Matcher:
+    async def adapter(self, key: str) -> PromptAdapter | RetrievalAdapter:
         """Return an adapter, loaded or from the cache; `encoder_class` implements it."""
         raise NotImplementedError
 
-    async def _loaded(self, adapter: Adapter) -> Writer | Matcher:
+    async def _loaded(self, adapter: Adapter) -> PromptAdapter | RetrievalAdapter:
         self._folders[adapter.key] = adapter.folder
         return await self.adapter(adapter.key)
 
@@ -188,7 +188,7 @@ def encoder_class(max_loaded_adapters: int) -> type[EncoderWorker]:
         """Encoder replica with a cache of adapters, least recently used dropped first."""
 
         @serve.multiplexed(max_num_models_per_replica=max_loaded_adapters)  # type: ignore[untyped-decorator]
-        async def adapter(self, key: str) -> Writer | Matcher:
+        async def adapter(self, key: str) -> PromptAdapter | RetrievalAdapter:
             return await self.load(key)
 
     return Encoder

@@ -18,6 +18,7 @@ from pipelines.serving.contract.config import ServingConfig
 from pipelines.serving.contract.errors import RETRY_AFTER_S, Refusal
 from pipelines.serving.contract.wire import Piece, Prompt
 from qformer.backbones import load_language
+from qformer.config import LanguageSpec
 from qformer.generation.async_engine import AsyncEngine, EngineClosedError
 from qformer.generation.engine import Engine
 from qformer.generation.requests.inputs import segment_inputs, text_ids
@@ -54,8 +55,8 @@ _GAUGES = {
 class LanguageSource:
     """Source of the language model, the same for all adapters."""
 
-    language: str
-    """Hub name, folder or URI."""
+    language: LanguageSpec
+    """Its name is a hub name, a folder or a URI."""
     answer_end_id: int | None
     updated_by: str | None
     """Folder of the checkpoint whose LoRA updates apply; only with a single adapter. None: none."""
@@ -68,8 +69,9 @@ class LanguageSource:
         """
         if self.updated_by is not None:
             return load_captioner(local_folder(self.updated_by), device).language
-        name = str(local_folder(self.language)) if "://" in self.language else self.language
-        model, tokenizer = load_language(name)
+        name = self.language.name
+        local = LanguageSpec(str(local_folder(name))) if "://" in name else self.language
+        model, tokenizer = load_language(local)
         if self.answer_end_id is not None:
             cast(Any, model).generation_config.eos_token_id = self.answer_end_id
         return build_language_model(model, tokenizer).to(device)
@@ -193,10 +195,11 @@ class GeneratorWorker:
 
 def generator_options(config: ServingConfig) -> dict[str, Any] | None:
     """Arguments of `GeneratorWorker`; None where no adapter generates text."""
-    if config.backbones.language is None:
+    if (shared := config.backbones.language) is None:
         return None
+    updated_by = config.backbones.updated_by
     return {
-        "source": LanguageSource(**config.backbones.language, updated_by=config.backbones.updated_by),
+        "source": LanguageSource(language=shared.language, answer_end_id=shared.answer_end_id, updated_by=updated_by),
         "kv_tokens": config.kv_tokens,
         "max_sequences": config.max_sequences,
         "max_prompt_tokens": config.requests.max_prompt_tokens,

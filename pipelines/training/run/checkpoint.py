@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,8 @@ TRAINING_FILE, SETTINGS_FILE = "training.pt", "settings.yaml"
 _UNFINISHED = ".unfinished-"
 
 
-# A backbone's name changes with its folder; its weights identify it instead (`TrainingState.frozen`).
-_MODEL_FIELDS = tuple(
-    entry.name
-    for entry in fields(BridgeInfo)
-    if entry.name not in ("step", "vision", "language", "audio", "format_version")
-)
+_BACKBONES = ("vision", "language", "audio")
+_MODEL_FIELDS = tuple(entry.name for entry in fields(BridgeInfo) if entry.name not in ("step", "format_version"))
 
 
 @dataclass(slots=True)
@@ -140,7 +136,7 @@ def load_checkpoint(
     if info.stage != expected.stage:
         raise UserError(f"resume: {str(folder)!r} is of stage {info.stage}, the settings say stage={expected.stage}")
     for name in _MODEL_FIELDS:
-        saved, wanted = getattr(info, name), getattr(expected, name)
+        saved, wanted = _comparable(info, name), _comparable(expected, name)
         if saved != wanted and name != "qformer":  # `load_weights` checks its shapes
             raise UserError(
                 f"resume: {name} is {saved!r} in {str(folder)!r} and {wanted!r} in the settings; restore it"
@@ -160,6 +156,14 @@ def load_checkpoint(
                 "precision as they were, or start a new run with init_from"
             )
     return state
+
+
+def _comparable(info: BridgeInfo, name: str) -> Any:
+    """A field's value; of a backbone without its name, which changes with its folder (its weights identify it)."""
+    value = getattr(info, name)
+    if name not in _BACKBONES or value is None:
+        return value
+    return {part: found for part, found in asdict(value).items() if part != "name"}
 
 
 def _replace_folder(source: Path, target: Path) -> None:

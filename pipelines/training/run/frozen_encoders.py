@@ -9,12 +9,11 @@ from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.features.shard_encoder import EncoderChoice
 from pipelines.data.features.spec import FeatureSpec
 from pipelines.data.media.audio_sampling import AudioSampling
-from pipelines.data.media.frame_sampling import Sampling
 from pipelines.training.run.model_choice import ModelChoice
 from qformer.audio import AudioEncoder, load_audio
 from qformer.backbones import load_vision
 from qformer.bridges.audio_branch import Sound
-from qformer.bridges.config import KEPT_AUDIO
+from qformer.config import AudioSpec
 from qformer.distributed import rank
 
 
@@ -24,7 +23,7 @@ class FrozenEncoders:
     Args:
         choice: Names them.
         device: Where they run.
-        dtype: Of their weights.
+        dtype: Number format of their weights.
         features: Spec of the feature cache that takes their place; None runs them.
 
     Raises:
@@ -32,11 +31,11 @@ class FrozenEncoders:
 
     Attributes:
         modules: Those that are held, by name.
-        fingerprints: Of those that only a cache tells of.
+        fingerprints: Digests of encoders that only a feature cache records.
         preprocessing: What pictures are made into for them.
-        vision_width: Of their tokens.
-        audio_width: Of the vectors of sound; None where there is no audio encoder.
-        audio_sampling: Segments of sound; None likewise.
+        vision_width: Width of the vision encoder's tokens.
+        audio_width: Width of the audio encoder's vectors; None without audio encoder.
+        audio_sampling: Segments of sound; None without audio encoder.
     """
 
     def __init__(
@@ -53,13 +52,7 @@ class FrozenEncoders:
             return
         if choice.audio is not None:
             self._audio = self._audio_encoder(choice, choice.audio, dtype)
-        encoder = load_vision(
-            choice.vision,
-            pretrained=choice.vision_pretrained,
-            layer=choice.vision_layer,
-            dtype=dtype,
-            image_size=choice.vision_image_size,
-        ).to(device)
+        encoder = load_vision(choice.vision, dtype=dtype).to(device)
         self.modules["vision"] = encoder
         self.preprocessing, self.vision_width = encoder.preprocessing, encoder.width
 
@@ -78,9 +71,9 @@ class FrozenEncoders:
         audio_BAV = audio.float() if encoder is None else encoder.features(audio, is_segment_BA, batch.sample_ids)
         return Sound(audio_BAV.to(self._device), is_segment_BA.to(self._device))
 
-    def _audio_encoder(self, choice: ModelChoice, name: str, dtype: torch.dtype) -> AudioEncoder:
-        encoder = load_audio(name, pretrained=choice.audio_pretrained, dtype=dtype).to(self._device)
-        sampling = AudioSampling(sample_rate_hz=encoder.sample_rate_hz, **choice.segments)
+    def _audio_encoder(self, choice: ModelChoice, spec: AudioSpec, dtype: torch.dtype) -> AudioEncoder:
+        encoder = load_audio(spec, dtype=dtype).to(self._device)
+        sampling = choice.segments.at(encoder.sample_rate_hz)
         encoder.require_fit(sampling.segment_samples)
         self.modules["audio"], self.audio_width, self.audio_sampling = encoder, encoder.width, sampling
         return encoder
@@ -98,18 +91,14 @@ class FrozenEncoders:
 def _require_same(choice: ModelChoice, features: FeatureSpec) -> None:
     if rank() != 0:  # once is enough: the encoder may be large
         return
-    is_kept = choice.audio == KEPT_AUDIO
+    is_cached = choice.audio is not None and choice.audio.is_cached
     encoder = EncoderChoice(
         vision=choice.vision,
-        pretrained=choice.vision_pretrained,
-        layer=choice.vision_layer,
         precision=features.precision,
         num_frames=choice.num_frames,
-        sampling=Sampling.from_dict(choice.sampling),
+        sampling=choice.sampling,
         dtype=features.dtype,
-        image_size=choice.vision_image_size,
-        audio=None if is_kept else choice.audio,
-        audio_pretrained=choice.audio_pretrained,
-        **choice.segments,
+        audio=None if is_cached else choice.audio,
+        segments=choice.segments,
     )
-    encoder.load()[1].require_same(features.without_audio() if is_kept else features)
+    encoder.load()[1].require_same(features.without_audio() if is_cached else features)

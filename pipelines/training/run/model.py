@@ -51,7 +51,7 @@ class TrainingRun:
         choice: What to build.
         device: Where.
         precision: "bf16" and "fp16" keep frozen weights in that; trainables are always fp32.
-        seed: Of the trainables' initial weights.
+        seed: Seed of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
         init_from: Run or checkpoint that starts this one: of stage 1, or for stage 2 of either; None starts from fresh
             weights, or from the BERT that `choice` names.
@@ -81,7 +81,8 @@ class TrainingRun:
         self.preprocessing, self.encoder_width = encoders.preprocessing, encoders.vision_width
         self.encode, self._encode_audio = EncodeTimer(encoders.encode, device), encoders.encode_audio
         self.audio_sampling = encoders.audio_sampling
-        self.audio_branch = choice.audio_config(encoders.audio_width)
+        width = encoders.audio_width
+        self.audio_branch = None if width is None else choice.audio_branch.config(width)
         self.tokenizer: TextTokenizer | None = None
         self.load_report = "re-initialised: everything"
         torch.manual_seed(seed)
@@ -118,20 +119,16 @@ class TrainingRun:
             stage=choice.stage,
             step=step,
             vision=choice.vision,
-            vision_pretrained=choice.vision_pretrained,
-            vision_layer=choice.vision_layer,
             language=choice.language if choice.stage == 2 else None,
             qformer=self.config,
             preprocessing=self.preprocessing,
             num_frames=choice.num_frames,
-            sampling=choice.sampling,
+            sampling=choice.sampling.to_dict(),
             max_text_tokens=choice.max_text_tokens,
             prompt=choice.prompt,
-            vision_image_size=choice.vision_image_size,
             lora=choice.lora,
             bridge=choice.bridge,
             audio=choice.audio,
-            audio_pretrained=choice.audio_pretrained,
             audio_branch=self.audio_branch,
             audio_sampling={} if self.audio_sampling is None else dataclasses.asdict(self.audio_sampling),
         )
@@ -245,7 +242,7 @@ class TrainingRun:
                 lora=lora,
                 bridge=choice.bridge,
                 audio=self.audio_branch,
-                trains_audio_alone=choice.trains_audio_alone,
+                trains_audio_alone=choice.audio_branch.trains_alone,
             )
         except ValueError as error:
             raise UserError(f"model.audio_branch: {error}") from error
@@ -256,7 +253,7 @@ class TrainingRun:
             )
             self.load_report = f"{report}; {self.load_report}" if choice.qformer_init else str(report)
         stage2 = stage2.to(device)
-        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.trains_audio_alone)
+        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.audio_branch.trains_alone)
         return GenerationStage(
             encode,
             stage2,
@@ -289,13 +286,7 @@ class TrainingRun:
             self.load_report = str(start_from_bert(qformer, self.choice.qformer_init, allow_mismatch=allow))
 
     def _config(self, vocab_size: int, *, has_lm_head: bool) -> QFormerConfig:
-        choice = self.choice
-        try:
-            return QFormerConfig(
-                encoder_width=self.encoder_width,
-                vocab_size=vocab_size,
-                has_lm_head=has_lm_head,
-                **{"max_positions": max(512, choice.max_text_tokens), **choice.qformer},
-            )
-        except ValueError as error:
-            raise UserError(f"model.qformer: {error}") from error
+        width = self.encoder_width
+        return QFormerConfig.of(
+            self.choice.qformer, encoder_width=width, vocab_size=vocab_size, has_lm_head=has_lm_head
+        )

@@ -1,4 +1,4 @@
-"""Keeps a run from being spoilt by single steps: those that are not finite change nothing, and spikes are told."""
+"""Guards a run against bad steps: a step without finite gradient changes nothing, and spikes are reported."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ _SPIKE_AFTER = 50
 _MAX_SPIKES_IN_A_ROW = 10
 """More are no spikes: the norm has risen for good."""
 _MEMORY = 0.98
-"""Of the running mean of log norms."""
+"""Decay of the running mean of log norms."""
 
 
 class DivergedError(UserError):
@@ -40,7 +40,7 @@ class StepGuard:
         self, max_bad_steps: int, report: Callable[[dict[str, Any]], None], alarm: Callable[[str], None]
     ) -> None:
         self._max_bad_steps, self._report, self._alarm = max_bad_steps, report, alarm
-        self._in_a_row = self._spikes_in_a_row = self.num_bad = self.num_spikes = self._seen = 0
+        self._in_a_row = self._spikes_in_a_row = self.num_bad = self.num_spikes = self._num_norms = 0
         self._mean_log = 0.0
 
     def admits(self, step: int, norm: float, losses: Mapping[str, Tensor], sample_ids: list[str]) -> bool:
@@ -50,7 +50,7 @@ class StepGuard:
             step: 0-based.
             norm: Gradient norm before clipping.
             losses: Terms on this rank, by name.
-            sample_ids: Of this rank.
+            sample_ids: Samples of this rank.
 
         Raises:
             DivergedError: If there were too many bad steps in a row.
@@ -59,15 +59,15 @@ class StepGuard:
             self._in_a_row = 0
             self._watch(step, norm, sample_ids)
             return True
-        told = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
-        self.leave_out(step, f"gradient norm is {norm} ({told})", sample_ids)
+        terms = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in losses.items())
+        self.leave_out(step, f"gradient norm is {norm} ({terms})", sample_ids)
         return False
 
     def leave_out(self, step: int, reason: str, sample_ids: list[str]) -> None:
         """Tell that a step changes nothing; every rank must call.
 
         Raises:
-            DivergedError: As `admits`.
+            DivergedError: If too many steps in a row were bad.
         """
         self.num_bad += 1
         self._in_a_row += 1
@@ -82,10 +82,10 @@ class StepGuard:
 
     def _watch(self, step: int, norm: float, sample_ids: list[str]) -> None:
         log_norm = math.log(max(norm, 1e-30))
-        is_spike = self._seen >= _SPIKE_AFTER and log_norm > self._mean_log + math.log(_SPIKE_FACTOR)
+        is_spike = self._num_norms >= _SPIKE_AFTER and log_norm > self._mean_log + math.log(_SPIKE_FACTOR)
         self._spikes_in_a_row = self._spikes_in_a_row + 1 if is_spike else 0
         if self._spikes_in_a_row > _MAX_SPIKES_IN_A_ROW:
-            self._seen = self._spikes_in_a_row = 0  # that is what is usual now
+            self._num_norms = self._spikes_in_a_row = 0  # that is what is usual now
         elif is_spike:
             self.num_spikes += 1
             ids = of_all_ranks([name for name in sample_ids if name])
@@ -94,6 +94,6 @@ class StepGuard:
                 f"{math.exp(self._mean_log):.3g}; it is clipped; samples {ids[:8]}"
             )
             return  # a spike is no part of what is usual
-        memory = min(_MEMORY, self._seen / (self._seen + 1))
+        memory = min(_MEMORY, self._num_norms / (self._num_norms + 1))
         self._mean_log = memory * self._mean_log + (1 - memory) * log_norm
-        self._seen += 1
+        self._num_norms += 1

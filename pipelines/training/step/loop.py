@@ -63,7 +63,7 @@ class Hooks:
     """Asked at logged steps: whether a machine goes away soon, and a checkpoint is wanted now. The same on all ranks.
     """
     beat: Callable[[int], None] = _nothing
-    """Told after every step that it is done."""
+    """Called after every step."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -258,7 +258,7 @@ class _Window:
 
 
 def batch_fingerprint(sample_ids: list[str]) -> int:
-    """A number of 32 bits that tells which samples a global batch holds, however many ranks share it."""
+    """A 32-bit digest of the samples in a global batch, however many ranks share it."""
     own = sum(keyed_hash("batch", name) >> 32 for name in sample_ids if name)
     return round(mean_of_ranks(own) * world_size()) % 2**32
 

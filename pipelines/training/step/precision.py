@@ -18,7 +18,7 @@ class Precision:
 
     Args:
         name: "fp32", "bf16" or "fp16".
-        device: Of the trainables.
+        device: Device of the trainables.
 
     Attributes:
         num_overflows: Steps left out because scaled gradients overflowed; each halves the scale.

@@ -67,7 +67,7 @@ class Stage(Protocol):
             batch: This rank's share of the step.
             noise_key: Keys the step's randomness; the same on every rank.
             objective: Weighs the terms.
-            precision: Of the forward computations.
+            precision: Number format of the forward computations.
         """
 
 
@@ -83,7 +83,7 @@ class RepresentationStage:
     Args:
         encode: See `Encode`.
         trainables: On the same device.
-        tokenizer: Of the Q-Former's text branch.
+        tokenizer: Tokenizer of the Q-Former's text branch.
         micro_batch: Most samples that have a graph at a time, by gradient caching; None: all.
     """
 
@@ -146,7 +146,7 @@ class GenerationStage:
         encode: See `Encode`.
         trainables: On the same device.
         language: Frozen, on the same device.
-        tokenizer: Of the Q-Former's text branch, where it reads the prompt.
+        tokenizer: Tokenizer of the Q-Former's text branch, where it reads the prompt.
         prompt: Text before every caption whose sample brings no instruction of its own.
         max_tokens: Longest prompt and longest caption.
         micro_batch: Most samples that have a graph at a time, whose gradients are added up; None: all.

@@ -44,9 +44,9 @@ def validation_losses(
     Args:
         stage: Being trained.
         batches: This rank's, which hold every row of the evaluation set once over all ranks.
-        objective: Of the training, for "total".
-        precision: Of the training.
-        ema: Of the training.
+        objective: Objective of the training, for "total".
+        precision: Precision of the training.
+        ema: Moving average of the weights in training.
 
     Returns:
         The terms and their "total" under the fixed weights, and how many samples they are the mean of.

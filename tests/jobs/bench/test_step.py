@@ -9,10 +9,11 @@ import torch
 
 from jobs.bench import step as bench
 from jobs.bench.step import StepCase, measure
+from qformer.config import QFormerSizes
 
 TINY = StepCase(
     vision="test_vit",
-    qformer={"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16, "num_queries": 2},
+    qformer=QFormerSizes(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, num_queries=2),
     vocabulary=40,
     batch=4,
     warm_up=1,

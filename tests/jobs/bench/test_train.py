@@ -3,9 +3,9 @@
 import pytest
 
 from jobs.bench import train as bench
-from jobs.settings.model import QFormerSettings
+from qformer.config import QFormerSizes
 
-TINY = QFormerSettings(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, num_queries=2, embed_dim=8)
+TINY = QFormerSizes(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, num_queries=2, embed_dim=8)
 
 
 def test_the_steady_state_is_read_off_the_windows_after_the_warm_up(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The command: help, exit codes, and the user's mistake found beneath Ray's wrapping."""
 
 import importlib
+import importlib.metadata
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +51,44 @@ def test_help_of_each_job_shows_its_example(name, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([name, "--help"])
     assert caught.value.code == 0
-    assert cli.JOBS[name].example in capsys.readouterr().out
+    job, lines = cli.JOBS[name], capsys.readouterr().out.splitlines()
+    place = lines.index("examples:")
+    assert lines[0] == f"{job.summary[0].upper()}{job.summary[1:]}." and place <= 9
+    assert lines[place + 1 : place + 4] == [f"  {example}" for example in (job.example, *job.more_examples)]
+    assert len(lines) < 60
+
+
+@pytest.mark.parametrize("name", list(cli.JOBS))
+def test_every_example_of_a_job_is_settings_that_load(name, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for example in (cli.JOBS[name].example, *cli.JOBS[name].more_examples):
+        words = shlex.split(example.replace("runs/stage1/settings.yaml", "jobs/configs/recipes/blip2_stage1.yaml"))
+        assert words[:2] == ["qformer", name]
+        assert cli.main([*words[1:], "--show-config"]) == 0, example
+
+
+def test_help_lists_the_required_keys(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    required = [line.split()[0] for line in lines[lines.index("required keys:") + 1 : lines.index("examples:")]]
+    assert required == ["output", "stage", "model.vision", "data.manifest", "steps", "batch_size"]
+
+
+def test_version_is_the_installed_package_s(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"qformer": "1.2.3"}[name])
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "qformer 1.2.3\n"
+
+
+def test_version_of_a_clone_that_is_not_installed_is_one_line(capsys, monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert cli.main(["--version"]) == 0
+    printed = capsys.readouterr().out
+    assert "not installed" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", list(cli.JOBS))

@@ -22,7 +22,7 @@ from jobs.settings.data import RaySettings
 
 with ray_session(RaySettings(num_cpus=3)):
     import ray
-    where = ray.get(ray.remote(lambda: __import__("jobs.settings.jobs").__file__).remote())
+    where = ray.get(ray.remote(lambda: __import__("jobs.settings.train").__file__).remote())
     # Only of its processes; a cluster that is joined keeps its preemption watcher.
     for name in ("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
         print(os.environ.get(name), ray.get(ray.remote(lambda: os.environ.get(name)).remote()))
@@ -41,7 +41,7 @@ def test_what_the_user_has_set_stays(monkeypatch):
 
 
 def test_an_address_where_nothing_listens_is_one_line():
-    code = "from jobs.cluster.session import ray_session\nfrom jobs.settings.jobs import RaySettings\n"
+    code = "from jobs.cluster.session import ray_session\nfrom jobs.settings.data import RaySettings\n"
     code += "ray_session(RaySettings(address='127.0.0.1:1')).__enter__()"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert "UserError: no Ray cluster listens at '127.0.0.1:1'" in done.stderr.splitlines()[-1]

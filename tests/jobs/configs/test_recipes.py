@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from jobs.cli import main as cli
-from jobs.demo.toy import CONFIGS, write_toy
-from jobs.settings.jobs import TrainSettings
+from jobs.demo.toy import RECIPES, write_toy
 from jobs.settings.loading import load
+from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner, load_retriever
@@ -24,7 +24,6 @@ from qformer.conversion.checkpoint import read_weights
 from qformer.errors import UserError
 from tests.local_data import local_data, local_training
 
-RECIPES = CONFIGS / "recipes"
 FILES = {
     "blip2_stage1": ["blip2_stage1"],
     "blip2_stage2_opt": ["blip2_stage2_opt"],
@@ -122,13 +121,13 @@ def test_a_recipe_resolves_to_what_was_published(name):
     assert PUBLISHED[name] == (
         *(optim.learning_rate, optim.min_learning_rate, optim.warmup_steps, optim.betas[1]),
         *(chosen.steps, chosen.batch_size, chosen.precision),
-        *(model.vision_image_size, model.language, model.prompt),
+        *(model.vision.image_size, model.language and model.language.name, model.prompt),
     )
     assert (optim.weight_decay, optim.betas[0]) == (0.05, 0.9)
     bridge = model.qformer
     assert (bridge.num_queries, bridge.hidden_size, bridge.num_layers, bridge.num_heads) == (32, 768, 12, 12)
     assert (bridge.intermediate_size, bridge.cross_attention_frequency, bridge.embed_dim) == (3072, 2, 256)
-    assert (model.vision, model.vision_layer) == ("eva_giant_patch14_clip_224.laion400m", -2)
+    assert (model.vision.name, model.vision.layer) == ("eva_giant_patch14_clip_224.laion400m", -2)
     assert {flag for flag in ("qformer_reads_prompt", "freeze_qformer") if getattr(model, flag)} == FLAGS.get(
         name, set()
     )
@@ -164,14 +163,15 @@ def test_the_toy_file_leaves_what_a_recipe_is_about(name):
     plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), RECIPES / "toy.yaml"])
     kept = {"learning_rate", "min_learning_rate", "weight_decay", "betas", "loss_weights"}
     assert plain.optim.model_dump(include=kept) == toy.optim.model_dump(include=kept)
-    kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "vision_layer", "lora", "temporal"}
+    kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "lora", "temporal"}
+    assert plain.model.vision.layer == toy.model.vision.layer
     assert plain.model.model_dump(include=kept) == toy.model.model_dump(include=kept)
     assert (plain.stage, plain.data.augmentation) == (toy.stage, toy.data.augmentation)
 
 
 def test_the_first_line_of_the_toy_file_is_a_command(capsys):
     words = (RECIPES / "toy.yaml").read_text().splitlines()[0].removeprefix("# qformer ").split()
-    words = [str(CONFIGS.parents[1] / word) if word.endswith(".yaml") else word for word in words]
+    words = [str(RECIPES.parents[2] / word) if word.endswith(".yaml") else word for word in words]
     assert cli.main([*words, "--show-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["steps"], shown["optim"]["weight_decay"]) == (4, 0.05)
@@ -314,7 +314,7 @@ def test_the_toy_file_alone_suffices(ray_local, toy, tmp_path, monkeypatch):
     """Where runs/toy is, the command needs no override but that file's: retrieval goes on from the toy's bridge."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "toy").symlink_to(toy)
-    (tmp_path / "jobs").symlink_to(CONFIGS.parent)
+    (tmp_path / "jobs").symlink_to(RECIPES.parents[1])
     monkeypatch.chdir(tmp_path)
     chosen, summary = train_here([*paths("retrieval_finetune"), RECIPES / "toy.yaml"])
     assert "re-initialised 0 tensors; missing 0 tensors" in summary["load_report"]

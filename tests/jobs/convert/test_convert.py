@@ -67,7 +67,7 @@ def test_a_lavis_file_is_imported(goldens_dir, tmp_path, capsys):
 def test_an_encoder_without_a_place_is_one_clear_line(tmp_path, capsys, write):
     """The demo's XCiT attends over channels."""
     info_file = write(tmp_path / "ours") / "bridge.json"
-    info_file.write_text(json.dumps({**json.loads(info_file.read_text()), "vision": DEMO_VISION}))
+    info_file.write_text(json.dumps({**json.loads(info_file.read_text()), "vision": {"name": DEMO_VISION}}))
     capsys.readouterr()
     assert run("export", f"checkpoint={tmp_path}/ours", f"output={tmp_path}/exported") == 2
     error = capsys.readouterr().err

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import FeaturesSettings
 from pipelines.data.corpus.manifest import write_table
 from pipelines.data.features.cache import open_cache
+from qformer.config import VisionSpec
 from qformer.errors import UserError
 from tests.local_data import local_data
 from tests.metrics_endpoint import scraped
@@ -26,8 +27,7 @@ def settings(tmp_path):
     write_table(image_manifest(tmp_path, NUM_ROWS), str(tmp_path / "manifest.parquet"))
     return FeaturesSettings(
         output=str(tmp_path / "cache"),
-        vision="test_vit",
-        vision_pretrained=False,
+        vision=VisionSpec("test_vit", pretrained=False),
         data=DataSettings(manifest=str(tmp_path / "manifest.parquet")),
     )
 

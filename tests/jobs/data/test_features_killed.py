@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from jobs.data import features
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import FeaturesSettings
 from pipelines.data import schema
 from pipelines.data.corpus.manifest import write_table
+from qformer.config import VisionSpec
 from tests.pipelines.data.builders import image_manifest
 
 REPOSITORY = Path(__file__).parents[3]
@@ -28,9 +29,7 @@ DEADLINE_S = 120.0
 def _settings(folder, name):
     return FeaturesSettings(
         output=str(folder / name),
-        vision="test_vit",
-        vision_pretrained=False,
-        vision_image_size=IMAGE_SIZE,
+        vision=VisionSpec("test_vit", pretrained=False, image_size=IMAGE_SIZE),
         data=DataSettings(manifest=str(folder / "manifest.parquet")),
         frames_per_pass=8,
     )
@@ -84,6 +83,6 @@ def test_a_cache_killed_and_resumed_is_bit_equal_to_one_written_in_one_go(ray_lo
     assert {name: data for name, data in other.items() if name not in left_over} == one
     assert len(one) == 3 + 2 * NUM_SHARDS
     assert json.loads((tmp_path / "whole" / "summary.json").read_text()) == whole
-    assert yaml.safe_load((tmp_path / "whole" / "settings.yaml").read_text())["vision_image_size"] == IMAGE_SIZE
+    assert yaml.safe_load((tmp_path / "whole" / "settings.yaml").read_text())["vision"]["image_size"] == IMAGE_SIZE
     index = pq.read_table(Path(killed.output) / "index.parquet")
     assert index[schema.SAMPLE_ID].to_pylist() == table[schema.SAMPLE_ID].to_pylist()

@@ -17,7 +17,7 @@ import pytest
 
 from jobs.data import prepare_probe
 from jobs.data.prepare import main
-from jobs.settings.jobs import PrepareSettings
+from jobs.settings.corpus import PrepareSettings
 from pipelines.data import schema
 from pipelines.data.batches.decode_rows import CheckRows
 from pipelines.data.corpus import manifest_files

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from jobs.cli.main import main
 from jobs.doctor import job as doctor
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import DoctorSettings
+from jobs.settings.evaluate import DoctorSettings
 from jobs.settings.model import LossWeightSettings, OptimSettings
 from pipelines.data.storage import checkpoint_folders
 from qformer.errors import UserError
@@ -162,7 +162,7 @@ def test_planted_backbone_that_moved(runs, kind, tmp_path):
     weights[sorted(weights)[0]].view(-1)[:1].add_(1e-3)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     file = newest(run) / "bridge.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), kind: str(folder)}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), kind: {"name": str(folder)}}))
     finish(newest(run))
     found, code, _ = looked(run, rows=32)
     other = {"vision": "language", "language": "vision"}[kind]

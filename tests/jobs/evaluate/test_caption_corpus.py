@@ -15,7 +15,7 @@ import yaml
 
 from jobs.cli import main as cli
 from jobs.evaluate import caption
-from jobs.settings.jobs import CaptionSettings
+from jobs.settings.evaluate import CaptionSettings
 from jobs.settings.loading import load
 from pipelines.data import schema
 from pipelines.data.batches.batch import unpack

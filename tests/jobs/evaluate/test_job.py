@@ -9,7 +9,7 @@ import torch
 
 from jobs.evaluate.job import main
 from jobs.settings.data import DataSettings
-from jobs.settings.jobs import EvaluateSettings
+from jobs.settings.evaluate import EvaluateSettings
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.inference.models import load_captioner, load_retriever
 from qformer.config import GenerationSettings

@@ -4,8 +4,8 @@ import pytest
 
 from jobs.folders.run import run_folder
 from jobs.settings.data import TrainDataSettings
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import ModelSettings
+from jobs.settings.train import TrainSettings
 from qformer.errors import UserError
 
 

@@ -8,7 +8,7 @@ import yaml
 from jobs.cli import main as cli
 from jobs.serve.config import ApplicationSettings
 from jobs.serve.job import resolve_service
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from qformer.errors import UserError
 from tests.tiny_checkpoints import write_stage1, write_stage2
 
@@ -55,7 +55,7 @@ def test_nothing_is_written_that_could_not_be_served(tmp_path, checkpoint, capsy
     file = tmp_path / "app.yaml"
     words = ["serve", "--write-config", str(file), "--set", f"checkpoint={checkpoint}"]
     assert cli.main([*words, "--set", f"adapters.search={stage1}"]) == 2
-    assert "'search' has another vision encoder (vision='test_vit2')" in capsys.readouterr().err
+    assert "'search' has another vision encoder (name='test_vit2')" in capsys.readouterr().err
     assert cli.main([*words, "--set", "host=0.0.0.0"]) == 2
     assert "without API keys" in capsys.readouterr().err
     assert cli.main([*words, "--set", "generation.num_beams=3"]) == 2

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jobs.serve import job as serve
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from qformer.errors import UserError
 from tests.tiny_checkpoints import write_stage2
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from jobs.cli import main as cli
-from jobs.settings.shipped import CONFIGS, find_config
+from jobs.settings.loading import CONFIGS, find_config
 
 STAGE1 = CONFIGS / "recipes" / "blip2_stage1.yaml"
 

@@ -16,20 +16,22 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs.data import features
 from jobs.demo.world.corpus import write_world
+from jobs.settings.corpus import FeaturesSettings
 from jobs.settings.data import DataSettings, TrainDataSettings
-from jobs.settings.jobs import FeaturesSettings, TrainSettings, ValidationSettings
-from jobs.settings.model import ModelSettings, OptimSettings, QFormerSettings
+from jobs.settings.model import ModelSettings, OptimSettings
+from jobs.settings.train import TrainSettings, ValidationSettings
 from jobs.train import job as train
 from jobs.train.rows import training_rows
 from pipelines.data.storage import checkpoint_folders
 from pipelines.data.storage.retries import with_retries
 from pipelines.training.records.metrics_log import read_metrics
+from qformer.config import QFormerSizes, VisionSpec
 from qformer.errors import UserError
 from tests.jobs.train_jobs import Job
 from tests.local_data import local_data, local_training
 
 MODELS = Path(__file__).parents[3] / "jobs" / "demo" / "models"
-TINY = QFormerSettings(
+TINY = QFormerSizes(
     hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, num_queries=4, embed_dim=16, dropout=0.1
 )
 
@@ -94,7 +96,7 @@ def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(ca
     assert "150 of 150 rows were there already" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in Path(cache.output).glob("shard-*")} == shards
     with pytest.raises(UserError, match="layer: -2 in the cache, -1 here"):
-        features.main(cache.model_copy(update={"vision_layer": -1}))
+        features.main(cache.model_copy(update={"vision": VisionSpec(str(MODELS / "vision"), layer=-1)}))
 
 
 @pytest.mark.parametrize("source", ["pixels", pytest.param("features", marks=pytest.mark.slow)])
@@ -215,7 +217,9 @@ def _trainer(request, ray_local):
 @pytest.mark.usefixtures("_trainer")
 def test_an_unknown_encoder_is_one_line_told_once_and_leaves_the_folder_free(world, tmp_path, caplog):
     caplog.set_level("INFO")
-    model = settings(world, "x").model.model_copy(update={"vision": "vit_tiny_patch16_22", "vision_pretrained": False})
+    model = settings(world, "x").model.model_copy(
+        update={"vision": VisionSpec("vit_tiny_patch16_22", pretrained=False)}
+    )
     with pytest.raises(UserError, match="vit_tiny_patch16_224"):
         train.main(settings(world, tmp_path / "run", model=model, workers=1, max_failures=3))
     assert list((tmp_path / "run").iterdir()) == []

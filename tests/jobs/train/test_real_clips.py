@@ -8,19 +8,16 @@ import pytest
 from jobs.data import features, prepare
 from jobs.evaluate import caption
 from jobs.evaluate import job as evaluate
+from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import AudioSettings, DataSettings, SourceSettings, TrainDataSettings
-from jobs.settings.jobs import (
-    CaptionSettings,
-    EvaluateSettings,
-    FeaturesSettings,
-    PrepareSettings,
-    TrainSettings,
-)
-from jobs.settings.model import AudioBranchSettings, ModelSettings, OptimSettings, QFormerSettings, VideoSettings
+from jobs.settings.evaluate import CaptionSettings, EvaluateSettings
+from jobs.settings.model import ModelSettings, OptimSettings, VideoSettings
+from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.training.records.metrics_log import read_metrics
-from qformer.config import GenerationSettings
+from pipelines.training.run.model_choice import AudioBranchOptions
+from qformer.config import GenerationSettings, QFormerSizes
 from tests.jobs.train_jobs import REPOSITORY
 from tests.tiny_audio import write_encoder
 
@@ -87,10 +84,10 @@ def _train_settings(prepared, temporal, output, **data):
             vision=str(MODELS / "vision"),
             language=str(MODELS / "language"),
             audio=str(prepared / "ast"),
-            audio_branch=AudioBranchSettings(num_queries=4),
+            audio_branch=AudioBranchOptions(num_queries=4),
             temporal=temporal,
             video=VideoSettings(num_queries=4, freeze_frames=False, freeze_attention=False),
-            qformer=QFormerSettings(
+            qformer=QFormerSizes(
                 hidden_size=32,
                 num_layers=2,
                 num_heads=2,

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.demo.world.corpus import write_world
 from jobs.settings.data import TrainDataSettings
-from jobs.settings.jobs import ValidationSettings
+from jobs.settings.train import ValidationSettings
 from pipelines.data import storage
 from pipelines.data.storage import checkpoint_folders
 from pipelines.training.records.metrics_log import read_metrics

@@ -9,11 +9,12 @@ import pytest
 import ray
 
 from jobs.settings.data import TrainDataSettings
-from jobs.settings.jobs import TrainSettings
 from jobs.settings.model import ModelSettings
+from jobs.settings.train import TrainSettings
 from jobs.train import reporter as train_reporter
 from jobs.train.reporter import RunReporter, append_events
-from jobs.train.worker import _PreemptionNotice, _stuck, train_worker
+from jobs.train.worker import _PreemptionNotice, _start_limit, train_worker
+from jobs.train.worker_job import FeedHandle, WorkerJob
 from pipelines.data import storage
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.failures import Failure
@@ -52,9 +53,9 @@ def test_a_start_after_the_coordinator_died_ends_the_run_in_a_line(ray_local, tm
     coordinator = ray.remote(RunStatus).options(num_cpus=0).remote()
     ray.get(coordinator.user_error.remote())
     kill_actor(coordinator)
-    mistake = train_worker({"settings": settings(tmp_path).model_dump(mode="json"), "coordinator": coordinator})[
-        "mistake"
-    ]
+    feed = FeedHandle(actor=coordinator, cache=None, rows_per_epoch=1, steps_per_epoch=1)
+    job = WorkerJob(settings=settings(tmp_path), coordinator=coordinator, training=feed, validation=None, order="order")
+    mistake = train_worker({"job": job})["mistake"]
     assert "hands out the batches died" in mistake and "--resume" in mistake
 
 
@@ -154,11 +155,11 @@ def test_a_run_that_never_reaches_its_next_checkpoint_is_given_up(status, tmp_pa
     elastic = TrainSettings(
         output=str(tmp_path), stage=1, model=ModelSettings(vision="v"), data=data, steps=9, batch_size=2, min_workers=1
     )
-    assert [_stuck(status, elastic, 0) for _ in range(10)] == [None] * 10
-    assert [_stuck(status, elastic, 5) for _ in range(10)] == [None] * 10  # it got on
+    assert [_start_limit(status, elastic, 0) for _ in range(10)] == [None] * 10
+    assert [_start_limit(status, elastic, 5) for _ in range(10)] == [None] * 10  # it got on
     limited = elastic.model_copy(update={"max_failures": 1000})
-    assert _stuck(status, limited, 5) is None
-    assert "started 12 times from step 5 and never reached the next checkpoint" in _stuck(status, elastic, 5)
+    assert _start_limit(status, limited, 5) is None
+    assert "started 12 times from step 5 and never reached the next checkpoint" in _start_limit(status, elastic, 5)
 
 
 def test_a_notice_of_preemption_counts_once():

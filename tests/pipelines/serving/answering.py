@@ -8,12 +8,13 @@ import numpy as np
 
 from pipelines.data.media.samples import Limits
 from pipelines.serving.app.quotas import Quotas
-from pipelines.serving.contract.adapters import Adapter, Backbones
+from pipelines.serving.contract.adapters import Adapter, Backbones, SharedEncoder, SharedLanguage
 from pipelines.serving.contract.config import FetchPolicy, RequestLimits, ServingConfig
 from pipelines.serving.contract.errors import ApiError, Refusal
 from pipelines.serving.contract.wire import MatchScore, Piece, TextEmbeddings
 from pipelines.serving.http.api import Api, build_http
 from pipelines.serving.workers.media import MediaWorker
+from qformer.config import LanguageSpec, VisionSpec
 from qformer.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(
@@ -38,8 +39,8 @@ def adapter(name="demo", stage=2, **changes):
         "audio_sampling": None,
         "num_queries": NUM_QUERIES,
         "embed_dim": EMBED_DIM,
-        "encoder": {"vision": "vit", "vision_layer": -2, "width": 48},
-        "language": {"language": "opt", "answer_end_id": None} if stage == 2 else {},
+        "encoder": SharedEncoder(vision=VisionSpec("vit"), width=48),
+        "language": SharedLanguage(language=LanguageSpec("opt"), answer_end_id=None) if stage == 2 else None,
         "has_lora": False,
     }
     return Adapter(**values | changes)

@@ -7,6 +7,7 @@ import torch
 
 from qformer.analysis.image_use import answer_losses, compare_pairs, permute_images
 from qformer.backbones import load_language
+from qformer.config import LanguageSpec
 from qformer.language import IGNORED, build_language_model
 
 LANGUAGE = Path(__file__).parents[3] / "jobs" / "demo" / "models" / "language"
@@ -80,7 +81,7 @@ def test_texts_that_no_image_is_left_for_are_left_out():
 
 
 def test_losses_of_samples_make_up_the_loss_of_the_batch():
-    language = build_language_model(*load_language(str(LANGUAGE)))
+    language = build_language_model(*load_language(LanguageSpec(str(LANGUAGE))))
     torch.manual_seed(0)
     texts = ["a small red circle above a large blue square", "a red circle"]
     batch = language.tokenize(["", "a small"], texts, max_tokens=16)

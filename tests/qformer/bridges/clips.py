@@ -4,9 +4,11 @@ import dataclasses
 
 import torch
 
-from qformer.bridges.config import VideoConfig
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.concatenate import ConcatenateConfig
+from qformer.bridges.mean import MeanConfig
 from qformer.bridges.positions import FramePositions
-from qformer.bridges.spatio_temporal import AttentivePool
+from qformer.bridges.spatio_temporal import AttentivePool, SpatioTemporalConfig
 from qformer.config import QFormerConfig
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 from qformer.objectives.stage2 import Stage2
@@ -23,22 +25,23 @@ CONFIG = QFormerConfig(
     embed_dim=16,
     dropout=0.0,
 )
-VIDEO = VideoConfig(
-    max_frames=6,
-    num_queries=4,
-    num_layers=2,
-    num_spatial_queries=3,
-    num_temporal_queries=4,
-    num_summary_queries=2,
-    freeze_frames=False,
-)
+BRIDGES = {
+    "concatenate": ConcatenateConfig(),
+    "mean": MeanConfig(),
+    "cascaded": CascadedConfig(max_frames=6, num_queries=4, num_layers=2, freeze_frames=False),
+    "spatio_temporal": SpatioTemporalConfig(
+        max_frames=6, num_spatial_queries=3, num_temporal_queries=4, num_summary_queries=2
+    ),
+}
+NUM_QUERIES = 4
+"""Soft prompts of the cascaded bridge."""
 WAYS = ("concatenate", "mean", "cascaded", "spatio_temporal")
 JOINED = ("cascaded", "spatio_temporal")
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
-def video(temporal, **changes):
-    return dataclasses.replace(VIDEO, temporal=temporal, **changes)
+def bridge(kind, **changes):
+    return dataclasses.replace(BRIDGES[kind], **changes)
 
 
 def spread(module, seed=1):
@@ -54,15 +57,25 @@ def spread(module, seed=1):
     return module
 
 
-def stage1(temporal, *, seed=0, **changes):
+def stage1(kind, *, seed=0, **changes):
     torch.manual_seed(seed)
-    return spread(Stage1(CONFIG, video=video(temporal, **changes)))
+    return spread(Stage1(CONFIG, bridge=bridge(kind, **changes)))
 
 
-def stage2(temporal, *, config=None, seed=0, audio=None, **changes):
+def stage2(kind, *, config=None, seed=0, audio=None, **changes):
     torch.manual_seed(seed)
     config = config or dataclasses.replace(CONFIG, vocab_size=0)
-    return spread(Stage2(config, language_width=16, video=video(temporal, **changes), audio=audio))
+    return spread(Stage2(config, language_width=16, bridge=bridge(kind, **changes), audio=audio))
+
+
+def prompts(model, image, is_frame=None, sound=None):
+    """Soft prompts, masked ones among them."""
+    return model(image, is_frame_BF=is_frame, sound=sound).prompts_BNL
+
+
+def read(model, image, is_frame=None, sound=None):
+    """Soft prompts that the language model reads of each clip."""
+    return model(image, is_frame_BF=is_frame, sound=sound).rows()
 
 
 def frames(clips=3, number=4, seed=0):

@@ -37,14 +37,14 @@ def plain_prompts(stage2, image, is_frame):
     prompts = []
     for clip, real in zip(image, is_frame, strict=True):
         spatial, temporal = pooled(stage2.frames, stage2.vision_norm(clip[real]))
-        seen = (spatial, temporal, torch.cat([spatial, temporal]))
+        tokens = (spatial, temporal, torch.cat([spatial, temporal]))
         hidden = stage2.qformer.embedding_norm(stage2.qformer.query_tokens)
         for layer in stage2.qformer.layers:
             hidden = attend(layer.attention, hidden, hidden, None)
-            groups = hidden.split(stage2.video.group_sizes, dim=1)
+            groups = hidden.split(stage2.bridge.group_sizes, dim=1)
             if layer.cross_attention is not None:
                 groups = [
-                    attend(layer.cross_attention, one, own[None], None) for one, own in zip(groups, seen, strict=True)
+                    attend(layer.cross_attention, one, own[None], None) for one, own in zip(groups, tokens, strict=True)
                 ]
             experts = layer.query_ffn.experts
             hidden = torch.cat([ffn(expert, one) for expert, one in zip(experts, groups, strict=True)], dim=1)

@@ -8,25 +8,19 @@ import torch
 from qformer import backbones
 from qformer.bridges import cascaded
 from qformer.bridges.positions import FramePositions
+from qformer.config import VisionSpec
 from qformer.layers import QFormerLayers
 from qformer.objectives import Negatives
-from tests.qformer.bridges.clips import CLOSE, CONFIG, JOINED, WAYS, batch, frames, stage1, stage2
+from tests.qformer.bridges.clips import CLOSE, CONFIG, JOINED, WAYS, batch, frames, prompts, read, stage1, stage2
 
 IS_FRAME = torch.tensor([[True, False, True, True], [True, True, False, False], [True, True, True, True]])
 
 
-def read(model, image, is_frame=None):
-    """What the language model reads of each clip."""
-    prompts = model(image, is_frame_BF=is_frame)
-    is_prompt = model.is_prompt(is_frame, None, prompts)
-    return [rows if is_prompt is None else rows[is_prompt[i]] for i, rows in enumerate(prompts)]
-
-
-@pytest.mark.parametrize("temporal", WAYS)
+@pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize("filling", [5.0, float("nan")])
 @torch.no_grad()
-def test_what_padding_holds_changes_nothing_of_the_soft_prompts(temporal, filling):
-    model, image = stage2(temporal).eval(), frames()
+def test_what_padding_holds_changes_nothing_of_the_soft_prompts(kind, filling):
+    model, image = stage2(kind).eval(), frames()
     other = image.masked_fill(~IS_FRAME[:, :, None, None], filling)
     for ours, theirs in zip(read(model, image, IS_FRAME), read(model, other, IS_FRAME), strict=True):
         assert ours.isfinite().all() and ours.equal(theirs)
@@ -34,72 +28,72 @@ def test_what_padding_holds_changes_nothing_of_the_soft_prompts(temporal, fillin
     assert shown == [True, True, False]  # without the mask, what the same frames hold matters
 
 
-@pytest.mark.parametrize("temporal", WAYS)
-def test_what_padding_holds_changes_nothing_of_losses_and_gradients(temporal):
+@pytest.mark.parametrize("kind", WAYS)
+def test_what_padding_holds_changes_nothing_of_losses_and_gradients(kind):
     others = Negatives(torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]), torch.ones(3, dtype=torch.bool))
     found = []
     for filling in (0.0, 7.0, float("nan")):
-        model = stage1(temporal)
+        model = stage1(kind)
         full = batch(3, 4, is_frame=IS_FRAME)
         full = dataclasses.replace(full, image_BFPV=full.image_BFPV.masked_fill(~IS_FRAME[:, :, None, None], filling))
         losses = model(full, negatives=others)
         losses.total.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert all(gradient is not None for gradient in gradients.values())
-        found.append(({name: getattr(losses, name) for name in ("itc", "itm", "itg")}, gradients))
+        found.append((losses.terms, gradients))
     for losses, gradients in found[1:]:
         assert all(value.isfinite() and value.equal(found[0][0][name]) for name, value in losses.items())
         assert all(gradient.equal(found[0][1][name]) for name, gradient in gradients.items())
 
 
-@pytest.mark.parametrize("temporal", WAYS)
+@pytest.mark.parametrize("kind", WAYS)
 @torch.no_grad()
-def test_clips_of_several_lengths_are_read_as_each_alone(temporal):
-    model, image = stage2(temporal).eval(), frames()
+def test_clips_of_several_lengths_are_read_as_each_alone(kind):
+    model, image = stage2(kind).eval(), frames()
     together = read(model, image, IS_FRAME)
     for clip, rows in enumerate(together):
         (alone,) = read(model, image[clip : clip + 1, IS_FRAME[clip]])
         torch.testing.assert_close(rows, alone, **CLOSE)
 
 
-@pytest.mark.parametrize("temporal", WAYS)
-def test_stage_1_of_padded_clips_is_that_of_shorter_ones(temporal):
+@pytest.mark.parametrize("kind", WAYS)
+def test_stage_1_of_padded_clips_is_that_of_shorter_ones(kind):
     """Two clips of two frames, padded to four."""
     is_frame = torch.tensor([[True, False, True, False], [True, True, False, False]])
     others = Negatives(torch.tensor([1, 0]), torch.tensor([1, 0]), torch.ones(2, dtype=torch.bool))
     padded = batch(2, 4, is_frame=is_frame)
     short = dataclasses.replace(padded, image_BFPV=padded.image_BFPV[is_frame].unflatten(0, (2, 2)), is_frame_BF=None)
-    first, second = stage1(temporal), stage1(temporal)
+    first, second = stage1(kind), stage1(kind)
     ours, theirs = first(padded, negatives=others), second(short, negatives=others)
-    (ours.itc + ours.itm + ours.itg).backward()
+    ours.total.backward()
     theirs.total.backward()
     for name in ("itc", "itm", "itg"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), **CLOSE)
+        torch.testing.assert_close(ours.terms[name], theirs.terms[name], **CLOSE)
     for (name, one), two in zip(first.named_parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
-@pytest.mark.parametrize("temporal", WAYS)
+@pytest.mark.parametrize("kind", WAYS)
 @torch.no_grad()
-def test_the_order_of_frames(temporal, order):
-    model, image = stage2(temporal).eval(), frames(number=5)
-    difference = (model(image) - model(image[:, order])).abs().max()
-    if temporal == "mean":
+def test_the_order_of_frames(kind, order):
+    model, image = stage2(kind).eval(), frames(number=5)
+    difference = (prompts(model, image) - prompts(model, image[:, order])).abs().max()
+    if kind == "mean":
         assert difference < 1e-5
     else:
         assert difference > 0.01
 
 
-@pytest.mark.parametrize("temporal", WAYS)
+@pytest.mark.parametrize("kind", WAYS)
 @torch.no_grad()
-def test_an_image_is_a_clip_of_one_frame_and_long_clips_are_read(temporal):
-    model = stage2(temporal).eval()
+def test_an_image_is_a_clip_of_one_frame_and_long_clips_are_read(kind):
+    model = stage2(kind).eval()
     num_queries = model.qformer.config.num_queries
     for number in (1, 40):
-        prompts = model(frames(2, number))
-        rows = num_queries * number if temporal == "concatenate" else num_queries
-        assert prompts.shape == (2, rows, 16) and prompts.isfinite().all()
+        found = prompts(model, frames(2, number))
+        rows = num_queries * number if kind == "concatenate" else num_queries
+        assert found.shape == (2, rows, 16) and found.isfinite().all()
 
 
 def test_positions_stretch_over_longer_clips_alone():
@@ -118,10 +112,10 @@ def test_positions_stretch_over_longer_clips_alone():
     assert both[0].equal(seven) and both[1, :4].equal(table)
 
 
-@pytest.mark.parametrize("temporal", JOINED)
-def test_every_weight_learns_and_the_position_of_every_frame(temporal):
-    model = stage2(temporal).train()
-    model(frames(number=4)).square().sum().backward()
+@pytest.mark.parametrize("kind", JOINED)
+def test_every_weight_learns_and_the_position_of_every_frame(kind):
+    model = stage2(kind).train()
+    prompts(model, frames(number=4)).square().sum().backward()
     assert all(parameter.grad.abs().max() > 0 for name, parameter in model.named_parameters() if "key.bias" not in name)
     moved = model.frames.positions.table_MD.grad.abs().amax(dim=1) > 0
     assert moved.tolist() == [True] * 4 + [False] * 2
@@ -130,7 +124,7 @@ def test_every_weight_learns_and_the_position_of_every_frame(temporal):
 def test_a_frozen_frame_q_former_is_left_alone():
     model = stage2("cascaded", freeze_frames=True).train()
     assert not model.frames.qformer.training and model.qformer.training and model.frames.training
-    model(frames()).sum().backward()
+    prompts(model, frames()).sum().backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     frozen = {name for name in dict(model.named_parameters()) if name.startswith(("vision_norm.", "frames.qformer."))}
     assert without == frozen
@@ -157,7 +151,7 @@ def test_tokens_of_another_encoder_are_refused_by_the_frame_q_former():
 
 
 def test_the_frozen_encoder_sees_so_many_frames_at_a_time(monkeypatch):
-    encoder, seen = backbones.load_vision("test_vit", pretrained=False), []
+    encoder, seen = backbones.load_vision(VisionSpec("test_vit", pretrained=False)), []
     size = (2, 5, 3, encoder.preprocessing.height, encoder.preprocessing.width)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     whole = encoder(pixels)
@@ -170,10 +164,10 @@ def test_the_frozen_encoder_sees_so_many_frames_at_a_time(monkeypatch):
 @torch.no_grad()
 def test_a_frozen_frame_q_former_reads_so_many_frames_at_a_time(monkeypatch):
     model, image, read = stage2("cascaded", freeze_frames=True).eval(), frames(2, 5), []
-    whole = model(image)
+    whole = prompts(model, image)
     monkeypatch.setattr(cascaded, "FRAMES_PER_PASS", 4)
     model.frames.qformer.layers.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
-    torch.testing.assert_close(model(image), whole, **CLOSE)
+    torch.testing.assert_close(prompts(model, image), whole, **CLOSE)
     assert read == [CONFIG.num_queries * number for number in (4, 4, 2)]
 
 
@@ -183,9 +177,9 @@ def test_gradients_through_several_passes_are_those_of_one(monkeypatch):
 
     def outcome():
         model.zero_grad()
-        prompts = model(image)
-        prompts.square().sum().backward()
-        return prompts.detach(), {name: one.grad.clone() for name, one in model.named_parameters()}
+        found = prompts(model, image)
+        found.square().sum().backward()
+        return found.detach(), {name: one.grad.clone() for name, one in model.named_parameters()}
 
     whole, gradients = outcome()
     monkeypatch.setattr(cascaded, "FRAMES_PER_PASS", 4)
@@ -198,15 +192,15 @@ def test_gradients_through_several_passes_are_those_of_one(monkeypatch):
         torch.testing.assert_close(summed[name], one, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("temporal", JOINED)
-def test_compiled_layers_equal_eager_ones(temporal):
+@pytest.mark.parametrize("kind", JOINED)
+def test_compiled_layers_equal_eager_ones(kind):
     """As a run compiles them: all of a bridge's, without graph breaks."""
     torch._dynamo.reset()
-    eager, compiled, image = stage2(temporal), stage2(temporal), frames()
+    eager, compiled, image = stage2(kind), stage2(kind), frames()
     for module in compiled.modules():
         if isinstance(module, QFormerLayers):
             module.compile(backend="aot_eager", fullgraph=True)
-    outputs = [model(image, is_frame_BF=IS_FRAME) for model in (eager, compiled)]
+    outputs = [prompts(model, image, IS_FRAME) for model in (eager, compiled)]
     torch.testing.assert_close(*outputs, **CLOSE)
     for output in outputs:
         output.square().sum().backward()

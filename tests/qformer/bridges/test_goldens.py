@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from qformer.bridges.audio_branch import Sound
-from qformer.bridges.config import AudioConfig, VideoConfig
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.config import AudioConfig
+from qformer.bridges.protocol import BridgeInput
 from qformer.config import QFormerConfig
 from qformer.language import LanguageBatch, build_language_model
 from qformer.objectives.stage2 import Stage2
@@ -67,8 +69,7 @@ def bridge(facts, weights, *, is_joint=False):
     model = Stage2(
         config,
         language_width=facts["llama"]["hidden_size"],
-        video=VideoConfig(
-            temporal="cascaded",
+        bridge=CascadedConfig(
             max_frames=video["max_frame_pos"],
             num_queries=video["num_video_query_token"],
             num_layers=video["layers"],
@@ -103,12 +104,11 @@ def test_the_visual_path_equals_video_llama(recorded, facts, weights):
     frame = model.frames.qformer
     hidden = frame.forward_queries(frame.image_key_values(model.vision_norm(image).flatten(0, 1))).hidden_BQD
     torch.testing.assert_close(hidden, recorded["video.frame_query_output"], **OUTPUT)
-    seen = model.perceive(image)
-    torch.testing.assert_close(seen.tokens_BFPV[:, 0], recorded["video.frame_hidden_with_pos"], **OUTPUT)
-    queries = model.qformer.forward_queries(model.qformer.image_key_values(seen.tokens_BFPV[:, 0]), seen.is_token)
+    percept = model.bridge.perceive(BridgeInput(image))
+    torch.testing.assert_close(percept.tokens_BFPV[:, 0], recorded["video.frame_hidden_with_pos"], **OUTPUT)
+    queries = model.qformer.forward_queries(model.qformer.image_key_values(percept.tokens_BFPV[:, 0]), percept.is_token)
     torch.testing.assert_close(queries.hidden_BQD, recorded["video.video_query_output"], **OUTPUT)
-    prompts = model(image)
-    is_prompt = model.is_prompt(None, None, prompts)
+    prompts, is_prompt = model(image)[:2]
     expected = recorded["video.inputs_llama"]
     video = prompts[:, : expected.shape[1]]
     torch.testing.assert_close(video, expected, **OUTPUT)
@@ -126,7 +126,7 @@ def test_the_path_of_sound_equals_video_llama(recorded, facts, weights):
     torch.testing.assert_close(placed, recorded["audio.encoder_hidden_states"], **OUTPUT)
     queries = branch.qformer.forward_queries(branch.qformer.image_key_values(placed), is_segment)
     torch.testing.assert_close(queries.hidden_BQD, recorded["audio.query_output"], **OUTPUT)
-    prompts = model(recorded["in.frame_embeds_raw"], sound=Sound(audio, is_segment))
+    prompts = model(recorded["in.frame_embeds_raw"], sound=Sound(audio, is_segment)).prompts_BNL
     expected = torch.cat([recorded["video.inputs_llama"], recorded["audio.inputs_llama"]], dim=1)
     torch.testing.assert_close(prompts, expected, **OUTPUT)
 
@@ -135,9 +135,9 @@ def test_the_path_of_sound_equals_video_llama(recorded, facts, weights):
 def test_the_joint_path_equals_video_llama(recorded, facts, weights):
     model, image = bridge(facts, weights, is_joint=True), recorded["in.frame_embeds_raw"]
     sound = Sound(recorded["in.audio_feature_for_joint"], torch.ones(image.shape[:2], dtype=torch.bool))
-    seen = model.perceive(image, None, sound)
-    torch.testing.assert_close(seen.tokens_BFPV[:, 0], recorded["audiovideo.encoder_hidden_states"], **OUTPUT)
-    torch.testing.assert_close(model(image, sound=sound), recorded["audiovideo.inputs_llama"], **OUTPUT)
+    percept = model.bridge.perceive(BridgeInput(image, sound=sound))
+    torch.testing.assert_close(percept.tokens_BFPV[:, 0], recorded["audiovideo.encoder_hidden_states"], **OUTPUT)
+    torch.testing.assert_close(model(image, sound=sound).prompts_BNL, recorded["audiovideo.inputs_llama"], **OUTPUT)
 
 
 def test_the_loss_of_the_language_model_equals_video_llama(goldens_dir, recorded, facts, weights):
@@ -150,7 +150,7 @@ def test_the_loss_of_the_language_model_equals_video_llama(goldens_dir, recorded
     llama.load_state_dict({k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)})
     language = build_language_model(llama, NumberTokenizer(facts["llama"]))
     model = bridge(facts, weights)
-    video = model(recorded["in.frame_embeds_raw"])[:, : facts["video"]["num_video_query_token"]]
+    video = model(recorded["in.frame_embeds_raw"]).prompts_BNL[:, : facts["video"]["num_video_query_token"]]
 
     ids, labels = recorded["llm.in.input_ids"], recorded["llm.in.labels"]
     is_placeholder = ids >= facts["llama"]["vocab_size"]
@@ -171,7 +171,7 @@ def test_the_loss_of_the_language_model_equals_video_llama(goldens_dir, recorded
 
 
 def test_every_recorded_tensor_is_compared(recorded):
-    """What the tests above read; a new recording must not go unseen."""
+    """What the tests above read; a new recording must not go unpercept."""
     read = set(re.findall(r'"((?:in|video|audio|audiovideo|llm)\.[\w.]+)"', Path(__file__).read_text(encoding="utf-8")))
     prefixes = tuple(name for name in read if name.endswith("grad."))
     assert {name for name in recorded if name not in read and not name.startswith(prefixes)} == set()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qformer.bridges.config import AudioConfig, VideoConfig
-from qformer.config import QFormerConfig
+from qformer.config import AudioSpec, LanguageSpec, QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, load_weights, save_bridge
 from qformer.conversion.huggingface import export_huggingface
 from qformer.conversion.initialisation import start_stage1, start_stage2
@@ -29,7 +29,10 @@ def save(folder, model, **more):
 @pytest.mark.parametrize("temporal", JOINED)
 def test_a_description_survives_its_file(temporal):
     info = dataclasses.replace(
-        info_of(2, READS_NOTHING, "a"), video=video(temporal), audio="b", audio_branch=AUDIO, audio_pretrained=False
+        info_of(2, READS_NOTHING, "a"),
+        video=video(temporal),
+        audio=AudioSpec("b", pretrained=False),
+        audio_branch=AUDIO,
     )
     assert BridgeInfo.from_json(info.to_json()) == info
     older = info.to_json().replace('"video"', '"unknown"')
@@ -83,7 +86,7 @@ def test_queries_of_every_kind_as_large_begin_as_the_image_s(tmp_path):
 @pytest.mark.parametrize("temporal", JOINED)
 def test_stage_2_goes_on_from_stage_1_of_the_same_way(tmp_path, temporal):
     trained, model = stage1(temporal, seed=3), stage2(temporal)
-    report = start_stage2(model, save(tmp_path / "one", trained), language="a")
+    report = start_stage2(model, save(tmp_path / "one", trained), language=LanguageSpec("a"))
     theirs, own = trained.state_dict(), model.state_dict()
     assert {name.split(".")[0] for name in report.reinitialised} == {"language_projection"}
     assert all(own[name].equal(theirs[name]) for name in own if not name.startswith("language_projection."))
@@ -92,11 +95,11 @@ def test_stage_2_goes_on_from_stage_1_of_the_same_way(tmp_path, temporal):
 def test_a_branch_for_sound_begins_anew_beside_a_trained_bridge(tmp_path):
     folder = save(tmp_path / "two", stage2("cascaded", seed=3))
     model = stage2("cascaded", audio=AUDIO)
-    report = start_stage2(model, folder, language="a")
+    report = start_stage2(model, folder, language=LanguageSpec("a"))
     assert {name.split(".")[0] for name in report.reinitialised} == {"audio"}
-    heard = save(tmp_path / "heard", model, audio="b", audio_branch=AUDIO)
+    heard = save(tmp_path / "heard", model, audio=AudioSpec("b"), audio_branch=AUDIO)
     again = stage2("cascaded", audio=AUDIO, seed=9)
-    assert not start_stage2(again, heard, language="a").reinitialised
+    assert not start_stage2(again, heard, language=LanguageSpec("a")).reinitialised
     assert all(tensor.equal(model.state_dict()[name]) for name, tensor in again.state_dict().items())
     silent = stage2("cascaded", audio=AUDIO, seed=8)
     load_weights(silent, heard)
@@ -117,7 +120,7 @@ def test_hugging_face_has_no_place_for_joined_frames(tmp_path, temporal):
 
 
 def test_hugging_face_has_no_place_for_sound(tmp_path):
-    folder = save(tmp_path / "two", stage2("mean", audio=AUDIO), audio="an-encoder", audio_branch=AUDIO)
+    folder = save(tmp_path / "two", stage2("mean", audio=AUDIO), audio=AudioSpec("an-encoder"), audio_branch=AUDIO)
     with pytest.raises(UserError, match="a branch for sound.*an-encoder.*no place"):
         export_huggingface(folder, tmp_path / "out")
 

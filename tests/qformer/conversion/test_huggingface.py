@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qformer.backbones import load_vision
+from qformer.config import VisionSpec
 from qformer.conversion.bundle import ImportOptions
 from qformer.conversion.huggingface import export_huggingface, import_huggingface
 from qformer.conversion.layouts import SIDE_FILE
@@ -114,8 +115,8 @@ def test_export_without_its_language_model_is_one_line(tmp_path):
     folder = write_stage2(tmp_path / "ours")
     (tmp_path / "ours-language").rename(tmp_path / "elsewhere")
     info = json.loads((folder / "bridge.json").read_text())
-    write_large_encoder(load_vision(info["vision"], pretrained=False), tmp_path / "vision")
-    info |= {"vision": str(tmp_path / "vision"), "vision_pretrained": True}
+    write_large_encoder(load_vision(VisionSpec(**info["vision"])), tmp_path / "vision")
+    info["vision"] = {"name": str(tmp_path / "vision")}
     (folder / "bridge.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="no tokenizer of its language model '.*ours-language'") as caught:
         export_huggingface(folder, tmp_path / "exported")

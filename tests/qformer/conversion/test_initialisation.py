@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qformer.adapters.lora import Lora
-from qformer.config import LoraConfig, QFormerConfig
+from qformer.config import LanguageSpec, LoraConfig, QFormerConfig
 from qformer.conversion.bert import start_from_bert
 from qformer.conversion.checkpoint import save_bridge
 from qformer.conversion.initialisation import start_stage1, start_stage2
@@ -194,10 +194,10 @@ def test_another_shape_of_stage_1_is_refused_unless_asked_for(tmp_path, change, 
 def test_stage_2_takes_the_query_side_of_stage_1(tmp_path):
     folder = save(tmp_path / "one", 1, Stage1(CONFIG))
     plain, reading = stage2_model(QUERIES_ONLY), stage2_model(READING)
-    report = start_stage2(plain, folder, language="a")
+    report = start_stage2(plain, folder, language=LanguageSpec("a"))
     assert groups(report.reinitialised) == {"language_projection"} and not report.missing
     assert "qformer.word_embeddings.weight" in report.left_out
-    report = start_stage2(reading, folder, language="a")
+    report = start_stage2(reading, folder, language=LanguageSpec("a"))
     assert "qformer.word_embeddings.weight" in report.loaded
     assert "qformer.layers.1.text_ffn.up.weight" in report.loaded
     assert groups(report.left_out) == {
@@ -212,10 +212,10 @@ def test_stage_2_takes_the_query_side_of_stage_1(tmp_path):
 def test_instruction_tuning_starts_from_stage_2_with_the_berts_text_branch(bert, tmp_path):
     folder = save(tmp_path / "two", 2, stage2_model(QUERIES_ONLY), "a")
     trained = stage2_model(QUERIES_ONLY)
-    start_stage2(trained, folder, language="a")
+    start_stage2(trained, folder, language=LanguageSpec("a"))
     model = stage2_model(READING)
     start_from_bert(model.qformer, bert[1])
-    report = start_stage2(model, folder, language="a")
+    report = start_stage2(model, folder, language=LanguageSpec("a"))
     own = model.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in trained.state_dict().items())
     assert torch.equal(own["qformer.word_embeddings.weight"][:WORDS], bert[0].bert.embeddings.word_embeddings.weight)
@@ -225,8 +225,8 @@ def test_instruction_tuning_starts_from_stage_2_with_the_berts_text_branch(bert,
 def test_the_projection_stays_with_its_language_model(tmp_path):
     folder = save(tmp_path / "two", 2, stage2_model(QUERIES_ONLY), "a")
     same, other = stage2_model(QUERIES_ONLY), stage2_model(QUERIES_ONLY, width=40)
-    assert "language_projection.weight" in start_stage2(same, folder, language="a").loaded
-    report = start_stage2(other, folder, language="b")
+    assert "language_projection.weight" in start_stage2(same, folder, language=LanguageSpec("a")).loaded
+    report = start_stage2(other, folder, language=LanguageSpec("b"))
     assert groups(report.reinitialised) == {"language_projection"} and not report.unexpected
 
 
@@ -234,10 +234,10 @@ def test_lora_of_a_checkpoint_is_not_dropped_in_silence(tmp_path):
     lora = Lora(tiny_language("llama").model, LoraConfig(rank=2))
     folder = save(tmp_path / "two", 2, stage2_model(QUERIES_ONLY, lora), "a")
     with pytest.raises(UserError, match="tensors have no place here, first lora.down"):
-        start_stage2(stage2_model(QUERIES_ONLY), folder, language="a")
+        start_stage2(stage2_model(QUERIES_ONLY), folder, language=LanguageSpec("a"))
     again = Lora(tiny_language("llama").model, LoraConfig(rank=2))
     model = stage2_model(QUERIES_ONLY, again)
-    assert not start_stage2(model, folder, language="a").reinitialised
+    assert not start_stage2(model, folder, language=LanguageSpec("a")).reinitialised
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lora.parameters(), strict=True))
 
 
@@ -248,4 +248,4 @@ def test_lora_of_a_checkpoint_is_not_dropped_in_silence(tmp_path):
 def test_another_shape_of_checkpoint_is_refused(tmp_path, change, message):
     folder = save(tmp_path / "one", 1, Stage1(CONFIG))
     with pytest.raises(UserError, match=message):
-        start_stage2(stage2_model(dataclasses.replace(QUERIES_ONLY, **change)), folder, language="a")
+        start_stage2(stage2_model(dataclasses.replace(QUERIES_ONLY, **change)), folder, language=LanguageSpec("a"))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.inference.models import load_retriever
 from qformer.backbones import VisionEncoder, load_vision
+from qformer.config import VisionSpec
 from qformer.conversion.checkpoint import load_weights, read_info, read_weights
 from qformer.conversion.lavis import MEAN, STD, import_lavis
 from qformer.errors import UserError
@@ -119,8 +120,8 @@ def test_a_tuned_vit_in_the_file_becomes_the_encoder(goldens_dir, tmp_path, opti
     bundle = import_lavis(tmp_path / "tuned.safetensors", tmp_path / "ours", options("stage2_opt_weights"))
     bundle.save(tmp_path / "ours")
     info = read_info(tmp_path / "ours")
-    encoder = load_vision(info.vision, pretrained=info.vision_pretrained, layer=info.vision_layer)
-    named = load_vision(vision, layer=-2)
+    encoder = load_vision(info.vision)
+    named = load_vision(VisionSpec(vision, layer=-2))
     state = named.model.state_dict()
     named.model.load_state_dict({k: v + 1 if f"visual_encoder.{k}" in tower else v for k, v in state.items()})
     pixels = torch.randint(0, 256, (1, 1, 3, side, side), dtype=torch.uint8)

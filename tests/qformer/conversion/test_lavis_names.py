@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from pipelines.data.media.transforms import resize_and_crop
 from qformer.backbones import load_vision
+from qformer.config import LanguageSpec
 from qformer.conversion.lavis import DEFAULT_VISION, MEAN, STD, import_lavis
 from qformer.errors import UserError
 from qformer.torch_build.torchvision import import_timm, import_torchvision
@@ -71,7 +72,7 @@ def test_the_language_model_must_fit_the_projection(goldens_dir, tmp_path, optio
     width = facts(goldens_dir, name)["llm"][key]
 
     def imported(language):
-        return import_lavis(file, tmp_path / "ours", dataclasses.replace(given, language=language)).report
+        return import_lavis(file, tmp_path / "ours", dataclasses.replace(given, language=LanguageSpec(language))).report
 
     right = write_language(goldens_dir, tmp_path / "right", name)
     assert "language model" not in str(imported(right))

@@ -8,6 +8,7 @@ import torch
 from pipelines.data.media.transforms import resize_and_crop
 from pipelines.inference.models import load_captioner, load_retriever
 from qformer.backbones import load_vision
+from qformer.bridges.protocol import BridgeInput, BridgeText, Keys
 from qformer.config import GenerationSettings, LoraConfig
 from qformer.conversion.bundle import ImportOptions
 from qformer.conversion.checkpoint import read_info, read_weights
@@ -86,11 +87,11 @@ def test_soft_prompts_equal_t5(folders):
     info = read_info(ours)
     stage2 = Stage2(info.qformer, language_width=model.config.text_config.hidden_size).eval()
     stage2.load_state_dict(read_weights(ours))
-    encoder, batch = load_vision(info.vision, layer=info.vision_layer), pixels()
+    encoder, batch = load_vision(info.vision), pixels()
     scaled = (batch[:, 0].float() / 255 - encoder.mean_1C11) / encoder.std_1C11
     with torch.no_grad():
         expected = model.get_image_features(scaled).pooler_output
-        torch.testing.assert_close(stage2(encoder(batch)), expected, **OUTPUT)
+        torch.testing.assert_close(stage2(encoder(batch)).prompts_BNL, expected, **OUTPUT)
 
 
 def test_joint_hidden_states_equal_instructblip(folders):
@@ -156,12 +157,12 @@ def test_retrieval_hidden_states_and_gradients_equal(folders, with_head):
     if with_head:
         hidden = stage1.qformer.forward_joint(image, ids, mask)
         torch.testing.assert_close(hidden, passes[0][:, :NUM_QUERIES], **OUTPUT)
-        scores = stage1.match_logits(image, ids, mask, 1)
+        scores = stage1.match_logits(Keys(image, 1), BridgeText(ids, mask), BridgeInput(ids))
     else:
         hidden = stage1.qformer.forward_queries(image).hidden_BQD
         torch.testing.assert_close(hidden, passes[0], **OUTPUT)
         torch.testing.assert_close(stage1.qformer.forward_text(ids, mask), passes[1][mask], **OUTPUT)
-        scores = similarity(stage1.embed_queries(hidden, 1), stage1.embed_text(ids, mask))
+        scores = similarity(stage1.embed_queries(hidden[:, None]), stage1.embed_text(ids, mask))
     torch.testing.assert_close(scores, expected, **OUTPUT)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (scores * weights).sum().backward()
@@ -197,7 +198,7 @@ def test_a_checkpoint_of_ours_runs_in_stock(tmp_path, lora):
     tuned = tmp_path / "vision"
     write_large_encoder(captioner.encoder, tuned)
     info = json.loads((folder / "bridge.json").read_text())
-    info |= {"vision": str(tuned), "vision_pretrained": True}
+    info["vision"] |= {"name": str(tuned), "pretrained": True}
     (folder / "bridge.json").write_text(json.dumps(info))
     report = export_huggingface(folder, tmp_path / "exported")
     captioner, side = load_captioner(folder), captioner.preprocessing.resize_short_side
@@ -238,9 +239,7 @@ def test_a_retriever_of_ours_runs_in_stock(tmp_path):
     retriever = load_retriever(folder)
     write_large_encoder(retriever.encoder, tmp_path / "vision")
     info = json.loads((folder / "bridge.json").read_text())
-    (folder / "bridge.json").write_text(
-        json.dumps({**info, "vision": str(tmp_path / "vision"), "vision_pretrained": True})
-    )
+    (folder / "bridge.json").write_text(json.dumps({**info, "vision": {"name": str(tmp_path / "vision")}}))
     export_huggingface(folder, tmp_path / "exported")
     processor = AutoProcessor.from_pretrained(tmp_path / "exported")
     assert processor.tokenizer.convert_tokens_to_ids("[DEC]") == info["qformer"]["vocab_size"] - 1

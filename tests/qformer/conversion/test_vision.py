@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from qformer.backbones import load_vision
+from qformer.config import VisionSpec
 from qformer.conversion.vision import TIMM_NORM_EPS, export_tower, import_tower
 from qformer.errors import UserError
 from qformer.torch_build.torchvision import import_timm, import_torchvision
@@ -46,7 +47,7 @@ def test_a_tower_goes_out_and_comes_back(tmp_path, architecture, layer):
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     name = write_timm_folder(tmp_path / "timm", architecture)
-    encoder = load_vision(name, layer=layer)
+    encoder = load_vision(VisionSpec(name, layer=layer))
     config, weights = export_tower(encoder, name)
     assert config["num_hidden_layers"] == {-2: 2, -1: 3, 0: 1}[layer]
     stock = Blip2VisionModel(Blip2VisionConfig(**config)).eval()
@@ -59,7 +60,7 @@ def test_a_tower_goes_out_and_comes_back(tmp_path, architecture, layer):
         torch.testing.assert_close(stock(scaled).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
     rest = import_tower(Blip2VisionConfig(**config), weights, encoder.preprocessing, tmp_path / "back")
     assert rest == {}
-    back = load_vision(str(tmp_path / "back"), layer=-1)
+    back = load_vision(VisionSpec(str(tmp_path / "back"), layer=-1))
     assert back.preprocessing == encoder.preprocessing
     torch.testing.assert_close(back(pixels), encoder(pixels), atol=2e-5, rtol=1e-4)
 
@@ -84,10 +85,10 @@ def test_a_tower_goes_out_and_comes_back(tmp_path, architecture, layer):
 )
 def test_an_encoder_that_does_not_fit_is_refused_by_name(tmp_path, architecture, model_args, reason):
     if model_args is None:
-        name, encoder = architecture, load_vision(architecture, pretrained=False)
+        name, encoder = architecture, load_vision(VisionSpec(architecture, pretrained=False))
     else:
         name = write_timm_folder(tmp_path / "timm", architecture, **model_args)
-        encoder = load_vision(name)
+        encoder = load_vision(VisionSpec(name))
     with pytest.raises(UserError, match="does not fit Hugging Face's BLIP-2 ViT") as caught:
         export_tower(encoder, name)
     assert reason in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
@@ -98,7 +99,7 @@ def test_a_config_that_a_timm_folder_cannot_say_is_refused(tmp_path, field, valu
     from transformers import Blip2VisionConfig
 
     name = write_timm_folder(tmp_path / "timm", "vit_giant_patch14_224")
-    encoder = load_vision(name)
+    encoder = load_vision(VisionSpec(name))
     config, weights = export_tower(encoder, name)
     with pytest.raises(UserError, match=f"vision_config.{field}={value!r}"):
         import_tower(Blip2VisionConfig(**{**config, field: value}), weights, encoder.preprocessing, tmp_path / "back")
@@ -106,5 +107,5 @@ def test_a_config_that_a_timm_folder_cannot_say_is_refused(tmp_path, field, valu
 
 def test_half_precision_files_stay_half(tmp_path):
     name = write_timm_folder(tmp_path / "timm", "eva_giant_patch14_224", torch.float16)
-    _, weights = export_tower(load_vision(name), name)
+    _, weights = export_tower(load_vision(VisionSpec(name)), name)
     assert {v.dtype for v in weights.values()} == {torch.float16}

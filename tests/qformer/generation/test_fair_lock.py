@@ -24,7 +24,7 @@ def test_who_asks_first_is_next_also_before_the_holder_again():
     with turns:
         for number, thread in enumerate(threads):
             thread.start()
-            while turns._last < number + 2:  # it has asked
+            while turns._next_ticket < number + 2:  # it has asked
                 time.sleep(0.001)
         order.append("holder")
     work("holder again")
@@ -37,7 +37,7 @@ def test_an_exception_hands_the_turn_on():
     turns = FairLock()
     with pytest.raises(ValueError, match="a pass failed"), turns:
         raise ValueError("a pass failed")
-    assert turns._now == turns._last == 1
+    assert turns._current == turns._next_ticket == 1
 
 
 def test_an_engine_waits_for_its_turn():
@@ -51,7 +51,7 @@ def test_an_engine_waits_for_its_turn():
     async def main():
         with turns:
             asking = asyncio.create_task(answer())
-            while turns._last < 2:  # the engine asks for a turn
+            while turns._next_ticket < 2:  # the engine asks for a turn
                 await asyncio.sleep(0.001)
             assert engine.stats().queued == 1 and not asking.done()
         return await asking

@@ -10,8 +10,7 @@ import torch
 
 from pipelines.training.step.objective import Objective
 from pipelines.training.step.optim import average_gradients
-from qformer.analysis.queries import diversity_loss
-from qformer.distributed import mean_of_ranks, mean_over_ranks
+from qformer.distributed import mean_of_ranks
 from qformer.objectives.gradient_cache import cached_losses
 from qformer.objectives.stage1 import Stage1
 from tests.distributed import run_processes
@@ -27,15 +26,13 @@ CASES = {**JOINED, "clips": batch(6, frames=2, seed=4)}
 def plain_step(stage1, full):
     """Losses and gradients with all samples at once."""
     losses = stage1(full, noise_key=9)
-    diversity = mean_over_ranks(*diversity_loss(losses.hidden_GQD, full.is_valid_B))
-    terms = {"itc": losses.itc, "itm": losses.itm, "itg": losses.itg, "diversity": diversity}
-    Objective(TERMS, WEIGHTS).backward(terms)
-    return {name: value.detach() for name, value in terms.items()}, losses.hidden_GQD.detach()
+    Objective(TERMS, WEIGHTS).backward(losses.terms)
+    return {name: value.detach() for name, value in losses.terms.items()}, losses.passes.hidden_GQD.detach()
 
 
 def cached_step(stage1, full, micro_batch, weights=WEIGHTS):
     objective = Objective(TERMS, weights)
-    return cached_losses(
+    losses = cached_losses(
         stage1,
         full,
         micro_batch=micro_batch,
@@ -43,6 +40,7 @@ def cached_step(stage1, full, micro_batch, weights=WEIGHTS):
         backward=objective.backward,
         autocast=contextlib.nullcontext,
     )
+    return losses.terms, losses.passes.hidden_GQD
 
 
 def assert_equal_gradients(found, expected, told):
@@ -101,9 +99,10 @@ def test_both_passes_draw_the_same_dropout():
     with mock.patch.object(Stage1, "encode", kept):
         cached_step(stage1, full, 2)
     assert len(seen) == 6
-    for first, second in zip(seen[:3], seen[3:], strict=True):
-        assert torch.equal(first.queries_BQE, second.queries_BQE) and torch.equal(first.text_BE, second.text_BE)
-    assert not torch.equal(seen[0].queries_BQE, encode(stage1, take(full, slice(0, 2))).queries_BQE)
+    for (first, first_text), (second, second_text) in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first.queries_BNE, second.queries_BNE) and torch.equal(first_text, second_text)
+    some = take(full, slice(0, 2))
+    assert not torch.equal(seen[0][0].queries_BNE, encode(stage1, some, stage1.given(some, 9))[0].queries_BNE)
 
 
 def test_the_first_pass_keeps_no_keys_and_values():
@@ -111,12 +110,12 @@ def test_the_first_pass_keeps_no_keys_and_values():
     stage1, kept, alive = model(), [], []
     encode = Stage1.encode
 
-    def watched(stage, some):
+    def watched(stage, some, given):
         alive.append(sum(ref() is not None for ref in kept))
-        encoded = encode(stage, some)
+        image, text = encode(stage, some, given)
         if not torch.is_grad_enabled():
-            kept.extend(weakref.ref(kv[0]) for kv in (*encoded.image, *encoded.cache) if kv is not None)
-        return encoded
+            kept.extend(weakref.ref(kv[0]) for kv in (*image.keys.layers, *image.reading.cache) if kv is not None)
+        return image, text
 
     with mock.patch.object(Stage1, "encode", watched):
         cached_step(stage1, batch(6), 2)
@@ -127,10 +126,10 @@ def test_a_graph_holds_no_more_than_a_micro_batch():
     stage1, full, sizes = model(), batch(7), []
     encode = Stage1.encode
 
-    def kept(stage, some):
+    def kept(stage, some, given):
         if torch.is_grad_enabled():
             sizes.append(len(some.is_valid_B))
-        return encode(stage, some)
+        return encode(stage, some, given)
 
     with mock.patch.object(Stage1, "encode", kept):
         cached_step(stage1, full, 3)

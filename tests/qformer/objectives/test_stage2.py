@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qformer.backbones import load_language, load_vision, weights_fingerprint
-from qformer.config import GenerationSettings, QFormerConfig
+from qformer.bridges.protocol import BridgeText
+from qformer.config import GenerationSettings, LanguageSpec, QFormerConfig, VisionSpec
 from qformer.errors import UserError
 from qformer.language import build_language_model
 from qformer.objectives.stage2 import Stage2
@@ -20,7 +21,7 @@ CONFIG = QFormerConfig(
 
 @pytest.fixture(scope="module")
 def language():
-    return build_language_model(*load_language(str(MODELS / "language")))
+    return build_language_model(*load_language(LanguageSpec(str(MODELS / "language"))))
 
 
 def prefix_of(language, size, seed=0):
@@ -71,7 +72,7 @@ def test_only_the_bridge_gets_gradients(language):
     before = weights_fingerprint(language)
     stage2 = Stage2(CONFIG, language_width=language.width)
     batch = language.tokenize([""] * 2, ["a small red circle"] * 2, max_tokens=16)
-    total, count = language.loss(stage2(torch.randn(2, 3, 5, 128)), batch)
+    total, count = language.loss(stage2(torch.randn(2, 3, 5, 128)).prompts_BNL, batch)
     (total / count).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in stage2.parameters())
     assert all(p.grad is None for p in language.parameters())
@@ -82,8 +83,12 @@ def test_only_the_bridge_gets_gradients(language):
 def test_clips_give_the_soft_prompts_of_their_frames_in_order(language):
     stage2 = Stage2(CONFIG, language_width=language.width).eval()
     clip = torch.randn(2, 3, 5, 128)
-    apart = torch.cat([stage2(clip[:, frame : frame + 1]) for frame in range(3)], dim=1)
-    torch.testing.assert_close(stage2(clip), apart, atol=1e-6, rtol=1e-5)
+    apart = torch.cat([prompts(stage2, clip[:, frame : frame + 1]) for frame in range(3)], dim=1)
+    torch.testing.assert_close(prompts(stage2, clip), apart, atol=1e-6, rtol=1e-5)
+
+
+def prompts(stage2, image, text=None):
+    return stage2(image, text).prompts_BNL
 
 
 INSTRUCTED = dataclasses.replace(CONFIG, vocab_size=30, has_lm_head=False)
@@ -94,13 +99,14 @@ def test_the_instruction_reaches_the_soft_prompts_but_its_padding_does_not():
     stage2 = Stage2(INSTRUCTED, language_width=16).eval()
     image, ids = torch.randn(2, 3, 5, 128), torch.randint(1, 29, (2, 6))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    prefix = stage2(image, ids, mask)
+    prefix = prompts(stage2, image, BridgeText(ids, mask))
     assert prefix.shape == (2, 3 * 4, 16)
     other = ids.clone()
     other[:, 2] = (ids[:, 2] + 1) % 29
-    assert (stage2(image, other, mask) - prefix).abs().max() > 1e-4
+    assert (prompts(stage2, image, BridgeText(other, mask)) - prefix).abs().max() > 1e-4
     pad = torch.nn.functional.pad
-    torch.testing.assert_close(stage2(image, pad(ids, (0, 3)), pad(mask, (0, 3))), prefix, atol=1e-6, rtol=1e-5)
+    padded = BridgeText(pad(ids, (0, 3)), pad(mask, (0, 3)))
+    torch.testing.assert_close(prompts(stage2, image, padded), prefix, atol=1e-6, rtol=1e-5)
 
 
 def test_a_frozen_qformer_leaves_the_projection_alone_to_train():
@@ -110,9 +116,9 @@ def test_a_frozen_qformer_leaves_the_projection_alone_to_train():
     trained = {name for name, p in stage2.named_parameters() if p.requires_grad}
     assert trained == {"language_projection.weight", "language_projection.bias"}
     image = torch.randn(2, 1, 5, 128)
-    assert torch.equal(stage2.train()(image), stage2.eval()(image))
+    assert torch.equal(prompts(stage2.train(), image), prompts(stage2.eval(), image))
     free = Stage2(config, language_width=16).train()
-    assert not torch.equal(free(image), free(image))
+    assert not torch.equal(prompts(free, image), prompts(free, image))
 
 
 @pytest.mark.parametrize(
@@ -130,25 +136,21 @@ def test_a_frozen_qformer_leaves_the_projection_alone_to_train():
 def test_bad_input_names_both_sides(image, ids, message):
     stage2 = Stage2(INSTRUCTED, language_width=16)
     with pytest.raises(ValueError, match=message):
-        stage2(image, ids, None if ids is None else torch.ones_like(ids, dtype=torch.bool))
+        stage2(image, None if ids is None else BridgeText(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(
-    ("config", "has_ids", "has_mask", "message"),
+    ("config", "has_text", "message"),
     [
-        (CONFIG, True, True, "ids_BT given: True, is_.* given: True, .*vocab_size=0 takes neither"),
-        (CONFIG, True, False, "ids_BT given: True, is_.* given: False, .*vocab_size=0 takes neither"),
-        (CONFIG, False, True, "ids_BT given: False, is_.* given: True, .*vocab_size=0 takes neither"),
-        (INSTRUCTED, False, False, "ids_BT given: False, is_.* given: False, .*vocab_size=30 takes both"),
-        (INSTRUCTED, True, False, "ids_BT given: True, is_.* given: False, .*vocab_size=30 takes both"),
-        (INSTRUCTED, False, True, "ids_BT given: False, is_.* given: True, .*vocab_size=30 takes both"),
+        (CONFIG, True, "instructions given: True, .*vocab_size=0 takes none"),
+        (INSTRUCTED, False, "instructions given: False, .*vocab_size=30 takes them"),
     ],
 )
-def test_half_an_instruction_and_one_that_no_text_branch_reads_are_refused(config, has_ids, has_mask, message):
+def test_an_instruction_that_is_missing_and_one_that_no_text_branch_reads_are_refused(config, has_text, message):
     ids = torch.ones(2, 2, dtype=torch.long)
-    arguments = (ids if has_ids else None, ids.bool() if has_mask else None)
+    text = BridgeText(ids, ids.bool()) if has_text else None
     with pytest.raises(ValueError, match=f"{message}.*qformer_reads_prompt"):
-        Stage2(config, language_width=16)(torch.zeros(2, 1, 5, 128), *arguments)
+        Stage2(config, language_width=16)(torch.zeros(2, 1, 5, 128), text)
 
 
 def test_text_for_a_qformer_without_text_branch_is_refused():
@@ -169,10 +171,10 @@ def test_features_of_another_dtype_than_the_weights_are_named_but_autocast_takes
     image = torch.randn(2, 1, 5, 128, dtype=features)
     with pytest.raises(ValueError, match=rf"tokens are {features} .*takes floating {weights} .*\.to\({weights}\)"):
         stage2(image)
-    assert stage2(image.to(weights)).dtype == weights
+    assert prompts(stage2, image.to(weights)).dtype == weights
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if weights == torch.float32:
-            assert stage2(image).isfinite().all()
+            assert prompts(stage2, image).isfinite().all()
         else:  # autocast casts what a layer is given, and a layer norm is not among them
             with pytest.raises(ValueError, match=rf"{features} .*{weights}"):
                 stage2(image)
@@ -190,7 +192,7 @@ def test_soft_prompts_of_another_width_are_named(language):
 
 
 def test_the_encoder_stays_in_eval_and_refuses_other_pixels():
-    encoder = load_vision(str(MODELS / "vision"))
+    encoder = load_vision(VisionSpec(str(MODELS / "vision")))
     encoder.train()
     assert not encoder.training and not any(m.training for m in encoder.modules())
     size = encoder.preprocessing.height
@@ -202,7 +204,7 @@ def test_the_encoder_stays_in_eval_and_refuses_other_pixels():
 
 def test_the_second_to_last_layer_is_read():
     """Zeroing the last block changes nothing; zeroing the one before does."""
-    encoder = load_vision(str(MODELS / "vision"))
+    encoder = load_vision(VisionSpec(str(MODELS / "vision")))
     size = encoder.preprocessing.height
     pixels = torch.randint(0, 255, (1, 1, 3, size, size), dtype=torch.uint8)
     before = encoder(pixels)
@@ -220,5 +222,5 @@ def test_the_second_to_last_layer_is_read():
 )
 def test_a_wrong_vision_name_is_one_clear_line(name, hint):
     with pytest.raises(UserError, match=hint) as caught:
-        load_vision(name, pretrained=False)
+        load_vision(VisionSpec(name, pretrained=False))
     assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -24,6 +24,7 @@ from jobs.demo.video.world.scenes import Tone, draw_scenes
 from jobs.demo.video.world.sound import waveform_of
 from jobs.demo.video.world.spectrogram import spectrogram_picture
 from qformer.backbones import load_language
+from qformer.config import LanguageSpec
 from qformer.language import build_language_model
 from qformer.preprocessing import Preprocessing
 
@@ -190,7 +191,7 @@ def test_the_table_names_the_guesses_that_it_compares_with(demo, clips):
 
 def test_the_likeliest_caption_is_that_of_the_facts_in_the_soft_prompts():
     """The shipped language model reads facts as soft prompts, so the right choice is known."""
-    model, tokenizer = load_language(str(MODELS / "clip_language"))
+    model, tokenizer = load_language(LanguageSpec(str(MODELS / "clip_language")))
     language = build_language_model(model, tokenizer)
     drawn = draw_scenes(random.Random(0), 40, held_out=True)
     scenes = [way for scene in drawn for way in (scene, scene.reversed())]

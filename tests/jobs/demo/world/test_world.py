@@ -14,6 +14,7 @@ from jobs.demo.world.grammar import all_captions, captions, parse, vocabulary
 from jobs.demo.world.render import clip_frames, move_to, place
 from jobs.demo.world.scenes import COLOURS, HELD_OUT, MOTIONS, PAIRS, SIZES, Scene, Thing, attributes, sample_scene
 from qformer.backbones import load_language, load_vision
+from qformer.config import LanguageSpec, VisionSpec
 
 RED = Thing("small", "red", "square")
 BLUE = Thing("large", "blue", "star")
@@ -212,9 +213,9 @@ def test_no_damage_when_none_is_wanted(tmp_path: Path):
 
 def test_shipped_models_are_small_and_load_in_stock_libraries():
     assert sum(p.stat().st_size for p in MODELS_FOLDER.rglob("*") if p.is_file()) <= MAX_MODELS_BYTES
-    encoder = load_vision(str(MODELS_FOLDER / "vision"))
+    encoder = load_vision(VisionSpec(str(MODELS_FOLDER / "vision")))
     assert (encoder.preprocessing.height, encoder.preprocessing.interpolation) == (64, "bicubic")
-    model, tokenizer = load_language(str(MODELS_FOLDER / "language"))
+    model, tokenizer = load_language(LanguageSpec(str(MODELS_FOLDER / "language")))
     assert tokenizer("a small red circle").input_ids[0] == tokenizer.bos_token_id
     assert tokenizer.unk_token_id not in tokenizer(" ".join(vocabulary())).input_ids
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings
@@ -222,7 +223,7 @@ def test_shipped_models_are_small_and_load_in_stock_libraries():
 
 @pytest.mark.parametrize("kind", ["image", "clip"])
 def test_language_model_tells_held_out_facts(kind: str):
-    model, tokenizer = load_language(str(MODELS_FOLDER / "language"))
+    model, tokenizer = load_language(LanguageSpec(str(MODELS_FOLDER / "language")))
     assert fact_accuracy(model, tokenizer, kind, noise_std=0.0, count=50) >= 0.95
 
 

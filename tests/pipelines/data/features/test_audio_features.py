@@ -17,12 +17,13 @@ from pipelines.data.features.files import SHARD_SCHEMA, open_shard
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice, EncodeShards
 from pipelines.data.features.shards import is_shard_finished, write_index
 from pipelines.data.features.spec import FeatureSpec, read_spec, write_spec
-from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.audio_sampling import AudioSampling, AudioSegments
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.order.global_batches import PADDING, StepRows
 from pipelines.data.order.row_index import TableRows
 from qformer.audio import load_audio
+from qformer.config import AudioSpec, VisionSpec
 from qformer.errors import UserError
 from tests.pipelines.data.builders import (
     DECODE,
@@ -62,15 +63,12 @@ def choice(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ast")
     write_encoder(folder, "ast")
     return EncoderChoice(
-        vision="test_vit",
-        pretrained=False,
-        layer=-2,
+        vision=VisionSpec("test_vit", pretrained=False),
         precision="fp32",
         num_frames=4,
         dtype="fp16",
-        audio=str(folder),
-        num_segments=3,
-        segment_s=1.0,
+        audio=AudioSpec(str(folder)),
+        segments=AudioSegments(num_segments=3, segment_s=1.0),
     )
 
 
@@ -151,7 +149,7 @@ def test_cached_sound_equals_encoded_sound(tmp_path, table, choice, dtype, toler
     plain = [unpack(part) for part in split_steps(decode(_training_block(table)))]
     decode.close()
     cached = [unpack(part) for part in split_steps(ReadFeatures(cache)(_training_block(locate(table, cache))))]
-    audio_encoder = load_audio(str(choice.audio))
+    audio_encoder = load_audio(choice.audio)
     assert plain[0].audio_valid.any()
     for one, other in zip(plain, cached, strict=True):
         assert other.failures == one.failures and other.audio.shape == (3, 3, audio_encoder.width)
@@ -192,6 +190,31 @@ def test_a_cache_without_sound_is_what_it_was(tmp_path, table, choice):
     _write(table, tmp_path / "plain", dataclasses.replace(choice, audio=None))
     assert open_shard(str(tmp_path / "plain"), 1).schema == SHARD_SCHEMA
     assert "audio" not in (tmp_path / "plain" / "features.json").read_text()
+
+
+def test_the_fingerprint_of_a_cache_with_sound_is_what_it_was():
+    """Recorded by the version before encoders became one value each."""
+    preprocessing = {"height": 8, "width": 8, "resize_short_side": 8, "interpolation": "bicubic", "crop": "squash"}
+    spec = FeatureSpec.from_dict(
+        {
+            "vision": "v",
+            "weights": "0" * 64,
+            "layer": -1,
+            "precision": "bf16",
+            "preprocessing": {**preprocessing, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+            "num_frames": 4,
+            "sampling": {"strategy": "uniform", "fps": None, "times_s": []},
+            "num_tokens": 5,
+            "width": 8,
+            "dtype": "int8",
+            "audio": {"sample_rate_hz": 16000, "num_segments": 3, "segment_s": 1.0},
+            "audio_encoder": "a",
+            "audio_weights": "1" * 64,
+            "audio_extractor": "2" * 64,
+            "audio_width": 6,
+        }
+    )
+    assert spec.fingerprint == "c2760ca55a4b87e1498f837b78edfb996247a3a540c13e2c7c1b6a6396d99f45"
 
 
 def test_a_resumed_cache_with_sound_is_bit_equal(tmp_path, table, choice):

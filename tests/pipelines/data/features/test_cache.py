@@ -27,10 +27,11 @@ from pipelines.data.order.global_batches import PADDING, StepRows
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import retries
 from pipelines.data.storage.retries import with_retries
+from qformer.config import VisionSpec
 from qformer.errors import UserError
 from tests.pipelines.data.builders import image_manifest, manifest, write_clip
 
-CHOICE = EncoderChoice(vision="test_vit", pretrained=False, layer=-2, precision="fp32", num_frames=4, dtype="fp16")
+CHOICE = EncoderChoice(vision=VisionSpec("test_vit", pretrained=False), precision="fp32", num_frames=4, dtype="fp16")
 ROWS_PER_SHARD = 3
 
 

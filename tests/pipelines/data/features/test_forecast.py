@@ -15,6 +15,7 @@ from pipelines.data.features.spec import FeatureSpec
 from pipelines.data.media.frame_sampling import Sampling
 from pipelines.data.media.samples import DecodeSettings
 from pipelines.data.media.stage_costs import StageCosts
+from qformer.config import VisionSpec
 from tests.pipelines.data.builders import DECODE, PREPROCESSING, image_manifest, manifest
 
 VIT_G = FeatureSpec(
@@ -75,7 +76,9 @@ def test_short_jobs_are_not_measured():
 
 
 def test_rows_are_measured_by_decoding_and_encoding_them(tmp_path):
-    choice = EncoderChoice(vision="test_vit", pretrained=False, layer=-2, precision="fp32", num_frames=4, dtype="fp16")
+    choice = EncoderChoice(
+        vision=VisionSpec("test_vit", pretrained=False), precision="fp32", num_frames=4, dtype="fp16"
+    )
     spec = choice.load()[1]
     decode = DecodeSettings(preprocessing=spec.preprocessing, num_frames=4)
     (block,) = shard_blocks(image_manifest(tmp_path, 4), decode)

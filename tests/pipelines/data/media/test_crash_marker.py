@@ -20,9 +20,9 @@ from tests.pipelines.data.crashing_decoder import CRASHING_SIZE, crashing_settin
 
 PROCESS = """
 import os, sys
-from pipelines.data.media.crash_marker import CrashMark
+from pipelines.data.media.crash_marker import CrashMarker
 
-mark = CrashMark()
+mark = CrashMarker()
 print(mark.follows_crash, flush=True)
 with mark:
     at_work = input()

@@ -19,7 +19,7 @@ from ray import serve
 from safetensors.torch import load_file, save_file
 
 from jobs.serve.job import reload, require_free_port, require_protection, resolve_service, running_service
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.storage.checkpoint_folders import write_marker
 from pipelines.inference.files import caption_file

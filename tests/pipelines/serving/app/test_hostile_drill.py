@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from jobs.serve.job import running_service
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from pipelines.serving.contract.config import RequestLimits
 from qformer.config import GenerationSettings
 from tests.pipelines.serving.hostile_requests import CAPTION, CHAT, hostile_requests

@@ -21,7 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from jobs.serve.config import serve_config
 from jobs.serve.job import APP_NAME
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from pipelines.serving.contract.config import EncoderScale, GeneratorScale, IngressScale, MediaScale, RequestLimits
 from qformer.config import GenerationSettings
 from tests.media_files import jpeg_bytes

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from jobs.folders.checkpoint import open_checkpoint
+from pipelines.data.media.audio_sampling import AudioSegments
 from pipelines.data.media.samples import Limits, SampleDecoder
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.decoding import decoding_of, waveforms_of_clip
@@ -18,12 +19,13 @@ from pipelines.inference.models import load_captioner
 from pipelines.serving.contract.adapters import Adapter
 from pipelines.serving.contract.config import FetchPolicy
 from pipelines.serving.contract.uploads import Upload
-from pipelines.serving.workers.adapter_models import Writer, load_adapter, load_backbone
+from pipelines.serving.workers.adapter_models import PromptAdapter, load_adapter, load_backbone
 from pipelines.serving.workers.encoder import EncoderWorker
 from pipelines.serving.workers.media import MediaWorker
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
+from qformer.config import AudioSpec
 from qformer.conversion.checkpoint import INFO_FILE
 from qformer.errors import UserError
 from tests.pipelines.data.builders import stairs, write_clip, write_sounding_clip
@@ -40,9 +42,9 @@ def checkpoint(tmp_path_factory):
     """Of a cascaded bridge that hears, as it begins; a tiny AST lies beside it."""
     folder = tmp_path_factory.mktemp("hearing")
     write_encoder(folder / "ast", "ast")
-    segments = {"num_segments": 3, "segment_s": 1.0}
+    segments = AudioSegments(num_segments=3, segment_s=1.0)
     chosen = dataclasses.replace(
-        choice(2, ""), num_frames=4, temporal="cascaded", audio=str(folder / "ast"), segments=segments
+        choice(2, ""), num_frames=4, temporal="cascaded", audio=AudioSpec(str(folder / "ast")), segments=segments
     )
     run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
     written = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")
@@ -64,7 +66,7 @@ def media(tmp_path_factory):
 class Encoder(EncoderWorker):
     """Of one adapter, which is there."""
 
-    held: Writer
+    held: PromptAdapter
 
     async def adapter(self, key):
         return self.held
@@ -119,8 +121,8 @@ def test_an_encoder_of_sound_that_is_another_than_in_training_is_refused(checkpo
     folder, ast = tmp_path / "checkpoint", tmp_path / "ast"
     shutil.copytree(checkpoint, folder)
     info = json.loads((folder / INFO_FILE).read_text())
-    shutil.copytree(info["audio"], ast)
-    (folder / INFO_FILE).write_text(json.dumps({**info, "audio": str(ast)}))
+    shutil.copytree(info["audio"]["name"], ast)
+    (folder / INFO_FILE).write_text(json.dumps({**info, "audio": {"name": str(ast)}}))
     if change == "rate":
         file = ast / "preprocessor_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "sampling_rate": 8000}))
@@ -138,8 +140,8 @@ def test_a_bridge_that_heard_vectors_of_a_cache_cannot_hear_files(checkpoint, tm
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
     info = json.loads((folder / INFO_FILE).read_text())
-    (folder / INFO_FILE).write_text(json.dumps({**info, "audio": "features"}))
+    (folder / INFO_FILE).write_text(json.dumps({**info, "audio": {"name": "features"}}))
     encoder = load_backbone(Adapter.of(open_checkpoint(str(folder))[1], name="", version="", folder="").encoder, "cpu")
     for load in (lambda: load_captioner(folder), lambda: load_adapter(str(folder), encoder, "cpu")):
-        with pytest.raises(UserError, match="trained with model.audio=features: it hears vectors of a feature cache"):
+        with pytest.raises(UserError, match="trained with model.audio=features: it reads vectors of a feature cache"):
             load()

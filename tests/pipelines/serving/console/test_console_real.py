@@ -6,7 +6,7 @@ import pytest
 
 from jobs.bench.serve_models import write_checkpoint
 from jobs.serve.job import running_service
-from jobs.settings.jobs import ServeSettings
+from jobs.settings.serve import ServeSettings
 from qformer.config import GenerationSettings
 from tests.browser import PHONE, chromium, picture_folder
 from tests.media_files import jpeg_bytes, mp4_bytes

@@ -1,13 +1,30 @@
 """Which adapters share their backbones, and how requests choose one."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from pipelines.serving.contract.adapters import Adapter, AdapterTable, require_shared_backbones
+from pipelines.serving.contract.adapters import (
+    Adapter,
+    AdapterTable,
+    SharedEncoder,
+    SharedLanguage,
+    require_shared_backbones,
+)
 from pipelines.serving.contract.errors import ApiError
+from qformer.config import LanguageSpec, VisionSpec
 from qformer.errors import UserError
 from tests.pipelines.serving.answering import adapter
+
+
+def test_an_adapter_in_a_config_of_before_is_read():
+    """Recorded by the version whose encoder was five loose fields."""
+    found = Adapter.from_dict(json.loads((Path(__file__).parent / "former_adapter.json").read_text()))
+    vision = VisionSpec("/runs/demo/vision", pretrained=False, layer=-1, image_size=96)
+    assert found.encoder == SharedEncoder(vision=vision, width=4)
+    assert found.language == SharedLanguage(language=LanguageSpec("opt"), answer_end_id=None)
+    assert Adapter.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_adapters_survive_json():
@@ -25,12 +42,12 @@ def test_keys_tell_checkpoints_apart_and_not_their_places():
     [
         ([adapter("demo")], "'demo' is given twice"),
         (
-            [adapter("b", encoder={"vision": "other", "vision_layer": -2, "width": 48})],
+            [adapter("b", encoder=SharedEncoder(vision=VisionSpec("other"), width=48))],
             "'b' has another vision enc",
         ),
-        ([adapter("b", encoder={"vision": "vit", "vision_layer": -1, "width": 48})], "vision_layer=-1"),
-        ([adapter("b", language={"language": "t5", "answer_end_id": None})], "language='t5'"),
-        ([adapter("b", language={"language": "opt", "answer_end_id": 7})], "answer_end_id=7"),
+        ([adapter("b", encoder=SharedEncoder(vision=VisionSpec("vit", layer=-1), width=48))], "layer=-1"),
+        ([adapter("b", language=SharedLanguage(language=LanguageSpec("t5"), answer_end_id=None))], "name='t5'"),
+        ([adapter("b", language=SharedLanguage(language=LanguageSpec("opt"), answer_end_id=7))], "answer_end_id=7"),
         ([adapter("b", has_lora=True)], "'b' changes the language model"),
     ],
 )

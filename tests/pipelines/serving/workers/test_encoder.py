@@ -9,7 +9,7 @@ import torch
 from pipelines.inference.models import load_retriever
 from pipelines.serving.contract.adapters import Adapter
 from pipelines.serving.contract.wire import DecodedMedia
-from pipelines.serving.workers.adapter_models import Matcher
+from pipelines.serving.workers.adapter_models import RetrievalAdapter
 from pipelines.serving.workers.encoder import EncoderWorker
 from qformer.conversion.checkpoint import read_info
 from tests.tiny_checkpoints import WORDS, write_stage1
@@ -36,13 +36,13 @@ def test_many_texts_are_matched_part_by_part(checkpoint, monkeypatch):
     side = read_info(checkpoint).preprocessing
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, side.height, side.width), dtype=np.uint8)
     clip = DecodedMedia(pixels=pixels, frame_valid=np.ones(3, dtype=np.bool_), size_bytes=1)
-    real, sizes, costs = Matcher.match, [], []
+    real, sizes, costs = RetrievalAdapter.match, [], []
 
     def noted(self, tokens_FPV, is_frame_F, texts):
         sizes.append(len(tokens_FPV) * len(texts))
         return real(self, tokens_FPV, is_frame_F, texts)
 
-    monkeypatch.setattr(Matcher, "match", noted)
+    monkeypatch.setattr(RetrievalAdapter, "match", noted)
     submit = worker._batcher.submit
     monkeypatch.setattr(worker._batcher, "submit", lambda work, cost: costs.append(cost) or submit(work, cost))
     scores = asyncio.run(worker.match(adapter, clip, TEXTS))

@@ -19,15 +19,14 @@ from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.run.vocabulary import learn_text_tokenizer
+from qformer.config import VisionSpec
 from tests.pipelines.training.loops import make_loop
 from tests.pipelines.training.step.test_loop import MODELS, choice, settings
 
 SEED, BATCH, STEPS = 5, 8, 8
 LOSS_GAP = 1e-3
 """fp16 rounds the tokens to 11 bits; 7 steps were measured to differ by at most 1e-6 in these small models."""
-ENCODER = EncoderChoice(
-    vision=str(MODELS / "vision"), pretrained=True, layer=-2, precision="fp32", num_frames=2, dtype="fp16"
-)
+ENCODER = EncoderChoice(vision=VisionSpec(str(MODELS / "vision")), precision="fp32", num_frames=2, dtype="fp16")
 
 
 @pytest.fixture(scope="module")

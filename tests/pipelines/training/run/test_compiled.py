@@ -8,6 +8,7 @@ import torch
 
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.step.validation import validation_losses
+from qformer.config import QFormerSizes
 from tests.pipelines.training.loops import make_loop, make_training
 from tests.pipelines.training.step.test_loop import QFORMER, batches, choice, settings, tokenizer  # noqa: F401
 
@@ -31,7 +32,7 @@ def test_images_and_clips_validation_and_gradient_caching(stage, tokenizer, monk
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options)
     )
-    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer=QFormerSizes(**{**QFORMER, "dropout": 0.0}))
     logged = {}
     for micro_batch in (None, 2):
         run = TrainingRun(

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from jobs.settings.model import ModelSettings
+from jobs.train.inputs import model_choice
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
-from pipelines.training.run.model_choice import choice_from
 from pipelines.training.run.vocabulary import learn_text_tokenizer
-from qformer.config import GenerationSettings, LoraConfig
+from qformer.config import GenerationSettings, LanguageSpec, LoraConfig, QFormerSizes, VisionSpec
 from qformer.errors import UserError
 from qformer.text import load_text_tokenizer
 from tests.pipelines.training.loops import backward, make_training
@@ -64,7 +64,7 @@ def loss_of(run):
 
 def kinds(tokenizer, t5):
     """The ways to train stage 2, as settings."""
-    plain = choice(2, tokenizer)
+    plain, t5 = choice(2, tokenizer), LanguageSpec(str(t5))
     return {
         "t5": dataclasses.replace(plain, language=t5),
         "instructed": dataclasses.replace(plain, prompt="what is in the picture", qformer_reads_prompt=True),
@@ -206,7 +206,7 @@ def test_a_qformer_starts_from_a_bert_by_settings(tokenizer, tmp_path):
         own = run.stage.trainables.qformer.layers[1].query_ffn.up.weight
         assert torch.equal(own, bert.encoder.layer[1].intermediate.dense.weight)
         assert f"from BERT '{tmp_path / 'bert'}': loaded" in run.load_report
-    wider = dataclasses.replace(chosen, qformer={**QFORMER, "intermediate_size": 64})
+    wider = dataclasses.replace(chosen, qformer=QFormerSizes(**{**QFORMER, "intermediate_size": 64}))
     with pytest.raises(UserError, match="init_mismatch=reinitialise"):
         make_run(wider)
     assert "missing 6 tensors" in make_run(dataclasses.replace(wider, init_mismatch="reinitialise")).load_report
@@ -262,17 +262,18 @@ def test_what_cannot_be_trained_is_refused(tokenizer):
 
 def test_settings_become_a_choice():
     given = ModelSettings(
-        vision="v", lora={"rank": 4, "targets": ["q"]}, freeze_qformer=True, qformer_reads_prompt=True,
-        qformer_init="b", vision_image_size=384, init_mismatch="reinitialise",
+        vision={"name": "v", "image_size": 384}, lora={"rank": 4, "targets": ["q"]}, freeze_qformer=True,
+        qformer_reads_prompt=True, qformer_init="b", init_mismatch="reinitialise",
     )  # fmt: skip
-    chosen = choice_from(given.model_dump(), stage=2, num_frames=4, tokenizer="t")
+    chosen = model_choice(given, stage=2, num_frames=4, tokenizer="t")
     assert chosen.lora == LoraConfig(rank=4, targets=("q",))
     assert (chosen.freeze_qformer, chosen.qformer_reads_prompt, chosen.qformer_init) == (True, True, "b")
-    assert (chosen.vision_image_size, chosen.init_mismatch) == (384, "reinitialise")
+    assert (chosen.vision, chosen.init_mismatch) == (VisionSpec("v", image_size=384), "reinitialise")
 
 
 def test_another_resolution_is_saved_with_the_bridge(tokenizer, tmp_path):
-    run = make_run(dataclasses.replace(choice(2, tokenizer), vision_image_size=96))
+    chosen = choice(2, tokenizer)
+    run = make_run(dataclasses.replace(chosen, vision=dataclasses.replace(chosen.vision, image_size=96)))
     assert run.preprocessing.height == 96
     checkpoint = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")
     write_checkpoint(str(tmp_path / "two"), checkpoint)
@@ -286,4 +287,4 @@ def test_another_resolution_is_saved_with_the_bridge(tokenizer, tmp_path):
         )
         == 1
     )
-    assert str(MODELS) in captioner.info.vision
+    assert str(MODELS) in captioner.info.vision.name

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.settings.model import ModelSettings
+from jobs.train.inputs import model_choice
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.data.failures import Failure
 from pipelines.data.features.shard_encoder import EncoderChoice
@@ -19,12 +20,12 @@ from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
-from pipelines.training.run.model_choice import ModelChoice, choice_from
+from pipelines.training.run.model_choice import ModelChoice
 from pipelines.training.run.vocabulary import learn_text_tokenizer
 from pipelines.training.step.ema import Ema
 from pipelines.training.step.guard import DivergedError, StepGuard
 from pipelines.training.step.loop import LoopSettings
-from qformer.config import GenerationSettings
+from qformer.config import GenerationSettings, LanguageSpec, QFormerSizes, VisionSpec
 from qformer.conversion.checkpoint import read_info
 from qformer.errors import UserError
 from tests.pipelines.training.loops import make_loop, make_training
@@ -45,15 +46,13 @@ NUM_STEPS = 8
 def choice(stage, tokenizer):
     return ModelChoice(
         stage=stage,
-        vision=str(MODELS / "vision"),
-        vision_pretrained=True,
-        vision_layer=-2,
-        language=str(MODELS / "language"),
+        vision=VisionSpec(str(MODELS / "vision")),
+        language=LanguageSpec(str(MODELS / "language")),
         tokenizer=str(tokenizer),
         max_text_tokens=16,
         prompt="",
         num_frames=2,
-        qformer={**QFORMER, "dropout": 0.1},
+        qformer=QFormerSizes(**{**QFORMER, "dropout": 0.1}),
     )
 
 
@@ -149,7 +148,7 @@ def test_the_lavis_reduction_is_a_setting_of_stage_1(tokenizer):
     model = ModelSettings(
         vision=str(MODELS / "vision"), language=str(MODELS / "language"), lavis_reduction=True, qformer=QFORMER
     )
-    chosen = choice_from(model.model_dump(), stage=1, num_frames=2, tokenizer=str(tokenizer))
+    chosen = model_choice(model, stage=1, num_frames=2, tokenizer=str(tokenizer))
     run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
     assert run.stage.trainables.lavis_reduction and not make_run(1, tokenizer).stage.trainables.lavis_reduction
     with pytest.raises(UserError, match=r"model\.lavis_reduction belongs to stage 1"):
@@ -161,7 +160,7 @@ def test_the_lavis_reduction_is_a_setting_of_stage_1(tokenizer):
 def test_compiled_layers_train_to_the_same_weights(stage, tokenizer, tmp_path):
     """With the real compiler; dropout off, whose draws differ. The checkpoint keeps its names."""
     torch._dynamo.reset()
-    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer=QFormerSizes(**{**QFORMER, "dropout": 0.0}))
     runs = []
     for is_compiled in (False, True):
         run = TrainingRun(
@@ -192,10 +191,8 @@ def test_loss_falls_and_backbones_do_not_move(tokenizer, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_on_cached_features_equals_training_on_pixels(stage, tokenizer, tmp_path):
     """Within the rounding of fp16: every logged loss within 1e-3, and the same encoder is written down."""
-    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
-    spec = EncoderChoice(
-        vision=chosen.vision, pretrained=True, layer=-2, precision="fp32", num_frames=2, dtype="fp16"
-    ).load()[1]
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer=QFormerSizes(**{**QFORMER, "dropout": 0.0}))
+    spec = EncoderChoice(vision=chosen.vision, precision="fp32", num_frames=2, dtype="fp16").load()[1]
     runs = {
         name: TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=features)
         for name, features in (("pixels", None), ("cache", spec))
@@ -214,7 +211,7 @@ def test_training_on_cached_features_equals_training_on_pixels(stage, tokenizer,
 def test_a_cache_of_another_encoder_is_refused(tokenizer):
     chosen = choice(1, tokenizer)
     other = EncoderChoice(
-        vision=chosen.vision, pretrained=True, layer=-1, precision="fp32", num_frames=2, dtype="fp16"
+        vision=dataclasses.replace(chosen.vision, layer=-1), precision="fp32", num_frames=2, dtype="fp16"
     ).load()[1]
     with pytest.raises(UserError, match="layer: -1 in the cache, -2 here"):
         TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None, features=other)
@@ -222,7 +219,7 @@ def test_a_cache_of_another_encoder_is_refused(tokenizer):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(stage, tokenizer, tmp_path):
-    chosen = dataclasses.replace(choice(stage, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    chosen = dataclasses.replace(choice(stage, tokenizer), qformer=QFormerSizes(**{**QFORMER, "dropout": 0.0}))
     logged = {}
     for precision in ("fp32", "bf16"):
         run = TrainingRun(chosen, torch.device("cpu"), precision=precision, seed=5, init_from=None)
@@ -441,7 +438,7 @@ def test_what_does_not_fit_is_refused_on_resume(change, message, tokenizer, tmp_
         chosen = ModelChoice(
             **{
                 **{f: getattr(chosen, f) for f in ModelChoice.__dataclass_fields__},
-                "qformer": {**QFORMER, "hidden_size": 64},
+                "qformer": QFormerSizes(**{**QFORMER, "hidden_size": 64}),
             }
         )
     else:

@@ -9,6 +9,7 @@ import torch
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.step.objective import Objective
 from qformer.analysis.queries import diversity_loss, mean_cosine
+from qformer.config import QFormerSizes
 from tests.pipelines.training.loops import make_training
 from tests.pipelines.training.step.test_loop import QFORMER, choice, make_run, settings, tokenizer, train  # noqa: F401
 
@@ -97,7 +98,7 @@ def test_the_regulariser_parts_queries_that_start_alike(stage, tokenizer, tmp_pa
 
 
 def test_collapsed_queries_raise_an_alarm_once(tokenizer, tmp_path, capsys):  # noqa: F811
-    without_dropout = dataclasses.replace(choice(2, tokenizer), qformer={**QFORMER, "dropout": 0.0})
+    without_dropout = dataclasses.replace(choice(2, tokenizer), qformer=QFormerSizes(**{**QFORMER, "dropout": 0.0}))
     run = TrainingRun(without_dropout, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
     with torch.no_grad():
         queries = run.stage.trainables.qformer.query_tokens

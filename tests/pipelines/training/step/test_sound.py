@@ -13,7 +13,7 @@ from pipelines.data.batches.batch import unpack
 from pipelines.data.batches.decode_rows import DecodeRows
 from pipelines.data.batches.plan import evaluation_blocks
 from pipelines.data.features.shard_encoder import DecodeShards, EncoderChoice
-from pipelines.data.media.audio_sampling import AudioSampling
+from pipelines.data.media.audio_sampling import AudioSampling, AudioSegments
 from pipelines.data.media.samples import DecodeSettings, Limits, SampleDecoder
 from pipelines.data.order.row_index import TableRows
 from pipelines.data.storage import checkpoint_folders
@@ -24,16 +24,17 @@ from pipelines.inference.models import load_captioner
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
+from pipelines.training.run.model_choice import AudioBranchOptions
 from qformer.audio import load_audio
-from qformer.config import GenerationSettings
+from qformer.config import AudioSpec, GenerationSettings
 from qformer.errors import UserError
 from tests.pipelines.data.builders import manifest, stairs, write_clip, write_sounding_clip
 from tests.pipelines.training.loops import backward, make_training
 from tests.pipelines.training.step.test_loop import choice
 from tests.tiny_audio import write_encoder
 
-SEGMENTS = {"num_segments": 3, "segment_s": 1.0}
-SAMPLING = AudioSampling(sample_rate_hz=16_000, **SEGMENTS)
+SEGMENTS = AudioSegments(num_segments=3, segment_s=1.0)
+SAMPLING = SEGMENTS.at(16_000)
 LOSS_TOLERANCE = 1e-5
 """Of a loss of 5.2, with tokens and vectors kept in float16; measured: less than a float32 tells apart."""
 
@@ -42,7 +43,7 @@ LOSS_TOLERANCE = 1e-5
 def chosen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ast")
     write_encoder(folder, "ast")
-    return dataclasses.replace(choice(2, ""), temporal="mean", audio=str(folder), segments=SEGMENTS)
+    return dataclasses.replace(choice(2, ""), temporal="mean", audio=AudioSpec(str(folder)), segments=SEGMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +78,11 @@ def _batch(run, media):
 def _spec(chosen):
     return EncoderChoice(
         vision=chosen.vision,
-        pretrained=chosen.vision_pretrained,
-        layer=chosen.vision_layer,
         precision="fp32",
         num_frames=chosen.num_frames,
         dtype="fp16",
         audio=chosen.audio,
-        **SEGMENTS,
+        segments=SEGMENTS,
     ).load()[1]
 
 
@@ -130,31 +129,32 @@ def test_vectors_of_an_encoder_that_nobody_can_load_are_heard_from_a_cache(chose
     spec = dataclasses.replace(_spec(chosen), audio_encoder="imagebind_huge", audio_weights="1" * 64, audio_width=1024)
     with pytest.raises(UserError, match="audio_weights: 111111111111… in the cache"):
         _run(chosen, spec)
-    run = _run(dataclasses.replace(chosen, audio="features"), spec)
+    run = _run(dataclasses.replace(chosen, audio=AudioSpec("features")), spec)
     assert run.audio_branch.encoder_width == 1024 and run.fingerprints["audio"] == "1" * 64
     assert np.isfinite(backward(run.stage, kept)["lm"])
     with pytest.raises(UserError, match="weights: "):
-        _run(dataclasses.replace(chosen, audio="features", vision_pretrained=False), spec)
+        untrained = dataclasses.replace(chosen.vision, pretrained=False)
+        _run(dataclasses.replace(chosen, audio=AudioSpec("features"), vision=untrained), spec)
 
 
 def test_a_cache_of_another_sound_is_refused(chosen):
     spec = _spec(chosen)
     with pytest.raises(UserError, match="audio: 3 segments of 1 s at 16000 Hz in the cache, 4 segments of 1 s"):
-        _run(dataclasses.replace(chosen, segments={"num_segments": 4, "segment_s": 1.0}), spec)
+        _run(dataclasses.replace(chosen, segments=AudioSegments(num_segments=4, segment_s=1.0)), spec)
     with pytest.raises(UserError, match=r"audio_weights: \w+… in the cache, \w+… here"):
-        _run(dataclasses.replace(chosen, audio_pretrained=False), spec)
+        _run(dataclasses.replace(chosen, audio=dataclasses.replace(chosen.audio, pretrained=False)), spec)
 
 
 def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
     with pytest.raises(UserError, match="data.audio.segment_s=9 is longer than the 2.575 s"):
-        _run(dataclasses.replace(chosen, segments={"num_segments": 1, "segment_s": 9.0}))
+        _run(dataclasses.replace(chosen, segments=AudioSegments(num_segments=1, segment_s=9.0)))
 
 
 @pytest.mark.parametrize(
     "part", ["frames.positions.table_MD", "frames.qformer.query_tokens", "language_projection.bias"]
 )
 def test_all_of_the_bridge_is_held_where_the_branch_is_trained_alone(chosen, part):
-    run = _run(dataclasses.replace(chosen, temporal="cascaded", audio_branch={"trains_alone": True}))
+    run = _run(dataclasses.replace(chosen, temporal="cascaded", audio_branch=AudioBranchOptions(trains_alone=True)))
     assert {name.partition(".")[0] for name in run.trainable_names} == {"audio"}
     run.assert_frozen()
     with torch.no_grad():

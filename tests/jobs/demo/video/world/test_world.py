@@ -35,6 +35,7 @@ from pipelines.data.media.clip import WaveformRequest
 from pipelines.data.media.samples import DecodeSettings, SampleDecoder
 from pipelines.data.media.video.waveform import read_waveform
 from qformer.backbones import load_language
+from qformer.config import LanguageSpec
 from qformer.preprocessing import Preprocessing
 
 RED, BLUE = Thing("small", "red", "square"), Thing("large", "blue", "star")
@@ -255,7 +256,7 @@ def test_an_odd_number_of_test_clips_is_refused(tmp_path: Path):
 
 
 def test_the_clip_language_model_loads_and_tells_held_out_stories():
-    model, tokenizer = load_language(str(MODELS_FOLDER / "clip_language"))
+    model, tokenizer = load_language(LanguageSpec(str(MODELS_FOLDER / "clip_language")))
     assert tokenizer.unk_token_id not in tokenizer(" ".join(vocabulary())).input_ids
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings
     assert caption_accuracy(model, tokenizer, noise_std=0.0, count=50) >= 0.95
