@@ -171,7 +171,7 @@ class Stage1(StageModel):
         """A batch as the bridge reads it."""
         # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
         image_BFPV = batch.image_BFPV.masked_fill(~batch.is_valid_B[:, None, None, None], 0.0)
-        return BridgeInput(image_BFPV, batch.is_frame_BF, draw=noise_key)
+        return BridgeInput(image_BFPV, batch.is_frame_BF, draw=noise_key, is_valid_B=batch.is_valid_B)
 
     def encode(self, batch: Stage1Batch, given: BridgeInput) -> tuple[ImageEncoding, Tensor]:
         """The unimodal passes, over this rank's samples or some of them: clips, and text_BE."""

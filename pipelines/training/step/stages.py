@@ -216,8 +216,9 @@ class GenerationStage:
         tokens_BFPV = self._tokens(some, device)
         with _raised_by_all_ranks(device):
             sound = None if self.encode_audio is None else self.encode_audio(some)
-        instructions = None if text is None else text.rows(part)
-        return call(tokens_BFPV, instructions, is_frame_BF=_is_frame(some, device), sound=sound, draw=draw)
+        instructions, is_frame_BF = None if text is None else text.rows(part), _is_frame(some, device)
+        is_valid_B = torch.from_numpy(some.is_valid).to(device)
+        return call(tokens_BFPV, instructions, is_frame_BF, sound, draw, is_valid_B)
 
     @torch.no_grad()
     def _own_shares(

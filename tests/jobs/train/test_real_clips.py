@@ -74,17 +74,17 @@ def prepared(ray_local, test_data_dir, tmp_path_factory):
     return folder
 
 
-BRIDGES = {
-    "cascaded": CascadedConfig(num_queries=4, freeze_frames=False),
-    "spatio_temporal": SpatioTemporalConfig(freeze_attention=False),
-}
-
-
 def _rows(prepared):
     return read_manifest(str(prepared / "prepared"), "train", needs_captions=True, kind=None)
 
 
-def _train_settings(prepared, temporal, output, **data):
+BRIDGES = {
+    "cascaded": CascadedConfig(num_queries=4, freeze_frames=False),
+    "spatio_temporal": SpatioTemporalConfig(),
+}
+
+
+def _train_settings(prepared, kind, output, **data):
     return TrainSettings(
         output=str(output),
         stage=2,
@@ -93,7 +93,7 @@ def _train_settings(prepared, temporal, output, **data):
             language=str(MODELS / "language"),
             audio=str(prepared / "ast"),
             audio_branch=AudioBranchOptions(num_queries=4),
-            bridge=BRIDGES[temporal],
+            bridge=BRIDGES[kind],
             qformer=QFormerSizes(
                 hidden_size=32,
                 num_layers=2,
@@ -114,17 +114,17 @@ def _train_settings(prepared, temporal, output, **data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temporal", ["cascaded", "spatio_temporal"])
-def test_real_clips_are_prepared_trained_on_and_captioned(ray_local, prepared, tmp_path, capsys, temporal):
+@pytest.mark.parametrize("kind", BRIDGES)
+def test_real_clips_are_prepared_trained_on_and_captioned(ray_local, prepared, tmp_path, capsys, kind):
     rows = _rows(prepared)
-    told = train.main(_train_settings(prepared, temporal, tmp_path / "run"))
+    told = train.main(_train_settings(prepared, kind, tmp_path / "run"))
     assert told["steps"] == STEPS and told["rows_quarantined"] == 0
     assert told["rows_used"] == told["rows_in"] >= 2 * rows.num_rows  # a third epoch has begun
     assert set(told["frozen_sha256"]) == {"audio", "language", "vision"}
     assert any(name.startswith("audio.") for name in told["trainable_names"])
 
     cache = str(prepared / "cache")
-    cached = train.main(_train_settings(prepared, temporal, tmp_path / "cached", features=cache))
+    cached = train.main(_train_settings(prepared, kind, tmp_path / "cached", features=cache))
     assert cached["rows_used"] == told["rows_used"] and cached["frozen_sha256"] == told["frozen_sha256"]
     losses = [[step["loss/lm"] for step in read_metrics(str(tmp_path / name))] for name in ("run", "cached")]
     assert len(losses[0]) == STEPS

@@ -20,9 +20,9 @@ def pixels(model):
     return clips, other
 
 
-@pytest.mark.parametrize("temporal", WAYS)
-def test_a_captioner_reads_the_real_frames(temporal, tmp_path):
-    captioner = load_captioner(write_stage2(tmp_path / "two", bridge=bridge(temporal)))
+@pytest.mark.parametrize("kind", WAYS)
+def test_a_captioner_reads_the_real_frames(kind, tmp_path):
+    captioner = load_captioner(write_stage2(tmp_path / "two", bridge=bridge(kind)))
     clips, other = pixels(captioner)
     prompts = captioner.soft_prompts(clips, frame_valid=IS_FRAME)
     assert all(
@@ -36,9 +36,9 @@ def test_a_captioner_reads_the_real_frames(temporal, tmp_path):
     assert answers[1] == captioner.answer(clips[1:], settings=settings)[0]
 
 
-@pytest.mark.parametrize("temporal", WAYS)
-def test_a_retriever_sees_the_real_frames(temporal, tmp_path):
-    retriever = load_retriever(write_stage1(tmp_path / "one", bridge=bridge(temporal)))
+@pytest.mark.parametrize("kind", WAYS)
+def test_a_retriever_sees_the_real_frames(kind, tmp_path):
+    retriever = load_retriever(write_stage1(tmp_path / "one", bridge=bridge(kind)))
     clips, other = pixels(retriever)
     texts = ["a small red circle", "a large blue triangle"]
     embeds, tokens = retriever.embed_image(clips, IS_FRAME)

@@ -127,10 +127,10 @@ def test_an_encoder_of_sound_that_is_another_than_in_training_is_refused(checkpo
     if change == "rate":
         file = ast / "preprocessor_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "sampling_rate": 8000}))
-        told = "is 32 wide and hears 8000 Hz, the bridge 32 and 16000 Hz; it is another model than in training"
+        told = "is 32 wide and takes 8000 Hz, the bridge 32 and 16000 Hz; it is another model than in training"
     else:
         write_encoder(ast, "whisper", width=64)
-        told = "is 64 wide and hears 16000 Hz, the bridge 32 and 16000 Hz"
+        told = "is 64 wide and takes 16000 Hz, the bridge 32 and 16000 Hz"
     encoder = load_backbone(Adapter.of(open_checkpoint(str(folder))[1], name="", version="", folder="").encoder, "cpu")
     for load in (lambda: load_captioner(folder), lambda: load_adapter(str(folder), encoder, "cpu")):
         with pytest.raises(UserError, match=told):
