@@ -155,7 +155,7 @@ def service(copy, *values):
         while True:
             assert process.poll() is None and time.monotonic() < until_s
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/health/ready").status_code == 200:
+                if httpx.get(f"{url}/readyz").status_code == 200:
                     break
             time.sleep(1)
         yield url
@@ -191,4 +191,5 @@ def test_the_commands_take_the_bridge(copy, blocks):
         answer = httpx.post(f"{url}/v1/caption", content=picture.read_bytes(), headers={"Content-Type": "image/*"})
         assert answer.status_code == 200 and answer.json()["kind"] == "image", answer.text
         match = {"image": base64.b64encode(picture.read_bytes()).decode(), "texts": ["a red circle"], "model": "search"}
-        assert httpx.post(f"{url}/v1/match", json=match).status_code in (200, 422), "the retriever is there"
+        answer = httpx.post(f"{url}/v1/match", json=match)
+        assert answer.status_code == 200, answer.text
