@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipelines.data.media.transforms import resize_and_crop
 from qformer.backbones import load_vision
-from qformer.config import LanguageSpec
+from qformer.config import LanguageSpec, VisionSpec
 from qformer.conversion.lavis import DEFAULT_VISION, MEAN, STD, import_lavis
 from qformer.errors import UserError
 from qformer.torch_build.torchvision import import_timm, import_torchvision
@@ -32,7 +32,7 @@ def test_a_wrong_option_is_refused(goldens_dir, tmp_path, options, setting, mess
     width, vocab, hidden = config["encoder_width"], config["bert"]["vocab_size"], config["bert"]["hidden_size"]
     wrong = {
         "nothing": lambda: {"vision": None},
-        "vision": lambda: {"vision": write_encoder(tmp_path / "wider", width + 2)},
+        "vision": lambda: {"vision": VisionSpec(write_encoder(tmp_path / "wider", width + 2))},
         "tokenizer": lambda: {"tokenizer": write_tokenizer(tmp_path / "smaller", vocab - 1)},
         "heads": lambda: {"num_heads": hidden - 1},
     }[setting]()
