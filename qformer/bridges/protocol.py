@@ -50,6 +50,8 @@ class BridgeInput(NamedTuple):
     """What the audio encoder made, for a bridge that `takes_joint_audio`."""
     draw: int = 0
     """Random key of the step, the same on every rank."""
+    is_valid_B: Tensor | None = None
+    """False at rows that only fill a batch, or whose media could not be read: they count for no loss; None: all do."""
 
 
 class Percept(NamedTuple):

@@ -82,8 +82,8 @@ class BridgeInfo:
                         values[name] = spec(**values[name])
                 values["qformer"] = QFormerConfig(**values["qformer"])
                 values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-                video = values.pop("video", {})
-                values["bridge"] = bridge_config(values.get("bridge") or bridge_values(video))
+                video = values.pop("video", {}) if version == 1 else None
+                values["bridge"] = bridge_config(values["bridge"] if video is None else bridge_values(video))
                 if values.get("audio_branch") is not None:
                     values["audio_branch"] = AudioConfig(**values["audio_branch"])
                 if values.get("lora") is not None:

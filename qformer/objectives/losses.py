@@ -1,4 +1,4 @@
-"""The losses of ITC, ITM and ITG, one function a concept.
+"""The losses of ITC, ITM, ITG and of diverse queries, one function a concept.
 
 Dimensions: B local batch, N global batch, Q queries (of all frames), E joint embedding width, M predicted tokens,
 R pairs.
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qformer.bridges.frames import mean_over_frames
+
 LABEL_SMOOTHING = 0.1
 DIVERSITY = "diversity"
-"""Term of every stage: mean squared cosine between a sample's query outputs (`qformer.analysis.queries`)."""
+"""Term of every stage: mean squared cosine between a sample's query outputs."""
 
 
 def similarity(queries_BQE: Tensor, text_NE: Tensor) -> Tensor:
@@ -72,3 +74,23 @@ def itg_loss(logits_MV: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = F.cross_entropy(logits_MV.float(), labels_M, label_smoothing=LABEL_SMOOTHING, reduction="sum")
     return total, torch.tensor(len(labels_M), device=labels_M.device)
+
+
+def diversity_loss(hidden_GQD: Tensor, is_valid_B: Tensor, is_frame_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean squared cosine between different queries of the same frame; 0 if they are orthogonal.
+
+    Args:
+        hidden_GQD: Query outputs of all frames of B samples.
+        is_valid_B: Samples that count.
+        is_frame_BF: False at frames that do not count in their sample's mean; None: all do.
+
+    Returns:
+        Sum and number of the samples that count.
+    """
+    queries = hidden_GQD.shape[1]
+    with torch.autocast(hidden_GQD.device.type, enabled=False):
+        unit_GQD = F.normalize(hidden_GQD.float(), dim=-1)
+        gram_GQQ = unit_GQD @ unit_GQD.transpose(1, 2)
+        squares_G = (gram_GQQ.square().sum(dim=(1, 2)) - queries) / max(1, queries * (queries - 1))
+        squares_B = mean_over_frames(squares_G.unflatten(0, (len(is_valid_B), -1)), is_frame_BF)
+    return squares_B.masked_fill(~is_valid_B, 0.0).sum(), is_valid_B.sum()

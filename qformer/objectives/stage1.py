@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qformer.analysis.queries import diversity_loss
 from qformer.backbones import require_finite
 from qformer.bridges.frames import without_unread
 from qformer.bridges.protocol import BridgeInput, BridgeText, Keys, Masks, Percept, TextBridge
@@ -27,7 +26,7 @@ from qformer.config import QFormerConfig
 from qformer.distributed import fetch_rows, gather, mean_over_ranks, rank, world_size
 from qformer.model import check_text
 from qformer.objectives import Negatives, PairNoise, itc_loss, itg_loss, itm_loss, sample_negatives, similarity
-from qformer.objectives.losses import DIVERSITY
+from qformer.objectives.losses import DIVERSITY, diversity_loss
 
 INITIAL_TEMPERATURE = 0.07
 TERMS = ("itc", "itm", "itg")
@@ -171,7 +170,7 @@ class Stage1(StageModel):
         """A batch as the bridge reads it."""
         # Zeros in place of a masked sample's features: NaN there would live through a weight of zero.
         image_BFPV = batch.image_BFPV.masked_fill(~batch.is_valid_B[:, None, None, None], 0.0)
-        return BridgeInput(image_BFPV, batch.is_frame_BF, draw=noise_key)
+        return BridgeInput(image_BFPV, batch.is_frame_BF, draw=noise_key, is_valid_B=batch.is_valid_B)
 
     def encode(self, batch: Stage1Batch, given: BridgeInput) -> tuple[ImageEncoding, Tensor]:
         """The unimodal passes, over this rank's samples or some of them: clips, and text_BE."""

@@ -129,6 +129,7 @@ class Stage2(StageModel):
         is_frame_BF: Tensor | None = None,
         sound: Sound | None = None,
         draw: int = 0,
+        is_valid_B: Tensor | None = None,
     ) -> SoftPrompts:
         """Soft prompts of the clips, then those of sound.
 
@@ -138,6 +139,7 @@ class Stage2(StageModel):
             is_frame_BF: False at frames that are padding; None: none is.
             sound: Output of the audio encoder; None where no clip has any.
             draw: Random key of the step, the same on every rank.
+            is_valid_B: False at samples that count for no loss; None: all do.
 
         Raises:
             ValueError: If the tokens are not floating [B, F, P, V] of the encoder's width, ids lie outside the
@@ -154,7 +156,7 @@ class Stage2(StageModel):
             prompts_BNL, size = self.audio(sound), self.audio.num_queries
             return SoftPrompts(prompts_BNL, _unless_all(_of_sound(sound, prompts_BNL)), size, size, None, {})
         joint = sound if self.audio is None else None
-        given = BridgeInput(tokens_BFPV, is_frame_BF, text, joint, draw)
+        given = BridgeInput(tokens_BFPV, is_frame_BF, text, joint, draw, is_valid_B)
         reading = self.bridge.read(self.bridge.perceive(given), given)
         prompts_BNL = self.language_projection(reading.hidden_BSQD).flatten(1, 2)
         num_outputs, num_queries = prompts_BNL.shape[1], reading.hidden_BSQD.shape[2]

@@ -113,7 +113,7 @@ def read_bytes(uri: str, max_bytes: int) -> bytes:
 
     Raises:
         FileTooLargeError: If it holds more than `max_bytes`; nothing is read then.
-        CutFileError: If a member's shard ends before the member does.
+        TruncatedFileError: If a member's shard ends before the member does.
         OSError: If it is missing, unreadable or (locally) not a regular file.
     """
     member = members.parse(uri)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pipelines.data.batches.batch import SampleBatch
 from pipelines.training.step.objective import Objective
 from pipelines.training.step.precision import Precision
-from qformer.analysis.queries import diversity_loss, mean_cosine
+from qformer.analysis.queries import mean_cosine
 from qformer.backbones import require_finite
 from qformer.bridges.audio_branch import Sound
 from qformer.bridges.protocol import BridgeText
@@ -25,7 +25,7 @@ from qformer.distributed import any_text, gather, mean_over_ranks, world_size
 from qformer.errors import NotFiniteError, UserError
 from qformer.language import IGNORED, LanguageModel
 from qformer.objectives.gradient_cache import cached_losses
-from qformer.objectives.losses import DIVERSITY
+from qformer.objectives.losses import DIVERSITY, diversity_loss
 from qformer.objectives.stage1 import Stage1, Stage1Batch
 from qformer.objectives.stage2 import SoftPrompts, Stage2, encode_instructions
 from qformer.text import TextTokenizer
@@ -216,8 +216,9 @@ class GenerationStage:
         tokens_BFPV = self._tokens(some, device)
         with _raised_by_all_ranks(device):
             sound = None if self.encode_audio is None else self.encode_audio(some)
-        instructions = None if text is None else text.rows(part)
-        return call(tokens_BFPV, instructions, is_frame_BF=_is_frame(some, device), sound=sound, draw=draw)
+        instructions, is_frame_BF = None if text is None else text.rows(part), _is_frame(some, device)
+        is_valid_B = torch.from_numpy(some.is_valid).to(device)
+        return call(tokens_BFPV, instructions, is_frame_BF, sound, draw, is_valid_B)
 
     @torch.no_grad()
     def _own_shares(

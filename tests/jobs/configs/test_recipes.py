@@ -20,6 +20,7 @@ from jobs.train import job as train
 from pipelines.data.storage import checkpoint_folders
 from pipelines.inference.models import load_captioner, load_retriever
 from pipelines.training.records.metrics_log import read_metrics
+from qformer.bridges.concatenate import ConcatenateConfig
 from qformer.conversion.checkpoint import read_weights
 from qformer.errors import UserError
 from tests.local_data import local_data, local_training
@@ -138,19 +139,26 @@ def test_a_recipe_resolves_to_what_was_published(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_recipe_joins_frames_as_was_published(name):
     chosen = load(TrainSettings, paths(name))
-    model, video = chosen.model, chosen.model.video
+    model, bridge = chosen.model, chosen.model.bridge
     if name not in VIDEO:
-        assert model.temporal == "concatenate"
+        assert bridge == ConcatenateConfig()
         return
-    used = {"cascaded": "freeze_frames", "spatio_temporal": "freeze_attention"}[model.temporal]
-    frozen = {used} if getattr(video, used) else set()
-    assert VIDEO[name] == (model.temporal, chosen.data.num_frames, chosen.data.sampling.strategy, frozen)
-    assert (video.max_frames, video.num_queries, video.num_layers) == (32, 32, 2)
+    frozen = set() if bridge.keeps_loaded is None else {bridge.keeps_loaded}
+    assert VIDEO[name] == (bridge.kind, chosen.data.num_frames, chosen.data.sampling.strategy, frozen)
+    sizes = {
+        "cascaded": {"max_frames": 32, "num_queries": 32, "num_layers": 2},
+        "spatio_temporal": {
+            "max_frames": 32,
+            "num_spatial_queries": 32,
+            "num_temporal_queries": 32,
+            "num_summary_queries": 1,
+        },
+    }[bridge.kind]
+    assert {size: getattr(bridge, size) for size in sizes} == sizes
     branch = model.audio_branch
     assert (model.audio is not None, branch.trains_alone) == (name in AUDIO, name in AUDIO)
     assert (branch.num_queries, branch.num_layers, branch.max_segments, branch.is_joint) == (8, 2, 8, False)
     assert (chosen.data.audio.num_segments, chosen.data.audio.segment_s) == (8, 2.0)
-    assert (video.num_spatial_queries, video.num_temporal_queries, video.num_summary_queries) == (32, 32, 1)
 
 
 def test_every_recipe_writes_a_folder_of_its_own():
@@ -163,7 +171,7 @@ def test_the_toy_file_leaves_what_a_recipe_is_about(name):
     plain, toy = load(TrainSettings, paths(name)), load(TrainSettings, [*paths(name), RECIPES / "toy.yaml"])
     kept = {"learning_rate", "min_learning_rate", "weight_decay", "betas", "loss_weights"}
     assert plain.optim.model_dump(include=kept) == toy.optim.model_dump(include=kept)
-    kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "lora", "temporal"}
+    kept = {"prompt", "qformer_reads_prompt", "freeze_qformer", "max_text_tokens", "lora", "bridge"}
     assert plain.model.vision.layer == toy.model.vision.layer
     assert plain.model.model_dump(include=kept) == toy.model.model_dump(include=kept)
     assert (plain.stage, plain.data.augmentation) == (toy.stage, toy.data.augmentation)

@@ -11,12 +11,14 @@ from jobs.evaluate import job as evaluate
 from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import AudioSettings, DataSettings, SourceSettings, TrainDataSettings
 from jobs.settings.evaluate import CaptionSettings, EvaluateSettings
-from jobs.settings.model import ModelSettings, OptimSettings, VideoSettings
+from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.training.records.metrics_log import read_metrics
 from pipelines.training.run.model_choice import AudioBranchOptions
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.spatio_temporal import SpatioTemporalConfig
 from qformer.config import GenerationSettings, QFormerSizes
 from tests.jobs.train_jobs import REPOSITORY
 from tests.tiny_audio import write_encoder
@@ -76,7 +78,13 @@ def _rows(prepared):
     return read_manifest(str(prepared / "prepared"), "train", needs_captions=True, kind=None)
 
 
-def _train_settings(prepared, temporal, output, **data):
+BRIDGES = {
+    "cascaded": CascadedConfig(num_queries=4, freeze_frames=False),
+    "spatio_temporal": SpatioTemporalConfig(),
+}
+
+
+def _train_settings(prepared, kind, output, **data):
     return TrainSettings(
         output=str(output),
         stage=2,
@@ -85,8 +93,7 @@ def _train_settings(prepared, temporal, output, **data):
             language=str(MODELS / "language"),
             audio=str(prepared / "ast"),
             audio_branch=AudioBranchOptions(num_queries=4),
-            temporal=temporal,
-            video=VideoSettings(num_queries=4, freeze_frames=False, freeze_attention=False),
+            bridge=BRIDGES[kind],
             qformer=QFormerSizes(
                 hidden_size=32,
                 num_layers=2,
@@ -107,17 +114,17 @@ def _train_settings(prepared, temporal, output, **data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temporal", ["cascaded", "spatio_temporal"])
-def test_real_clips_are_prepared_trained_on_and_captioned(ray_local, prepared, tmp_path, capsys, temporal):
+@pytest.mark.parametrize("kind", BRIDGES)
+def test_real_clips_are_prepared_trained_on_and_captioned(ray_local, prepared, tmp_path, capsys, kind):
     rows = _rows(prepared)
-    told = train.main(_train_settings(prepared, temporal, tmp_path / "run"))
+    told = train.main(_train_settings(prepared, kind, tmp_path / "run"))
     assert told["steps"] == STEPS and told["rows_quarantined"] == 0
     assert told["rows_used"] == told["rows_in"] >= 2 * rows.num_rows  # a third epoch has begun
     assert set(told["frozen_sha256"]) == {"audio", "language", "vision"}
     assert any(name.startswith("audio.") for name in told["trainable_names"])
 
     cache = str(prepared / "cache")
-    cached = train.main(_train_settings(prepared, temporal, tmp_path / "cached", features=cache))
+    cached = train.main(_train_settings(prepared, kind, tmp_path / "cached", features=cache))
     assert cached["rows_used"] == told["rows_used"] and cached["frozen_sha256"] == told["frozen_sha256"]
     losses = [[step["loss/lm"] for step in read_metrics(str(tmp_path / name))] for name in ("run", "cached")]
     assert len(losses[0]) == STEPS

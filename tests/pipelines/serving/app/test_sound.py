@@ -25,6 +25,7 @@ from pipelines.serving.workers.media import MediaWorker
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
+from qformer.bridges.cascaded import CascadedConfig
 from qformer.config import AudioSpec
 from qformer.conversion.checkpoint import INFO_FILE
 from qformer.errors import UserError
@@ -44,7 +45,7 @@ def checkpoint(tmp_path_factory):
     write_encoder(folder / "ast", "ast")
     segments = AudioSegments(num_segments=3, segment_s=1.0)
     chosen = dataclasses.replace(
-        choice(2, ""), num_frames=4, temporal="cascaded", audio=AudioSpec(str(folder / "ast")), segments=segments
+        choice(2, ""), num_frames=4, bridge=CascadedConfig(), audio=AudioSpec(str(folder / "ast")), segments=segments
     )
     run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
     written = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")
@@ -126,10 +127,10 @@ def test_an_encoder_of_sound_that_is_another_than_in_training_is_refused(checkpo
     if change == "rate":
         file = ast / "preprocessor_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "sampling_rate": 8000}))
-        told = "is 32 wide and hears 8000 Hz, the bridge 32 and 16000 Hz; it is another model than in training"
+        told = "is 32 wide and takes 8000 Hz, the bridge 32 and 16000 Hz; it is another model than in training"
     else:
         write_encoder(ast, "whisper", width=64)
-        told = "is 64 wide and hears 16000 Hz, the bridge 32 and 16000 Hz"
+        told = "is 64 wide and takes 16000 Hz, the bridge 32 and 16000 Hz"
     encoder = load_backbone(Adapter.of(open_checkpoint(str(folder))[1], name="", version="", folder="").encoder, "cpu")
     for load in (lambda: load_captioner(folder), lambda: load_adapter(str(folder), encoder, "cpu")):
         with pytest.raises(UserError, match=told):

@@ -8,8 +8,9 @@ import torch
 
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.step.objective import Objective
-from qformer.analysis.queries import diversity_loss, mean_cosine
+from qformer.analysis.queries import mean_cosine
 from qformer.config import QFormerSizes
+from qformer.objectives.losses import diversity_loss
 from tests.pipelines.training.loops import make_training
 from tests.pipelines.training.step.test_loop import QFORMER, choice, make_run, settings, tokenizer, train  # noqa: F401
 

@@ -14,7 +14,7 @@ from qformer.bridges.audio_branch import Sound
 from qformer.bridges.config import AudioConfig
 from qformer.language import build_language_model
 from qformer.objectives.stage2 import Stage2
-from tests.qformer.bridges.clips import CLOSE, CONFIG, WAYS, frames, spread, stage1, video
+from tests.qformer.bridges.clips import CLOSE, CONFIG, WAYS, bridge, frames, spread, stage1
 from tests.qformer.test_language import tiny_language
 from tests.tiny_checkpoints import text_tokenizer
 
@@ -45,21 +45,23 @@ def sample_batch(rows=slice(None), is_frame=IS_FRAME, audio_valid=None):
     )
 
 
-def see(batch):
+def encode(batch):
     return torch.from_numpy(batch.images)
 
 
-def hear(batch):
+def encode_audio(batch):
     return None if batch.audio is None else Sound(torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid))
 
 
-def generation_stage(temporal, micro_batch=None, **arguments):
+def generation_stage(kind, micro_batch=None, **arguments):
     language = tiny_language("llama")
     torch.manual_seed(2)
     config = dataclasses.replace(CONFIG, vocab_size=0)
-    bridge = spread(Stage2(config, language_width=language.width, video=video(temporal), **arguments))
+    stage2 = spread(Stage2(config, language_width=language.width, bridge=bridge(kind), **arguments))
     language = build_language_model(language.model, language.tokenizer, 16)
-    return GenerationStage(see, bridge, language, None, prompt="", max_tokens=16, micro_batch=micro_batch, hear=hear)
+    return GenerationStage(
+        encode, stage2, language, None, prompt="", max_tokens=16, micro_batch=micro_batch, encode_audio=encode_audio
+    )
 
 
 def losses(stage, batch):
@@ -77,30 +79,30 @@ def assert_same(found, expected):
             torch.testing.assert_close(ours[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("temporal", WAYS)
+@pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_stage_2_of_padded_clips_is_that_of_shorter_ones(temporal, micro_batch):
-    padded = losses(generation_stage(temporal, micro_batch), sample_batch())
-    assert_same(padded, losses(generation_stage(temporal), sample_batch(is_frame=None)))
+def test_stage_2_of_padded_clips_is_that_of_shorter_ones(kind, micro_batch):
+    padded = losses(generation_stage(kind, micro_batch), sample_batch())
+    assert_same(padded, losses(generation_stage(kind), sample_batch(is_frame=None)))
 
 
-@pytest.mark.parametrize("temporal", WAYS)
+@pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_stage_1_of_padded_clips_is_that_of_shorter_ones(temporal, micro_batch):
+def test_stage_1_of_padded_clips_is_that_of_shorter_ones(kind, micro_batch):
     def stage(size=None):
-        return RepresentationStage(see, stage1(temporal), text_tokenizer(), size)
+        return RepresentationStage(encode, stage1(kind), text_tokenizer(), size)
 
     assert_same(losses(stage(micro_batch), sample_batch()), losses(stage(), sample_batch(is_frame=None)))
 
 
 def test_a_clip_without_sound_is_as_if_the_bridge_read_none():
     valid = np.array([[True] * 4, [False] * 4, [True, True, False, False]])
-    deaf = np.zeros_like(valid)
+    silent = np.zeros_like(valid)
     mixed = losses(generation_stage("cascaded", audio=AUDIO), sample_batch(audio_valid=valid))[0]["lm"]
     first, third = (slice(row, row + 1) for row in (0, 2))
     alone = [
         losses(generation_stage("cascaded", audio=AUDIO), sample_batch(rows, audio_valid=mask))[0]["lm"]
-        for rows, mask in ((first, valid), (slice(1, 2), deaf), (third, valid))
+        for rows, mask in ((first, valid), (slice(1, 2), silent), (third, valid))
     ]
     counts = [len(tiny_language("llama").tokenizer.encode(text)) + 1 for text in CAPTIONS]
     weighted = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
@@ -119,14 +121,14 @@ def test_where_sound_alone_is_trained_clips_without_any_do_not_count():
     assert nothing[0]["lm"] == 0 and all(not gradient.any() for gradient in nothing[1].values())
 
 
-@pytest.mark.parametrize("temporal", WAYS)
-def test_images_and_clips_train_the_same_bridge(temporal):
+@pytest.mark.parametrize("kind", WAYS)
+def test_images_and_clips_train_the_same_bridge(kind):
     """One after the other, as one stream brings them; DDP wants a gradient of every weight from each."""
     clips = sample_batch()
     images = dataclasses.replace(clips, images=clips.images[:, :1], frame_valid=np.ones((3, 1), np.bool_))
     for stage in (
-        RepresentationStage(see, stage1(temporal), text_tokenizer()),
-        generation_stage(temporal, audio=AUDIO),
+        RepresentationStage(encode, stage1(kind), text_tokenizer()),
+        generation_stage(kind, audio=AUDIO),
     ):
         for batch in (images, clips):
             terms, gradients = losses(stage, batch)
