@@ -43,6 +43,8 @@ def describe(
             file = _file_of(keys, files)
             place = f"write `{keys[-1]}: …` in {file}" if file else "give a --config file"
             return f"{origin}: {dotted!r} is missing; {place} or add --set {dotted}=VALUE"
+        case "union_tag_not_found":
+            return f"{origin}: '{dotted}.kind' is missing; the other keys of {dotted} go with one kind"
         case _:
             return f"{origin}: {_problem(model, keys, details)}"
 

@@ -265,7 +265,7 @@ def load_tokenizer(folder: Path, info: BridgeInfo) -> TextTokenizer:
 
 
 def load_audio_encoder(info: BridgeInfo, device: str) -> AudioEncoder | None:
-    """Load the frozen encoder of sound; None for a bridge that does not hear.
+    """Load the frozen encoder of sound; None for a bridge that reads none.
 
     Raises:
         UserError: If it cannot be loaded, is another than in training, or was not there in training either.

@@ -1,4 +1,4 @@
-"""The branch of a bridge that reads sound beside the frames.
+"""The branch of a bridge that reads sound.
 
 Dimensions: B batch, A segments of sound, V width of the audio encoder's vectors, N soft prompts, L the language model's
 width.
@@ -32,7 +32,7 @@ class Sound(NamedTuple):
         return cls(torch.zeros(clips, 1, width, device=device), none_B1)
 
     def check(self, clips: int, frames: int | None, width: int) -> None:
-        """Refuse sound that does not fit a bridge, or the clips beside it.
+        """Refuse sound that does not fit a bridge, or its clips.
 
         Args:
             clips: Number of clips.

@@ -104,7 +104,7 @@ class Cascaded(QFormerBridge):
         hidden_BPD = hidden_BFQD.flatten(1, 2)
         is_token_BP = is_frame_BF.repeat_interleave(hidden_BFQD.shape[2], dim=1)
         if sound is not None:
-            # Also beside a frame that only repeats another, as those of a slow clip do, there is sound of its own.
+            # A frame that only repeats another, as those of a slow clip do, has sound of its own.
             is_sound_BF = sound.is_segment_BA.expand_as(is_frame_BF)
             sound_BFD = sound.audio_BAV.masked_fill(~is_sound_BF[..., None], 0.0) + position_BFD
             hidden_BPD, is_token_BP = (

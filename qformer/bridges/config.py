@@ -8,7 +8,7 @@ from qformer.config import QFormerConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseBridgeConfig:
-    """What every bridge's config says of its bridge; each adds `kind: Literal[...]` and its sizes.
+    """What every bridge's config says of its bridge; each narrows `kind` to a literal and adds its sizes.
 
     Raises:
         ValueError: If a size is not positive.
@@ -24,13 +24,11 @@ class BaseBridgeConfig:
     takes_joint_audio: ClassVar[bool] = False
     """Whether it reads sound together with the frames (`BridgeInput.sound`)."""
 
+    kind: str
+    """Name of the bridge, which each config narrows to its own."""
+
     def __post_init__(self) -> None:
         require_positive(self)
-
-    @property
-    def kind_name(self) -> str:
-        """The value of `kind`."""
-        return str(getattr(self, "kind"))  # noqa: B009  # each config declares its own literal
 
     @property
     def keeps_loaded(self) -> str | None:
@@ -51,8 +49,8 @@ class AudioBranchSizes:
     max_segments: int = 8
     """Trained segment positions; longer sound stretches them."""
     is_joint: bool = False
-    """Read the sound with the frames, in the second Q-Former of a cascaded bridge, instead of beside them: one vector a
-    frame, as wide as the Q-Former."""
+    """Read the sound with the frames, in the second Q-Former of a cascaded bridge, and not in a branch of its own: one
+    vector a frame, as wide as the Q-Former."""
 
     def __post_init__(self) -> None:
         require_positive(self)
@@ -73,9 +71,9 @@ class AudioConfig(AudioBranchSizes):
         """
         if self.is_joint and not (bridge.takes_joint_audio and self.encoder_width == config.hidden_size):
             raise ValueError(
-                f"joint sound of encoder_width={self.encoder_width} with kind={bridge.kind_name!r} and "
-                f"hidden_size={config.hidden_size}: it needs kind='cascaded' and equal widths; read it beside the "
-                "frames (is_joint=False)"
+                f"joint sound of encoder_width={self.encoder_width} with kind={bridge.kind!r} and "
+                f"hidden_size={config.hidden_size}: it needs kind='cascaded' and equal widths; read it in a "
+                "branch of its own (is_joint=False)"
             )
 
 

@@ -90,7 +90,7 @@ class Keys:
         """B."""
         return next(len(kv.keys_BHNK) for kv in self.layers if kv is not None) // self.num_frames
 
-    def chosen_from(self, other: "Keys | None", place_E: Tensor, masks: "Masks") -> "Keys":
+    def take(self, other: "Keys | None", place_E: Tensor, masks: "Masks") -> "Keys":
         """Those of some clips, one copy for each.
 
         Args:
@@ -143,7 +143,7 @@ class Bridge(nn.Module, ABC):
 
     @abstractmethod
     def read(self, percept: Percept, given: BridgeInput) -> Reading:
-        """Query outputs of a percept, with `given.text` beside it where there is one."""
+        """Query outputs of a percept, together with `given.text` where there is one."""
 
     def perceive(self, given: BridgeInput) -> Percept:
         """What is read of clips; by default every frame by itself."""
@@ -226,7 +226,7 @@ class TextBridge(Bridge):
 
     @abstractmethod
     def read_pairs(self, keys: Keys, text: BridgeText, given: BridgeInput, negatives: Keys | None = None) -> Passes:
-        """Query outputs of clips with texts beside them (ITM).
+        """Query outputs of clips together with texts (ITM).
 
         Args:
             keys: Clips.

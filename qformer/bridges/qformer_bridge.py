@@ -58,7 +58,7 @@ class QFormerBridge(TextBridge):
         return Keys(layers, tokens_BFPV.shape[1], percept.is_token, percept.is_frame_BF)
 
     def read_keys(self, keys: Keys, given: BridgeInput) -> Reading:
-        """Queries over every frame, with the clip's text beside each where there is one."""
+        """Queries over every frame, each together with the clip's text where there is one."""
         cache: list[KeyValue] = []
         if given.text is None:
             queries = self.qformer.forward_queries(keys.layers, keys.is_token)

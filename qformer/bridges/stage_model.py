@@ -9,7 +9,7 @@ from qformer.bridges.protocol import Bridge
 
 
 class StageModel(nn.Module):
-    """Holds a bridge's submodules under their own names, beside the heads of the stage.
+    """Holds a bridge's submodules under their own names, together with the heads of the stage.
 
     The bridge itself is no submodule, so that the names of its weights have no prefix, whichever stage trains it.
 
@@ -26,9 +26,7 @@ class StageModel(nn.Module):
         super().__init__()
         if stage not in bridge.config.stages:
             able = " and ".join(map(str, sorted(bridge.config.stages)))
-            raise ValueError(
-                f"model.bridge.kind={bridge.config.kind_name}: stage {stage} cannot train it, stage {able} can"
-            )
+            raise ValueError(f"model.bridge.kind={bridge.config.kind}: stage {stage} cannot train it, stage {able} can")
         own = itertools.chain(bridge.named_parameters(recurse=False), bridge.named_buffers(recurse=False))
         if (first := next(own, None)) is not None:
             raise ValueError(f"{type(bridge).__name__}.{first[0]} lies on the bridge itself; put it into a submodule")

@@ -131,7 +131,7 @@ def export_huggingface(checkpoint: Path, output: Path) -> LoadReport:
 
 def _refuse_unsupported(info: BridgeInfo) -> None:
     """Refuse a bridge that no model of Hugging Face computes."""
-    what = "" if info.bridge.is_image_qformer else f"a bridge of kind={info.bridge.kind_name!r}"
+    what = "" if info.bridge.is_image_qformer else f"a bridge of kind={info.bridge.kind!r}"
     what = what or (f"a branch for sound ({info.audio.name!r})" if info.audio is not None and info.audio_branch else "")
     if what:
         raise UserError(

@@ -172,9 +172,9 @@ def _bridge_start(module: StageModel, weights: Mapping[str, Tensor], info: Bridg
     own = {name: tensor for name, tensor in weights.items() if name not in heads}
     start = module.bridge.start_from(own, info.bridge)
     if start is None:
-        theirs, ours = info.bridge.kind_name, module.bridge.config.kind_name
+        theirs, ours = info.bridge.kind, module.bridge.config.kind
         raise UserError(
             f"init_from: {source} has a bridge of kind={theirs!r}, which does not start kind={ours!r}; set "
-            f"model.bridge.kind={theirs}, or start from a run that keeps frames apart (concatenate or mean)"
+            f"model.bridge.kind={theirs}, or start from another run"
         )
     return start._replace(weights=start.weights | heads)

@@ -257,7 +257,7 @@ class Stage1(StageModel):
             return None if mask is None else gather(mask, with_gradient=False)[negatives.image_B]
 
         masks = Masks(of_negatives(percept.is_token), of_negatives(percept.is_frame_BF))
-        keys = image.keys.chosen_from(fetched, place_B, masks)
+        keys = image.keys.take(fetched, place_B, masks)
         return NegativePairs(keys, negative_text(batch, negatives), negatives.has_negative_B)
 
     def caption(self, batch: Stage1Batch, reading: Reading) -> Term:

@@ -61,8 +61,8 @@ def encode_instructions(
 class Stage2(StageModel):
     """What stage 2 trains: a bridge, the projection to the LM's width, a branch for sound, the LM's LoRA.
 
-    With a text branch (`config.vocab_size` > 0) the bridge reads the instruction beside the image, as InstructBLIP
-    does; without, it is BLIP-2's.
+    With a text branch (`config.vocab_size` > 0) the bridge reads the instruction together with the image, as
+    InstructBLIP does; without, it is BLIP-2's.
 
     Args:
         config: Without the LM head, which only stage 1 uses.
@@ -105,7 +105,7 @@ class Stage2(StageModel):
         is_separate = audio is not None and not audio.is_joint
         self.audio = AudioBranch(config, audio, language_width) if audio and is_separate else None
         if trains_audio_alone and self.audio is None:
-            raise ValueError("trains_alone=true without a branch beside the frames; set model.audio, not is_joint")
+            raise ValueError("trains_alone=true without a branch for sound; set model.audio, not is_joint")
         self.lora = lora
         self.freeze_qformer, self.trains_audio_alone = freeze_qformer, trains_audio_alone
         # Queries alone become soft prompts.

@@ -200,6 +200,28 @@ def test_sizes_of_the_bridge_go_together():
     assert "model.qformer.dropout = 1" in message(TrainSettings, STAGE1, "model.qformer.dropout=1")
 
 
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ({"kind": "median"}, "model.bridge = {'kind': 'median'}: input tag 'median' .* expected tags: 'concatenate', "),
+        ({"num_queries": 8}, "'model.bridge.kind' is missing; the other keys of model.bridge go with one kind"),
+        ({"kind": "cascaded", "num_query": 8}, "unknown key 'model.bridge.num_query'; did you mean model.bridge.num_q"),
+        ({"kind": "mean", "num_layers": 8}, "unknown key 'model.bridge.num_layers'"),
+        ({"kind": "cascaded", "num_layers": 0}, "model.bridge.num_layers = 0: must be at least 1"),
+        ({"kind": "cascaded", "num_layers": "two"}, "model.bridge.num_layers = 'two': input should be a valid integer"),
+    ],
+)
+def test_mistakes_in_the_bridge(sets, expected):
+    text = message(TrainSettings, STAGE1, *(f"model.bridge.{name}={value}" for name, value in sets.items()))
+    assert re.search(expected, text) and "\n" not in text
+
+
+def test_loss_weights_are_open_to_the_names_of_a_bridge_s_terms():
+    weights = load(TrainSettings, STAGE1, ["optim.loss_weights.peak=0.5"]).optim.loss_weights
+    assert weights.by_name() == {"itc": 1.0, "itm": 1.0, "itg": 1.0, "lm": 1.0, "diversity": 0.0, "peak": 0.5}
+    assert "peak = -1: input should be greater" in message(TrainSettings, STAGE1, "optim.loss_weights.peak=-1")
+
+
 def test_nested_settings_of_the_library_are_read_and_written(tmp_path):
     loaded = load(CaptionSettings, None, [*CAPTION, "generation.top_p=0.9", "generation.seed=3"])
     assert (loaded.generation.top_p, loaded.generation.seed, loaded.generation.max_new_tokens) == (0.9, 3, 32)

@@ -101,12 +101,11 @@ def test_ruff_and_mypy_take_the_page_s_code(copy, blocks):
 def test_a_kind_without_a_case_is_an_error(copy, blocks):
     """An unknown kind cannot become another one: `build_bridge` ends in `assert_never`."""
     code = (
-        "import dataclasses\n"
         "from qformer.bridges.config import BaseBridgeConfig\n"
         "from qformer.bridges.table import build_bridge\n"
         "from qformer.config import QFormerConfig\n"
-        "class Other(BaseBridgeConfig):\n    kind = 'concatenate'\n"
-        "try:\n    build_bridge(Other(), QFormerConfig(encoder_width=8))\n"
+        "other = BaseBridgeConfig(kind='concatenate')\n"
+        "try:\n    build_bridge(other, QFormerConfig(encoder_width=8))\n"
         "except AssertionError:\n    print('refused')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment(copy), capture_output=True, text=True)

@@ -155,7 +155,14 @@ def ranks(folder):
 def pairs():
     sample = next(clips())
     pixels, valid = torch.from_numpy(sample.images), torch.from_numpy(IS_FRAME)
-    return PairBatch(pixels, valid, CAPTIONS, [""] * 4, None, ~torch.eye(4, dtype=torch.bool))
+    return PairBatch(
+        pixels_BFCYX=pixels,
+        frame_valid_BF=valid,
+        captions=CAPTIONS,
+        instructions=[""] * 4,
+        audio=None,
+        may_swap_BB=~torch.eye(4, dtype=torch.bool),
+    )
 
 
 def in_use(first, second):
@@ -173,7 +180,7 @@ def in_use(first, second):
     for figures in (probe_retriever(retriever, [sample], 0), probe_captioner(captioner, [sample], 0)):
         assert figures.num_texts == 4 and figures.queries.num_queries == 4
     decoded = [
-        DecodedMedia(pixels=clip, frame_valid=mask, waveforms=None, audio_valid=None)
+        DecodedMedia(pixels=clip, frame_valid=mask, size_bytes=1)
         for clip, mask in zip(sample.pixels_BFCYX.numpy(), IS_FRAME, strict=True)
     ]
     served = load_adapter(str(second), captioner.encoder, "cpu").soft_prompts(
