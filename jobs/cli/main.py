@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_job(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run one job; `python -m jobs.NAME` ends here too.
+    """Run one job; also the entry of `python -m jobs.NAME`.
 
     Args:
         name: A key of `JOBS`.
@@ -65,7 +65,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         The exit code, as `main`.
 
     Raises:
-        Exception: What the job raised, when no mistake of the user lies beneath it.
+        Exception: Error of the job that no mistake of the user caused.
     """
     job = JOBS[name]
     try:

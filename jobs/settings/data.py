@@ -38,7 +38,7 @@ class SourceSettings(Settings):
     split: str = "train"
     """Split of rows that name none. All splits but "train" are for evaluation."""
     name: str = ""
-    """What the column `source` says of its rows; "" for the last part of the path."""
+    """Value of the column `source` of its rows; "" for the last part of the path."""
 
 
 class RaySettings(Settings):
@@ -51,7 +51,7 @@ class RaySettings(Settings):
 
 
 class AudioSettings(Settings):
-    """Which segments of a video's sound are listened to, where there is an audio encoder.
+    """Segments of a video's sound for the audio encoder.
 
     They are evenly spread over the clip: the first begins with it, the last ends with it.
     """
@@ -71,7 +71,7 @@ class AudioSettings(Settings):
 
 
 class PixelSettings(Settings):
-    """Which rows of a manifest to take, and how they become pixels and sound."""
+    """Rows of a manifest, and their decoding to pixels and sound."""
 
     split: str = "train"
     kind: Literal["image", "video"] | None = None
@@ -106,7 +106,7 @@ class TrainDataSettings(PixelSettings):
     """A manifest as `qformer prepare` writes it, or any table with its columns; or a list of several, with `path` and
     `weight`. The sample ids of several get the last parts of their manifest's path in front."""
     mixture: Literal["proportional", "sqrt", "explicit"] = "proportional"
-    """How many rows of each manifest an epoch takes, which is as long as all manifests together: every row once; in
+    """Rows of each manifest in an epoch, which is as long as all manifests together: every row once; in
     proportion to the square root of their rows; or to the weights. A manifest drawn less goes on in the next epoch
     where it stopped; rows of one drawn more come again, after all its others came."""
     features: str | None = None

@@ -101,7 +101,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.value in keys and key_node.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
                 )
             keys.add(str(key_node.value))
         return super().construct_mapping(node, deep=deep)
@@ -163,7 +163,7 @@ def _assigned(values: Any, keys: tuple[str, ...], value: Any, text: str) -> Any:
         old = values[position] if position < len(values) else None
         return [*values[:position], _assigned(old, rest, value, text), *values[position + 1 :]]
     if values is not None and not isinstance(values, dict):
-        raise UserError(f"--set {text}: what stands before {head!r} is the value {values!r}, not a mapping")
+        raise UserError(f"--set {text}: the key before {head!r} has the value {values!r}, which is no mapping")
     if values is None and head == "0":
         return [_assigned(None, rest, value, text)]
     old = (values or {}).get(head)

@@ -1,4 +1,4 @@
-"""One line for each mistake in settings: where it stands, its whole key, and the fix."""
+"""One line for each mistake in settings: its place, its whole key, and the fix."""
 
 import difflib
 import re
@@ -80,7 +80,7 @@ def _shortened(value: Any, length: int = 80) -> str:
 def _origin(
     keys: tuple[str, ...], files: Sequence[tuple[Path, Any]], assignments: Sequence[tuple[tuple[str, ...], str]]
 ) -> str:
-    """Where the value at `keys` was written: the last override that reaches it, else the last such file."""
+    """Place of the value at `keys`: the last override that sets it, else the last file that does."""
     for assigned, text in reversed(assignments):
         if keys[: len(assigned)] == assigned:
             return f"--set {text}"
@@ -88,7 +88,7 @@ def _origin(
 
 
 def _file_of(keys: tuple[str, ...], files: Sequence[tuple[Path, Any]]) -> Path | None:
-    """The last file that holds the value at `keys` or, where none does, most of the way to it; else the first."""
+    """The last file with the value at `keys` or, if none has it, with most of its keys; else the first."""
     depths = [_depth(keys, values) for _, values in files]
     for path, depth in zip(reversed([path for path, _ in files]), reversed(depths), strict=True):
         if depth > 0 and depth == max(depths):
@@ -97,7 +97,7 @@ def _file_of(keys: tuple[str, ...], files: Sequence[tuple[Path, Any]]) -> Path |
 
 
 def _depth(keys: tuple[str, ...], values: Any) -> int:
-    """How many of `keys` a file's nest of values has; what is no mapping decides all that lies below it."""
+    """Number of `keys` that a file's values have; a value that is no mapping stands for all keys below it."""
     for depth, key in enumerate(keys):
         if not isinstance(values, dict):
             return len(keys)
@@ -108,7 +108,7 @@ def _depth(keys: tuple[str, ...], values: Any) -> int:
 
 
 def _first_required(model: type[Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Names below a missing part down to one that has no default: a whole part is no value that a person can give."""
+    """Names below a missing mapping down to a key that takes a value and has no default."""
     for key in keys:
         annotation = model.model_fields[key].annotation if key in getattr(model, "model_fields", {}) else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

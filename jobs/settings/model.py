@@ -25,12 +25,12 @@ class ModelSettings(Settings):
     language: Language | None = None
     """Frozen language model, for stage 2, decoder-only or T5; a string alone is its name."""
     tokenizer: str = "bert-base-uncased"
-    """Text tokenizer of the Q-Former: hub name, local folder, or "corpus" to learn WordPiece from the captions. A
-    Q-Former that reads text takes the one of `init_from` where that has one."""
+    """Text tokenizer of the Q-Former: hub name, local folder, or "corpus" to learn WordPiece from the captions. If
+    `init_from` has a tokenizer, a Q-Former that reads text takes that one."""
     max_text_tokens: int = Field(default=32, ge=4)
-    """Longest caption and longest prompt; longer ones lose their last words, and are counted."""
+    """Length limit of captions and prompts; longer ones are cut at the end, and counted."""
     prompt: str = ""
-    """Text put before every caption in stage 2, not counted in the loss; rows with an instruction bring their own."""
+    """Text before every caption in stage 2, not part of the loss; a row's instruction replaces it."""
     qformer_reads_prompt: bool = False
     """Stage 2: give prompt or instruction to the Q-Former as well as to the language model (InstructBLIP)."""
     lavis_reduction: bool = False
@@ -38,15 +38,15 @@ class ModelSettings(Settings):
     freeze_qformer: bool = False
     """Stage 2: train the projection to the language model alone (MiniGPT-4); needs `init_from`."""
     lora: LoraConfig | None = None
-    """Stage 2: also train low-rank updates of the language model; null: it stays as it is."""
+    """Stage 2: low-rank updates of the language model, which are trained too; null: none."""
     bridge: Annotated[BridgeConfig, Field(discriminator="kind")] = IMAGE_BRIDGE
-    """How the frames of a clip become what stage 2 reads, and with which weights; the other keys go with `kind`. An
-    image is a clip of one frame."""
+    """Bridge from the frames of a clip to the soft prompts; the other keys depend on `kind`. An image is a clip of one
+    frame."""
     qformer: QFormerSizes = QFormerSizes()
     qformer_init: str | None = None
     """Hugging Face BERT that the Q-Former starts from (hub name or local folder); null: random weights."""
     init_mismatch: Literal["refuse", "reinitialise"] = "refuse"
-    """What becomes of tensors that do not fit on starting from `qformer_init` or `init_from`."""
+    """Treatment of tensors of `qformer_init` or `init_from` that do not fit."""
 
 
 class LossWeightSettings(Settings):

@@ -1,4 +1,4 @@
-"""Keys that settings had under other names: what they are called now."""
+"""Former keys of settings, and their present names."""
 
 import copy
 from typing import Any
@@ -23,7 +23,7 @@ RENAMED = {
 def with_present_keys(values: dict[str, Any]) -> dict[str, Any]:
     """Move the values of former keys to the present ones, for files that an earlier version wrote.
 
-    A value whose new place lies below null is dropped: it described a model that is not there.
+    A value whose new place is below null is dropped: there is no such model.
 
     Args:
         values: Mapping as a YAML file holds it, every frozen model in its long form.

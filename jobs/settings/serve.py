@@ -19,37 +19,36 @@ from qformer.errors import UserError
 
 
 class ServiceSettings(Settings):
-    """What replicas are made of, whatever they serve."""
+    """Sizes and limits of the replicas."""
 
     requests: RequestLimits = RequestLimits()
     limits: ServingLimits = ServingLimits()
     fetch: FetchPolicy = FetchPolicy()
-    """Remote media; none unless `fetch.hosts` names hosts."""
+    """Download of remote media; none unless `fetch.hosts` names hosts."""
     generation: GenerationSettings = GenerationSettings()
-    """What requests get that do not ask otherwise; without beams."""
+    """Defaults of requests; beam search is not available."""
     fused: bool | None = None
-    """Everything in one replica, without ways between processes, which then scales by `ingress`; null: where this
-    command starts Ray itself, on one machine. Else media, encoder and generator are deployments that scale by
-    themselves."""
+    """Whether one replica does everything, which then scales by `ingress`; false: media, encoder and generator are
+    deployments that scale separately; null: true if this command starts Ray itself, on one machine."""
     ingress: IngressScale = IngressScale()
     media: MediaScale = MediaScale()
     encoder: EncoderScale = EncoderScale()
     generator: GeneratorScale = GeneratorScale()
     decode_children: int = Field(default=2, ge=1)
-    """Files that a media replica decodes side by side, each in a process of its own."""
+    """Files that a media replica decodes in parallel, each in a separate process."""
     max_batch_frames: int = Field(default=32, ge=1)
     """Images and frames of one pass of the encoder."""
     max_loaded_adapters: int = Field(default=16, ge=1)
-    """Adapters that an encoder replica keeps; the one used longest ago goes first."""
+    """Most adapters in the memory of an encoder replica; the least recently used is removed first."""
     max_sequences: int = Field(default=32, ge=1)
-    """Answers that a generator replica writes at a time; others wait."""
+    """Answers that a generator replica generates at a time; others wait."""
     kv_tokens: int = Field(default=16_384, ge=1)
-    """Tokens of prompts and answers whose keys and values a generator replica keeps at a time."""
+    """Tokens in the key-value cache of a generator replica, of prompts and answers."""
     use_gpu: bool = False
     """One GPU for each replica of encoder and generator, or of everything."""
 
     def config(self, backbones: Backbones, *, counts_quotas: bool, is_local: bool) -> ServingConfig:
-        """What the serving plane takes.
+        """Build the configuration of the serving plane.
 
         Raises:
             UserError: If `generation` searches with beams.
@@ -77,14 +76,14 @@ class ServeSettings(ServiceSettings):
     """Run folder (its newest checkpoint) or one checkpoint folder, of either stage; what a request gets that names no
     model."""
     name: str | None = None
-    """How requests name it; null: the run folder's name."""
+    """Name of the checkpoint in requests; null: the run folder's name."""
     adapters: dict[str, str] = {}
-    """Further checkpoints over the same frozen encoder and language model, by the names that requests choose."""
+    """Further checkpoints for the same frozen encoder and language model, by their names in requests."""
     host: str = "127.0.0.1"
     """Loopback unless you mean to open the endpoint to the network, which wants `api_keys`."""
     port: int = Field(default=8000, ge=1, le=65535)
     api_keys: str | None = None
-    """File (path or fsspec URI) of those who may ask, as `qformer serve --make-key NAME` writes it; null: everybody."""
+    """File (path or fsspec URI) of API keys, as `qformer serve --make-key NAME` writes it; null: open access."""
     allow_open: bool = False
     """Without API keys, listen beyond loopback, or on loopback under names that are not this machine's."""
     ray: RaySettings = RaySettings()

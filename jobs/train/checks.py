@@ -1,4 +1,4 @@
-"""What training refuses before any worker starts."""
+"""Checks of the settings and the data before any worker starts."""
 
 import functools
 
@@ -100,7 +100,7 @@ def _check_video(settings: TrainSettings) -> None:
         )
     if model.audio_branch.trains_alone and (model.audio is None or is_fresh):
         raise UserError(
-            "model.audio_branch.trains_alone=true trains a branch beside a trained bridge: set model.audio to an audio "
+            "model.audio_branch.trains_alone=true trains a branch of a trained bridge: set model.audio to an audio "
             "encoder and init_from to a run"
         )
 

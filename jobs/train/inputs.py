@@ -1,4 +1,4 @@
-"""How the settings of a training run name what it reads."""
+"""Inputs of a training run from its settings: paths, tokenizer, model and decoding."""
 
 import dataclasses
 
@@ -76,7 +76,7 @@ def model_choice(
 def decode_settings(
     settings: TrainSettings, preprocessing: Preprocessing, audio: AudioSampling | None
 ) -> DecodeSettings:
-    """How this run's files become pixels and, where it has an audio encoder, sound."""
+    """Decoding of this run's files to pixels and, with an audio encoder, sound."""
     data = settings.data
     return DecodeSettings(
         preprocessing=preprocessing,
@@ -93,6 +93,3 @@ def tokenizer_folder(settings: TrainSettings) -> str:
     if settings.model.tokenizer != LEARN_TOKENIZER:
         return settings.model.tokenizer
     return storage.join(settings.output, TOKENIZER_FOLDER)
-
-
-# FIX

@@ -119,7 +119,7 @@ def _max_failures(settings: TrainSettings) -> int:
 
 
 def _learn_tokenizer(settings: TrainSettings, corpus: Corpus) -> None:
-    """Learn the vocabulary once per run; a resumed run keeps its own."""
+    """Learn the vocabulary once per run; a resumed run has one."""
     from pipelines.training.run.vocabulary import learn_text_tokenizer
 
     folder = tokenizer_folder(settings)

@@ -1,4 +1,4 @@
-"""What the driver hands to every rank of a training run: one typed object."""
+"""The one typed object that every rank of a training run gets from the driver."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from qformer.bridges.protocol import WeightStart
+from qformer.bridges.stage_model import StageModel
 from qformer.config import LanguageSpec
-from qformer.conversion.bridge_start import bridge_start
-from qformer.conversion.checkpoint import read_info, read_weights
+from qformer.conversion.checkpoint import BridgeInfo, read_info, read_weights
 from qformer.conversion.report import LoadReport
 from qformer.errors import UserError
 from qformer.objectives.stage1 import Stage1
@@ -23,6 +24,16 @@ _STAGE1_ONLY = (
     "itm_head.",
     "temperature",
 )
+_HEADS = (
+    "vision_projection.",
+    "text_projection.",
+    "itm_head.",
+    "temperature",
+    "language_projection.",
+    "audio.",
+    "lora.",
+)
+"""Beginnings of the names that belong to a stage and not to its bridge."""
 _LANGUAGE_SIDE = ("language_projection.", "lora.")
 
 
@@ -100,7 +111,7 @@ def start_stage1(trainables: Stage1, folder: Path, *, allow_mismatch: bool = Fal
     """
     require_stage1(folder)
     source = repr(str(folder))
-    start = bridge_start(trainables, read_weights(folder), read_info(folder), source=source)
+    start = _bridge_start(trainables, read_weights(folder), read_info(folder), source=source)
     return load_matching(trainables, **start._asdict(), source=source, allow_mismatch=allow_mismatch)
 
 
@@ -130,7 +141,7 @@ def start_stage2(
     new += [] if info.qformer.has_text_branch else TEXT_BRANCH
     new += [] if info.audio_branch == trainables.audio_config else ["audio."]
     dropped = [*(_STAGE1_ONLY if info.stage == 1 else ()), *(() if reads_text else TEXT_BRANCH)]
-    start = bridge_start(trainables, weights, info, source=source)
+    start = _bridge_start(trainables, weights, info, source=source)
     return load_matching(
         trainables,
         start.weights,
@@ -143,3 +154,27 @@ def start_stage2(
 
 def _has_part(name: str, parts: Sequence[str]) -> bool:
     return any(part in f".{name}" if part.startswith(".") else part in name for part in parts)
+
+
+def _bridge_start(module: StageModel, weights: Mapping[str, Tensor], info: BridgeInfo, *, source: str) -> WeightStart:
+    """Rename a checkpoint's weights.
+
+    Args:
+        module: Model to start.
+        weights: Weights of the checkpoint.
+        info: Description of the checkpoint.
+        source: Name of the checkpoint in messages.
+
+    Raises:
+        UserError: If its bridge cannot start the module's.
+    """
+    heads = {name: tensor for name, tensor in weights.items() if name.startswith(_HEADS)}
+    own = {name: tensor for name, tensor in weights.items() if name not in heads}
+    start = module.bridge.start_from(own, info.bridge)
+    if start is None:
+        theirs, ours = info.bridge.kind_name, module.bridge.config.kind_name
+        raise UserError(
+            f"init_from: {source} has a bridge of kind={theirs!r}, which does not start kind={ours!r}; set "
+            f"model.bridge.kind={theirs}, or start from a run that keeps frames apart (concatenate or mean)"
+        )
+    return start._replace(weights=start.weights | heads)

@@ -1,4 +1,4 @@
-"""The frozen encoders of a run on one rank: run on every batch, or what a feature cache kept of them."""
+"""The frozen encoders of a run on one rank, or their outputs from a feature cache."""
 
 from typing import cast
 
@@ -21,8 +21,8 @@ class FrozenEncoders:
     """The encoders of a batch's pictures and of its sound.
 
     Args:
-        choice: Names them.
-        device: Where they run.
+        choice: Frozen models and bridge of the run.
+        device: Device of the encoders.
         dtype: Number format of their weights.
         features: Spec of the feature cache that takes their place; None runs them.
 
@@ -30,9 +30,9 @@ class FrozenEncoders:
         UserError: If one cannot be loaded, or the cache is of another.
 
     Attributes:
-        modules: Those that are held, by name.
+        modules: The loaded encoders by name.
         fingerprints: Digests of encoders that only a feature cache records.
-        preprocessing: What pictures are made into for them.
+        preprocessing: Input contract of the vision encoder.
         vision_width: Width of the vision encoder's tokens.
         audio_width: Width of the audio encoder's vectors; None without audio encoder.
         audio_sampling: Segments of sound; None without audio encoder.
@@ -48,7 +48,7 @@ class FrozenEncoders:
         self.audio_sampling: AudioSampling | None = None
         self._audio: AudioEncoder | None = None
         if features is not None:
-            self._take(choice, features)
+            self._read_spec(choice, features)
             return
         if choice.audio is not None:
             self._audio = self._audio_encoder(choice, choice.audio, dtype)
@@ -57,13 +57,13 @@ class FrozenEncoders:
         self.preprocessing, self.vision_width = encoder.preprocessing, encoder.width
 
     def encode(self, batch: SampleBatch) -> Tensor:
-        """Tokens_BFPV of a batch of pixels, or of tokens that a cache kept; fp32 on the device."""
+        """tokens_BFPV of a batch of pixels or of cached tokens; fp32 on the device."""
         images = torch.from_numpy(batch.images).to(self._device, non_blocking=True)
         encoder = self.modules.get("vision")
         return cast(Tensor, images if encoder is None else encoder(images)).float()
 
     def encode_audio(self, batch: SampleBatch) -> Sound | None:
-        """Vectors of a batch's sound, or those that a cache kept; None where none was asked for."""
+        """Vectors of a batch's sound, encoded or cached; None without audio encoder."""
         if self.audio_width is None or batch.audio is None or batch.audio_valid is None:
             return None
         audio, is_segment_BA = torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid)
@@ -78,7 +78,7 @@ class FrozenEncoders:
         self.modules["audio"], self.audio_width, self.audio_sampling = encoder, encoder.width, sampling
         return encoder
 
-    def _take(self, choice: ModelChoice, features: FeatureSpec) -> None:
+    def _read_spec(self, choice: ModelChoice, features: FeatureSpec) -> None:
         features = features if choice.audio else features.without_audio()
         _require_same(choice, features)
         self.fingerprints["vision"] = features.weights

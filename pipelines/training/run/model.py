@@ -34,7 +34,7 @@ from qformer.text import TextTokenizer, load_text_tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What changes with every step beside the trainables, and belongs into a checkpoint with them."""
+    """State of a training that changes with every step, besides the trainables."""
 
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -48,8 +48,8 @@ class TrainingRun:
     """Frozen backbones and the trainables of one stage, on one device.
 
     Args:
-        choice: What to build.
-        device: Where.
+        choice: Frozen models and bridge.
+        device: Device of the model.
         precision: "bf16" and "fp16" keep frozen weights in that; trainables are always fp32.
         seed: Seed of the trainables' initial weights.
         features: Spec of the feature cache that takes the encoder's place; None runs the encoder.
@@ -100,12 +100,12 @@ class TrainingRun:
 
     @property
     def trainable_names(self) -> list[str]:
-        """Exactly the parameters that the optimizer moves."""
+        """Names of the parameters that the optimizer changes."""
         return sorted(name for name, p in self.stage.trainables.named_parameters() if p.requires_grad)
 
     @property
     def num_trainable(self) -> int:
-        """Numbers in them."""
+        """Number of trainable values."""
         return sum(p.numel() for p in self.stage.trainables.parameters() if p.requires_grad)
 
     def num_truncated(self) -> int:
@@ -134,7 +134,7 @@ class TrainingRun:
         )
 
     def checkpoint(self, step: int, training: "Training", accounting: Accounting, *, settings: str) -> Checkpoint:
-        """The run as it stands after `step` steps, in copies."""
+        """A copy of the run's state after `step` steps."""
         raw, ema = copy_to_cpu(self.stage.trainables.state_dict()), training.ema
         log_variances = training.objective.log_variances
         state = TrainingState(
@@ -214,7 +214,7 @@ class TrainingRun:
         if folder is not None:
             allow = self.choice.init_mismatch == "reinitialise"
             self.load_report = str(start_stage1(stage1, folder, allow_mismatch=allow))
-        self._hold_frozen(stage1.to(device), is_whole=False)
+        self._record_frozen(stage1.to(device), is_whole=False)
         return RepresentationStage(encode, stage1, self.tokenizer, self._micro_batch)
 
     def _generation_stage(
@@ -253,7 +253,7 @@ class TrainingRun:
             )
             self.load_report = f"{report}; {self.load_report}" if choice.qformer_init else str(report)
         stage2 = stage2.to(device)
-        self._hold_frozen(stage2, is_whole=choice.freeze_qformer or choice.audio_branch.trains_alone)
+        self._record_frozen(stage2, is_whole=choice.freeze_qformer or choice.audio_branch.trains_alone)
         return GenerationStage(
             encode,
             stage2,
@@ -265,19 +265,19 @@ class TrainingRun:
             encode_audio=self._encode_audio,
         )
 
-    def _hold_frozen(self, model: Stage1 | Stage2, *, is_whole: bool) -> None:
-        """See to it that a Q-Former which this run does not train stays as it is."""
+    def _record_frozen(self, model: Stage1 | Stage2, *, is_whole: bool) -> None:
+        """Record the parts of the bridge that this run does not train, so that `assert_frozen` checks them."""
         self._own_parts = dict(model.bridge.frozen_parts(is_whole=is_whole))
         self.frozen |= self._own_parts
 
     def _tokenizer(self, folder: Path | None) -> TextTokenizer:
-        """That of the checkpoint to start from: its text branch knows no other's words."""
+        """The tokenizer of the checkpoint with the initial weights; else the configured one."""
         own = None if folder is None else folder / TOKENIZER_FOLDER
         name = self.choice.tokenizer if own is None or not own.is_dir() else str(own)
         return load_text_tokenizer(name, self.choice.max_text_tokens)
 
     def _start(self, model: Stage1 | Stage2) -> None:
-        """Start from a BERT where the settings name one."""
+        """Initialise from a BERT if the settings name one."""
         if self.choice.qformer_init is not None:
             allow = self.choice.init_mismatch == "reinitialise"
             if (qformer := model.bridge.image_qformer) is None:

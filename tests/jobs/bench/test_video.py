@@ -4,7 +4,7 @@ from multiprocessing import Pipe
 from threading import Thread
 
 from jobs.bench import video
-from jobs.bench.video import FROZEN, WAYS, Measured, VideoCase, measure
+from jobs.bench.video import FROZEN, WAYS, VideoCase, VideoTimes, measure
 from qformer.config import QFormerConfig
 
 CONFIG = QFormerConfig(encoder_width=24, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48)
@@ -50,7 +50,7 @@ def test_every_way_is_told_at_every_length_and_the_lengths_take_turns(monkeypatc
 
 def test_the_bars_are_the_worst_of_their_kind():
     def one(forward, step):
-        return Measured({"forward": forward, "step": step}, 1, forward)
+        return VideoTimes({"forward": forward, "step": step}, 1, forward)
 
     found = {(name, frames): one(1.0, 3.0) for name in WAYS for frames in (8, 16, 64)}
     found |= {("cascaded", 16): one(10.0, 30.0), ("cascaded", 64): one(40.0, 129.0), (FROZEN, 16): one(10.0, 11.0)}

@@ -156,7 +156,7 @@ def test_resolved_yaml_is_read_back_the_same(tmp_path):
         ("=3", "write --set key=value"),
         ("model..vision=x", "write --set key=value"),
         ("output=[", "not valid YAML"),
-        ("steps.more=1", "what stands before 'more' is the value 250000, not a mapping"),
+        ("steps.more=1", "the key before 'more' has the value 250000, which is no mapping"),
     ],
 )
 def test_mistakes_in_overrides(override, expected):
@@ -221,7 +221,7 @@ def test_unknown_key_inside_a_list_of_settings():
         ("steps: 5\nstpes: 6\n", "unknown key 'stpes'; did you mean steps?"),
         ("- a\n- b\n", "holds a list"),
         ("steps: [1\n", "is not valid YAML"),
-        ("steps: 1\nsteps: 2\n", "the key 'steps' stands twice (line 2, column 1)"),
+        ("steps: 1\nsteps: 2\n", "the key 'steps' is given twice (line 2, column 1)"),
         ("steps: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),  # builds no objects
         ("\x00", "is not valid YAML"),
     ],

@@ -36,7 +36,7 @@ TINY = QFormerSizes(
 )
 
 JOINT = {
-    **{"vision": "v", "language": "l", "audio": "a", "temporal": "cascaded", "video": {"freeze_frames": False}},
+    **{"vision": "v", "language": "l", "audio": "a", "bridge": {"kind": "cascaded", "freeze_frames": False}},
     "audio_branch": {"is_joint": True},
 }
 

@@ -11,12 +11,14 @@ from jobs.evaluate import job as evaluate
 from jobs.settings.corpus import FeaturesSettings, PrepareSettings
 from jobs.settings.data import AudioSettings, DataSettings, SourceSettings, TrainDataSettings
 from jobs.settings.evaluate import CaptionSettings, EvaluateSettings
-from jobs.settings.model import ModelSettings, OptimSettings, VideoSettings
+from jobs.settings.model import ModelSettings, OptimSettings
 from jobs.settings.train import TrainSettings
 from jobs.train import job as train
 from pipelines.data.corpus.manifest import read_manifest
 from pipelines.training.records.metrics_log import read_metrics
 from pipelines.training.run.model_choice import AudioBranchOptions
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.spatio_temporal import SpatioTemporalConfig
 from qformer.config import GenerationSettings, QFormerSizes
 from tests.jobs.train_jobs import REPOSITORY
 from tests.tiny_audio import write_encoder
@@ -72,6 +74,12 @@ def prepared(ray_local, test_data_dir, tmp_path_factory):
     return folder
 
 
+BRIDGES = {
+    "cascaded": CascadedConfig(num_queries=4, freeze_frames=False),
+    "spatio_temporal": SpatioTemporalConfig(freeze_attention=False),
+}
+
+
 def _rows(prepared):
     return read_manifest(str(prepared / "prepared"), "train", needs_captions=True, kind=None)
 
@@ -85,8 +93,7 @@ def _train_settings(prepared, temporal, output, **data):
             language=str(MODELS / "language"),
             audio=str(prepared / "ast"),
             audio_branch=AudioBranchOptions(num_queries=4),
-            temporal=temporal,
-            video=VideoSettings(num_queries=4, freeze_frames=False, freeze_attention=False),
+            bridge=BRIDGES[temporal],
             qformer=QFormerSizes(
                 hidden_size=32,
                 num_layers=2,

@@ -5,15 +5,15 @@ import torch
 
 from pipelines.inference.models import load_captioner, load_retriever
 from qformer.config import GenerationSettings
-from tests.qformer.bridges.clips import CLOSE, WAYS, video
+from tests.qformer.bridges.clips import CLOSE, WAYS, bridge
 from tests.tiny_checkpoints import write_stage1, write_stage2
 
 IS_FRAME = torch.tensor([[True, False, True, False], [True, True, True, True]])
 
 
-def pixels(bridge):
+def pixels(model):
     """Two clips; what the padding of the first shows is another picture each time."""
-    size = bridge.preprocessing.height
+    size = model.preprocessing.height
     clips = torch.randint(0, 256, (2, 4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     other = clips.clone()
     other[~IS_FRAME] = 255 - other[~IS_FRAME]
@@ -22,7 +22,7 @@ def pixels(bridge):
 
 @pytest.mark.parametrize("temporal", WAYS)
 def test_a_captioner_reads_the_real_frames(temporal, tmp_path):
-    captioner = load_captioner(write_stage2(tmp_path / "two", video=video(temporal)))
+    captioner = load_captioner(write_stage2(tmp_path / "two", bridge=bridge(temporal)))
     clips, other = pixels(captioner)
     prompts = captioner.soft_prompts(clips, frame_valid=IS_FRAME)
     assert all(
@@ -38,7 +38,7 @@ def test_a_captioner_reads_the_real_frames(temporal, tmp_path):
 
 @pytest.mark.parametrize("temporal", WAYS)
 def test_a_retriever_sees_the_real_frames(temporal, tmp_path):
-    retriever = load_retriever(write_stage1(tmp_path / "one", video=video(temporal)))
+    retriever = load_retriever(write_stage1(tmp_path / "one", bridge=bridge(temporal)))
     clips, other = pixels(retriever)
     texts = ["a small red circle", "a large blue triangle"]
     embeds, tokens = retriever.embed_image(clips, IS_FRAME)

@@ -4,13 +4,16 @@ import dataclasses
 
 import pytest
 
-from qformer.bridges.config import AudioConfig, VideoConfig
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.config import AudioConfig
+from qformer.bridges.spatio_temporal import SpatioTemporalConfig
+from qformer.bridges.table import IMAGE_BRIDGE, bridge_config
 from qformer.config import AudioSpec, LanguageSpec, QFormerConfig
 from qformer.conversion.checkpoint import BridgeInfo, load_weights, save_bridge
 from qformer.conversion.huggingface import export_huggingface
 from qformer.conversion.initialisation import start_stage1, start_stage2
 from qformer.errors import UserError
-from tests.qformer.bridges.clips import CONFIG, JOINED, VIDEO, stage1, stage2, video
+from tests.qformer.bridges.clips import CONFIG, JOINED, bridge, stage1, stage2
 from tests.tiny_checkpoints import info_of
 
 AUDIO = AudioConfig(encoder_width=10, num_queries=3, num_layers=1)
@@ -21,7 +24,7 @@ def save(folder, model, **more):
     folder.mkdir()
     stage = 1 if hasattr(model, "itm_head") else 2
     config = CONFIG if stage == 1 else READS_NOTHING
-    info = dataclasses.replace(info_of(stage, config, "a" if stage == 2 else None), video=model.video, **more)
+    info = dataclasses.replace(info_of(stage, config, "a" if stage == 2 else None), bridge=model.bridge.config, **more)
     save_bridge(folder, info, model.state_dict(), None)
     return folder
 
@@ -30,12 +33,12 @@ def save(folder, model, **more):
 def test_a_description_survives_its_file(temporal):
     info = dataclasses.replace(
         info_of(2, READS_NOTHING, "a"),
-        video=video(temporal),
+        bridge=bridge(temporal),
         audio=AudioSpec("b", pretrained=False),
         audio_branch=AUDIO,
     )
     assert BridgeInfo.from_json(info.to_json()) == info
-    older = info.to_json().replace('"video"', '"unknown"')
+    older = info.to_json().replace('"bridge"', '"unknown"')
     with pytest.raises(UserError, match="damaged"):
         BridgeInfo.from_json(older)
 
@@ -44,10 +47,10 @@ def test_an_older_description_keeps_frames_apart():
     import json
 
     values = json.loads(info_of(2, READS_NOTHING, "a").to_json())
-    for name in ("video", "audio", "audio_branch", "audio_pretrained"):
+    for name in ("bridge", "audio", "audio_branch"):
         del values[name]
     info = BridgeInfo.from_json(json.dumps(values))
-    assert info.video == VideoConfig() and info.audio_branch is None
+    assert info.bridge == IMAGE_BRIDGE and info.audio_branch is None
 
 
 @pytest.mark.parametrize("temporal", JOINED)
@@ -108,14 +111,14 @@ def test_a_branch_for_sound_begins_anew_beside_a_trained_bridge(tmp_path):
 @pytest.mark.parametrize(("theirs", "ours"), [("cascaded", "spatio_temporal"), ("cascaded", "mean"), (*JOINED[::-1],)])
 def test_another_way_to_join_frames_is_no_beginning(tmp_path, theirs, ours):
     folder = save(tmp_path / "one", stage1(theirs))
-    with pytest.raises(UserError, match=f"temporal='{theirs}', which does not start temporal='{ours}'"):
+    with pytest.raises(UserError, match=f"kind='{theirs}', which does not start kind='{ours}'"):
         start_stage1(stage1(ours), folder)
 
 
 @pytest.mark.parametrize("temporal", JOINED)
 def test_hugging_face_has_no_place_for_joined_frames(tmp_path, temporal):
     folder = save(tmp_path / "two", stage2(temporal))
-    with pytest.raises(UserError, match=f"temporal='{temporal}'.*no place"):
+    with pytest.raises(UserError, match=f"kind='{temporal}'.*no place"):
         export_huggingface(folder, tmp_path / "out")
 
 
@@ -125,18 +128,15 @@ def test_hugging_face_has_no_place_for_sound(tmp_path):
         export_huggingface(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"num_layers": 0}, "num_layers=0 must be at least 1"), ({"temporal": "median"}, "temporal='median' is none of")],
-)
-def test_sizes_that_cannot_be_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(VIDEO, **change)
+def test_sizes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="num_layers=0 must be at least 1"):
+        dataclasses.replace(bridge("cascaded"), num_layers=0)
+    with pytest.raises(ValueError, match="bridge kind='median' is none of concatenate, mean,"):
+        bridge_config({"kind": "median"})
 
 
 def test_the_shapes_of_the_q_former_that_is_read():
     config = QFormerConfig(encoder_width=20, hidden_size=8, num_heads=2, num_queries=3, vocab_size=9)
-    cascade = VideoConfig(temporal="cascaded", num_queries=4, num_layers=1).reader(config)
+    cascade = CascadedConfig(num_queries=4, num_layers=1).reader(config)
     assert (cascade.encoder_width, cascade.num_queries, cascade.num_layers, cascade.vocab_size) == (8, 4, 1, 9)
-    assert VideoConfig(temporal="spatio_temporal").reader(config).num_queries == 65
-    assert VideoConfig(temporal="mean").reader(config) is config
+    assert SpatioTemporalConfig().reader(config).num_queries == 65

@@ -12,13 +12,13 @@ from pipelines.data.media.samples import Limits
 from pipelines.data.order.global_batches import Order
 from pipelines.data.order.mixture import Corpus, MixtureSource
 from pipelines.data.order.row_index import TableRows
-from pipelines.evaluation.protocols.row_results import answers, collect
+from pipelines.evaluation.protocols.row_results import collect, result_table
 from tests.pipelines.data.builders import DECODE, image_manifest, manifest
 
 
 class _NoModel:
     def __call__(self, block):
-        return answers(to_batch(block), {})
+        return result_table(to_batch(block), {})
 
 
 def test_an_unknown_protocol_stops_the_run(tmp_path, ray_local):

@@ -25,6 +25,7 @@ from pipelines.serving.workers.media import MediaWorker
 from pipelines.training.records.accounting import Accounting
 from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
+from qformer.bridges.cascaded import CascadedConfig
 from qformer.config import AudioSpec
 from qformer.conversion.checkpoint import INFO_FILE
 from qformer.errors import UserError
@@ -44,7 +45,7 @@ def checkpoint(tmp_path_factory):
     write_encoder(folder / "ast", "ast")
     segments = AudioSegments(num_segments=3, segment_s=1.0)
     chosen = dataclasses.replace(
-        choice(2, ""), num_frames=4, temporal="cascaded", audio=AudioSpec(str(folder / "ast")), segments=segments
+        choice(2, ""), num_frames=4, bridge=CascadedConfig(), audio=AudioSpec(str(folder / "ast")), segments=segments
     )
     run = TrainingRun(chosen, torch.device("cpu"), precision="fp32", seed=5, init_from=None)
     written = run.checkpoint(1, make_training(run), Accounting(), settings="stage: 2\n")

@@ -26,6 +26,8 @@ from pipelines.training.run.checkpoint import write_checkpoint
 from pipelines.training.run.model import TrainingRun
 from pipelines.training.run.model_choice import AudioBranchOptions
 from qformer.audio import load_audio
+from qformer.bridges.cascaded import CascadedConfig
+from qformer.bridges.mean import MeanConfig
 from qformer.config import AudioSpec, GenerationSettings
 from qformer.errors import UserError
 from tests.pipelines.data.builders import manifest, stairs, write_clip, write_sounding_clip
@@ -43,7 +45,7 @@ LOSS_TOLERANCE = 1e-5
 def chosen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ast")
     write_encoder(folder, "ast")
-    return dataclasses.replace(choice(2, ""), temporal="mean", audio=AudioSpec(str(folder)), segments=SEGMENTS)
+    return dataclasses.replace(choice(2, ""), bridge=MeanConfig(), audio=AudioSpec(str(folder)), segments=SEGMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def test_segments_that_the_encoder_cannot_hear_are_refused(chosen):
     "part", ["frames.positions.table_MD", "frames.qformer.query_tokens", "language_projection.bias"]
 )
 def test_all_of_the_bridge_is_held_where_the_branch_is_trained_alone(chosen, part):
-    run = _run(dataclasses.replace(chosen, temporal="cascaded", audio_branch=AudioBranchOptions(trains_alone=True)))
+    run = _run(dataclasses.replace(chosen, bridge=CascadedConfig(), audio_branch=AudioBranchOptions(trains_alone=True)))
     assert {name.partition(".")[0] for name in run.trainable_names} == {"audio"}
     run.assert_frozen()
     with torch.no_grad():

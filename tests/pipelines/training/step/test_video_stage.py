@@ -14,7 +14,7 @@ from qformer.bridges.audio_branch import Sound
 from qformer.bridges.config import AudioConfig
 from qformer.language import build_language_model
 from qformer.objectives.stage2 import Stage2
-from tests.qformer.bridges.clips import CLOSE, CONFIG, WAYS, frames, spread, stage1, video
+from tests.qformer.bridges.clips import CLOSE, CONFIG, WAYS, bridge, frames, spread, stage1
 from tests.qformer.test_language import tiny_language
 from tests.tiny_checkpoints import text_tokenizer
 
@@ -49,7 +49,7 @@ def see(batch):
     return torch.from_numpy(batch.images)
 
 
-def hear(batch):
+def encode_audio(batch):
     return None if batch.audio is None else Sound(torch.from_numpy(batch.audio), torch.from_numpy(batch.audio_valid))
 
 
@@ -57,9 +57,11 @@ def generation_stage(temporal, micro_batch=None, **arguments):
     language = tiny_language("llama")
     torch.manual_seed(2)
     config = dataclasses.replace(CONFIG, vocab_size=0)
-    bridge = spread(Stage2(config, language_width=language.width, video=video(temporal), **arguments))
+    model = spread(Stage2(config, language_width=language.width, bridge=bridge(temporal), **arguments))
     language = build_language_model(language.model, language.tokenizer, 16)
-    return GenerationStage(see, bridge, language, None, prompt="", max_tokens=16, micro_batch=micro_batch, hear=hear)
+    return GenerationStage(
+        see, model, language, None, prompt="", max_tokens=16, micro_batch=micro_batch, encode_audio=encode_audio
+    )
 
 
 def losses(stage, batch):
