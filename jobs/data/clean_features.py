@@ -29,10 +29,10 @@ class CleanFeaturesSettings(Settings):
 
 
 def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
-    """Print for every cache whether it is used and why; with `confirm`, remove the others.
+    """Print for every cache whether it stays and why; with `confirm`, remove the others.
 
     Returns:
-        "removed" (or, without `confirm`, "removable") and "used": lists of folders.
+        "removed" (or, without `confirm`, "removable") and "kept": lists of folders.
 
     Raises:
         UserError: If a folder does not exist, or a run's settings cannot be read: they may name a cache.
@@ -53,7 +53,7 @@ def main(settings: CleanFeaturesSettings) -> dict[str, Any]:
             print(f"unused  {line}; no run below {', '.join(settings.runs)} refers to it")
     if unused and not settings.confirm:
         print("nothing was removed; add --set confirm=true to remove what is unused")
-    return {"removed" if settings.confirm else "removable": unused, "used": used}
+    return {"removed" if settings.confirm else "removable": unused, "kept": used}
 
 
 def _referred_caches(folder: str) -> list[str]:

@@ -245,4 +245,4 @@ def test_what_decides_sound_is_in_the_fingerprint(tmp_path, choice):
     with pytest.raises(UserError, match="does not fit .*audio: None in the cache"):
         spec.require_same(spec.without_audio())
     with pytest.raises(UserError, match="segment_s=9 is longer than the 2.57"):
-        dataclasses.replace(choice, segment_s=9.0).load()
+        dataclasses.replace(choice, segments=dataclasses.replace(choice.segments, segment_s=9.0)).load()
