@@ -83,9 +83,9 @@ class DirectModel:
         """Generate a greedy answer of exactly `num_tokens` tokens."""
         captioner = self._captioner
         pixels = torch.from_numpy(self._decoder.decode(kind="image", data=image).pixels)[None]
-        prompts_BNL = captioner.stage2(captioner.encoder.features(pixels))
+        [prompts_NL] = captioner.stage2(captioner.encoder.features(pixels)).rows()
         request = EngineRequest(
-            inputs_SL=segment_inputs(captioner.language, [prompts_BNL[0], question]),
+            inputs_SL=segment_inputs(captioner.language, [prompts_NL, question]),
             settings=RequestSettings(max_new_tokens=num_tokens),
             is_streamed=False,
         )

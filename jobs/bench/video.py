@@ -181,7 +181,7 @@ def _forward(bridge: Stage2, clip_BFPV: Tensor) -> None:
 def _step(bridge: Stage2, clip_BFPV: Tensor) -> None:
     bridge.train()
     with torch.autocast(clip_BFPV.device.type, dtype=torch.bfloat16, enabled=clip_BFPV.is_cuda):
-        prompts_BNL = bridge(clip_BFPV)
+        prompts_BNL = bridge(clip_BFPV).prompts_BNL
     prompts_BNL.float().square().mean().backward()
 
 

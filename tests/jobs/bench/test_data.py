@@ -54,7 +54,7 @@ def test_every_peer_reads_the_frames_that_ours_reads(tmp_path, gop):
     assert ours.shape == (8, 3, 224, 224)
     # The picture pans: another frame would differ by far more than another scaler.
     assert np.abs(np.diff(ours.astype(np.int16), axis=0)).mean() > 2 * data.MAX_CLIP_LEVELS
-    read = {name: data_peers._tried(reader, path) for name, reader in VIDEO_READS.items()}
+    read = {name: data_peers._read_or_error(reader, path) for name, reader in VIDEO_READS.items()}
     assert {"decord", "pyav", "pyav seek"} <= {name for name, found in read.items() if not isinstance(found, str)}
     for name, found in read.items():
         if not isinstance(found, str):

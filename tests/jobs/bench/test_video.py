@@ -34,7 +34,7 @@ def test_every_way_is_told_at_every_length_and_the_lengths_take_turns(monkeypatc
             return told
 
     def in_threads(case, name):
-        return video._lead({frames: Child(name, frames) for frames in case.rounds}, case)
+        return video._run_turns({frames: Child(name, frames) for frames in case.rounds}, case)
 
     monkeypatch.setattr(video, "_in_turns", in_threads)
     monkeypatch.setattr(video, "resident_bytes", {"VmRSS": 1, "VmHWM": 2}.get)

@@ -93,7 +93,7 @@ def test_a_second_features_run_encodes_nothing_and_another_encoder_is_refused(ca
     shards = {path: path.stat().st_mtime_ns for path in Path(cache.output).glob("shard-*")}
     assert shards
     assert features.main(cache)["rows_used"] == 147
-    assert "150 of 150 rows were there already" in caplog.text
+    assert "150 of 150 rows exist already" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in Path(cache.output).glob("shard-*")} == shards
     with pytest.raises(UserError, match="layer: -2 in the cache, -1 here"):
         features.main(cache.model_copy(update={"vision": VisionSpec(str(MODELS / "vision"), layer=-1)}))

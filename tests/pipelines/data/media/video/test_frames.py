@@ -406,7 +406,7 @@ def test_leaving_frames_out_changes_none(tmp_path, name, codec):
     picked = dict(PyAVBackend().frames_at(str(path), found, wanted, None, "bilinear"))
     assert sorted(picked) == wanted.tolist()
     if found.is_exact:  # else all is decoded
-        assert [index for index, _ in video_pyav._selected(str(path), found, wanted)] == wanted.tolist()
+        assert [index for index, _ in video_pyav._exact_frames(str(path), found, wanted)] == wanted.tolist()
     for index, frame in picked.items():
         assert np.array_equal(frame, whole[int(found.starts[index])])
 
