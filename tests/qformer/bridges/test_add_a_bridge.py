@@ -96,27 +96,38 @@ def test_the_bridge_trains_resumes_is_used_and_served_and_is_not_exported(copy, 
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_ruff_and_mypy_take_the_page_s_code(copy, blocks):
-    for command in (
-        ["ruff", "check", "--config", str(REPOSITORY / "pyproject.toml"), blocks["file"], TABLE],
-        ["ruff", "format", "--check", "--config", str(REPOSITORY / "pyproject.toml"), blocks["file"], TABLE],
-    ):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=copy, capture_output=True, text=True)
+def test_ruff_takes_the_page_s_code(copy, blocks):
+    settings = ("--config", str(REPOSITORY / "pyproject.toml"), blocks["file"], TABLE)
+    for command in (("check", *settings), ("format", "--check", *settings)):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_kind_without_a_case_is_an_error(copy, blocks):
-    """An unknown kind cannot become another one: `build_bridge` ends in `assert_never`."""
-    code = (
-        "from qformer.bridges.config import BaseBridgeConfig\n"
-        "from qformer.bridges.table import build_bridge\n"
-        "from qformer.config import QFormerConfig\n"
-        "other = BaseBridgeConfig(kind='concatenate')\n"
-        "try:\n    build_bridge(other, QFormerConfig(encoder_width=8))\n"
-        "except AssertionError:\n    print('refused')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment(copy), capture_output=True, text=True)
-    assert done.stdout == "refused\n", done.stderr
+@pytest.mark.slow
+def test_mypy_takes_the_page_s_code_and_misses_a_case(copy, tmp_path):
+    """A kind in the union without a case of `build_bridge` cannot become another one."""
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(REPOSITORY / "pyproject.toml"),
+        "-p",
+        "qformer.bridges",
+    ]
+    command += ["--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    table = copy / TABLE
+    text = table.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    case = next(number for number, line in enumerate(lines) if "case WeightedConfig()" in line)
+    table.write_text("".join(lines[:case] + lines[case + 2 :]), encoding="utf-8")
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    finally:
+        table.write_text(text, encoding="utf-8")
+    assert done.returncode == 1 and "assert_never" in done.stdout and "WeightedConfig" in done.stdout, done.stdout
 
 
 def run_cli(copy, *words, expected=(0,)):

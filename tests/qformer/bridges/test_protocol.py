@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qformer.bridges.concatenate import ConcatenateConfig
+from qformer.bridges.config import BaseBridgeConfig
 from qformer.bridges.frames import without_unread
 from qformer.bridges.protocol import BridgeInput, StreamingBridge
 from qformer.bridges.reading import PassBlock, Passes, Reading
@@ -104,6 +105,11 @@ def test_attention_maps_leave_masked_tokens_out():
     places = torch.tensor([*range(9)])
     for map_BHQP, expected in zip(maps, short, strict=True):
         torch.testing.assert_close(map_BHQP[1:2, ..., places], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_config_outside_the_table_becomes_no_other_bridge():
+    with pytest.raises(AssertionError, match="unreachable"):
+        build_bridge(BaseBridgeConfig(kind="concatenate"), CONFIG)
 
 
 def test_a_config_is_frozen_and_says_its_kind():
