@@ -142,7 +142,7 @@ def test_the_instruction_is_not_in_the_loss_and_reaches_both_models(tokenizer, t
         return run.stage.trainables(*inputs, **masks)
 
     backward(run.stage, batch, call=call)
-    (image, ids, mask) = seen[0]
+    image, (ids, mask) = seen[0][:2]
     text = load_text_tokenizer(str(tokenizer), 16)
     assert [text.tokenizer.decode(row[1:-1]) for row in ids] == ["what is in the picture"] * 4 and mask.all()
     assert image.shape[:2] == (4, 1)
